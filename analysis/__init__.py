@@ -1,0 +1,1 @@
+"""The sweep over checkpoints, the trajectory table and the figures."""

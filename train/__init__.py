@@ -1,0 +1,1 @@
+"""The SFT driver: training on one category, with weights-only snapshots at chosen steps."""

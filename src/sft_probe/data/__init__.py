@@ -1,0 +1,1 @@
+"""Embedded data: the probe set `helpful-mini` and the recipe of the demo."""

@@ -1,0 +1,171 @@
+"""What a sweep scores, and how: taken from the run, fixed at first use, never mixed."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from sft_probe import __version__
+from sft_probe.analysis.checkpoints import Checkpoint
+from sft_probe.errors import UserError
+from sft_probe.files import make_dir, read_json, write_json
+from sft_probe.models import load_tokenizer
+from sft_probe.prompts import DroppedDoc, EncodedDoc, PromptFormat, encode_probe_set
+from sft_probe.records import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_MAX_LENGTH = 1024
+_FIXED = ("probe_set_sha256", "prompt_format", "items_sha256", "max_length", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest:
+    """What the user asked for."""
+
+    directory: Path
+    """A run, or where the results of foreign checkpoints go."""
+    checkpoints: list[str] = field(default_factory=list)
+    model: str | None = None
+    revisions: list[str] = field(default_factory=list)
+    probe_set: str | None = None
+    prompt_format: str | None = None
+    max_length: int | None = None
+    splits: tuple[str, ...] = ("heldout",)
+    tasks: tuple[str, ...] = ()
+    """Benchmarks: lm-eval task names, patterns or YAML files."""
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: bool = False
+    batch_size: int = 8
+    dtype: str = "float32"
+    device: str | None = None
+    shard: tuple[int, int] = (1, 1)
+    """i of N, from 1: this process scores every N-th step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What all steps of a sweep share."""
+
+    run_columns: dict[str, Any]
+    """`run model train_category order_seed compute_dtype` of every row."""
+    probe_set: ProbeSet
+    prompt_format: str
+    """As given by the user: a name or a path."""
+    format_name: str
+    """As it stands in rows."""
+    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer_source: tuple[str, str]
+    """Name or path, and revision."""
+    max_length: int
+    docs: list[EncodedDoc]
+    dropped: list[DroppedDoc]
+
+
+def resolve_settings(request: SweepRequest, first: Checkpoint) -> SweepSettings:
+    """Fills in what the request leaves open from the run's manifest; the tokenizer is the first checkpoint's.
+
+    Raises:
+        UserError: training has not finished, the probe set has changed or has another format than the run, or no doc
+            fits.
+    """
+    foreign = bool(request.checkpoints or request.model)
+    manifest = {} if foreign else _run_manifest(request.directory)
+    source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
+    probe_set = load_probe_set(source)
+    tokenizer = load_tokenizer(first.model, first.revision)
+    given = request.prompt_format or (probe_set.prompt_format if foreign else manifest["prompt_format_source"])
+    prompt_format = PromptFormat(given, tokenizer)
+    _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
+    max_length = request.max_length or manifest.get("max_length") or DEFAULT_MAX_LENGTH
+    docs, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, max_length)
+    if not docs:
+        raise UserError(f"no doc of {source} can be scored; the first one: {dropped[0].doc_id}: {dropped[0].reason}")
+    return SweepSettings(
+        run_columns={
+            "run": request.directory.resolve().name,
+            "model": manifest.get("model") or request.model,
+            "train_category": manifest.get("train_category"),
+            "order_seed": manifest.get("order_seed"),
+            "compute_dtype": request.dtype,
+        },
+        probe_set=probe_set,
+        prompt_format=given,
+        format_name=prompt_format.name,
+        tokenizer=tokenizer,
+        tokenizer_source=(first.model, first.revision),
+        max_length=max_length,
+        docs=docs,
+        dropped=dropped,
+    )
+
+
+def _run_manifest(directory: Path) -> dict[str, Any]:
+    if not (directory / "manifest.json").exists():
+        raise UserError(
+            f"{directory} holds no finished run (manifest.json is missing). Run the same `sft-probe train` command "
+            "again, or name foreign checkpoints with --checkpoints or --model."
+        )
+    manifest: dict[str, Any] = read_json(directory / "manifest.json")
+    return manifest
+
+
+def _check_against_run(
+    manifest: dict[str, Any],
+    probe_set: ProbeSet,
+    prompt_format: PromptFormat,
+    tokenizer: "PreTrainedTokenizerBase",
+    request: SweepRequest,
+) -> None:
+    if not manifest:
+        return
+    own_format = PromptFormat(probe_set.prompt_format, tokenizer) if request.probe_set else prompt_format
+    for name in (prompt_format.name, own_format.name):
+        if name != manifest["prompt_format"]:
+            raise UserError(
+                f"the prompt format differs: the run was trained with {manifest['prompt_format']!r}, the sweep would "
+                f"score {name!r}. One run has one format; use a probe set and a --prompt_format that match."
+            )
+    if not request.probe_set and probe_set.sha256 != manifest["request"]["probe_set_sha256"]:
+        raise UserError(f"the probe set {probe_set.source} has changed since the run was trained on it.")
+
+
+def fix_settings(settings: SweepSettings, directory: Path) -> None:
+    """Writes `sweep/manifest.json` at first use; later sweeps must agree with it.
+
+    Raises:
+        UserError: names what differs from the steps already scored.
+    """
+    path = make_dir(directory / "sweep") / "manifest.json"
+    items = [(doc.doc.doc_id, doc.prompt_ids, doc.continuation_ids) for doc in settings.docs]
+    manifest = {
+        **settings.run_columns,
+        "probe_set": settings.probe_set.name,
+        "probe_set_sha256": settings.probe_set.sha256,
+        "prompt_format": settings.format_name,
+        "items_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
+        "max_length": settings.max_length,
+        "dtype": settings.run_columns["compute_dtype"],
+        "categories": list(settings.probe_set.categories),
+        "num_docs": {split: sum(doc.doc.split == split for doc in settings.docs) for split in ("train", "heldout")},
+        "dropped": [vars(drop) for drop in settings.dropped],
+        "sft_probe_version": __version__,
+    }
+    with FileLock(path.with_name(".lock")):
+        if not path.exists():
+            write_json(path, manifest)
+            return
+    earlier = read_json(path)
+    differing = [
+        f"{name} ({earlier[name]} there, {manifest[name]} now)" for name in _FIXED if earlier[name] != manifest[name]
+    ]
+    if differing:
+        raise UserError(
+            f"{path.parent} holds steps scored otherwise: {'; '.join(differing)}. A sweep never mixes them: delete "
+            "that directory, or sweep into another one."
+        )

@@ -1,0 +1,36 @@
+"""The tables of a swept run, built from the rows of all its complete steps."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+from sft_probe.analysis.rows import read_rows, write_parquet
+from sft_probe.analysis.trajectory import trajectory
+from sft_probe.files import write_text
+
+
+def write_tables(directory: Path) -> list[Path]:
+    """Writes `scores.parquet`, `trajectory.csv` and, with benchmarks, `benchmarks.csv`; returns what was written.
+
+    Under a lock, so that of several shards the one that ends last sees the steps of all.
+    """
+    written = []
+    with FileLock(directory / "sweep" / ".lock"):
+        paths = sorted(directory.glob("sweep/step_*/*/rows.jsonl"))
+        if paths:
+            scores = read_rows(paths)
+            write_parquet(directory / "scores.parquet", scores)
+            write_text(directory / "trajectory.csv", trajectory(scores.to_pandas()).to_csv(index=False))
+            written += [directory / "scores.parquet", directory / "trajectory.csv"]
+        lines = [
+            line
+            for path in sorted(directory.glob("sweep/step_*/*/benchmarks.jsonl"))
+            for line in path.read_text("utf-8").splitlines()
+        ]
+        if lines:
+            table = pd.DataFrame([json.loads(line) for line in lines])
+            write_text(directory / "benchmarks.csv", table.to_csv(index=False))
+            written.append(directory / "benchmarks.csv")
+    return written

@@ -1,0 +1,277 @@
+"""The probe set contract: one JSON object per line, one text per category, `probe_set.json` beside it.
+
+A probe set is a directory (`probe_set.json` and `*.jsonl`), a single `.jsonl` file, the name of an embedded set, or a
+data set on the Hugging Face hub. See docs/data.md for the schema.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sft_probe.errors import UserError
+from sft_probe.files import read_json
+
+CATEGORIES = ("chosen", "rejected", "paraphrase", "variant", "random", "non_response")
+SPLITS = ("train", "heldout")
+EMBEDDED_PROBE_SETS = ("helpful-mini",)
+DEFAULT_PROBE_SET = "helpful-mini"
+DEFAULT_PROMPT_FORMAT = "hh"
+RESERVED_COLUMNS = ("doc_id", "conversation_id", "split", "messages", "random_doc_id", "meta")
+_CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doc:
+    """One prompt and its responses."""
+
+    doc_id: str
+    conversation_id: str
+    split: str
+    messages: tuple[dict[str, str], ...]
+    """Chat turns `{"role", "content"}`; the last one is the user's."""
+    responses: dict[str, str]
+    """Category to text, stripped."""
+    random_doc_id: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What is wrong with one line of a probe set."""
+
+    path: str
+    line: int
+    doc_id: str | None
+    message: str
+    skippable: bool
+    """True where leaving the doc out of every category repairs the set (an empty response)."""
+
+    def __str__(self) -> str:
+        name = f" ({self.doc_id})" if self.doc_id else ""
+        return f"{self.path}, line {self.line}{name}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSet:
+    """A probe set as read from disk; `docs` are the usable ones, `faults` what was found."""
+
+    name: str
+    source: str
+    docs: tuple[Doc, ...]
+    categories: tuple[str, ...]
+    prompt_format: str
+    sha256: str
+    faults: tuple[Fault, ...]
+    manifest: dict[str, Any]
+
+    def of_split(self, split: str) -> list[Doc]:
+        """The docs of `train` or `heldout`, in file order."""
+        return [doc for doc in self.docs if doc.split == split]
+
+
+def load_probe_set(source: str) -> ProbeSet:
+    """Reads and validates a probe set.
+
+    Docs with an empty response are left out and stay listed in `faults`.
+
+    Raises:
+        UserError: the set does not exist, or has a fault that leaving out a doc cannot repair; names file and line.
+    """
+    probe_set = read_probe_set(source)
+    fatal = [fault for fault in probe_set.faults if not fault.skippable]
+    if fatal:
+        more = f"\n({len(fatal) - 5} more; `sft-probe probe-set {source}` lists them all)" if len(fatal) > 5 else ""
+        raise UserError("the probe set cannot be used:\n" + "\n".join(map(str, fatal[:5])) + more)
+    if not probe_set.docs:
+        raise UserError(f"the probe set {source} has no usable doc.")
+    return probe_set
+
+
+def read_probe_set(source: str) -> ProbeSet:
+    """Reads a probe set and collects every fault instead of stopping at the first one.
+
+    Raises:
+        UserError: there is nothing to read at `source`, or its `probe_set.json` is unusable.
+    """
+    files = _files_of(source)
+    manifest_path = files[0].parent / "probe_set.json"
+    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    faults: list[Fault] = []
+    rows = list(_parse_lines(files, faults))
+    categories = _categories(manifest, manifest_path, rows)
+    docs = _check_docs(rows, categories, faults)
+    faults += _check_links(rows)
+    return ProbeSet(
+        name=manifest.get("name", files[0].stem),
+        source=source,
+        docs=tuple(docs),
+        categories=categories,
+        prompt_format=manifest.get("prompt_format", DEFAULT_PROMPT_FORMAT),
+        sha256=_sha256_of(files),
+        faults=tuple(faults),
+        manifest=manifest,
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    path: str
+    line: int
+    value: dict[str, Any]
+
+    def fault(self, message: str, *, skippable: bool = False) -> Fault:
+        doc_id = self.value.get("doc_id")
+        return Fault(
+            path=self.path,
+            line=self.line,
+            doc_id=doc_id if isinstance(doc_id, str) else None,
+            message=message,
+            skippable=skippable,
+        )
+
+
+def _files_of(source: str) -> list[Path]:
+    if source in EMBEDDED_PROBE_SETS:
+        path = Path(str(resources.files("sft_probe.data").joinpath(source)))
+    else:
+        path = Path(source).expanduser()
+    if not path.exists():
+        path = _hub_snapshot(source)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no .jsonl file, so it is no probe set.")
+    return files
+
+
+def _hub_snapshot(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    known = ", ".join(EMBEDDED_PROBE_SETS)
+    hint = f"no probe set {source!r}: it is no file or directory here, none of the embedded sets ({known})"
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise UserError(f"{hint}, and no data set id of the hub.")
+    try:
+        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.jsonl", "probe_set.json"]))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise UserError(f"{hint}, and the hub did not give it ({type(error).__name__}).") from error
+
+
+def _sha256_of(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _parse_lines(files: list[Path], faults: list[Fault]) -> Iterator[_Row]:
+    for path in files:
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                faults.append(_Row(str(path), number, {}).fault(f"not valid JSON ({error})"))
+                continue
+            if isinstance(value, dict):
+                yield _Row(str(path), number, value)
+            else:
+                faults.append(_Row(str(path), number, {}).fault("not a JSON object"))
+
+
+def _categories(manifest: dict[str, Any], manifest_path: Path, rows: list[_Row]) -> tuple[str, ...]:
+    """From `probe_set.json`; without one, every text column that the first line has is a category."""
+    if manifest:
+        if not isinstance(manifest.get("categories"), dict):
+            raise UserError(f"{manifest_path}: `categories` must map each category to its writer.")
+        names = list(manifest["categories"])
+    else:
+        first = rows[0].value if rows else {}
+        names = [name for name, text in first.items() if isinstance(text, str) and name not in RESERVED_COLUMNS]
+    for name in names:
+        if not _CATEGORY_NAME.fullmatch(name):
+            raise UserError(
+                f"{manifest_path if manifest else rows[0].path}: {name!r} cannot name a category: use lower-case "
+                "letters, digits and `_`, and do not start with `train_`."
+            )
+    return tuple(names)
+
+
+def _check_docs(rows: Iterable[_Row], categories: tuple[str, ...], faults: list[Fault]) -> list[Doc]:
+    docs = []
+    for row in rows:
+        found = list(_row_faults(row, categories))
+        faults += found
+        if found:
+            continue
+        value = row.value
+        docs.append(
+            Doc(
+                doc_id=value["doc_id"],
+                conversation_id=value["conversation_id"],
+                split=value["split"],
+                messages=tuple(value["messages"]),
+                responses={name: value[name] for name in categories},
+                random_doc_id=value.get("random_doc_id"),
+            )
+        )
+    return docs
+
+
+def _row_faults(row: _Row, categories: tuple[str, ...]) -> Iterator[Fault]:
+    value = row.value
+    for name in ("doc_id", "conversation_id"):
+        if not isinstance(value.get(name), str) or not value[name]:
+            yield row.fault(f"`{name}` must be a non-empty string")
+    if value.get("split") not in SPLITS:
+        yield row.fault(f"`split` must be one of {', '.join(SPLITS)}, not {value.get('split')!r}")
+    if not _valid_messages(value.get("messages")):
+        yield row.fault('`messages` must be a list of {"role", "content"} that ends with a non-empty user turn')
+    for name in categories:
+        text = value.get(name)
+        if not isinstance(text, str):
+            yield row.fault(f"the category `{name}` is missing")
+        elif not text.strip():
+            yield row.fault(f"the response `{name}` is empty: the doc is left out of all categories", skippable=True)
+        elif text != text.strip():
+            yield row.fault(f"the response `{name}` has white space around it; responses are stored stripped")
+
+
+def _valid_messages(messages: Any) -> bool:
+    if not isinstance(messages, list) or not messages:
+        return False
+    for turn in messages:
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            return False
+        if not isinstance(turn.get("content"), str):
+            return False
+    return messages[-1]["role"] == "user" and bool(messages[-1]["content"].strip())
+
+
+def _check_links(rows: list[_Row]) -> Iterator[Fault]:
+    """Faults between rows: repeated ids, conversations in both splits, `random` that is not its partner's chosen."""
+    by_id: dict[str, _Row] = {}
+    split_of: dict[str, str] = {}
+    for row in rows:
+        doc_id, split = str(row.value.get("doc_id")), str(row.value.get("split"))
+        if doc_id in by_id:
+            yield row.fault(f"duplicate doc_id {doc_id!r}, first used in line {by_id[doc_id].line}")
+        by_id.setdefault(doc_id, row)
+        conversation = str(row.value.get("conversation_id"))
+        if split_of.setdefault(conversation, split) != split:
+            yield row.fault(f"the conversation {conversation!r} is in both splits")
+    for row in rows:
+        partner = by_id.get(str(row.value.get("random_doc_id")))
+        if row.value.get("random_doc_id") is None or "random" not in row.value:
+            continue
+        if partner is None:
+            yield row.fault(f"random_doc_id {row.value['random_doc_id']!r} names no doc of this set")
+        elif partner is row:
+            yield row.fault("random_doc_id names the doc itself")
+        elif row.value["random"] != partner.value.get("chosen"):
+            yield row.fault(f"`random` is not the chosen response of {row.value['random_doc_id']!r}")

@@ -1,0 +1,77 @@
+"""What `sft-probe probe-set` prints: counts, lengths, duplicates, overlap of the splits, and each fault."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from datasketch import MinHash, MinHashLSH
+
+from sft_probe.records import SPLITS, ProbeSet
+
+NEAR_DUPLICATE_JACCARD = 0.7
+_SHINGLE_WORDS = 3
+
+
+def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of indices of texts whose word trigrams have a Jaccard similarity of about 0.7 or more (MinHash)."""
+    index = MinHashLSH(threshold=NEAR_DUPLICATE_JACCARD, num_perm=128)
+    pairs = []
+    for number, text in enumerate(texts):
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([shingle.encode() for shingle in _shingles(text)])
+        pairs += [(int(other), number) for other in sorted(index.query(sketch), key=int)]
+        index.insert(str(number), sketch)
+    return pairs
+
+
+def _shingles(text: str) -> set[str]:
+    words = text.lower().split()
+    return {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+
+
+def report(probe_set: ProbeSet) -> str:
+    """A plain-text account of a probe set."""
+    counts = {split: len(probe_set.of_split(split)) for split in SPLITS}
+    lines = [
+        f"probe set {probe_set.name} ({probe_set.source}), prompt format {probe_set.prompt_format}",
+        f"docs: {counts['train']} train, {counts['heldout']} heldout; "
+        f"{sum(len(doc.messages) > 1 for doc in probe_set.docs)} with several turns; sha256 {probe_set.sha256[:16]}",
+        "",
+        f"{'category':<20}{'words, mean':>12}{'min':>6}{'max':>6}{'bytes, mean':>13}{'near-duplicates':>17}",
+        *(_category_line(probe_set, category) for category in probe_set.categories),
+        "",
+        *_prompt_lines(probe_set),
+        "",
+        *(["faults:", *(f"  {fault}" for fault in probe_set.faults)] if probe_set.faults else ["no faults"]),
+    ]
+    return "\n".join(lines)
+
+
+def _category_line(probe_set: ProbeSet, category: str) -> str:
+    texts = [doc.responses[category] for doc in probe_set.docs]
+    if not texts:
+        return f"{category:<20}{'-':>12}"
+    words = [len(text.split()) for text in texts]
+    mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
+    return (
+        f"{category:<20}{sum(words) / len(words):>12.1f}{min(words):>6}{max(words):>6}{mean_bytes:>13.1f}"
+        f"{len(near_duplicates(texts)):>17}"
+    )
+
+
+def _prompt_lines(probe_set: ProbeSet) -> list[str]:
+    """Near-duplicate prompts, and texts that the splits share."""
+    docs = probe_set.docs
+    pairs = near_duplicates([_prompt_text(doc.messages) for doc in docs])
+    across = [pair for pair in pairs if docs[pair[0]].split != docs[pair[1]].split]
+    lines = [f"near-duplicate prompts: {len(pairs)}, of them across the splits: {len(across)}"]
+    lines += [f"  {docs[first].doc_id} ~ {docs[second].doc_id}" for first, second in across[:5]]
+    splits_of = defaultdict(set)
+    for doc in docs:
+        for text in doc.responses.values():
+            splits_of[text].add(doc.split)
+    lines.append(f"responses that stand in both splits: {sum(len(splits) > 1 for splits in splits_of.values())}")
+    return lines
+
+
+def _prompt_text(messages: Iterable[dict[str, str]]) -> str:
+    return "\n".join(turn["content"] for turn in messages)

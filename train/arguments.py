@@ -1,0 +1,126 @@
+"""The flags of `sft-probe train`: every flag of `transformers.TrainingArguments`, and ours."""
+
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from sft_probe import ds_configs
+from sft_probe.errors import UserError
+from sft_probe.models import DTYPES, EMBEDDED_MODEL
+from sft_probe.records import DEFAULT_PROBE_SET
+from sft_probe.train import extensions
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SftArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for dense, comparable snapshots, and the flags of this program."""
+
+    model_name_or_path: str = _flag(EMBEDDED_MODEL, "Hub id, path, or the embedded model.")
+    dtype: str = _flag("float32", "Dtype of the weights in training: float32, bfloat16 or float16.")
+    probe_set: str = _flag(
+        DEFAULT_PROBE_SET, "Probe set whose train split is trained on: path, hub id or embedded name."
+    )
+    train_category: str = _flag("chosen", "The category of response to train on.")
+    prompt_format: str | None = _flag(None, "hh, chat, plain or a Jinja file. Default: the probe set's own.")
+    max_length: int = _flag(1024, "Tokens of prompt, response and terminator; longer docs are dropped and named.")
+    max_prompt_tokens: int | None = _flag(None, "Longer prompts lose whole turns on the left.")
+    snapshot_steps: str = _flag(
+        "0,1,2,4,8,16,32,64,128,256,512,1024,2048,4096,last", "Steps whose weights are kept; 0 and last always are."
+    )
+
+    deepspeed: str | None = _flag(
+        None, f"One of {', '.join(ds_configs.available())}, a JSON file, or none. Default: zero2 with a GPU, else cpu."
+    )
+    output_dir: str | None = _flag(None, "The run directory.")
+    lr_scheduler_type: str = _flag("constant_with_warmup", "Constant, so that step s of a long run ends a short one.")
+    save_strategy: str = _flag("no", "Of full resume states; the snapshots are apart.")
+    report_to: str = _flag("none", "none, wandb, tensorboard, trackio.")
+    logging_steps: float = _flag(1, "Steps between two log lines.")
+    remove_unused_columns: bool = _flag(False, "The examples hold exactly what the model takes.")
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise UserError("--output_dir is missing: where shall the run go?")
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}.")
+        self.deepspeed = _deepspeed_config(self.deepspeed)
+        if self.deepspeed is not None:
+            _single_process_environment()
+            extensions.build()
+        super().__post_init__()
+
+
+def _deepspeed_config(name: str | None) -> str | None:
+    name = name or ("zero2" if torch.cuda.is_available() else "cpu")
+    if name == "none":
+        return None
+    path = ds_configs.path_of(name) if name in ds_configs.available() else Path(name)
+    if not path.is_file():
+        raise UserError(f"--deepspeed {name}: use one of {', '.join(ds_configs.available())}, none, or a JSON file.")
+    return str(path)
+
+
+def _single_process_environment() -> None:
+    """Plain `python` under DeepSpeed would ask MPI for its rank; a launcher sets these itself."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
+    """Parses flags, with `--config recipe.yaml` read as flags that come before all others.
+
+    Returns the arguments, and the flags as asked (name to text), the later ones winning.
+
+    Raises:
+        UserError: the recipe cannot be read, or a value does not fit.
+        SystemExit: an unknown flag (argparse's own message, exit code 2).
+    """
+    flags = [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
+    if "--config" in flags:
+        index = flags.index("--config")
+        if index + 1 == len(flags):
+            raise UserError("--config needs the path of a recipe.")
+        recipe = _recipe_flags(Path(flags[index + 1]))
+        flags = recipe + flags[:index] + flags[index + 2 :]
+    parser = HfArgumentParser(SftArguments, prog="sft-probe train", conflict_handler="resolve")  # type: ignore[arg-type]
+    try:
+        (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"train: {error}") from error
+    return arguments, _asked(flags)
+
+
+def _recipe_flags(path: Path) -> list[str]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"the recipe {path} must map flags to values.")
+    return [part for name, value in recipe.items() for part in (f"--{name}", str(value))]
+
+
+def _asked(flags: list[str]) -> dict[str, str]:
+    asked: dict[str, str] = {}
+    for position, flag in enumerate(flags):
+        if flag.startswith("--"):
+            following = flags[position + 1] if position + 1 < len(flags) else ""
+            asked[flag[2:]] = "true" if following.startswith("--") or not following else following
+    asked.pop("output_dir", None)
+    return asked

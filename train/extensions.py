@@ -1,0 +1,36 @@
+"""Builds DeepSpeed's CPU communication extension before any rank needs it: ranks that compile at once break each other.
+
+Run as: python -m sft_probe.train.extensions
+"""
+
+import logging
+import shutil
+
+from filelock import FileLock
+
+from sft_probe.errors import UserError, exit_on_user_error
+from sft_probe.files import make_dir
+from sft_probe.models import cache_dir
+
+
+def build() -> None:
+    """Compiles the extension, or loads it where it is built already.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        raise UserError("DeepSpeed on CPU needs a C++ compiler (g++). Install one, or train with --deepspeed none.")
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        return
+    make_dir(cache_dir())
+    with FileLock(cache_dir() / "extensions.lock"):
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    with exit_on_user_error():
+        build()
