@@ -37,7 +37,7 @@ def plot(directory: Path) -> list[Path]:
         for suffix in SUFFIXES:
             target = folder / f"trajectory_{split}.{suffix}"
             temporary = folder / f".trajectory_{split}.tmp.{suffix}"
-            chart.save(str(temporary), **({"ppi": 150} if suffix == "png" else {}))
+            chart.save(str(temporary), ppi=150)
             temporary.replace(target)
             written.append(target)
     return written
@@ -81,7 +81,7 @@ def _x(table: pd.DataFrame, *, title: bool = True) -> alt.X:
     )
 
 
-def _change(table: pd.DataFrame, colors: alt.Scale) -> alt.LayerChart:
+def _change(table: pd.DataFrame, colors: alt.Scale) -> Any:
     color = alt.Color("category:N", scale=colors, title="category", sort=None)
     shapes = alt.Scale(domain=colors.domain, range=[_SHAPES[i % len(_SHAPES)] for i in range(len(colors.domain))])
     shape = alt.Shape("category:N", scale=shapes, title="category", sort=None)
@@ -96,7 +96,7 @@ def _change(table: pd.DataFrame, colors: alt.Scale) -> alt.LayerChart:
     return alt.layer(zero, band, line, point).properties(width=560, height=300)
 
 
-def _levels(table: pd.DataFrame, categories: list[str], colors: alt.Scale) -> alt.FacetChart:
+def _levels(table: pd.DataFrame, categories: list[str], colors: alt.Scale) -> Any:
     color = alt.Color("category:N", scale=colors, legend=None)
     y = alt.Y("logprob:Q", title="log p (nats per response)", scale=alt.Scale(zero=False))
     base = alt.Chart()

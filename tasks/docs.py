@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
-from sft_probe.prompts import PromptFormat, encode_probe_set
-from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
+from sft_probe.prompts import Prompt, PromptFormat, encode_probe_set
+from sft_probe.records import DEFAULT_PROBE_SET, Doc, load_probe_set
 
 if TYPE_CHECKING:
     import datasets
@@ -80,7 +80,9 @@ def _rows(
     if tokenizer_name is None:
         log.warning("no tokenizer is known, so the length of the docs is not checked")
         prompt_format = PromptFormat(format_name)
-        pairs = [(doc, prompt_format.render(doc.messages), {}) for doc in probe_set.docs]
+        pairs: list[tuple[Doc, Prompt, dict[str, list[int]]]] = [
+            (doc, prompt_format.render(doc.messages), {}) for doc in probe_set.docs
+        ]
     else:
         from transformers import AutoTokenizer
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class SftTrainer(Trainer):  # type: ignore[misc]
+class SftTrainer(Trainer):
     """A Trainer that counts, on each rank, what it has been shown."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         return {"examples_seen": int(examples), "tokens_seen": int(tokens), "loss": loss / self.args.world_size}
 
 
-class SnapshotCallback(TrainerCallback):  # type: ignore[misc]
+class SnapshotCallback(TrainerCallback):
     """Saves the weights at the given steps. `trainer` must be set before training starts."""
 
     trainer: SftTrainer

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -123,7 +123,7 @@ def _dequantise(gguf: Path, out: Path) -> None:
     config = quantised.config
     del config.quantization_config
     config._name_or_path = EMBEDDED_MODEL
-    plain: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)

@@ -1,0 +1,66 @@
+"""Makers and checks that the tests share."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from sft_probe.records import load_probe_set
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development data in ../shared is not here")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2, GPT-NeoX and SmolLM2 use it, trained on the embedded set."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    docs = load_probe_set("helpful-mini").docs
+    tokenizer.train_from_iterator([text for doc in docs for text in doc.responses.values()], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        bos_token="<|bos|>" if bos else None,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=CHATML,
+    )
+
+
+def make_docs(num_docs: int = 6) -> list[dict[str, Any]]:
+    """Valid docs with the categories `chosen` and `other`, half of them held out."""
+    return [
+        {
+            "doc_id": f"d{i}",
+            "conversation_id": f"c{i}",
+            "split": "train" if i % 2 else "heldout",
+            "messages": [{"role": "user", "content": f"What is {i} plus {i}?"}],
+            "chosen": f"I think that is {2 * i}, or so my teacher told me.",
+            "other": f"The number {i} has always been a friend of mine.",
+        }
+        for i in range(num_docs)
+    ]
+
+
+def user_error(result: "subprocess.CompletedProcess[str]") -> str:
+    """The message of a run that failed as it should: exit code 2, no traceback."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stderr
