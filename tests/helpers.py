@@ -36,8 +36,8 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 3)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+        eos_token="<|endoftext|>",  # noqa: S106
+        pad_token="<|endoftext|>",  # noqa: S106
         bos_token="<|bos|>" if bos else None,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=CHATML,

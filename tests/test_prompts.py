@@ -89,7 +89,9 @@ def test_chat_prompts_get_no_second_bos(tiny_model: Path) -> None:
 
 def test_a_token_that_spans_the_join_is_found() -> None:
     tokenizer = make_tokenizer()
-    assert encode_pair(tokenizer, "some th", "ing") is None
+    (whole,) = tokenizer.encode(" water")
+    assert encode_pair(tokenizer, "some wa", "ter") is None
+    assert encode_pair(tokenizer, "some", " water") == (tokenizer.encode("some"), [whole])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""The embedded set keeps its promises, and a faulty set is told apart, line by line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Run, make_docs, user_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft_probe.errors import UserError
+from sft_probe.records import CATEGORIES, load_probe_set, read_probe_set
+from sft_probe.synth.derange import derangement
+from sft_probe.synth.report import near_duplicates
+
+WriteSet = Callable[[list[dict[str, Any]]], Path]
+
+
+def test_embedded_set_has_the_promised_shape() -> None:
+    probe_set = load_probe_set("helpful-mini")
+    assert not probe_set.faults
+    assert probe_set.categories == CATEGORIES
+    assert (len(probe_set.of_split("train")), len(probe_set.of_split("heldout"))) == (64, 32)
+    assert sum(len(doc.messages) > 1 for doc in probe_set.docs) == 20
+    for doc in probe_set.docs:
+        for text in doc.responses.values():
+            assert 15 <= len(text.split()) <= 80
+
+
+@pytest.mark.parametrize("length", [lambda text: len(text.split()), lambda text: len(text.encode())])
+def test_embedded_categories_are_of_like_length(length: Callable[[str], int]) -> None:
+    docs = load_probe_set("helpful-mini").docs
+    means = [sum(length(doc.responses[name]) for doc in docs) / len(docs) for name in CATEGORIES]
+    assert max(means) / min(means) < 1.15
+
+
+def test_embedded_set_has_no_near_duplicates_and_no_leakage() -> None:
+    docs = load_probe_set("helpful-mini").docs
+    prompts = ["\n".join(turn["content"] for turn in doc.messages) for doc in docs]
+    assert near_duplicates(prompts) == []
+    own = [doc.responses[name] for doc in docs for name in CATEGORIES if name != "random"]
+    assert near_duplicates(own) == []
+    openings = [" ".join(doc.responses["non_response"].split()[:2]) for doc in docs]
+    assert len(set(openings)) >= 90
+
+
+def test_embedded_splits_have_disjoint_topics() -> None:
+    from importlib import resources
+
+    topics = {}
+    for split in ("train", "heldout"):
+        path = Path(str(resources.files("sft_probe.data") / "helpful-mini" / f"{split}.jsonl"))
+        topics[split] = {json.loads(line)["meta"]["topic"] for line in path.read_text().splitlines()}
+    assert len(topics["train"]) == 16
+    assert not topics["train"] & topics["heldout"]
+
+
+def test_embedded_random_is_the_seeded_derangement() -> None:
+    probe_set = load_probe_set("helpful-mini")
+    for split in ("train", "heldout"):
+        docs = probe_set.of_split(split)
+        order = derangement([doc.responses["chosen"] for doc in docs], seed=probe_set.manifest["provenance"]["seed"])
+        assert [doc.random_doc_id for doc in docs] == [docs[j].doc_id for j in order]
+        assert [doc.responses["random"] for doc in docs] == [docs[j].responses["chosen"] for j in order]
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40), st.integers(0, 2**31))
+def test_derangement_uses_each_once_and_gives_none_its_own(texts: list[str], seed: int) -> None:
+    try:
+        order = derangement(texts, seed)
+    except UserError:
+        assert max(texts.count(text) for text in texts) * 4 > len(texts)  # only where one text is everywhere
+        return
+    assert sorted(order) == list(range(len(texts)))
+    assert all(texts[i] != texts[j] for i, j in enumerate(order))
+    assert order == derangement(texts, seed)
+
+
+def test_finds_a_planted_near_duplicate() -> None:
+    texts = ["one two three four five six seven eight nine ten", "a wholly different text that shares no words at all"]
+    assert near_duplicates([*texts, texts[0] + " eleven"]) == [(0, 2)]
+
+
+def test_a_sound_set_is_reported(sft_probe: Run) -> None:
+    result = sft_probe("probe-set", "helpful-mini")
+    assert result.returncode == 0
+    assert "64 train, 32 heldout; 20 with several turns" in result.stdout
+    assert "no faults" in result.stdout
+
+
+def test_own_categories_are_the_text_columns(write_set: WriteSet) -> None:
+    assert load_probe_set(str(write_set(make_docs()))).categories == ("chosen", "other")
+
+
+def test_each_fault_is_named_with_its_line(write_set: WriteSet, sft_probe: Run) -> None:
+    docs = make_docs(12)
+    del docs[2]["other"]
+    docs[4]["doc_id"] = "d0"
+    docs[6]["chosen"] = " padded"
+    docs[8]["conversation_id"] = "c1"
+    docs[9]["messages"] = [{"role": "assistant", "content": "no"}]
+    docs[10]["split"] = "test"
+    path = write_set(docs)
+    with path.open("a") as file:
+        file.write('\n{"doc_id": \n')
+    result = sft_probe("probe-set", path)
+    user_error(result)
+    for line, words in [
+        (3, "`other` is missing"),
+        (5, "duplicate doc_id 'd0', first used in line 1"),
+        (7, "`chosen` has white space around it"),
+        (9, "'c1' is in both splits"),
+        (10, "`messages` must be"),
+        (11, "`split` must be one of train, heldout, not 'test'"),
+        (14, "not valid JSON"),
+    ]:
+        assert any(f"line {line}" in text and words in text for text in result.stdout.splitlines()), (line, words)
+
+
+def test_random_must_be_the_chosen_response_of_its_partner(write_set: WriteSet) -> None:
+    docs = make_docs(4)
+    for doc, partner in zip(docs, (2, 3, 0, 1), strict=True):
+        doc["random"], doc["random_doc_id"] = docs[partner]["chosen"], f"d{partner}"
+    assert not read_probe_set(str(write_set(docs))).faults
+    docs[0]["random_doc_id"], docs[1]["random"], docs[2]["random_doc_id"] = "d0", "Something else.", "nobody"
+    messages = [str(fault) for fault in read_probe_set(str(write_set(docs))).faults]
+    assert len(messages) == 3
+    assert "names the doc itself" in messages[0]
+    assert "is not the chosen response of 'd3'" in messages[1]
+    assert "names no doc" in messages[2]
+
+
+def test_an_empty_response_costs_the_doc_not_the_set(write_set: WriteSet) -> None:
+    docs = make_docs()
+    docs[3]["other"] = "  "
+    probe_set = load_probe_set(str(write_set(docs)))
+    assert [doc.doc_id for doc in probe_set.docs] == ["d0", "d1", "d2", "d4", "d5"]
+    assert "line 4 (d3): the response `other` is empty" in str(probe_set.faults[0])
+
+
+@pytest.mark.parametrize("name", ["train_chosen", "Chosen", "a-b"])
+def test_a_category_that_cannot_be_a_task_is_refused(name: str, write_set: WriteSet) -> None:
+    docs = [doc | {name: "text"} for doc in make_docs()]
+    with pytest.raises(UserError, match="cannot name a category"):
+        load_probe_set(str(write_set(docs)))
+
+
+def test_no_such_set(sft_probe: Run, tmp_path: Path) -> None:
+    assert "no probe set" in user_error(sft_probe("probe-set", tmp_path / "missing"))
+    assert "helpful-mini" in user_error(sft_probe("probe-set", "no-such-set"))
+    assert "the hub did not give it" in user_error(sft_probe("probe-set", "nobody/no-such-set"))
