@@ -3,11 +3,13 @@
 import os
 import socket
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments
 
 from sft_probe import ds_configs
@@ -57,7 +59,19 @@ class SftArguments(TrainingArguments):
         if self.deepspeed is not None:
             _single_process_environment()
             extensions.build()
+            self._join_ranks_on_cpu()
+        elif not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.use_cpu = True  # else accelerate takes each rank for a run of its own
         super().__post_init__()
+
+    def _join_ranks_on_cpu(self) -> None:
+        """Left alone, accelerate sees one process on CPU ranks under DeepSpeed, and with `use_cpu` drops DeepSpeed."""
+        if self.use_cpu:
+            raise UserError("--use_cpu switches DeepSpeed off without a word. Leave it out, or add --deepspeed none.")
+        if not torch.cuda.is_available():
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+            PartialState(backend="gloo", timeout=timedelta(seconds=self.ddp_timeout))
+            self.accelerator_config = {"use_configured_state": True}
 
 
 def _deepspeed_config(name: str | None) -> str | None:

@@ -75,6 +75,8 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path) -> dict[s
         train_dataset=examples,
         data_collator=PadRight(tokenizer.pad_token_id or prompt_format.terminator_id(tokenizer)),
     )
+    if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
+        raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
     steps = parse_steps(arguments.snapshot_steps, _num_steps(trainer))
     callback = SnapshotCallback(run_dir / "weights", steps, tokenizer)
     callback.trainer = trainer

@@ -1,0 +1,283 @@
+"""The training driver: what is kept, what is counted, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Run, make_docs, user_error
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from sft_probe.errors import UserError
+from sft_probe.train.schedule import parse_steps
+from sft_probe.train.sft import disable_dropout
+
+WriteSet = Callable[[list[dict[str, Any]]], Path]
+
+
+def meta(run: Path, step: int) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run / f"weights/step_{step:06d}/meta.json").read_text())
+    return value
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"weights/step_{step:06d}/model.safetensors")
+
+
+@given(st.lists(st.integers(0, 5000)), st.booleans(), st.integers(1, 4000))
+def test_schedule_holds_what_was_asked_and_both_ends(steps: list[int], last: bool, max_steps: int) -> None:
+    text = ",".join([*map(str, steps), *(["last"] if last or not steps else [])])
+    resolved = parse_steps(text, max_steps)
+    assert resolved == sorted(set(resolved))
+    assert set(resolved) == {0, max_steps} | {step for step in steps if step <= max_steps}
+
+
+@given(st.text())
+def test_schedule_never_fails_with_a_traceback(text: str) -> None:
+    try:
+        assert parse_steps(text, 10)[-1] == 10
+    except UserError as error:
+        assert "neither a step" in str(error)
+
+
+def test_snapshots_and_manifest(tiny_run: Path, tiny_model: Path) -> None:
+    assert sorted(path.name for path in (tiny_run / "weights").iterdir()) == [
+        "step_000000",
+        "step_000001",
+        "step_000004",
+    ]
+    assert [meta(tiny_run, step)["examples_seen"] for step in (0, 1, 4)] == [0, 4, 16]
+    assert meta(tiny_run, 0)["loss"] is None
+    assert 5 < meta(tiny_run, 1)["loss"] < 8  # a random model knows nothing: about ln(600) = 6.4
+    manifest = json.loads((tiny_run / "manifest.json").read_text())
+    assert manifest["train_category"] == "chosen"
+    assert manifest["prompt_format"] == "hh"
+    assert manifest["num_examples"] == 64
+    assert manifest["snapshot_steps"] == [0, 1, 4]
+    assert manifest["versions"]["lm_eval"]
+    assert manifest["arguments"]["lr_scheduler_type"] == "constant_with_warmup"
+    before, start, end = load_file(tiny_model / "model.safetensors"), weights(tiny_run, 0), weights(tiny_run, 4)
+    assert before.keys() == start.keys() == end.keys()
+    assert all(torch.equal(before[name], start[name]) for name in before)
+    assert not any(
+        torch.equal(start[name], end[name]) for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+    )
+    assert not list(tiny_run.rglob("*.bin")), "no pickles"
+
+
+def test_tokens_seen_counts_the_labels(tiny_run: Path, tiny_model: Path) -> None:
+    from sft_probe.models import load_tokenizer
+    from sft_probe.prompts import PromptFormat
+    from sft_probe.records import load_probe_set
+    from sft_probe.train.data import build_examples
+
+    examples = build_examples(
+        load_probe_set("helpful-mini"), "chosen", PromptFormat("hh"), load_tokenizer(str(tiny_model)),
+        max_length=1024, max_prompt_tokens=None,
+    )  # fmt: skip
+    counts = sorted(sum(label >= 0 for label in example["labels"]) for example in examples.examples)
+    assert sum(counts[:16]) <= meta(tiny_run, 4)["tokens_seen"] <= sum(counts[-16:])
+
+
+def test_the_logged_loss_is_the_mean_over_labelled_tokens(
+    tiny_run: Path, tiny_model: Path, tmp_path: Path, sft_probe: Run, write_set: WriteSet
+) -> None:
+    """With all docs in one batch, step 1's loss is that of the input model: a float64 reference gives it."""
+    path = write_set(make_docs(8))
+    result = sft_probe(
+        "train", "--model_name_or_path", tiny_model, "--probe_set", path, "--max_steps", 1, "--deepspeed", "none",
+        "--per_device_train_batch_size", 4, "--train_category", "other", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    from sft_probe.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    total, count = 0.0, 0
+    for doc in make_docs(8)[1::2]:
+        prompt = f"\n\nHuman: {doc['messages'][0]['content']}\n\nAssistant:"
+        ids = tokenizer.encode(f"{prompt} {doc['other']}") + [tokenizer.eos_token_id]
+        start = len(tokenizer.encode(prompt))
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids)))
+        count += len(ids) - start
+    assert meta(tmp_path / "run", 1)["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert meta(tmp_path / "run", 1)["tokens_seen"] == count
+
+
+def test_snapshots_load_in_plain_transformers(tiny_run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_run / "weights/step_000004", dtype="auto")
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_complete_run_is_left_alone(tiny_run: Path, tiny_flags: list[str], sft_probe: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    result = sft_probe("train", *tiny_flags, "--output_dir", tiny_run)
+    assert result.returncode == 0
+    assert "is complete" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+
+
+def test_another_run_in_the_same_place_is_refused(tiny_run: Path, tiny_flags: list[str], sft_probe: Run) -> None:
+    message = user_error(sft_probe("train", *tiny_flags, "--learning_rate", "5e-4", "--output_dir", tiny_run))
+    assert "--learning_rate: 1e-3 there, 5e-4 now" in message
+
+
+def test_weights_of_another_origin_are_never_removed(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/precious").write_text("mine")
+    assert "another origin" in user_error(sft_probe("train", *tiny_flags, "--output_dir", tmp_path))
+    assert (tmp_path / "weights/precious").read_text() == "mine"
+
+
+def test_kill_and_the_same_command_again(tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sft_probe", "train", *tiny_flags, "--output_dir", str(tmp_path / "tiny")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "tiny/weights/step_000000").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny/manifest.json").exists()
+    result = sft_probe("train", *tiny_flags, "--output_dir", tmp_path / "tiny")
+    assert result.returncode == 0, result.stderr
+    assert "was cut off" in result.stderr
+    for step in (0, 1, 4):
+        assert meta(tmp_path / "tiny", step)["sha256"] == meta(tiny_run, step)["sha256"]
+
+
+def test_recipe_and_overrides(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model_name_or_path: {tiny_model}\nmax_steps: 3\nlearning_rate: 1e-4\ndeepspeed: none\n")
+    result = sft_probe("train", "--config", recipe, "--max_steps", 1, "--output_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert (manifest["arguments"]["max_steps"], manifest["arguments"]["learning_rate"]) == (1, 1e-4)
+
+
+@pytest.mark.slow
+def test_deepspeed_gives_the_same_run(tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    for name in ("cpu", "zero2"):
+        result = sft_probe("train", *tiny_flags, "--deepspeed", name, "--output_dir", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert weights(tmp_path / name, 4).keys() == weights(tiny_run, 4).keys()
+        assert all(torch.equal(value, weights(tiny_run, 0)[key]) for key, value in weights(tmp_path / name, 0).items())
+        for key, value in weights(tmp_path / name, 4).items():
+            torch.testing.assert_close(value, weights(tiny_run, 4)[key], rtol=0, atol=1e-5)
+
+
+def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+         "-m", "sft_probe.train.sft", *map(str, arguments)],
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["cpu", "zero2", "none"])
+def test_two_ranks_count_as_one(deepspeed: str, tiny_flags: list[str], tiny_run: Path, tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--per_device_train_batch_size", 2, "--deepspeed", deepspeed]
+    result = torchrun(*flags, "--output_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    for step in (1, 4):
+        one, two = meta(tiny_run, step), meta(tmp_path / "run", step)
+        assert two["examples_seen"] == one["examples_seen"]
+    assert weights(tmp_path / "run", 4).keys() == weights(tiny_run, 4).keys()
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["snapshot_steps"] == [0, 1, 4]
+
+
+@pytest.mark.slow
+def test_two_ranks_refuse_to_show_a_doc_twice(tiny_flags: list[str], tmp_path: Path) -> None:
+    result = torchrun(*tiny_flags, "--per_device_train_batch_size", 5, "--output_dir", tmp_path / "run")
+    assert result.returncode != 0
+    assert "64 examples do not fill batches of 10 (2 processes)" in result.stderr
+
+
+def zero3_config(tmp_path: Path) -> Path:
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}))
+    return path
+
+
+BAD_FLAGS = [
+    (["--train_category", "nothing"], "has only chosen, rejected"),
+    (["--snapshot_steps", "0,often"], "'often' is neither a step"),
+    (["--model_name_or_path", "no/such-model"], "cannot load the tokenizer of 'no/such-model'"),
+    (["--probe_set", "no-such-set"], "no probe set"),
+    (["--prompt_format", "nothing"], "no prompt format 'nothing'"),
+    (["--max_length", "4096"], "over the model's window of 1024 tokens"),
+    (["--max_length", "20"], "is left to train on; 64 were dropped"),
+    (["--dtype", "int8"], "--dtype int8"),
+    (["--deepspeed", "zero9"], "--deepspeed zero9"),
+    (["--output_dir", "/proc/nothing"], "cannot write to the directory /proc/nothing"),
+    (["--config", "/no/recipe.yaml"], "cannot read the recipe"),
+    (["--no_such_flag", "1"], "no_such_flag"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_FLAGS, ids=[flags[0] + "=" + flags[1] for flags, _ in BAD_FLAGS])
+def test_bad_flags_are_user_errors(
+    flags: list[str], words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
+    message = user_error(sft_probe("train", *tiny_flags, "--output_dir", tmp_path / "run", *flags))
+    assert words in message
+
+
+@pytest.mark.slow
+def test_zero3_is_refused(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--deepspeed", str(zero3_config(tmp_path)), "--output_dir", str(tmp_path / "run")]
+    assert "ZeRO stage 3 is not supported yet" in user_error(sft_probe("train", *flags))
+
+
+def test_no_compiler_is_said_plainly(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--deepspeed", "cpu", "--output_dir", str(tmp_path / "run")]
+    message = user_error(sft_probe("train", *flags, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path)))
+    assert "--deepspeed none" in message
+
+
+def test_dropout_is_off_in_every_kind_of_model() -> None:
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 20}
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**small, intermediate_size=32, attention_dropout=0.5, hidden_dropout=0.5))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20))
+    for model in (neox, gpt2):
+        disable_dropout(model.train())
+        ids = torch.arange(12)[None]
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_dropped_docs_are_named(write_set: WriteSet, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    docs = make_docs(12)
+    docs[1]["chosen"] = "word " * 2000 + "end."
+    docs[3]["other"] = ""
+    flags = [
+        *tiny_flags,
+        "--probe_set",
+        str(write_set(docs)),
+        "--max_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    result = sft_probe("train", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "not trained on: d1: over max_length 1024 tokens" in result.stderr
+    assert "not trained on: d3" in result.stderr
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["doc_ids"] == ["d5", "d7", "d9", "d11"]
+    assert [drop["doc_id"] for drop in manifest["dropped"]] == ["d3", "d1"]
+    shutil.rmtree(tmp_path / "run")
