@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, make_tokenizer
+from helpers import Run, make_tokenizer, run_here
 from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,15 +42,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sft_probe() -> Run:
-    """Runs `sft-probe ARGS...` in a process of its own."""
+    """Runs `sft-probe ARGS...`; with `process=True` or an environment in a process of its own, which takes longer."""
 
-    def run(*arguments: object, timeout_s: float = 300, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: object, process: bool = False, **environment: str) -> "subprocess.CompletedProcess[str]":
+        command = [str(argument) for argument in arguments]
+        if not process and not environment:
+            return run_here(command)
         return subprocess.run(
-            [sys.executable, "-m", "sft_probe", *map(str, arguments)],
+            [sys.executable, "-m", "sft_probe", *command],
             capture_output=True,
             text=True,
             check=False,
-            timeout=timeout_s,
+            timeout=300,
             env={**os.environ, **environment},
         )
 

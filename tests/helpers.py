@@ -1,5 +1,8 @@
 """Makers and checks that the tests share."""
 
+import contextlib
+import io
+import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from sft_probe.cli import main
 from sft_probe.records import load_probe_set
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -42,6 +46,26 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=CHATML,
     )
+
+
+def run_here(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Runs the command line in this process; an exception other than `SystemExit` fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(err)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(command)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def make_docs(num_docs: int = 6) -> list[dict[str, Any]]:

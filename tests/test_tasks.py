@@ -75,7 +75,7 @@ def test_a_response_that_looks_like_a_list_stays_text(write_set: WriteSet) -> No
     docs = make_docs()
     docs[0]["chosen"] = "[1, 2]"
     task = load(["sft_probe_chosen"], probe_set=str(write_set(docs)))["tasks"]["sft_probe_chosen"]
-    assert task.doc_to_target(list(task.test_docs())[0]) == " [1, 2]"
+    assert task.doc_to_target(next(iter(task.test_docs()))) == " [1, 2]"
 
 
 def test_an_over_long_response_costs_the_doc_in_every_category(
@@ -151,7 +151,7 @@ def test_discovery_by_links(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_discovery_by_pass_through(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     flags = model_flags(tiny_model, tmp_path)
-    result = sft_probe("lm-eval", "run", "--tasks", "sft_probe_variant,sft_probe_train_random", *flags)
+    result = sft_probe("lm-eval", "run", "--tasks", "sft_probe_variant,sft_probe_train_random", *flags, process=True)
     assert result.returncode == 0, result.stderr
     assert scored(tmp_path) == {"sft_probe_variant": 32, "sft_probe_train_random": 64}
 
@@ -191,7 +191,7 @@ def test_own_set_by_metadata_or_environment(
     path = str(write_set(make_docs(8)))
     flags = ["lm-eval", "run", "--tasks", "sft_probe_chosen"]
     metadata = ["--metadata", json.dumps({"probe_set": path})]
-    first = sft_probe(*flags, *model_flags(tiny_model, tmp_path / "a"), *metadata)
+    first = sft_probe(*flags, *model_flags(tiny_model, tmp_path / "a"), *metadata, process=True)
     second = sft_probe(*flags, *model_flags(tiny_model, tmp_path / "b"), SFT_PROBE_SET=path)
     assert first.returncode == second.returncode == 0, first.stderr
     assert scored(tmp_path / "a") == scored(tmp_path / "b") == {"sft_probe_chosen": 4}

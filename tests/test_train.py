@@ -46,9 +46,10 @@ def test_schedule_holds_what_was_asked_and_both_ends(steps: list[int], last: boo
 @given(st.text())
 def test_schedule_never_fails_with_a_traceback(text: str) -> None:
     try:
-        assert parse_steps(text, 10)[-1] == 10
-    except UserError as error:
-        assert "neither a step" in str(error)
+        resolved = parse_steps(text, 10)
+    except UserError:
+        return
+    assert (resolved[0], resolved[-1]) == (0, 10)
 
 
 def test_snapshots_and_manifest(tiny_run: Path, tiny_model: Path) -> None:
@@ -107,7 +108,7 @@ def test_the_logged_loss_is_the_mean_over_labelled_tokens(
     total, count = 0.0, 0
     for doc in make_docs(8)[1::2]:
         prompt = f"\n\nHuman: {doc['messages'][0]['content']}\n\nAssistant:"
-        ids = tokenizer.encode(f"{prompt} {doc['other']}") + [tokenizer.eos_token_id]
+        ids = [*tokenizer.encode(f"{prompt} {doc['other']}"), tokenizer.eos_token_id]
         start = len(tokenizer.encode(prompt))
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -171,7 +172,7 @@ def test_recipe_and_overrides(tiny_model: Path, tmp_path: Path, sft_probe: Run) 
 @pytest.mark.slow
 def test_deepspeed_gives_the_same_run(tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
     for name in ("cpu", "zero2"):
-        result = sft_probe("train", *tiny_flags, "--deepspeed", name, "--output_dir", tmp_path / name)
+        result = sft_probe("train", *tiny_flags, "--deepspeed", name, "--output_dir", tmp_path / name, process=True)
         assert result.returncode == 0, result.stderr
         assert weights(tmp_path / name, 4).keys() == weights(tiny_run, 4).keys()
         assert all(torch.equal(value, weights(tiny_run, 0)[key]) for key, value in weights(tmp_path / name, 0).items())
@@ -181,7 +182,7 @@ def test_deepspeed_gives_the_same_run(tiny_run: Path, tiny_flags: list[str], sft
 
 def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
          "-m", "sft_probe.train.sft", *map(str, arguments)],
         capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -241,7 +242,7 @@ def test_bad_flags_are_user_errors(
 @pytest.mark.slow
 def test_zero3_is_refused(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
     flags = [*tiny_flags, "--deepspeed", str(zero3_config(tmp_path)), "--output_dir", str(tmp_path / "run")]
-    assert "ZeRO stage 3 is not supported yet" in user_error(sft_probe("train", *flags))
+    assert "ZeRO stage 3 is not supported yet" in user_error(sft_probe("train", *flags, process=True))
 
 
 def test_no_compiler_is_said_plainly(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def load_model(name: str, dtype: str, revision: str = "main") -> "PreTrainedMode
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the model {name!r}: {_one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"the weights of {name!r} do not fit its config: {kind} {sorted(map(str, info[kind]))[:5]}")
@@ -73,7 +74,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(name), revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the tokenizer of {name!r}: {_one_line(error)}") from error
     return tokenizer
 
 
@@ -86,8 +87,9 @@ def check_window(max_length: int, model: "PreTrainedModel") -> None:
         raise UserError(f"max_length {max_length} is over the model's window of {window} tokens; set --max_length.")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: Exception) -> str:
+    """The message on one line, cut: transformers' own run to dozens of lines."""
+    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 def _embedded_model_dir() -> Path:
