@@ -9,14 +9,13 @@ import pandas as pd
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_json
 from sft_probe.models import EMBEDDED_MODEL
-from sft_probe.records import CATEGORIES
+from sft_probe.records import CATEGORIES, EMBEDDED_PROBE_SETS
 
 # Okabe & Ito's colours (jfly.uni-koeln.de/color), told apart by colour-blind readers; each category keeps its own.
 COLORS = dict(zip(CATEGORIES, ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"), strict=True))
 _OTHER_COLORS = ("#000000", "#999999", "#7A5195", "#8C564B", "#BCBD22", "#2F4B7C")
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 SUFFIXES = ("png", "svg", "pdf")
-_EMBEDDED_NOTE = "instruction-tuned model of 4-bit origin, texts written for the demo: shows the tool, is no evidence"
 
 
 def plot(directory: Path) -> list[Path]:
@@ -68,7 +67,9 @@ def _title(table: pd.DataFrame, manifest: dict[str, Any]) -> alt.TitleParams:
         "Bands: 95 % bootstrap intervals over prompts of one run; they say nothing of training noise",
     ]
     if manifest["model"] == EMBEDDED_MODEL:
-        lines.append(_EMBEDDED_NOTE)
+        lines.append("Instruction-tuned model, dequantised from 4 bits: early steps may repair that")
+    if manifest["probe_set"] in EMBEDDED_PROBE_SETS:
+        lines.append("Texts written for the demo: it demonstrates the tool, it is no evidence")
     return alt.TitleParams(f"log p(response | prompt) while fine-tuning on `{trained}`", subtitle=lines, anchor="start")
 
 
@@ -82,9 +83,9 @@ def _x(table: pd.DataFrame, *, title: bool = True) -> alt.X:
 
 
 def _change(table: pd.DataFrame, colors: alt.Scale) -> Any:
-    color = alt.Color("category:N", scale=colors, title="category", sort=None)
+    color = alt.Color("category:N", scale=colors, title="category", sort=None, legend=alt.Legend(symbolOpacity=1))
     shapes = alt.Scale(domain=colors.domain, range=[_SHAPES[i % len(_SHAPES)] for i in range(len(colors.domain))])
-    shape = alt.Shape("category:N", scale=shapes, title="category", sort=None)
+    shape = alt.Shape("category:N", scale=shapes, sort=None, legend=None)
     base = alt.Chart(table)
     band = base.mark_area(opacity=0.13).encode(
         x=_x(table), y=alt.Y("delta_ci_low:Q"), y2="delta_ci_high:Q", color=color
