@@ -12,7 +12,6 @@ import pandas as pd
 
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_json, write_jsonl
-from sft_probe.records import read_probe_set
 from sft_probe.synth.derange import derangement
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -90,7 +89,6 @@ def write_manifest(out: Path, writers: dict[str, str], prompt_format: str, prove
         "provenance": provenance,
     }
     write_json(out / "probe_set.json", manifest)
-    read_probe_set(str(out))
 
 
 def _read_table(table: Path) -> pd.DataFrame:

@@ -160,6 +160,18 @@ def test_kill_and_the_same_command_again(tiny_run: Path, tiny_flags: list[str], 
         assert meta(tmp_path / "tiny", step)["sha256"] == meta(tiny_run, step)["sha256"]
 
 
+def test_a_bad_flag_does_not_spoil_the_directory(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    user_error(sft_probe("train", *flags, "--train_category", "nothing"))
+    assert sft_probe("train", *flags).returncode == 0
+
+
+def test_a_token_on_the_command_line_is_refused(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--output_dir", str(tmp_path / "run"), "--hub_token", "hf_secret"]
+    assert "HF_TOKEN" in user_error(sft_probe("train", *flags))
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_recipe_and_overrides(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model_name_or_path: {tiny_model}\nmax_steps: 3\nlearning_rate: 1e-4\ndeepspeed: none\n")

@@ -110,6 +110,8 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
             raise UserError("--config needs the path of a recipe.")
         recipe = _recipe_flags(Path(flags[index + 1]))
         flags = recipe + flags[:index] + flags[index + 2 :]
+    if "--hub_token" in flags:
+        raise UserError("--hub_token would end up in the manifest; set HF_TOKEN in the environment instead.")
     parser = HfArgumentParser(SftArguments, prog="sft-probe train", conflict_handler="resolve")
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     if _is_complete(run_dir, request):
         log.info("the run in %s is complete", run_dir)
         return
-    manifest = train(arguments, probe_set, run_dir)
+    manifest = train(arguments, probe_set, run_dir, request)
     if arguments.should_save:
         write_json(run_dir / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
         (run_dir / "started.json").unlink()
@@ -52,9 +52,10 @@ def main(argv: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path) -> dict[str, Any]:
+def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Runs the training and returns the manifest's content."""
     set_seed(arguments.seed)
+    parse_steps(arguments.snapshot_steps, 0)  # a fault in it is told before the model is loaded
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
     examples = build_examples(
@@ -73,15 +74,16 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path) -> dict[s
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=PadRight(tokenizer.pad_token_id or prompt_format.terminator_id(tokenizer)),
+        data_collator=PadRight(prompt_format.terminator_id(tokenizer)),
     )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
-    steps = parse_steps(arguments.snapshot_steps, _num_steps(trainer))
-    callback = SnapshotCallback(run_dir / "weights", steps, tokenizer)
+    callback = SnapshotCallback(run_dir / "weights", arguments.snapshot_steps, tokenizer)
     callback.trainer = trainer
     trainer.add_callback(callback)
-    _log_plan(arguments, examples, steps)
+    if arguments.should_save:
+        _claim(run_dir, request)
+        _log_plan(arguments, examples)
     trainer.train()
     return {
         "run": run_dir.resolve().name,
@@ -97,7 +99,7 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path) -> dict[s
         "num_cut_prompts": examples.num_cut_prompts,
         "dropped": [vars(drop) for drop in examples.dropped],
         "doc_ids": examples.doc_ids,
-        "snapshot_steps": steps,
+        "snapshot_steps": callback.steps,
         "arguments": arguments.to_dict(),
         "versions": _versions(),
         "git_revision": _git_revision(),
@@ -114,7 +116,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
 
 
 def _is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
-    """True for a finished run of the same request; clears what a killed attempt at it left behind."""
+    """True for a finished run of the same request. Raises `UserError` where the directory is not free for it."""
     for name in ("manifest.json", "started.json"):
         if not (run_dir / name).exists():
             continue
@@ -126,14 +128,17 @@ def _is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
             )
         if name == "manifest.json":
             return True
-    if int(os.environ.get("RANK", "0")) == 0:
-        if (run_dir / "started.json").exists():
-            log.info("an earlier attempt in %s was cut off; training starts again", run_dir)
-            shutil.rmtree(run_dir / "weights", ignore_errors=True)
-        elif (run_dir / "weights").exists():
-            raise UserError(f"{run_dir} holds weights of another origin. Choose another --output_dir.")
-        write_json(run_dir / "started.json", request)
+    if (run_dir / "weights").exists() and not (run_dir / "started.json").exists():
+        raise UserError(f"{run_dir} holds weights of another origin. Choose another --output_dir.")
     return False
+
+
+def _claim(run_dir: Path, request: dict[str, Any]) -> None:
+    """Notes the request once all of it is known to be sound, and clears what a killed attempt at it left behind."""
+    if (run_dir / "started.json").exists():
+        log.info("an earlier attempt in %s was cut off; training starts again", run_dir)
+        shutil.rmtree(run_dir / "weights", ignore_errors=True)
+    write_json(run_dir / "started.json", request)
 
 
 def _difference(earlier: dict[str, Any], request: dict[str, Any]) -> str:
@@ -158,24 +163,17 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
         )
 
 
-def _num_steps(trainer: SftTrainer) -> int:
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    batches = len(trainer.get_train_dataloader())
-    per_epoch = -(-batches // trainer.args.gradient_accumulation_steps)
-    return -(-int(per_epoch * trainer.args.num_train_epochs * 1_000_000) // 1_000_000)
-
-
-def _log_plan(arguments: SftArguments, examples: TrainingExamples, steps: list[int]) -> None:
-    if not arguments.should_save:
-        return
+def _log_plan(arguments: SftArguments, examples: TrainingExamples) -> None:
     for drop in examples.dropped:
         log.warning("not trained on: %s: %s", drop.doc_id, drop.reason)
     log.info(
         "training on %d examples of `%s` (%d dropped, %d prompts cut); snapshots at steps %s",
-        len(examples), arguments.train_category, len(examples.dropped), examples.num_cut_prompts,
-        ", ".join(map(str, steps)),
-    )  # fmt: skip
+        len(examples),
+        arguments.train_category,
+        len(examples.dropped),
+        examples.num_cut_prompts,
+        arguments.snapshot_steps,
+    )
 
 
 def _absolute(source: str) -> str:
@@ -195,6 +193,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _git_revision() -> str | None:
+    if shutil.which("git") is None:
+        return None
     result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
     return result.stdout.strip() or None
 

@@ -1,6 +1,5 @@
 """Weights-only snapshots in Hugging Face layout, complete or absent; `meta.json` says where they come from."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from sft_probe.files import new_dir, sha256_file, write_json
+from sft_probe.train.schedule import parse_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,13 +45,15 @@ class SnapshotCallback(TrainerCallback):
 
     trainer: SftTrainer
 
-    def __init__(self, weights_dir: Path, steps: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, weights_dir: Path, snapshot_steps: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.weights_dir = weights_dir
-        self.steps = frozenset(steps)
+        self.snapshot_steps = snapshot_steps
         self.tokenizer = tokenizer
+        self.steps: list[int] = []
 
     def on_train_begin(self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Step 0: the weights as training got them."""
+        """Step 0: the weights as training got them. Only now is the number of the last step known."""
+        self.steps = parse_steps(self.snapshot_steps, state.max_steps)
         self._save(state, kwargs["lr_scheduler"])
 
     def on_step_end(self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
