@@ -1,0 +1,228 @@
+"""The one scorer: log-probabilities of many continuations under a causal LM, each distinct prefix computed once.
+
+Continuations that start alike are packed into one sequence (`sft_probe.packing`) under a mask of their tree
+(`sft_probe.attention`). The body of the model runs once per batch; the model's own `forward` then maps the rows that
+predict something to logits, a chunk of rows at a time, so that soft-capping and scaling are the model's and no tensor
+of [tokens, vocabulary] exists. Whether this is right for a model is not assumed but tried (`choose_way`).
+"""
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sft_probe.attention import PLAIN, Way, attention_in_blocks, candidates, make_masks
+from sft_probe.packing import IntArray, Item, Pack, batches, pack_alone, pack_shared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+_MAX_PACK_TOKENS = 1024
+"""A longer pack pays more attention between strangers on a GPU, and leaves the cache of a CPU."""
+_HEAD_ROW_COST = 1 / 32
+_MAX_HEAD_ROWS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model says of one continuation of R tokens; natural logarithms."""
+
+    token_logprobs: npt.NDArray[np.float32]
+    """[R]"""
+    greedy_tokens: npt.NDArray[np.bool_]
+    """[R], True where no token has a higher logit."""
+    logprob_eos: float | None
+    """Of the terminator; `None` where none was asked for."""
+
+    @property
+    def logprob(self) -> float:
+        """Sum over the continuation, in float64."""
+        return float(self.token_logprobs.sum(dtype=np.float64))
+
+    @property
+    def is_greedy(self) -> bool:
+        """True where greedy decoding would write the continuation."""
+        return bool(self.greedy_tokens.all())
+
+
+def choose_way(model: "PreTrainedModel", longest: int) -> Way:
+    """The fastest way whose log-probs agree with those of the plain way on a few made-up docs of this model.
+
+    ALiBi, recurrent and hybrid models and FlashAttention do not pass, and are scored the plain way; the log says so.
+
+    Args:
+        model: as for `score`.
+        longest: the most tokens that an item will have: one of the docs is longer than the model's sliding window
+            where items can be.
+    """
+    items = _check_items(model, longest)
+    expected = _token_logprobs(model, items, PLAIN)
+    # in 16 bits the two ways round differently, but a wrong mask is off by far more in the mean
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05
+    reason = f"its attention, {model.config._attn_implementation!r}, takes no mask of ours"
+    for way in candidates(model):
+        try:
+            difference = float(np.abs(_token_logprobs(model, items, way) - expected).mean())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code raises on a mask that it does not know
+            reason = f"with shared prefixes: {type(error).__name__}: {error}"
+            continue
+        if difference < tolerance:
+            log.info("%s: shared prefixes are computed once", type(model).__name__)
+            return way
+        reason = f"with shared prefixes log-probs are off by {difference:.2g} nats"
+    log.info("%s: each continuation is computed with its whole prefix (%s)", type(model).__name__, reason)
+    return PLAIN
+
+
+def _check_items(model: "PreTrainedModel", longest: int) -> list[Item]:
+    """Two prefixes, one of them past the sliding window if `longest` is, with continuations that start alike."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    random = np.random.default_rng(0)
+    items = []
+    for length in (24, max(24, min(window + 8, longest - 16))):
+        prefix, stem = (random.integers(config.vocab_size, size=n).tolist() for n in (length, 3))
+        items += [Item(prefix, stem + random.integers(config.vocab_size, size=n).tolist(), 0) for n in (2, 9)]
+    return items
+
+
+def _token_logprobs(model: "PreTrainedModel", items: list[Item], way: Way) -> npt.NDArray[np.float32]:
+    scores = dict(score(model, items, max_tokens=_MAX_PACK_TOKENS, way=way))
+    return np.concatenate([scores[i].token_logprobs for i in range(len(items))])
+
+
+def score(model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, way: Way) -> Iterator[tuple[int, Score]]:
+    """Yields the index of each item and its score, batch by batch.
+
+    Args:
+        model: a causal LM in eval mode, on the device where it is to run.
+        items: token ids; ids that start alike are computed once.
+        max_tokens: the budget of one forward pass. It counts tokens read by the body; beside them as many rows go
+            through the head at a time as weigh the same, V / (32 x hidden) tokens each.
+        way: what `choose_way` returned for this model, or `PLAIN`.
+    """
+    packs = pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if way.shared else pack_alone(items)
+    with torch.no_grad():
+        for batch in batches(list(packs), max_tokens):
+            yield from _score_batch(model, items, batch, max_tokens, way)
+
+
+def _score_batch(
+    model: "PreTrainedModel", items: Sequence[Item], batch: list[Pack], max_tokens: int, way: Way
+) -> Iterator[tuple[int, Score]]:
+    length = max(len(pack.token_ids) for pack in batch)
+    indices = [i for pack in batch for i in pack.items]
+    nodes = np.concatenate([row * length + rows for row, pack in enumerate(batch) for rows in pack.rows])
+    targets = np.concatenate([items[i].target_ids for i in indices])
+    rows, row_of_target = np.unique(nodes, return_inverse=True)
+    with closing(_logits(model, _inputs(model, batch, length, way), rows, max_tokens, way)) as chunks:
+        logprobs, greedy = _read_targets(chunks, row_of_target, targets, model.device)
+    start = 0
+    for i in indices:
+        stop = start + len(items[i].continuation_ids)
+        has_terminator = items[i].terminator_id is not None
+        yield (
+            i,
+            Score(
+                token_logprobs=logprobs[start:stop],
+                greedy_tokens=greedy[start:stop],
+                logprob_eos=float(logprobs[stop]) if has_terminator else None,
+            ),
+        )
+        start = stop + has_terminator
+
+
+def _inputs(model: "PreTrainedModel", batch: list[Pack], length: int, way: Way) -> dict[str, Any]:
+    """Padded on the right, where no token sees it; padding sees itself, so that no softmax is empty."""
+    token_ids = np.zeros((len(batch), length), np.int64)
+    position_ids = np.zeros((len(batch), length), np.int64)
+    mask = np.zeros((len(batch), 1, length, length), dtype=bool) if way.shared else np.empty(0, dtype=bool)
+    if way.shared:
+        mask[:, 0] = np.eye(length, dtype=bool)
+    for row, pack in enumerate(batch):
+        token_ids[row, : len(pack.token_ids)] = pack.token_ids
+        position_ids[row, : len(pack.token_ids)] = pack.position_ids
+        if pack.mask is not None:
+            mask[row, 0, : len(pack.mask), : len(pack.mask)] = pack.mask
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(token_ids).to(model.device)}
+    if not way.shared:
+        return inputs
+    positions = torch.from_numpy(position_ids).to(model.device)
+    masks = make_masks(model, torch.from_numpy(mask).to(model.device), positions, way)
+    return inputs | {"position_ids": positions, "attention_mask": masks}
+
+
+def _logits(
+    model: "PreTrainedModel", inputs: dict[str, Any], rows: IntArray, max_tokens: int, way: Way
+) -> Generator[torch.Tensor, None, None]:
+    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk, from the model's own forward.
+
+    The body runs in the first call only. Its output is cut down to the rows of a chunk, and in later calls the model
+    finds those of the next one in its place.
+    """
+    config = model.config.get_text_config()
+    chunk_rows = min(_MAX_HEAD_ROWS, max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)))
+    chunks = torch.from_numpy(rows).to(model.device).split(chunk_rows)  # type: ignore[no-untyped-call]
+    body = model.base_model
+    run_body = body.forward
+    hidden: torch.Tensor | None = None
+    output: Any = None
+
+    def forward(chunk: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal hidden, output
+        if hidden is None:
+            output = run_body(*args, **kwargs)
+            hidden = output.last_hidden_state.flatten(0, 1)
+        output.last_hidden_state = hidden[chunk][None]
+        return output
+
+    try:
+        with attention_in_blocks(model, inputs["attention_mask"]) if way.blocks else nullcontext():
+            for chunk in chunks:
+                body.forward = partial(forward, chunk)
+                yield model(**inputs, use_cache=False).logits[0]
+    finally:
+        body.forward = run_body
+
+
+def _read_targets(
+    chunks: Iterator[torch.Tensor], row_of_target: IntArray, targets: IntArray, device: torch.device
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q] counts rows over all chunks."""
+    order = np.argsort(row_of_target, kind="stable")
+    sorted_rows = row_of_target[order]
+    logprobs, greedy, start = [], [], 0
+    for logits in chunks:
+        stop = start + len(logits)
+        mine = slice(*np.searchsorted(sorted_rows, [start, stop]))
+        row = torch.from_numpy(sorted_rows[mine] - start).to(device)
+        target_logits = logits[row, torch.from_numpy(targets[order[mine]]).to(device)].float()
+        top, log_sum = _top_and_log_sum(logits)
+        logprobs.append(target_logits - log_sum[row])
+        greedy.append(target_logits == top[row])
+        start = stop
+    back = np.argsort(order, kind="stable")
+    return torch.cat(logprobs).cpu().numpy()[back], torch.cat(greedy).cpu().numpy()[back]
+
+
+def _top_and_log_sum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum and log-sum-exp of each row, in float32; overwrites float32 logits."""
+    tops, log_sums = [], []
+    # a few rows stay in a CPU's cache from the first pass over them to the last
+    part_rows = 16 if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), part_rows):
+        values = logits[start : start + part_rows].float()
+        top = values.amax(dim=-1)
+        tops.append(top)
+        log_sums.append(values.sub_(top[:, None]).exp_().sum(dim=-1).log_() + top)
+    return torch.cat(tops), torch.cat(log_sums)
