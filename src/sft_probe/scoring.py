@@ -174,7 +174,7 @@ def _logits(
     chunk_rows = min(_MAX_HEAD_ROWS, max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)))
     chunks = torch.from_numpy(rows).to(model.device).split(chunk_rows)  # type: ignore[no-untyped-call]
     body = model.base_model
-    run_body = body.forward
+    run_body, hooked = body.forward, "forward" in vars(body)  # accelerate's hooks stand there
     hidden: torch.Tensor | None = None
     output: Any = None
 
@@ -193,6 +193,8 @@ def _logits(
                 yield model(**inputs, use_cache=False).logits[0]
     finally:
         body.forward = run_body
+        if not hooked:
+            del body.forward
 
 
 def _read_targets(
