@@ -73,7 +73,7 @@ def unlink_tasks() -> Path:
 
 
 def run_lm_eval(arguments: list[str]) -> None:
-    """lm-eval's own command line with our tasks on its include path.
+    """lm-eval's own command line with our tasks on its include path and our model, `--model sft_probe`.
 
     Raises:
         UserError: an include path of the user's own is given; lm-eval takes only one.
@@ -87,6 +87,8 @@ def run_lm_eval(arguments: list[str]) -> None:
         )
     sys.argv = ["lm-eval", *arguments]
     if _takes_include_path(arguments):
+        import sft_probe.tasks.lm  # noqa: F401 - registers the model
+
         sys.argv += ["--include_path", str(PACKAGED_TASKS_DIR)]
     cli_evaluate()
 

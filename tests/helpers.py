@@ -88,3 +88,16 @@ def user_error(result: "subprocess.CompletedProcess[str]") -> str:
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr, result.stderr
     return result.stderr
+
+
+def blimp_task(folder: Path) -> Path:
+    """lm-eval's own BLiMP definition, its data replaced by local files."""
+    import lm_eval.tasks
+
+    stock = Path(lm_eval.tasks.__file__).parent / "blimp/_template_yaml"
+    path = folder / "blimp_adjunct_island.yaml"
+    path.write_text(
+        f"include: {stock}\ntask: blimp_adjunct_island\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    train: {SHARED}/data/blimp/adjunct_island.jsonl\n"
+    )
+    return path

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import SHARED, Run, make_docs, needs_shared, user_error
+from helpers import Run, blimp_task, make_docs, needs_shared, user_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.analysis.rows import SCHEMA
@@ -205,19 +205,6 @@ def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "hub/trajectory.csv")
     assert sorted(table["step"].unique()) == [0, 1000]
     assert (table["delta"] == 0).all()
-
-
-def blimp_task(folder: Path) -> Path:
-    """lm-eval's own BLiMP definition, its data replaced by local files."""
-    import lm_eval.tasks
-
-    stock = Path(lm_eval.tasks.__file__).parent / "blimp/_template_yaml"
-    path = folder / "blimp_adjunct_island.yaml"
-    path.write_text(
-        f"include: {stock}\ntask: blimp_adjunct_island\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-        f"    train: {SHARED}/data/blimp/adjunct_island.jsonl\n"
-    )
-    return path
 
 
 @needs_shared

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sft_probe.errors import UserError
-from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, encode, encode_pair
+from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, encode, encode_pair, terminator_id
 from sft_probe.records import Doc, ProbeSet
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def build_examples(
     if category not in probe_set.categories:
         known = ", ".join(probe_set.categories)
         raise UserError(f"--train_category {category}: the probe set {probe_set.source} has only {known}.")
-    terminator_id = prompt_format.terminator_id(tokenizer)
+    end_id = terminator_id(prompt_format.name, tokenizer)
     examples, doc_ids, num_cut = [], [], 0
     dropped = dropped_by_faults(probe_set)
     for doc in probe_set.of_split("train"):
@@ -68,7 +68,7 @@ def build_examples(
             reason = "prompt and response do not join" if pair is None else f"over max_length {max_length} tokens"
             dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=reason))
             continue
-        examples.append(_example(*pair, terminator_id))
+        examples.append(_example(*pair, end_id))
         doc_ids.append(doc.doc_id)
         num_cut += len(messages) < len(doc.messages)
     if not examples:
@@ -76,8 +76,8 @@ def build_examples(
     return TrainingExamples(examples=examples, doc_ids=doc_ids, dropped=dropped, num_cut_prompts=num_cut)
 
 
-def _example(prompt_ids: list[int], continuation_ids: list[int], terminator_id: int) -> dict[str, list[int]]:
-    target = [*continuation_ids, terminator_id]
+def _example(prompt_ids: list[int], continuation_ids: list[int], end_id: int) -> dict[str, list[int]]:
+    target = [*continuation_ids, end_id]
     return {"input_ids": prompt_ids + target, "labels": [IGNORED_LABEL] * len(prompt_ids) + target}
 
 

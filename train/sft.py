@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, read_json, write_json
 from sft_probe.models import check_window, load_model, load_tokenizer
-from sft_probe.prompts import PromptFormat
+from sft_probe.prompts import PromptFormat, terminator_id
 from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train.arguments import SftArguments, parse_arguments
 from sft_probe.train.data import PadRight, TrainingExamples, build_examples
@@ -74,7 +74,7 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: 
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=PadRight(prompt_format.terminator_id(tokenizer)),
+        data_collator=PadRight(terminator_id(prompt_format.name, tokenizer)),
     )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
@@ -93,7 +93,7 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: 
         "probe_set": _absolute(arguments.probe_set),
         "prompt_format": prompt_format.name,
         "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
-        "terminator_id": prompt_format.terminator_id(tokenizer),
+        "terminator_id": terminator_id(prompt_format.name, tokenizer),
         "max_length": arguments.max_length,
         "num_examples": len(examples),
         "num_cut_prompts": examples.num_cut_prompts,

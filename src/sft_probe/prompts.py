@@ -59,21 +59,22 @@ class PromptFormat:
         stripped = text.rstrip()
         return Prompt(stripped, text[len(stripped) :])
 
-    def terminator_id(self, tokenizer: "PreTrainedTokenizerBase") -> int:
-        """The id that ends a response: the special token that the chat template puts there, else EOS.
 
-        Raises:
-            UserError: the tokenizer has no EOS token.
-        """
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token, so no terminator can be trained.")
-        if self.name == "chat":
-            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "RESPONSE"}]
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            ids = tokenizer.encode(text.rpartition("RESPONSE")[2].strip(), add_special_tokens=False)
-            if ids and ids[0] in tokenizer.all_special_ids:
-                return int(ids[0])
-        return int(tokenizer.eos_token_id)
+def terminator_id(format_name: str, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id that ends a response: the special token that the chat template puts there, else EOS.
+
+    Raises:
+        UserError: the tokenizer has no EOS token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so no terminator can be trained or scored.")
+    if format_name == "chat":
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "RESPONSE"}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        ids = tokenizer.encode(text.rpartition("RESPONSE")[2].strip(), add_special_tokens=False)
+        if ids and ids[0] in tokenizer.all_special_ids:
+            return int(ids[0])
+    return int(tokenizer.eos_token_id)
 
 
 def _read_template(name: str) -> Any:

@@ -48,6 +48,11 @@ class Score:
         return float(self.token_logprobs.sum(dtype=np.float64))
 
     @property
+    def is_finite(self) -> bool:
+        """False where the model gave NaN or an infinity."""
+        return bool(np.isfinite([*self.token_logprobs, self.logprob_eos or 0]).all())
+
+    @property
     def is_greedy(self) -> bool:
         """True where greedy decoding would write the continuation."""
         return bool(self.greedy_tokens.all())
@@ -113,8 +118,16 @@ def score(model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, w
     """
     packs = pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if way.shared else pack_alone(items)
     with torch.no_grad():
+        suspects = []
         for batch in batches(list(packs), max_tokens):
-            yield from _score_batch(model, items, batch, max_tokens, way)
+            for index, result in _score_batch(model, items, batch, max_tokens, way):
+                if result.is_finite or not way.shared:
+                    yield index, result
+                else:  # NaN times an attention of 0 is NaN: one item spoils its whole pack
+                    suspects.append(index)
+        if suspects:
+            for number, result in score(model, [items[i] for i in suspects], max_tokens=max_tokens, way=PLAIN):
+                yield suspects[number], result
 
 
 def _score_batch(

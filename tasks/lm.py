@@ -1,0 +1,195 @@
+"""lm-eval's `hf` model with the one scorer of `sft_probe.scoring`: `--model sft_probe`."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lm_eval.models  # noqa: F401 - lm-eval loads its own models only while none is registered
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
+from tqdm import tqdm
+
+from sft_probe.attention import Way
+from sft_probe.errors import UserError
+from sft_probe.malloc import keep_freed_memory
+from sft_probe.packing import Item
+from sft_probe.prompts import terminator_id
+from sft_probe.scoring import Score, choose_way, score
+
+log = logging.getLogger(__name__)
+
+_MAX_NAMED = 10
+
+
+class ProbeScore(tuple[float, bool]):
+    """lm-eval's `(logprob, is_greedy)`, with what it has no place for; log-probs in nats. Pickles with all of it."""
+
+    num_tokens: int
+    """Of the continuation, without the terminator."""
+    token_logprobs: list[float]
+    """[num_tokens]"""
+    logprob_eos: float | None
+    """Of the terminator after the continuation; `None` where none was scored."""
+    is_finite: bool
+    """False where the model gave NaN or an infinity."""
+
+    @classmethod
+    def of(cls, score: Score) -> "ProbeScore":
+        """What lm-eval is given for a score."""
+        result = cls((score.logprob, score.is_greedy))
+        result.num_tokens = len(score.token_logprobs)
+        result.token_logprobs = score.token_logprobs.tolist()
+        result.logprob_eos = score.logprob_eos
+        result.is_finite = score.is_finite
+        return result
+
+
+class NonFiniteError(UserError):
+    """The model gave NaN or infinite log-probs for some requests; the others are scored."""
+
+    def __init__(self, faults: list[Instance], scored: list[tuple[Instance, ProbeScore]]) -> None:
+        names = _join(f"{_name(request)}: NaN or infinite logits" for request in faults)
+        super().__init__(f"{len(faults)} of {len(faults) + len(scored)} requests have no log-prob:\n{names}")
+        self.faults = faults
+        self.scored = scored
+
+
+@register_model("sft_probe")
+class ProbeLM(HFLM):
+    """`hf`, except that every distinct prefix of all requests is computed once and sums are never of 16-bit numbers.
+
+    `loglikelihood` returns `ProbeScore`s. Tasks named `sft_probe*` have the terminator of their prompt format scored
+    too. What it does not override, such as generation, is `hf`.
+
+    Args:
+        max_tokens: how many tokens one forward pass reads; default: 16,384 on a GPU, 1,024 on a CPU. Halved where
+            memory runs out.
+        **arguments: those of `hf`; `batch_size` is for generation alone.
+
+    Raises:
+        UserError: an encoder-decoder, a prompt-tuned model or mixed precision is asked for.
+    """
+
+    def __init__(self, *, max_tokens: int | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        prompt_tuned = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
+        if self.backend != "causal" or self.mixed_precision_dtype is not None or prompt_tuned:
+            raise UserError(
+                "the model sft_probe scores decoder-only models in one dtype and without learned prompts; use hf."
+            )
+        on_cpu = torch.device(self.device).type == "cpu"
+        self.max_tokens = max_tokens or (1024 if on_cpu else 16384)
+        if on_cpu:
+            keep_freed_memory()
+        self._way: Way | None = None
+        self._ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def use(self, model: Any) -> None:
+        """Replaces the model by another one of the same architecture; token ids stay cached."""
+        self._model = model
+        if self._way is not None and not self._way.shared:
+            self._way = None  # it may have been these weights, with NaN in them, that failed the check
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[ProbeScore]:
+        """Scores all requests, in one go.
+
+        Raises:
+            UserError: a continuation is empty or longer than the window; nothing is scored.
+            NonFiniteError: after all others are scored.
+        """
+        pairs = [self._encode(*request.args) for request in requests]
+        terminators = [self._terminator(request) for request in requests]
+        self._check(requests, pairs, terminators)
+        items = [self._fit(*pair, end) for pair, end in zip(pairs, terminators, strict=True)]
+        if num_cut := sum(len(item.prefix_ids) < len(ids) for item, (ids, _) in zip(items, pairs, strict=True)):
+            log.warning("contexts cut on the left, to max_length %d: %d of %d", self.max_length, num_cut, len(items))
+        results: dict[int, ProbeScore] = {}
+        for index, result in self._score(items, disable_tqdm):
+            results[index] = result
+            if result.is_finite:
+                self.cache_hook.add_partial("loglikelihood", requests[index].args, result)
+        faults = [requests[i] for i, result in results.items() if not result.is_finite]
+        if faults:
+            raise NonFiniteError(faults, [(requests[i], result) for i, result in results.items() if result.is_finite])
+        return [results[i] for i in range(len(requests))]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,  # noqa: ARG002 - the token budget counts
+    ) -> list[ProbeScore]:
+        """What `loglikelihood_rolling` calls, with windows of token ids."""
+        results = dict(self._score([self._fit(context, ids, None) for _, context, ids in requests], disable_tqdm))
+        return [results[i] for i in range(len(requests))]
+
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both; those of an empty context are the prefix token, as in `hf`."""
+        key = (context, continuation)
+        if key not in self._ids:
+            if context:
+                self._ids[key] = self._encode_pair(context, continuation)
+            else:
+                ids = self.tok_encode(continuation, add_special_tokens=False)
+                has_prefix = ids[:1] == [self.prefix_token_id]
+                self._ids[key] = (ids[:1], ids[1:]) if has_prefix else ([self.prefix_token_id], ids)
+        return self._ids[key]
+
+    def _terminator(self, request: Instance) -> int | None:
+        if not (request.task_name or "").startswith("sft_probe"):
+            return None
+        return terminator_id(request.doc["prompt_format"], self.tokenizer)
+
+    def _check(
+        self,
+        requests: list[Instance],
+        pairs: list[tuple[list[int], list[int]]],
+        terminators: list[int | None],
+    ) -> None:
+        faults = []
+        for request, (_, ids), end in zip(requests, pairs, terminators, strict=True):
+            num_tokens = len(ids) + (end is not None)
+            if not ids:
+                faults.append(f"{_name(request)}: no token is left of the continuation {request.args[1]!r}")
+            elif num_tokens > self.max_length:
+                faults.append(f"{_name(request)}: {num_tokens} tokens to predict, over max_length {self.max_length}")
+        if faults:
+            raise UserError(f"{len(faults)} of {len(requests)} requests cannot be scored:\n{_join(faults)}")
+
+    def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Item:
+        """Cuts the context on the left where the window is too short, as `hf` does."""
+        return Item(context_ids[-(self.max_length + (end is None) - len(ids)) :], ids, end)
+
+    def _score(self, items: list[Item], disable_tqdm: bool) -> Iterator[tuple[int, ProbeScore]]:
+        """Scores of `items` by index; from the start again, with half the budget, where memory runs out."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        while True:
+            try:
+                if self._way is None:
+                    self._way = choose_way(model, self.max_length)
+                scores = score(model, items, max_tokens=self.max_tokens, way=self._way)
+                bar = tqdm(scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0)
+                for index, result in bar:
+                    yield index, ProbeScore.of(result)
+                return
+            except torch.OutOfMemoryError as error:
+                if self.max_tokens < max(len(item.input_ids) for item in items):
+                    raise UserError("one response alone does not fit the memory; try bfloat16 or a GPU.") from error
+            self.max_tokens //= 2
+            torch.cuda.empty_cache()
+            log.warning("out of memory: from the start again, with %d tokens at a time", self.max_tokens)
+
+
+def _name(request: Instance) -> str:
+    doc_id = request.doc.get("doc_id", request.doc_id) if isinstance(request.doc, dict) else request.doc_id
+    return f"{request.task_name}, doc {doc_id}"
+
+
+def _join(lines: Any) -> str:
+    """At most ten of them, and how many there are."""
+    all_lines = list(lines)
+    more = [f"and {len(all_lines) - _MAX_NAMED} more"] if len(all_lines) > _MAX_NAMED else []
+    return "\n".join([*all_lines[:_MAX_NAMED], *more])
