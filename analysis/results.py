@@ -16,10 +16,10 @@ def write_results(directory: Path, results: dict[str, Any], model_args: dict[str
     from lm_eval.loggers import EvaluationTracker
 
     samples = results.pop("samples")
-    results.setdefault("config", {"model": "hf", "model_args": model_args})
+    results.setdefault("config", {"model": "sft_probe", "model_args": model_args})
     results.setdefault("date", datetime.datetime.now(datetime.UTC).timestamp())
     tracker = EvaluationTracker(output_path=str(directory / "results.json"))
-    tracker.general_config_tracker.log_experiment_args("hf", model_args, None, None, False)
+    tracker.general_config_tracker.log_experiment_args("sft_probe", model_args, None, None, False)
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, task_samples in samples.items():
         tracker.save_results_samples(task_name=task, samples=task_samples)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.json
@@ -10,6 +10,9 @@ import pyarrow.parquet
 
 from sft_probe.analysis.checkpoints import Checkpoint
 from sft_probe.files import fsync_path
+
+if TYPE_CHECKING:
+    from sft_probe.tasks.lm import ProbeScore
 
 SCHEMA = pa.schema(
     [
@@ -40,13 +43,18 @@ SCHEMA = pa.schema(
 )
 
 
-def score_row(sample: dict[str, Any], checkpoint: Checkpoint, run: dict[str, Any]) -> dict[str, Any]:
-    """One row from a sample that lm-eval logged. `run` gives the columns that do not change within a sweep.
+def score_row(
+    doc: dict[str, Any], score: "ProbeScore", first: int, checkpoint: Checkpoint, run: dict[str, Any]
+) -> dict[str, Any]:
+    """One row.
 
-    The stock `hf` model knows only sums: `logprob_first`, `logprob_eos` and `token_logprobs` are null.
+    Args:
+        doc: of a `sft_probe_*` task.
+        score: what the model says of its response.
+        first: index of the first token that holds more than white space.
+        checkpoint: the weights.
+        run: the columns that do not change within a sweep.
     """
-    doc = sample["doc"]
-    logprob, is_greedy = sample["resps"][0][0]
     return {
         **run,
         "step": checkpoint.step,
@@ -54,13 +62,13 @@ def score_row(sample: dict[str, Any], checkpoint: Checkpoint, run: dict[str, Any
         "tokens_seen": checkpoint.tokens_seen,
         "epoch": checkpoint.epoch,
         **{name: doc[name] for name in ("category", "split", "doc_id", "conversation_id", "prompt_format")},
-        "num_tokens": doc["num_tokens"],
+        "num_tokens": score.num_tokens,
         "num_bytes": doc["num_bytes"],
-        "logprob": logprob,
-        "logprob_first": None,
-        "logprob_eos": None,
-        "token_logprobs": None,
-        "is_greedy": is_greedy,
+        "logprob": score[0],
+        "logprob_first": score.token_logprobs[first],
+        "logprob_eos": score.logprob_eos,
+        "token_logprobs": score.token_logprobs,
+        "is_greedy": score[1],
         "weights_dtype": checkpoint.weights_dtype,
         "source": "lm_eval",
     }

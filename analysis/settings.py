@@ -6,21 +6,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from filelock import FileLock
 
 from sft_probe import __version__
 from sft_probe.analysis.checkpoints import Checkpoint
+from sft_probe.analysis.live_model import base_of, local_folder, model_config
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_json, write_json
 from sft_probe.models import load_tokenizer
-from sft_probe.prompts import DroppedDoc, EncodedDoc, PromptFormat, encode_probe_set
+from sft_probe.prompts import DroppedDoc, EncodedDoc, PromptFormat, encode_probe_set, terminator_id
 from sft_probe.records import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
+from sft_probe.scoring import default_max_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_MAX_LENGTH = 1024
-_FIXED = ("probe_set_sha256", "prompt_format", "items_sha256", "max_length", "dtype")
+_FIXED = (
+    "probe_set_sha256", "prompt_format", "tokenizer_sha256", "terminator_id", "items_sha256", "max_length", "dtype",
+    "model_config",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +47,19 @@ class SweepRequest:
     num_fewshot: int | None = None
     limit: float | None = None
     apply_chat_template: bool = False
+    max_tokens: int | None = None
+    """Tokens in one forward pass; default: those of the sweep so far, else by device."""
     batch_size: int = 8
+    """Of benchmarks that generate."""
     dtype: str = "float32"
     device: str | None = None
     shard: tuple[int, int] = (1, 1)
     """i of N, from 1: this process scores every N-th step."""
+
+    @property
+    def resolved_device(self) -> str:
+        """The device asked for, else a GPU where there is one."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +76,15 @@ class SweepSettings:
     tokenizer: "PreTrainedTokenizerBase"
     tokenizer_source: tuple[str, str]
     """Name or path, and revision."""
+    model_config: dict[str, Any]
+    """That of all checkpoints."""
     max_length: int
     docs: list[EncodedDoc]
     dropped: list[DroppedDoc]
 
 
 def resolve_settings(request: SweepRequest, first: Checkpoint) -> SweepSettings:
-    """Fills in what the request leaves open from the run's manifest; the tokenizer is the first checkpoint's.
+    """Fills in what the request leaves open from the run's manifest; tokenizer and config are the first checkpoint's.
 
     Raises:
         UserError: training has not finished, the probe set has changed or has another format than the run, or no doc
@@ -78,7 +94,8 @@ def resolve_settings(request: SweepRequest, first: Checkpoint) -> SweepSettings:
     manifest = {} if foreign else _run_manifest(request.directory)
     source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
     probe_set = load_probe_set(source)
-    tokenizer = load_tokenizer(first.model, first.revision)
+    tokenizer_source = tokenizer_of(first)
+    tokenizer = load_tokenizer(*tokenizer_source)
     given = request.prompt_format or (probe_set.prompt_format if foreign else manifest["prompt_format_source"])
     prompt_format = PromptFormat(given, tokenizer)
     _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
@@ -98,7 +115,8 @@ def resolve_settings(request: SweepRequest, first: Checkpoint) -> SweepSettings:
         prompt_format=given,
         format_name=prompt_format.name,
         tokenizer=tokenizer,
-        tokenizer_source=(first.model, first.revision),
+        tokenizer_source=tokenizer_source,
+        model_config=model_config(first.model, first.revision),
         max_length=max_length,
         docs=docs,
         dropped=dropped,
@@ -135,37 +153,70 @@ def _check_against_run(
         raise UserError(f"the probe set {probe_set.source} has changed since the run was trained on it.")
 
 
-def fix_settings(settings: SweepSettings, directory: Path) -> None:
-    """Writes `sweep/manifest.json` at first use; later sweeps must agree with it.
+def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
+    """Writes `sweep/manifest.json` at first use; later sweeps must agree with it. Returns the token budget.
 
     Raises:
         UserError: names what differs from the steps already scored.
     """
-    path = make_dir(directory / "sweep") / "manifest.json"
+    path = make_dir(request.directory / "sweep") / "manifest.json"
     items = [(doc.doc.doc_id, doc.prompt_ids, doc.continuation_ids) for doc in settings.docs]
     manifest = {
         **settings.run_columns,
         "probe_set": settings.probe_set.name,
         "probe_set_sha256": settings.probe_set.sha256,
         "prompt_format": settings.format_name,
+        "tokenizer_sha256": _tokenizer_sha256(settings.tokenizer),
+        "terminator_id": terminator_id(settings.format_name, settings.tokenizer),
         "items_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
         "max_length": settings.max_length,
+        "max_tokens": request.max_tokens or default_max_tokens(request.resolved_device),
         "dtype": settings.run_columns["compute_dtype"],
         "categories": list(settings.probe_set.categories),
         "num_docs": {split: sum(doc.doc.split == split for doc in settings.docs) for split in ("train", "heldout")},
+        "doc_ids": [doc.doc.doc_id for doc in settings.docs],
         "dropped": [vars(drop) for drop in settings.dropped],
+        "model_config": settings.model_config,
         "sft_probe_version": __version__,
     }
     with FileLock(path.with_name(".lock")):
         if not path.exists():
             write_json(path, manifest)
-            return
     earlier = read_json(path)
-    differing = [
-        f"{name} ({earlier[name]} there, {manifest[name]} now)" for name in _FIXED if earlier[name] != manifest[name]
-    ]
+    differing = [_difference(name, earlier.get(name), manifest[name]) for name in _FIXED]
+    differing = [difference for difference in differing if difference]
     if differing:
         raise UserError(
             f"{path.parent} holds steps scored otherwise: {'; '.join(differing)}. A sweep never mixes them: delete "
             "that directory, or sweep into another one."
         )
+    if request.max_tokens:
+        record_max_tokens(request.directory, request.max_tokens)
+    return request.max_tokens or int(earlier["max_tokens"])
+
+
+def record_max_tokens(directory: Path, max_tokens: int) -> None:
+    """Puts another token budget into `sweep/manifest.json`; sums change with it by about 1e-6 nats."""
+    path = directory / "sweep" / "manifest.json"
+    with FileLock(path.with_name(".lock")):
+        write_json(path, {**read_json(path), "max_tokens": max_tokens})
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Name and revision of a checkpoint's tokenizer; that of the base model for an adapter that is stored without."""
+    folder = local_folder(checkpoint.model, checkpoint.revision)
+    if (folder / "tokenizer_config.json").exists():
+        return str(folder), "main"
+    return base_of(folder, checkpoint.revision)
+
+
+def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    parts = [tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _difference(name: str, earlier: Any, now: Any) -> str:
+    if not isinstance(earlier, dict) or earlier == now:
+        return "" if earlier == now else f"{name} ({earlier} there, {now} now)"
+    keys = [key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key)]
+    return "; ".join(_difference(f"{name}.{key}", earlier.get(key), now.get(key)) for key in sorted(keys)[:5])

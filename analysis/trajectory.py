@@ -12,7 +12,7 @@ def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
 
     `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `delta` the mean paired
     change from the run's first step; `logprob_body` and `delta_body` are the same without the first token, null where
-    the scorer gives no token log-probs. The intervals are 95 % percentile intervals of a bootstrap that resamples
+    the rows hold no token log-probs. The intervals are 95 % percentile intervals of a bootstrap that resamples
     conversations (2,000 times, fixed seed): they hold for prompts, not for repeated training. Values are rounded to
     1e-4, since the composition of batches changes sums by about 1e-6 nats.
     """
@@ -41,7 +41,11 @@ def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` [n], resampling whole clusters; NaN below 2 clusters."""
+    """95 % percentile interval of the mean of `values` [n], resampling whole clusters; NaN below 2 clusters.
+
+    A NaN, the change of a doc that the first step could not score, is left out.
+    """
+    values, clusters = values[~np.isnan(values)], clusters[~np.isnan(values)]
     names, index = np.unique(clusters, return_inverse=True)
     if len(names) < 2:
         return float("nan"), float("nan")

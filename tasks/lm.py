@@ -17,7 +17,7 @@ from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.packing import Item
 from sft_probe.prompts import terminator_id
-from sft_probe.scoring import Score, choose_way, score
+from sft_probe.scoring import Score, choose_way, default_max_tokens, score
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,8 @@ class ProbeLM(HFLM):
             raise UserError(
                 "the model sft_probe scores decoder-only models in one dtype and without learned prompts; use hf."
             )
-        on_cpu = torch.device(self.device).type == "cpu"
-        self.max_tokens = max_tokens or (1024 if on_cpu else 16384)
-        if on_cpu:
+        self.max_tokens = max_tokens or default_max_tokens(str(self.device))
+        if torch.device(self.device).type == "cpu":
             keep_freed_memory()
         self._way: Way | None = None
         self._ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}

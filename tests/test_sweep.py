@@ -53,8 +53,16 @@ def test_rows_say_where_they_come_from(swept_run: Path) -> None:
     assert frame.groupby("step")["examples_seen"].first().to_dict() == {0: 0, 1: 4, 4: 16}
     for name in ("train_category", "order_seed", "epoch", "num_tokens", "num_bytes", "logprob", "weights_dtype"):
         assert frame[name].notna().all(), name
-    for name in ("logprob_first", "logprob_eos", "token_logprobs"):
-        assert frame[name].isna().all(), f"{name}: stock lm-eval cannot know it"
+    tokenizer: Any = AutoTokenizer.from_pretrained(swept_run / "weights/step_000004")
+    docs = {doc.doc_id: doc for doc in load_probe_set("helpful-mini").docs}
+    records: list[Any] = frame.to_dict("records")
+    for row in records:
+        assert len(row["token_logprobs"]) == row["num_tokens"]
+        assert sum(map(float, row["token_logprobs"])) == pytest.approx(row["logprob"], abs=1e-4)
+        ids = tokenizer.encode(" " + docs[row["doc_id"]].responses[row["category"]])
+        first = 1 if tokenizer.decode(ids[:1]) == " " else 0
+        assert row["logprob_first"] == pytest.approx(float(row["token_logprobs"][first]))
+        assert row["logprob_eos"] < 0
 
 
 def test_scores_equal_a_float64_reference(swept_run: Path) -> None:
@@ -153,7 +161,7 @@ def test_damaged_snapshots_are_reported_and_the_others_scored(
     shutil.copytree(run / "weights/step_000004", run / "weights/step_000009")
     (run / "weights/step_000009/meta.json").unlink()
     message = user_error(sft_probe("sweep", run))
-    assert "2 checkpoints could not be scored" in message
+    assert "2 checkpoints could not be scored in full" in message
     assert "step_000001/model.safetensors is damaged" in message
     assert "step_000009: cannot read" in message
     left = pd.read_csv(run / "trajectory.csv")

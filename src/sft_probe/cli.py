@@ -70,7 +70,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt_format", "--prompt-format", help="default: that of the run or probe set")
     command.add_argument("--max_length", type=_positive, help="tokens; longer docs are left out; default: the run's")
     command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    command.add_argument("--batch_size", type=_positive, default=8)
+    command.add_argument("--max_tokens", type=_positive, help="tokens in one forward pass; default: by device")
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="i/N", help="score every N-th step, from the i-th"
@@ -79,6 +79,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     benchmarks.add_argument(
         "--tasks", type=_names, default=(), metavar="A,B", help="lm-eval tasks, patterns or YAML files"
     )
+    benchmarks.add_argument("--batch_size", type=_positive, default=8, help="of those that generate; default: 8")
     benchmarks.add_argument("--num_fewshot", type=int)
     benchmarks.add_argument("--limit", type=float)
     benchmarks.add_argument("--apply_chat_template", action="store_true")

@@ -57,6 +57,7 @@ def load_model(name: str, dtype: str, revision: str = "main") -> "PreTrainedMode
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name!r}: {_one_line(error)}") from error

@@ -122,6 +122,11 @@ def encode_pair(
     return prompt_ids, joint_ids[len(prompt_ids) :]
 
 
+def first_visible(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> int:
+    """Index of the first token that holds a character other than white space."""
+    return next(i for i, token_id in enumerate(ids) if str(tokenizer.decode([token_id])).strip())
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedDoc:
     """A doc whose responses all fit: the prompt, and the ids of each category's continuation."""

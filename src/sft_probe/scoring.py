@@ -31,6 +31,11 @@ _HEAD_ROW_COST = 1 / 32
 _MAX_HEAD_ROWS = 2048
 
 
+def default_max_tokens(device: str) -> int:
+    """The token budget of one forward pass: more keeps a GPU busy, and only leaves the cache of a CPU."""
+    return 1024 if torch.device(device).type == "cpu" else 16384
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """What a model says of one continuation of R tokens; natural logarithms."""

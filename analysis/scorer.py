@@ -1,0 +1,228 @@
+"""Scores the parts of one checkpoint: a split of the probe set or a benchmark, each written whole or not at all."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+from lm_eval.evaluator import evaluate, simple_evaluate
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from sft_probe.analysis.checkpoints import Checkpoint
+from sft_probe.analysis.live_model import LiveModel
+from sft_probe.analysis.results import benchmark_rows, write_results
+from sft_probe.analysis.rows import score_row
+from sft_probe.analysis.settings import SweepRequest, SweepSettings, record_max_tokens
+from sft_probe.errors import UserError
+from sft_probe.files import new_dir, write_jsonl
+from sft_probe.models import check_window
+from sft_probe.prompts import first_visible
+from sft_probe.tasks.discovery import task_name, write_tasks_dir
+from sft_probe.tasks.lm import NonFiniteError, ProbeLM, ProbeScore
+
+log = logging.getLogger(__name__)
+
+_MAX_NAMED = 5
+
+
+class Scorer:
+    """Task objects and the lm-eval model, built at first need and kept; each checkpoint replaces the weights.
+
+    Args:
+        request: what to score.
+        settings: what all steps share.
+        max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory runs out.
+    """
+
+    def __init__(self, request: SweepRequest, settings: SweepSettings, max_tokens: int) -> None:
+        self.request = request
+        self.settings = settings
+        self.max_tokens = max_tokens
+        self.live = LiveModel(request.dtype, request.resolved_device, settings.model_config, settings.tokenizer)
+        self.lm: ProbeLM | None = None
+        self.probe_tasks: dict[str, Any] = {}
+        self.benchmarks: dict[str, list[Any]] = {}
+        self.first_visible = {
+            (doc.doc.doc_id, category): first_visible(settings.tokenizer, ids)
+            for doc in settings.docs
+            for category, ids in doc.continuation_ids.items()
+        }
+
+    def score(self, checkpoint: Checkpoint) -> list[str]:
+        """Scores the parts that are missing; returns what is wrong with those that there are.
+
+        Raises:
+            UserError: the checkpoint cannot be scored.
+        """
+        folder = self.request.directory / "sweep" / f"step_{checkpoint.step:06d}"
+        splits = [split for split in self.request.splits if not (folder / split).exists()]
+        benchmarks = {spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in self.request.tasks}
+        missing = {spec: path for spec, path in benchmarks.items() if not path.exists()}
+        if splits or missing:
+            log.info("step %d: scoring %s", checkpoint.step, ", ".join([*splits, *missing]))
+            checkpoint.verify()
+            self._load(checkpoint)
+        else:
+            log.info("step %d is complete", checkpoint.step)
+        problems = []
+        for split in splits:
+            self._score_probes(checkpoint, split, folder / split)
+        for spec, path in missing.items():
+            try:
+                self._score_benchmark(checkpoint, spec, path)
+            except NonFiniteError as error:
+                problems.append(f"{spec}: {error}")
+        return [*(fault for split in self.request.splits for fault in _faults(folder / split)), *problems]
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        if self.lm is not None:
+            self.lm.use(None)  # the old weights may have to go before the next ones come
+        model = self.live.load(checkpoint)
+        check_window(self.settings.max_length, model)
+        if self.lm is not None:
+            self.lm.use(model)
+            return
+        with _quiet("lm_eval"):
+            self.lm = ProbeLM(
+                pretrained=model,
+                backend="causal",
+                tokenizer=self.settings.tokenizer,
+                batch_size=self.request.batch_size,
+                max_length=self.settings.max_length,
+                max_tokens=self.max_tokens,
+            )
+
+    def _score_probes(self, checkpoint: Checkpoint, split: str, folder: Path) -> None:
+        if split not in self.probe_tasks:
+            self.probe_tasks[split] = self._load_probe_tasks(split)
+        results: dict[str, Any] | None = None
+        faults: list[dict[str, Any]] = []
+        try:
+            with _quiet("lm_eval"):
+                results = evaluate(lm=self.lm, task_dict=self.probe_tasks[split], bootstrap_iters=1000)
+            scored = [(sample["doc"], sample["resps"][0][0]) for task in results["samples"].values() for sample in task]
+        except NonFiniteError as error:  # lm-eval's means would be of fewer docs, so that its files are left out
+            scored = [(request.doc, score) for request, score in error.scored]
+            faults = [request.doc for request in error.faults]
+        self._keep_max_tokens()
+        rows = [self._row(doc, score, checkpoint) for doc, score in scored]
+        with new_dir(folder) as temporary:
+            write_jsonl(temporary / "rows.jsonl", rows)
+            if results is not None:
+                self._write_results(temporary, results, checkpoint)
+            if faults:
+                write_jsonl(temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults])
+
+    def _row(self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint) -> dict[str, Any]:
+        first = self.first_visible[doc["doc_id"], doc["category"]]
+        return score_row(doc, score, first, checkpoint, self.settings.run_columns)
+
+    def _load_probe_tasks(self, split: str) -> Any:
+        source = self.settings.probe_set.source
+        tasks_dir = write_tasks_dir(source, self.request.directory / "sweep" / "tasks")
+        tokenizer, revision = self.settings.tokenizer_source
+        metadata = {
+            "prompt_format": self.settings.prompt_format,
+            "tokenizer": tokenizer,
+            "revision": revision,
+            "max_length": self.settings.max_length,
+        }
+        with _quiet("lm_eval", "sft_probe.tasks"):
+            manager = TaskManager(include_defaults=False, include_path=str(tasks_dir), metadata=metadata)
+            return manager.load([task_name(category, split) for category in self.settings.probe_set.categories])
+
+    def _score_benchmark(self, checkpoint: Checkpoint, spec: str, folder: Path) -> None:
+        if spec not in self.benchmarks:
+            self.benchmarks[spec] = _load_benchmark(spec)
+        results = simple_evaluate(
+            model=self.lm,
+            tasks=self.benchmarks[spec],
+            num_fewshot=self.request.num_fewshot,
+            limit=self.request.limit,
+            apply_chat_template=self.request.apply_chat_template,
+            task_manager=TaskManager(include_defaults=False),  # else it reads 14,000 files, at every step
+        )
+        self._keep_max_tokens()
+        rows = benchmark_rows(results, self.settings.run_columns["run"], checkpoint.step)
+        with new_dir(folder) as temporary:
+            write_jsonl(temporary / "benchmarks.jsonl", rows)
+            self._write_results(temporary, results, checkpoint)
+
+    def _keep_max_tokens(self) -> None:
+        if self.lm is not None and self.lm.max_tokens != self.max_tokens:
+            self.max_tokens = self.lm.max_tokens
+            record_max_tokens(self.request.directory, self.max_tokens)
+
+    def _suffix(self) -> str:
+        """What makes the results of one benchmark differ."""
+        request = self.request
+        names = (
+            f"{request.num_fewshot}shot" if request.num_fewshot is not None else "",
+            f"limit{request.limit:g}" if request.limit is not None else "",
+            "chat" if request.apply_chat_template else "",
+        )
+        return "".join(f"-{name}" for name in names if name)
+
+    def _write_results(self, folder: Path, results: dict[str, Any], checkpoint: Checkpoint) -> None:
+        arguments = {
+            "pretrained": checkpoint.model,
+            "revision": checkpoint.revision,
+            "dtype": self.request.dtype,
+            "max_length": self.settings.max_length,
+            "max_tokens": self.max_tokens,
+        }
+        with _quiet("lm_eval"):
+            write_results(folder, results, arguments)
+
+
+def _fault(doc: dict[str, Any], step: int) -> dict[str, Any]:
+    return {"step": step, **{name: doc[name] for name in ("split", "category", "doc_id")}, "reason": "NaN or inf"}
+
+
+def _faults(folder: Path) -> list[str]:
+    """One message about the responses of a part that have no log-prob; none where all have one."""
+    path = folder / "faults.jsonl"
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    names = ", ".join(f"{row['doc_id']} {row['category']}" for row in rows[:_MAX_NAMED])
+    more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
+    return [f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} ({path})"]
+
+
+def _load_benchmark(spec: str) -> list[Any]:
+    is_file = spec.endswith((".yaml", ".yml"))
+    with _quiet("lm_eval"):
+        manager = TaskManager(include_defaults=not is_file)
+        names = [spec] if is_file else manager.match_tasks([spec])
+        if not names or (is_file and not Path(spec).is_file()):
+            raise UserError(f"--tasks: lm-eval knows no task {spec!r}; `lm_eval ls tasks` lists them.")
+        if len(names) > 1:  # a pattern may match a group and its tasks, which lm-eval refuses as duplicates
+            names = [name for name in names if name in manager.all_subtasks]
+        loaded = manager.load(names)
+    return [*loaded["groups"].values()] or [*loaded["tasks"].values()]
+
+
+def _slug(spec: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in Path(spec).name.removesuffix(".yaml"))
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Errors only from these loggers, and no bar per task, for the length of a block."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = tqdm
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
