@@ -75,9 +75,9 @@ def score_row(
 
 
 def read_rows(paths: list[Path]) -> pa.Table:
-    """The rows of many JSONL files, in the order of the files, as one table with `SCHEMA`."""
+    """The rows of many JSONL files, some of them empty, in the order of the files, as one table with `SCHEMA`."""
     options = pyarrow.json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="error")
-    tables = [pyarrow.json.read_json(path, parse_options=options) for path in paths]
+    tables = [pyarrow.json.read_json(path, parse_options=options) for path in paths if path.stat().st_size]
     return pa.concat_tables([table.select(SCHEMA.names) for table in tables]) if tables else SCHEMA.empty_table()
 
 

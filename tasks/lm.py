@@ -110,10 +110,11 @@ class ProbeLM(HFLM):
             results[index] = result
             if result.is_finite:
                 self.cache_hook.add_partial("loglikelihood", requests[index].args, result)
-        faults = [requests[i] for i, result in results.items() if not result.is_finite]
-        if faults:
-            raise NonFiniteError(faults, [(requests[i], result) for i, result in results.items() if result.is_finite])
-        return [results[i] for i in range(len(requests))]
+        ordered = [results[i] for i in range(len(requests))]
+        answered = list(zip(requests, ordered, strict=True))
+        if faults := [request for request, result in answered if not result.is_finite]:
+            raise NonFiniteError(faults, [pair for pair in answered if pair[1].is_finite])
+        return ordered
 
     def _loglikelihood_tokens(
         self,
