@@ -55,6 +55,9 @@ class SweepRequest:
     device: str | None = None
     shard: tuple[int, int] = (1, 1)
     """i of N, from 1: this process scores every N-th step."""
+    engine: str = "local"
+    """`local` or `ray`."""
+    ray_address: str | None = None
 
     @property
     def resolved_device(self) -> str:

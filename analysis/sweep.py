@@ -5,6 +5,7 @@ It resumes part by part: `sweep/step_000016/heldout/` exists only complete.
 
 import logging
 from pathlib import Path
+from types import ModuleType
 
 from sft_probe.analysis.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
 from sft_probe.analysis.scorer import Scorer
@@ -24,6 +25,8 @@ def sweep(request: SweepRequest) -> list[Path]:
     checkpoints, problems = _find(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+    if request.engine == "ray":
+        request = _ray_engine().connect(request)
     settings = resolve_settings(request, checkpoints[0])
     max_tokens = fix_settings(settings, request)
     for drop in settings.dropped:
@@ -34,12 +37,23 @@ def sweep(request: SweepRequest) -> list[Path]:
     )  # fmt: skip
     index, num_shards = request.shard
     mine = checkpoints[index - 1 :: num_shards]
-    problems += _score_here(request, settings, max_tokens, mine)
+    if request.engine == "ray" and mine:
+        problems += _ray_engine().score_on_ray(request, mine)
+    else:
+        problems += _score_here(request, settings, max_tokens, mine)
     tables = write_tables(request.directory)
     if problems:
         done = f"the others are in {request.directory}" if tables else "nothing was scored"
         raise UserError("\n".join([f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]))
     return tables
+
+
+def _ray_engine() -> ModuleType:
+    try:
+        from sft_probe.analysis import ray_engine
+    except ImportError as error:
+        raise UserError(f"--engine ray needs Ray ({error}). Run:  pip install 'sft-probe[ray]'") from error
+    return ray_engine
 
 
 def _score_here(

@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, read_json, write_json
+from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import check_window, load_model, load_tokenizer
 from sft_probe.prompts import PromptFormat, terminator_id
 from sft_probe.records import ProbeSet, load_probe_set
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> None:
 def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Runs the training and returns the manifest's content."""
     set_seed(arguments.seed)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     parse_steps(arguments.snapshot_steps, 0)  # a fault in it is told before the model is loaded
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)

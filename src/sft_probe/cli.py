@@ -75,6 +75,8 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="i/N", help="score every N-th step, from the i-th"
     )
+    command.add_argument("--engine", default="local", choices=("local", "ray"), help="ray: over a cluster's workers")
+    command.add_argument("--ray-address", "--ray_address", help="default: RAY_ADDRESS, else Ray is started here")
     benchmarks = command.add_argument_group("benchmarks beside the probes")
     benchmarks.add_argument(
         "--tasks", type=_names, default=(), metavar="A,B", help="lm-eval tasks, patterns or YAML files"

@@ -16,6 +16,7 @@ def keep_freed_memory() -> None:
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
+        if not library.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1):
+            library.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most before glibc 2.35
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         library.mallopt(_M_TOP_PAD, 2**28)

@@ -1,7 +1,6 @@
 """The demo: SFT of the embedded model on the embedded probe set, sweep, table and figure."""
 
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -11,14 +10,6 @@ from pathlib import Path
 from sft_probe.errors import UserError
 
 log = logging.getLogger(__name__)
-
-# glibc gives every large block back to the kernel and page-faults it in again at the next step: a fifth of the time on
-# 2 cores (docs/benchmarks.md). Read at process start only, hence here.
-_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-    "MALLOC_TOP_PAD_": str(2**30),
-}
 
 
 def quickstart(directory: Path) -> None:
@@ -36,8 +27,7 @@ def quickstart(directory: Path) -> None:
     started = time.monotonic()
     for number, command in enumerate(commands, start=1):
         log.info("[%d/3] sft-probe %s", number, " ".join(command))
-        environment = {**_MALLOC, **os.environ}
-        code = subprocess.run([sys.executable, "-m", "sft_probe", *command], env=environment, check=False).returncode
+        code = subprocess.run([sys.executable, "-m", "sft_probe", *command], check=False).returncode
         if code != 0:
             raise UserError(f"`sft-probe {' '.join(command)}` failed with exit code {code}; nothing complete is lost.")
     log.info(

@@ -1,0 +1,101 @@
+"""The sweep on a Ray cluster: one live model per GPU, or per group of CPU slots; a dead worker's step goes to another.
+
+Workers read checkpoints and write parts by the same paths as the driver, so all nodes must share the file system.
+"""
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from sft_probe.analysis.checkpoints import Checkpoint
+from sft_probe.analysis.scorer import Scorer
+from sft_probe.analysis.settings import SweepRequest, fix_settings, resolve_settings
+from sft_probe.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 3
+
+
+def connect(request: SweepRequest) -> SweepRequest:
+    """Connects to `request.ray_address`, else to RAY_ADDRESS, else starts Ray here; sets the workers' device.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=request.ray_address, logging_level=logging.WARNING, ignore_reinit_error=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot reach a Ray cluster at {request.ray_address}: {str(error)[:200]}") from error
+    return replace(request, device="cuda" if ray.cluster_resources().get("GPU") else "cpu")
+
+
+def score_on_ray(request: SweepRequest, checkpoints: list[Checkpoint]) -> list[str]:
+    """Scores the checkpoints on the cluster that `connect` reached; returns what went wrong."""
+    num_workers, start = _plan(request, checkpoints)
+    log.info("%d workers on %s", num_workers, request.device)
+    idle = [start() for _ in range(num_workers)]
+    busy: dict[Any, tuple[Any, Checkpoint]] = {}
+    waiting = deque(checkpoints)
+    deaths: Counter[int] = Counter()
+    problems = []
+    while waiting or busy:
+        while waiting and idle:
+            worker, checkpoint = idle.pop(), waiting.popleft()
+            busy[worker.score.remote(checkpoint)] = (worker, checkpoint)
+        (done,), _ = ray.wait(list(busy))
+        worker, checkpoint = busy.pop(done)
+        try:
+            found = ray.get(done)
+        except RayActorError:
+            worker = start()
+            deaths[checkpoint.step] += 1
+            found = []
+            if deaths[checkpoint.step] < _MAX_ATTEMPTS:
+                log.warning("step %d: its worker died; another one takes it", checkpoint.step)
+                waiting.append(checkpoint)
+            else:
+                found = [f"its worker died {_MAX_ATTEMPTS} times (out of memory?); see Ray's logs"]
+        idle.append(worker)
+        problems += [f"step {checkpoint.step}: {problem}" for problem in found]
+    ray.shutdown()
+    return problems
+
+
+def _plan(request: SweepRequest, checkpoints: list[Checkpoint]) -> tuple[int, Callable[[], Any]]:
+    """How many workers, and what starts one: a GPU each, else as many CPU slots each as there are enough of."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "GPU" if request.device == "cuda" else "CPU"
+    slots = [int(node.get(kind, 0)) for node in nodes]
+    num_workers = min(len(checkpoints), sum(slots))
+    share = 1
+    if kind == "CPU":  # Ray tells each worker's libraries to start as many threads
+        share = max(n for n in range(1, max(slots) + 1) if sum(slot // n for slot in slots) >= num_workers)
+    options = {"num_cpus": share} if kind == "CPU" else {"num_gpus": 1}
+    worker = ray.remote(StepWorker).options(**options)
+    return num_workers, lambda: worker.remote(request, checkpoints[0], Path.cwd())
+
+
+class StepWorker:
+    """A Ray actor that holds one live model."""
+
+    def __init__(self, request: SweepRequest, first: Checkpoint, directory: Path) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        os.chdir(directory)
+        settings = resolve_settings(request, first)
+        self.scorer = Scorer(request, settings, fix_settings(settings, request))
+
+    def score(self, checkpoint: Checkpoint) -> list[str]:
+        """Scores one checkpoint; returns what is wrong with it."""
+        try:
+            return self.scorer.score(checkpoint)
+        except UserError as error:
+            return [str(error)]

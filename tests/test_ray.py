@@ -1,0 +1,63 @@
+"""The sweep on a local Ray cluster."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from helpers import Run, user_error
+
+
+@pytest.fixture
+def checkpoints(tiny_run: Path, tmp_path: Path) -> Path:
+    for step in range(1, 7):
+        shutil.copytree(tiny_run / f"weights/step_{(0, 1, 4)[step % 3]:06d}", tmp_path / f"checkpoint-{step}")
+    return tmp_path
+
+
+def kill_a_worker_in_mid_step(process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if child.cmdline()[:1] == ["ray::StepWorker.score"]:
+                child.send_signal(signal.SIGKILL)
+                return
+        time.sleep(0.01)
+    pytest.fail("no worker has scored anything")
+
+
+@pytest.mark.slow
+def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: Run) -> None:
+    flags = ["--checkpoints", str(checkpoints / "checkpoint-*"), "--splits", "heldout,train", "--device", "cpu"]
+    command = [sys.executable, "-m", "sft_probe", "sweep", str(checkpoints / "a/run"), *flags, "--engine", "ray"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    kill_a_worker_in_mid_step(process)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "its worker died; another one takes it" in output
+    assert sft_probe("sweep", checkpoints / "b/run", *flags).returncode == 0
+    mine, theirs = (pd.read_csv(checkpoints / folder / "run/trajectory.csv") for folder in ("a", "b"))
+    pd.testing.assert_frame_equal(mine, theirs, atol=1e-4, rtol=0)
+    assert sorted(mine["step"].unique()) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -> None:
+    (checkpoints / "checkpoint-3/model.safetensors").write_bytes(b"no tensors")
+    flags = ("--checkpoints", checkpoints / "checkpoint-[123]", "--engine", "ray")
+    message = user_error(sft_probe("sweep", checkpoints / "run", *flags, process=True))
+    assert "step 3: cannot read" in message
+    assert sorted(pd.read_csv(checkpoints / "run/trajectory.csv")["step"].unique()) == [1, 2]
+
+
+@pytest.mark.slow
+def test_no_cluster_at_the_address(checkpoints: Path, sft_probe: Run) -> None:
+    flags = ("--checkpoints", checkpoints / "checkpoint-*", "--engine", "ray", "--ray-address", "127.0.0.1:1")
+    message = user_error(sft_probe("sweep", checkpoints / "run", *flags, process=True))
+    assert "cannot reach a Ray cluster at 127.0.0.1:1" in message
