@@ -5,6 +5,7 @@ Workers read checkpoints and write parts by the same paths as the driver, so all
 
 import logging
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from sft_probe.errors import UserError
 log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
+_CONNECT_TIMEOUT_S = 10
 
 
 def connect(request: SweepRequest) -> SweepRequest:
@@ -31,10 +33,14 @@ def connect(request: SweepRequest) -> SweepRequest:
         UserError: no cluster answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = request.ray_address or os.environ.get("RAY_ADDRESS")
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
-        ray.init(address=request.ray_address, logging_level=logging.WARNING, ignore_reinit_error=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot reach a Ray cluster at {request.ray_address}: {str(error)[:200]}") from error
+        if host and port.isdigit():  # Ray itself tries for many minutes
+            socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+        ray.init(address=address, logging_level=logging.WARNING, ignore_reinit_error=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot reach a Ray cluster at {address}: {str(error)[:200]}") from error
     return replace(request, device="cuda" if ray.cluster_resources().get("GPU") else "cpu")
 
 
