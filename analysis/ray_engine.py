@@ -27,7 +27,7 @@ _CONNECT_TIMEOUT_S = 10
 
 
 def connect(request: SweepRequest) -> SweepRequest:
-    """Connects to `request.ray_address`, else to RAY_ADDRESS, else starts Ray here; sets the workers' device.
+    """Connects to `request.ray_address`, else to RAY_ADDRESS, else starts Ray here; chooses the workers' device.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -41,7 +41,7 @@ def connect(request: SweepRequest) -> SweepRequest:
         ray.init(address=address, logging_level=logging.WARNING, ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach a Ray cluster at {address}: {str(error)[:200]}") from error
-    return replace(request, device="cuda" if ray.cluster_resources().get("GPU") else "cpu")
+    return replace(request, device=request.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu"))
 
 
 def score_on_ray(request: SweepRequest, checkpoints: list[Checkpoint]) -> list[str]:
@@ -79,7 +79,7 @@ def score_on_ray(request: SweepRequest, checkpoints: list[Checkpoint]) -> list[s
 def _plan(request: SweepRequest, checkpoints: list[Checkpoint]) -> tuple[int, Callable[[], Any]]:
     """How many workers, and what starts one: a GPU each, else as many CPU slots each as there are enough of."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    kind = "GPU" if request.device == "cuda" else "CPU"
+    kind = "CPU" if request.device == "cpu" else "GPU"
     slots = [int(node.get(kind, 0)) for node in nodes]
     num_workers = min(len(checkpoints), sum(slots))
     share = 1

@@ -61,16 +61,18 @@ def measure(model: Any, tokenizer: Any, args: Any, num_categories: int) -> None:
 
 
 def main() -> None:
-    """Six categories in each dtype, then twelve in float32."""
+    """A table for each dtype and number of categories."""
     flags = parser(__doc__, num_docs=40, repeats=3)
     flags.add_argument("--dtypes", default="float32,bfloat16")
+    flags.add_argument("--categories", default="6,12", help="how many of each doc")
     flags.add_argument("--batch_size", type=int, default=8, help="of hf")
     args = flags.parse_args()
     keep_freed_memory()
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
     for dtype in args.dtypes.split(","):
-        measure(load_model(EMBEDDED_MODEL, dtype), tokenizer, args, num_categories=6)
-    measure(load_model(EMBEDDED_MODEL, "float32"), tokenizer, args, num_categories=12)
+        model = load_model(EMBEDDED_MODEL, dtype)
+        for num_categories in args.categories.split(","):
+            measure(model, tokenizer, args, int(num_categories))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ class ProbeLM(HFLM):
         self.max_tokens = max_tokens or default_max_tokens(str(self.device))
         if torch.device(self.device).type == "cpu":
             keep_freed_memory()
+            if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+                log.warning("this CPU multiplies no 16-bit matrices: expect %s to be slow", self.model.dtype)
         self._way: Way | None = None
         self._ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
