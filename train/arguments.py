@@ -37,7 +37,9 @@ class SftArguments(TrainingArguments):
     max_length: int = _flag(1024, "Tokens of prompt, response and terminator; longer docs are dropped and named.")
     max_prompt_tokens: int | None = _flag(None, "Longer prompts lose whole turns on the left.")
     snapshot_steps: str = _flag(
-        "0,1,2,4,8,16,32,64,128,256,512,1024,2048,4096,last", "Steps whose weights are kept; 0 and last always are."
+        "log2",
+        "Steps whose weights are kept, such as 0,1,2,4,...,512,+100,epoch,last (docs/training.md); 0 and last always "
+        "are.",
     )
 
     deepspeed: str | None = _flag(

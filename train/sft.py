@@ -58,7 +58,7 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: 
     set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    parse_steps(arguments.snapshot_steps, 0)  # a fault in it is told before the model is loaded
+    parse_steps(arguments.snapshot_steps, flag="--snapshot_steps", max_steps=0, steps_per_epoch=1)  # a fault, early
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
     examples = build_examples(

@@ -1,5 +1,6 @@
 """Weights-only snapshots in Hugging Face layout, complete or absent; `meta.json` says where they come from."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,15 @@ class SnapshotCallback(TrainerCallback):
         self.tokenizer = tokenizer
         self.steps: list[int] = []
 
-    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Step 0: the weights as training got them. Only now is the number of the last step known."""
-        self.steps = parse_steps(self.snapshot_steps, state.max_steps)
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Step 0: the weights as training got them. Only now are the numbers of steps known."""
+        asked = parse_steps(
+            self.snapshot_steps,
+            flag="--snapshot_steps",
+            max_steps=state.max_steps,
+            steps_per_epoch=math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps),
+        )
+        self.steps = sorted({0, *asked, state.max_steps})
         self._save(state, kwargs["lr_scheduler"])
 
     def on_step_end(self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
