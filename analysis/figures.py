@@ -6,6 +6,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from sft_probe.analysis.tables import write_tables
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_json
 from sft_probe.models import EMBEDDED_MODEL
@@ -19,16 +20,22 @@ SUFFIXES = ("png", "svg", "pdf")
 
 
 def plot(directory: Path) -> list[Path]:
-    """Writes `figures/trajectory_<split>.{png,svg,pdf}` of a swept run; returns the paths.
+    """Writes `figures/trajectory_<split>.{png,svg,pdf}` of a run that was swept, or else probed in training.
+
+    Returns the paths.
 
     Raises:
-        UserError: the run has not been swept.
+        UserError: there is nothing to draw.
     """
     path = directory / "trajectory.csv"
+    if (directory / "probe").is_dir():
+        write_tables(directory)  # training writes no tables
     if not path.is_file():
         raise UserError(f"{path} is missing: run `sft-probe sweep {directory}` first.")
     table = pd.read_csv(path)
-    manifest = read_json(directory / "sweep" / "manifest.json")
+    is_swept = (table["source"] == "lm_eval").any()  # live and swept numbers never share a curve
+    table = table[table["source"] == ("lm_eval" if is_swept else "live")]
+    manifest = read_json(directory / ("sweep" if is_swept else "probe") / "manifest.json")
     folder = make_dir(directory / "figures")
     written = []
     for split in table["split"].unique():

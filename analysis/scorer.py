@@ -16,12 +16,12 @@ from tqdm import tqdm
 from sft_probe.analysis.checkpoints import Checkpoint
 from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.results import benchmark_rows, write_results
-from sft_probe.analysis.rows import score_row
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, record_max_tokens
 from sft_probe.errors import UserError
 from sft_probe.files import new_dir, write_jsonl
 from sft_probe.models import check_window
 from sft_probe.prompts import first_visible
+from sft_probe.rows import score_row
 from sft_probe.tasks.discovery import task_name, write_tasks_dir
 from sft_probe.tasks.lm import NonFiniteError, ProbeLM, ProbeScore
 
@@ -119,8 +119,24 @@ class Scorer:
                 write_jsonl(temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults])
 
     def _row(self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint) -> dict[str, Any]:
-        first = self.first_visible[doc["doc_id"], doc["category"]]
-        return score_row(doc, score, first, checkpoint, self.settings.run_columns)
+        columns = {
+            **self.settings.run_columns,
+            "step": checkpoint.step,
+            "examples_seen": checkpoint.examples_seen,
+            "tokens_seen": checkpoint.tokens_seen,
+            "epoch": checkpoint.epoch,
+            "weights_dtype": checkpoint.weights_dtype,
+            "source": "lm_eval",
+        }
+        return score_row(
+            columns,
+            doc,
+            logprob=score[0],
+            token_logprobs=score.token_logprobs,
+            first=self.first_visible[doc["doc_id"], doc["category"]],
+            logprob_eos=score.logprob_eos,
+            is_greedy=score[1],
+        )
 
     def _load_probe_tasks(self, split: str) -> Any:
         source = self.settings.probe_set.source
@@ -154,8 +170,8 @@ class Scorer:
             self._write_results(temporary, results, checkpoint)
 
     def _keep_max_tokens(self) -> None:
-        if self.lm is not None and self.lm.max_tokens != self.max_tokens:
-            self.max_tokens = self.lm.max_tokens
+        if self.lm is not None and self.lm.scorer.max_tokens != self.max_tokens:
+            self.max_tokens = self.lm.scorer.max_tokens
             record_max_tokens(self.request.directory, self.max_tokens)
 
     def _suffix(self) -> str:

@@ -1,4 +1,4 @@
-"""The tables of a swept run, built from the rows of all its complete steps."""
+"""The tables of a run, built from the rows of all its complete steps, live and swept."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ def write_tables(directory: Path) -> list[Path]:
     Under a lock, so that of several shards the one that ends last sees the steps of all.
     """
     written = []
-    with FileLock(directory / "sweep" / ".lock"):
-        paths = sorted(directory.glob("sweep/step_*/*/rows.jsonl"))
+    with FileLock(directory / ".tables.lock"):
+        paths = sorted(directory.glob("probe/step_*.jsonl")) + sorted(directory.glob("sweep/step_*/*/rows.jsonl"))
         if paths:
             scores = read_rows(paths)
             write_parquet(directory / "scores.parquet", scores)

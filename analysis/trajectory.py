@@ -4,22 +4,23 @@ import numpy as np
 import pandas as pd
 
 NUM_RESAMPLES = 2000
-KEY = ["run", "step", "split", "category"]
+KEY = ["run", "source", "step", "split", "category"]
 
 
 def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per run, step, split and category, from score rows.
+    """One row per run, source, step, split and category, from score rows.
 
     `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `delta` the mean paired
-    change from the run's first step; `logprob_body` and `delta_body` are the same without the first token, null where
-    the rows hold no token log-probs. The intervals are 95 % percentile intervals of a bootstrap that resamples
-    conversations (2,000 times, fixed seed): they hold for prompts, not for repeated training. Values are rounded to
-    1e-4, since the composition of batches changes sums by about 1e-6 nats.
+    change from the run's first step from the same source; `logprob_body` and `delta_body` are the same without the
+    first token, null where the rows hold no token log-probs. The intervals are 95 % percentile intervals of a bootstrap
+    that resamples conversations (2,000 times, fixed seed): they hold for prompts, not for repeated training. Values are
+    rounded to 1e-4, since the composition of batches changes sums by about 1e-6 nats.
     """
     frame = scores.assign(logprob_body=scores["logprob"] - scores["logprob_first"])
-    first_step = frame.groupby("run")["step"].transform("min")
-    at_start = frame[frame["step"] == first_step].set_index(["run", "split", "category", "doc_id"])
-    keys = pd.MultiIndex.from_frame(frame[["run", "split", "category", "doc_id"]])
+    first_step = frame.groupby(["run", "source"])["step"].transform("min")
+    names = ["run", "source", "split", "category", "doc_id"]
+    at_start = frame[frame["step"] == first_step].set_index(names)
+    keys = pd.MultiIndex.from_frame(frame[names])
     for name in ("logprob", "logprob_body"):
         delta = name.replace("logprob", "delta")
         frame[delta] = frame[name].to_numpy() - at_start[name].reindex(keys).to_numpy()

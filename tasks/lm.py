@@ -12,12 +12,11 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tqdm import tqdm
 
-from sft_probe.attention import Way
 from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.packing import Item
 from sft_probe.prompts import terminator_id
-from sft_probe.scoring import Score, choose_way, default_max_tokens, score
+from sft_probe.scoring import FittingScorer, Score, default_max_tokens
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +79,18 @@ class ProbeLM(HFLM):
             raise UserError(
                 "the model sft_probe scores decoder-only models in one dtype and without learned prompts; use hf."
             )
-        self.max_tokens = max_tokens or default_max_tokens(str(self.device))
+        self.scorer = FittingScorer(max_tokens or default_max_tokens(str(self.device)), self.max_length)
         if torch.device(self.device).type == "cpu":
             keep_freed_memory()
             if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
                 log.warning("this CPU multiplies no 16-bit matrices: expect %s to be slow", self.model.dtype)
-        self._way: Way | None = None
         self._ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def use(self, model: Any) -> None:
         """Replaces the model by another one of the same architecture; token ids stay cached."""
         self._model = model
-        if self._way is not None and not self._way.shared:
-            self._way = None  # it may have been these weights, with NaN in them, that failed the check
+        if self.scorer.way is not None and not self.scorer.way.shared:
+            self.scorer.way = None  # it may have been these weights, with NaN in them, that failed the check
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[ProbeScore]:
         """Scores all requests, in one go.
@@ -166,23 +164,11 @@ class ProbeLM(HFLM):
         return Item(context_ids[-(self.max_length + (end is None) - len(ids)) :], ids, end)
 
     def _score(self, items: list[Item], disable_tqdm: bool) -> Iterator[tuple[int, ProbeScore]]:
-        """Scores of `items` by index; from the start again, with half the budget, where memory runs out."""
+        """Scores of `items` by index."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        while True:
-            try:
-                if self._way is None:
-                    self._way = choose_way(model, self.max_length)
-                scores = score(model, items, max_tokens=self.max_tokens, way=self._way)
-                bar = tqdm(scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0)
-                for index, result in bar:
-                    yield index, ProbeScore.of(result)
-                return
-            except torch.OutOfMemoryError as error:
-                if self.max_tokens < max(len(item.input_ids) for item in items):
-                    raise UserError("one response alone does not fit the memory; try bfloat16 or a GPU.") from error
-            self.max_tokens //= 2
-            torch.cuda.empty_cache()
-            log.warning("out of memory: from the start again, with %d tokens at a time", self.max_tokens)
+        scores = self.scorer.score(model, items)
+        for index, result in tqdm(scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0):
+            yield index, ProbeScore.of(result)
 
 
 def _name(request: Instance) -> str:

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import logging
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,15 @@ def make_docs(num_docs: int = 6) -> list[dict[str, Any]]:
         }
         for i in range(num_docs)
     ]
+
+
+def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Runs training on two ranks."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+         "-m", "sft_probe.train.sft", *map(str, arguments)],
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def user_error(result: "subprocess.CompletedProcess[str]") -> str:

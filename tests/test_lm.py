@@ -17,8 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft_probe import scoring
 from sft_probe.errors import UserError
-from sft_probe.tasks import lm as lm_module
 from sft_probe.tasks.discovery import PACKAGED_TASKS_DIR
 from sft_probe.tasks.lm import NonFiniteError, ProbeLM
 
@@ -116,7 +116,7 @@ def test_every_metric_of_lm_eval_and_its_samples(stock: Any, probe: Any, tiny_mo
 def test_cached_results_keep_everything(probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = ask("Hello", " there.", "sft_probe_chosen")
     (first,) = CachingLM(probe, str(tmp_path / "cache.db")).loglikelihood([request])
-    monkeypatch.setattr(lm_module, "score", None)  # whatever scores now fails
+    monkeypatch.setattr(scoring, "score", None)  # whatever scores now fails
     (second,) = CachingLM(probe, str(tmp_path / "cache.db")).loglikelihood([request])
     assert first == second
     assert vars(first) == vars(second)
@@ -133,12 +133,12 @@ def test_out_of_memory_halves_the_budget(probe: Any, monkeypatch: pytest.MonkeyP
                 raise torch.OutOfMemoryError
             yield pair
 
-    original: Any = vars(lm_module)["score"]
-    monkeypatch.setattr(lm_module, "score", score)
-    probe.max_tokens = 8192
+    original: Any = vars(scoring)["score"]
+    monkeypatch.setattr(scoring, "score", score)
+    probe.scorer.max_tokens = 8192
     results = probe.loglikelihood(REQUESTS, disable_tqdm=True)
     assert calls == [8192, 4096, 2048, 1024]
-    assert probe.max_tokens == 1024
+    assert probe.scorer.max_tokens == 1024
     assert [result[0] for result in results] == pytest.approx([result[0] for result in expected], abs=1e-4)
 
 
@@ -146,13 +146,13 @@ def test_a_response_that_does_not_fit_the_memory(probe: Any, monkeypatch: pytest
     def score(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(lm_module, "score", score)
+    monkeypatch.setattr(scoring, "score", score)
     with pytest.raises(UserError, match="does not fit the memory"):
         probe.loglikelihood([ask("a " * 100, " b" * 100)], disable_tqdm=True)
 
 
 def test_bad_requests_are_named_before_anything_is_scored(probe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_module, "score", None)
+    monkeypatch.setattr(scoring, "score", None)
     requests = [ask("Fine", " so far."), ask("Bad", ""), ask("", "", "t2"), ask("Long", " word" * 3000, "t3")]
     with pytest.raises(UserError) as caught:
         probe.loglikelihood(requests)

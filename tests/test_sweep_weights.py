@@ -15,7 +15,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_probe.tasks import lm as lm_module
+from sft_probe import scoring
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -156,15 +156,15 @@ def test_what_is_fixed_at_first_use(sweep: Any, checkpoints: Path) -> None:
 def test_out_of_memory_restarts_the_step_with_half_the_budget(
     sweep: Any, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original: Any = vars(lm_module)["score"]
+    original: Any = vars(scoring)["score"]
 
     def score(*arguments: Any, max_tokens: int, **more: Any) -> Any:
         for number, pair in enumerate(original(*arguments, max_tokens=max_tokens, **more)):
-            if max_tokens > 500 and number == 3:
+            if max_tokens > 500 and number == 4:  # the trial of the way of scoring has 4 items
                 raise torch.OutOfMemoryError
             yield pair
 
-    monkeypatch.setattr(lm_module, "score", score)
+    monkeypatch.setattr(scoring, "score", score)
     assert sweep().returncode == 0
     check(checkpoints, (1, 2, 3))
     assert json.loads((checkpoints / "run/sweep/manifest.json").read_text())["max_tokens"] == 256

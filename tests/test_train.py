@@ -1,7 +1,6 @@
 """The training driver: what is kept, what is counted, and what is refused."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, make_docs, user_error
+from helpers import Run, make_docs, torchrun, user_error
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -169,14 +168,6 @@ def test_deepspeed_gives_the_same_run(tiny_run: Path, tiny_flags: list[str], sft
         assert all(torch.equal(value, weights(tiny_run, 0)[key]) for key, value in weights(tmp_path / name, 0).items())
         for key, value in weights(tmp_path / name, 4).items():
             torch.testing.assert_close(value, weights(tiny_run, 4)[key], rtol=0, atol=1e-5)
-
-
-def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         "-m", "sft_probe.train.sft", *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.mark.slow

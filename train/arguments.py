@@ -42,6 +42,11 @@ class SftArguments(TrainingArguments):
         "are.",
     )
 
+    probe_steps: str | None = _flag(
+        None, "Steps at which held-out docs are scored in training, in the same grammar; default: never."
+    )
+    probe_train: int = _flag(0, "How many docs of the train split are scored with them, always the same.")
+
     deepspeed: str | None = _flag(
         None, f"One of {', '.join(ds_configs.available())}, a JSON file, or none. Default: zero2 with a GPU, else cpu."
     )

@@ -11,9 +11,21 @@ part  = N        that step
 """
 
 import itertools
+import math
 from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from sft_probe.errors import UserError
+
+
+def resolve_steps(text: str, *, flag: str, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
+    """`parse_steps` for a training that is about to begin; in one without a known length the only epoch ends last."""
+    num_batches = len(dataloader) if has_length(dataloader) else state.max_steps * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
+    return parse_steps(text, flag=flag, max_steps=state.max_steps, steps_per_epoch=steps_per_epoch)
 
 
 def parse_steps(text: str, *, flag: str, max_steps: int, steps_per_epoch: int) -> list[int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError, exit_on_user_error
@@ -25,6 +25,7 @@ from sft_probe.prompts import PromptFormat, terminator_id
 from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train.arguments import SftArguments, parse_arguments
 from sft_probe.train.data import PadRight, TrainingExamples, build_examples
+from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.schedule import parse_steps
 from sft_probe.train.snapshots import SftTrainer, SnapshotCallback
 
@@ -58,7 +59,8 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: 
     set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    parse_steps(arguments.snapshot_steps, flag="--snapshot_steps", max_steps=0, steps_per_epoch=1)  # a fault, early
+    for flag in ("snapshot_steps", "probe_steps"):  # a fault is told before the model is loaded
+        parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
     examples = build_examples(
@@ -84,15 +86,16 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: 
     callback = SnapshotCallback(run_dir / "weights", arguments.snapshot_steps, tokenizer)
     callback.trainer = trainer
     trainer.add_callback(callback)
+    if arguments.probe_steps is not None:
+        probe = _probe(arguments, run_dir, tokenizer)
+        probe.trainer = trainer
+        trainer.add_callback(probe)
     if arguments.should_save:
         _claim(run_dir, request)
         _log_plan(arguments, examples)
     trainer.train()
     return {
-        "run": run_dir.resolve().name,
-        "model": arguments.model_name_or_path,
-        "train_category": arguments.train_category,
-        "order_seed": arguments.data_seed if arguments.data_seed is not None else arguments.seed,
+        **_run_columns(arguments, run_dir),
         "probe_set": _absolute(arguments.probe_set),
         "prompt_format": prompt_format.name,
         "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
@@ -107,6 +110,28 @@ def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: 
         "versions": _versions(),
         "git_revision": _git_revision(),
     }
+
+
+def _run_columns(arguments: SftArguments, run_dir: Path) -> dict[str, Any]:
+    return {
+        "run": run_dir.resolve().name,
+        "model": arguments.model_name_or_path,
+        "train_category": arguments.train_category,
+        "order_seed": arguments.data_seed if arguments.data_seed is not None else arguments.seed,
+    }
+
+
+def _probe(arguments: SftArguments, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> ProbeCallback:
+    return ProbeCallback(
+        arguments.probe_set,
+        out=run_dir,
+        steps=str(arguments.probe_steps),
+        num_train=arguments.probe_train,
+        prompt_format=arguments.prompt_format,
+        max_length=arguments.max_length,
+        tokenizer=tokenizer,
+        columns=_run_columns(arguments, run_dir),
+    )
 
 
 def disable_dropout(model: PreTrainedModel) -> None:

@@ -1,6 +1,5 @@
 """Weights-only snapshots in Hugging Face layout, complete or absent; `meta.json` says where they come from."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from sft_probe.files import new_dir, sha256_file, write_json
-from sft_probe.train.schedule import parse_steps
+from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,11 +53,8 @@ class SnapshotCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Step 0: the weights as training got them. Only now are the numbers of steps known."""
-        asked = parse_steps(
-            self.snapshot_steps,
-            flag="--snapshot_steps",
-            max_steps=state.max_steps,
-            steps_per_epoch=math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps),
+        asked = resolve_steps(
+            self.snapshot_steps, flag="--snapshot_steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
         self.steps = sorted({0, *asked, state.max_steps})
         self._save(state, kwargs["lr_scheduler"])

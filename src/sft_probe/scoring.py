@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from sft_probe.attention import PLAIN, Way, attention_in_blocks, candidates, make_masks
+from sft_probe.errors import UserError
 from sft_probe.packing import IntArray, Item, Pack, batches, pack_alone, pack_shared
 
 if TYPE_CHECKING:
@@ -61,6 +62,39 @@ class Score:
     def is_greedy(self) -> bool:
         """True where greedy decoding would write the continuation."""
         return bool(self.greedy_tokens.all())
+
+
+class FittingScorer:
+    """`score` for one model after another: the way is chosen once, the budget halved where memory runs out.
+
+    Args:
+        max_tokens: the budget at first, as for `score`.
+        longest: as for `choose_way`.
+    """
+
+    def __init__(self, max_tokens: int, longest: int) -> None:
+        self.max_tokens = max_tokens
+        self.longest = longest
+        self.way: Way | None = None
+
+    def score(self, model: "PreTrainedModel", items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+        """As `score`; where memory runs out it starts again, so that an index may come twice: the later one counts.
+
+        Raises:
+            UserError: one item alone does not fit.
+        """
+        while True:
+            try:
+                if self.way is None:
+                    self.way = choose_way(model, self.longest)
+                yield from score(model, items, max_tokens=self.max_tokens, way=self.way)
+                return
+            except torch.OutOfMemoryError as error:
+                if self.max_tokens < max(len(item.input_ids) for item in items):
+                    raise UserError("one response alone does not fit the memory; try bfloat16 or a GPU.") from error
+            self.max_tokens //= 2
+            torch.cuda.empty_cache()
+            log.warning("out of memory: from the start again, with %d tokens at a time", self.max_tokens)
 
 
 def choose_way(model: "PreTrainedModel", longest: int) -> Way:

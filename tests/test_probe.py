@@ -1,0 +1,169 @@
+"""The probe in training: the same numbers as the sweep's, and a training that does not notice."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from helpers import Run, make_docs, torchrun, user_error
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from sft_probe import ProbeCallback
+from sft_probe.train.data import PadRight
+
+WriteSet = Callable[[list[dict[str, Any]]], Path]
+KEY = ["step", "split", "category", "doc_id"]
+
+
+def live_rows(run: Path) -> Any:
+    lines = [line for path in sorted(run.glob("probe/step_*.jsonl")) for line in path.read_text().splitlines()]
+    return pd.DataFrame([json.loads(line) for line in lines]).set_index(KEY).sort_index()
+
+
+@pytest.fixture(scope="module")
+def probed_run(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str], tiny_run: Path, sft_probe: Run) -> Path:
+    """The run of `tiny_run`, with a probe in it."""
+    run = tmp_path_factory.mktemp("probed") / "tiny"
+    flags = ("--probe_steps", "0,1,last", "--probe_train", 5, "--output_dir", run)
+    result = sft_probe("train", *tiny_flags, *flags)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def test_training_does_not_notice(probed_run: Path, tiny_run: Path) -> None:
+    for step in (1, 4):
+        one, other = (load_file(run / f"weights/step_{step:06d}/model.safetensors") for run in (probed_run, tiny_run))
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_live_numbers_are_those_of_the_sweep(probed_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(probed_run, run)
+    result = sft_probe("sweep", run, "--splits", "heldout,train")
+    assert result.returncode == 0, result.stderr
+    scores = pd.read_parquet(run / "scores.parquet").set_index(KEY)
+    live, swept = (scores[scores["source"] == source].sort_index() for source in ("live", "lm_eval"))
+    assert live.index.is_unique
+    assert len(live) == 3 * (32 + 5) * 6
+    swept = swept.loc[live.index]
+    for name in ("logprob", "logprob_first", "logprob_eos"):
+        pd.testing.assert_series_equal(live[name], swept[name], rtol=0, atol=2e-3)
+    same = ["run", "model", "train_category", "order_seed", "examples_seen", "tokens_seen", "epoch", "num_tokens",
+            "num_bytes", "prompt_format", "weights_dtype", "compute_dtype", "conversation_id"]  # fmt: skip
+    pd.testing.assert_frame_equal(live[same], swept[same])
+    table = pd.read_csv(run / "trajectory.csv")
+    assert set(table["source"]) == {"live", "lm_eval"}
+    assert not table.duplicated(["source", "step", "split", "category"]).any()
+
+
+def test_a_run_that_was_only_probed_is_drawn(probed_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+    shutil.copytree(probed_run, tmp_path / "tiny")
+    assert sft_probe("plot", tmp_path / "tiny").returncode == 0
+    assert "32 held-out prompts" in (tmp_path / "tiny/figures/trajectory_heldout.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["none", "cpu"])
+def test_two_ranks_share_the_docs(deepspeed: str, probed_run: Path, tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--probe_steps", "0,last", "--probe_train", 5, "--per_device_train_batch_size", 2]
+    result = torchrun(*tiny_flags, *flags, "--deepspeed", deepspeed, "--output_dir", tmp_path / "tiny")
+    assert result.returncode == 0, result.stderr
+    one, two = live_rows(probed_run), live_rows(tmp_path / "tiny")
+    assert two.index.is_unique
+    one = one[one.index.get_level_values("step") != 1]
+    pd.testing.assert_series_equal(one.loc[0]["logprob"], two.loc[0]["logprob"], rtol=0, atol=1e-4)
+    assert list(one.index) == list(two.index)
+    assert set(two.loc[4]["examples_seen"]) == {16}
+
+
+def make_trainer(model: Any, tokenizer: Any, out: Path, callback: ProbeCallback) -> Trainer:
+    """Somebody else's: plain `transformers.Trainer` on 8 rows."""
+    rows = [{"input_ids": (ids := tokenizer.encode(doc["chosen"])), "labels": ids} for doc in make_docs(8)]
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=5, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+        save_strategy="no", learning_rate=1e-2,
+    )  # fmt: skip
+    data: Any = rows
+    return Trainer(
+        model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback],
+        data_collator=PadRight(tokenizer.pad_token_id),
+    )  # fmt: skip
+
+
+def expected(model: Any, tokenizer: Any, doc: dict[str, Any]) -> float:
+    """Float64 log p of the `chosen` response of `make_docs`."""
+    prompt = f"\n\nHuman: {doc['messages'][0]['content']}\n\nAssistant:"
+    ids = tokenizer.encode(f"{prompt} {doc['chosen']}")
+    with torch.no_grad():
+        logprobs = model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logprobs[i - 1, ids[i]]) for i in range(len(tokenizer.encode(prompt)), len(ids)))
+
+
+def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    frozen = model.base_model.model.model.norm.eval()  # a module that its owner keeps in eval mode
+    (tmp_path / "run/probe").mkdir(parents=True)
+    (tmp_path / "run/probe/step_000009.jsonl").write_text("of an earlier run\n")
+    callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run", steps="log2,last")
+    trainer = make_trainer(model, tokenizer, tmp_path / "out", callback)
+    callback.trainer = trainer
+    trainer.train()
+    assert not frozen.training or trainer.model.training
+    rows = live_rows(tmp_path / "run")
+    assert sorted(set(rows.index.get_level_values("step"))) == [0, 1, 2, 4, 5]
+    assert set(rows.index.get_level_values("split")) == {"heldout"}
+    logged = [entry for entry in trainer.state.log_history if "probe/chosen" in entry]
+    assert [entry["step"] for entry in logged] == [0, 1, 2, 4, 5]
+    last: Any = rows.loc[(5, "heldout", "chosen")]
+    assert logged[-1]["probe/chosen"] == pytest.approx(last["logprob"].mean(), abs=1e-3)
+    merged = model.merge_and_unload()
+    assert last.loc["d2", "logprob"] == pytest.approx(expected(merged, tokenizer, make_docs()[2]), abs=1e-3)
+    manifest = json.loads((tmp_path / "run/probe/manifest.json").read_text())
+    assert manifest["doc_ids"] == ["d0", "d2", "d4"]
+
+
+def test_eval_mode_is_taken_back_module_by_module(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    modes: list[dict[str, bool]] = []
+
+    class Watch(ProbeCallback):
+        def on_step_end(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+            model.model.norm.eval()
+            modes.append({name: module.training for name, module in model.named_modules()})
+            super().on_step_end(args, state, *more, **kwargs)
+            modes.append({name: module.training for name, module in model.named_modules()})
+
+    callback = Watch(str(write_set(make_docs())), out=tmp_path / "run", steps="2")
+    make_trainer(model, tokenizer, tmp_path / "out", callback).train()
+    assert len(modes) == 10
+    assert all(before == after for before, after in zip(modes[::2], modes[1::2], strict=True))
+    assert modes[2]["model.norm"] is False
+    assert modes[2]["model.layers.0"] is True
+
+
+def test_responses_with_nan_are_named_and_left_out(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run", steps="0")
+    make_trainer(model, tokenizer, tmp_path / "out", callback).train()
+    assert (tmp_path / "run/probe/step_000000.jsonl").read_text() == ""
+    assert "step 0: 6 logits are NaN or infinite: d0 chosen, d0 other" in caplog.text
+
+
+def test_bad_steps_are_told(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    flags = ("--probe_steps", "never", "--output_dir", tmp_path / "run")
+    message = user_error(sft_probe("train", *tiny_flags, *flags))
+    assert "--probe_steps 'never': 'never' is neither a step" in message

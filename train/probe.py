@@ -1,0 +1,247 @@
+"""The probe inside training: log-probs of held-out docs in the model that is being trained, for any `Trainer`."""
+
+import itertools
+import logging
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from sft_probe.errors import UserError
+from sft_probe.files import make_dir, write_json, write_jsonl
+from sft_probe.models import check_window
+from sft_probe.packing import Item
+from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, terminator_id
+from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
+from sft_probe.rows import score_row
+from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.train.schedule import resolve_steps
+from sft_probe.train.snapshots import SftTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_SEED = 0
+_MAX_NAMED = 5
+
+
+class ProbeCallback(TrainerCallback):
+    """Scores a probe set at chosen steps of any `transformers.Trainer` and writes `probe/step_000000.jsonl` and so on.
+
+    Each file is whole or absent and holds score rows with `source: live`; `sft-probe plot` draws them. A run that is
+    resumed at step r removes the files of later steps; one that starts at step 0 begins anew. Set `trainer`, and the
+    mean log-prob of each category is reported beside the loss.
+
+    Args:
+        probe_set: path, hub id or embedded name.
+        out: the run directory.
+        steps: when; the grammar of `train/schedule.py`.
+        num_train: besides the held-out docs, score a fixed sample of this many of the train split.
+        prompt_format: hh, chat, plain or a Jinja file; default: the probe set's own. It must be that of the training.
+        max_length: tokens of prompt, response and terminator; docs with a longer response are left out and named.
+        tokenizer: default: the trainer's `processing_class`.
+        max_tokens: the budget of one forward pass; default: by device.
+        columns: of the score rows, where the trainer knows more: `run`, `model`, `train_category`, `order_seed`.
+
+    Raises:
+        UserError: at the start of training: the probe set, the format or the steps are unusable, or ZeRO-3 is on.
+    """
+
+    trainer: "Trainer | None" = None
+
+    def __init__(
+        self,
+        probe_set: str = DEFAULT_PROBE_SET,
+        *,
+        out: str | Path,
+        steps: str = "log2",
+        num_train: int = 0,
+        prompt_format: str | None = None,
+        max_length: int = 1024,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        max_tokens: int | None = None,
+        columns: dict[str, Any] | None = None,
+    ) -> None:
+        self.probe_set = load_probe_set(probe_set)
+        self.folder = make_dir(Path(out) / "probe")
+        self.asked_steps = steps
+        self.num_train = num_train
+        self.prompt_format_name = prompt_format or self.probe_set.prompt_format
+        self.max_length = max_length
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.columns = {"run": Path(out).resolve().name, "model": None, "train_category": None, "order_seed": None}
+        self.columns |= columns or {}
+        self.steps: list[int] = []
+        self.docs: list[_ProbeDoc] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Prepares docs and steps, removes what a resumed run will write again, scores the first step."""
+        if is_deepspeed_zero3_enabled():
+            raise UserError("the live probe does not run under ZeRO stage 3 yet; sweep the snapshots instead.")
+        self.steps = resolve_steps(
+            self.asked_steps, flag="probe steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
+        )
+        model = _whole(kwargs["model"])
+        check_window(self.max_length, model)
+        tokenizer = self.tokenizer or kwargs["processing_class"]
+        if tokenizer is None:
+            raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
+        self.columns["model"] = self.columns["model"] or model.config._name_or_path or None
+        self._encode(tokenizer, str(model.dtype).removeprefix("torch."), state.is_world_process_zero)
+        self.scorer = FittingScorer(self.max_tokens or default_max_tokens(str(model.device)), self.max_length)
+        if state.is_world_process_zero:
+            for path in self.folder.glob("step_*.jsonl"):
+                if int(path.stem.removeprefix("step_")) > state.global_step or state.global_step == 0:
+                    path.unlink()
+        if state.global_step in self.steps and not self._path(state).exists():
+            self._probe(args, state, model)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Scores if this step is asked for."""
+        if state.global_step in self.steps:
+            self._probe(args, state, _whole(kwargs["model"]))
+
+    def _path(self, state: TrainerState) -> Path:
+        return self.folder / f"step_{state.global_step:06d}.jsonl"
+
+    def _encode(self, tokenizer: "PreTrainedTokenizerBase", dtype: str, is_main: bool) -> None:
+        """Token ids of all docs; what is left out is named and, with the rest, noted in `probe/manifest.json`."""
+        prompt_format = PromptFormat(self.prompt_format_name, tokenizer)
+        kept, dropped = encode_probe_set(self.probe_set, prompt_format, tokenizer, self.max_length)
+        train = [doc for doc in kept if doc.doc.split == "train"]
+        sample = random.Random(_SAMPLE_SEED).sample(train, min(self.num_train, len(train)))  # noqa: S311
+        chosen = [doc for doc in kept if doc.doc.split == "heldout"] + sample
+        if not chosen:
+            raise UserError(f"no doc of {self.probe_set.source} can be scored; {len(dropped)} were left out.")
+        end_id = terminator_id(prompt_format.name, tokenizer)
+        self.docs = [_ProbeDoc(doc, prompt_format.name, tokenizer, end_id) for doc in chosen]
+        if not is_main:
+            return
+        for drop in dropped:
+            log.warning("not probed: %s: %s", drop.doc_id, drop.reason)
+        manifest = {
+            **self.columns,
+            "probe_set": self.probe_set.name,
+            "probe_set_sha256": self.probe_set.sha256,
+            "prompt_format": prompt_format.name,
+            "terminator_id": end_id,
+            "max_length": self.max_length,
+            "dtype": dtype,
+            "categories": list(self.probe_set.categories),
+            "steps": self.steps,
+            "doc_ids": [doc.doc_id for doc in self.docs],
+            "dropped": [vars(drop) for drop in dropped],
+        }
+        write_json(self.folder / "manifest.json", manifest)
+
+    def _probe(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> None:
+        """Each rank scores its share of the docs; the first one writes."""
+        mine = self.docs[args.process_index :: args.world_size]
+        with _evaluating(model):
+            found = dict(self.scorer.score(model, [item for doc in mine for item in doc.items]))
+        scores = iter([found[index] for index in range(len(found))])
+        columns = self._step_columns(args, state, model)
+        rows = gather_object([row for doc in mine for row in doc.rows(columns, scores)])
+        if not state.is_world_process_zero:
+            return
+        scored = [row for row in rows if math.isfinite(row["logprob"] + row["logprob_eos"])]
+        if faults := [f"{row['doc_id']} {row['category']}" for row in rows if row not in scored]:
+            names = ", ".join(faults[:_MAX_NAMED])
+            log.error("step %d: %d logits are NaN or infinite: %s", state.global_step, len(faults), names)
+        order = {doc.doc_id: number for number, doc in enumerate(self.docs)}
+        write_jsonl(self._path(state), sorted(scored, key=lambda row: order[row["doc_id"]]))
+        self._report(scored)
+
+    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> dict[str, Any]:
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seen: dict[str, Any] = {"examples_seen": state.global_step * per_step, "tokens_seen": None}
+        if isinstance(self.trainer, SftTrainer):
+            totals = self.trainer.totals()
+            seen = {name: totals[name] for name in seen}
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {
+            **self.columns,
+            **seen,
+            "step": state.global_step,
+            "epoch": state.epoch or 0.0,
+            "weights_dtype": dtype,
+            "compute_dtype": dtype,
+            "source": "live",
+        }
+
+    def _report(self, rows: list[dict[str, Any]]) -> None:
+        heldout = [row for row in rows if row["split"] == "heldout"]
+        means = {
+            category: sum(row["logprob"] for row in heldout if row["category"] == category)
+            / sum(row["category"] == category for row in heldout)
+            for category in dict.fromkeys(row["category"] for row in heldout)
+        }
+        if self.trainer is not None:
+            self.trainer.log({f"probe/{category}": round(mean, 4) for category, mean in means.items()})
+
+
+class _ProbeDoc:
+    """One doc: its items, and the rows that their scores become."""
+
+    def __init__(
+        self, encoded: EncodedDoc, format_name: str, tokenizer: "PreTrainedTokenizerBase", end_id: int
+    ) -> None:
+        self.doc_id = encoded.doc.doc_id
+        self.items = [Item(encoded.prompt_ids, ids, end_id) for ids in encoded.continuation_ids.values()]
+        self._columns = [
+            {
+                "category": category,
+                "split": encoded.doc.split,
+                "doc_id": self.doc_id,
+                "conversation_id": encoded.doc.conversation_id,
+                "prompt_format": format_name,
+                "num_bytes": len(response.encode()),
+            }
+            for category, response in encoded.doc.responses.items()
+        ]
+        self._first = [first_visible(tokenizer, ids) for ids in encoded.continuation_ids.values()]
+
+    def rows(self, columns: dict[str, Any], scores: Iterator[Score]) -> list[dict[str, Any]]:
+        """Takes as many scores as there are items."""
+        mine = itertools.islice(scores, len(self.items))
+        return [
+            score_row(
+                columns,
+                doc,
+                logprob=score.logprob,
+                token_logprobs=score.token_logprobs.tolist(),
+                first=first,
+                logprob_eos=score.logprob_eos,
+                is_greedy=score.is_greedy,
+            )
+            for doc, first, score in zip(self._columns, self._first, mine, strict=True)
+        ]
+
+
+def _whole(model: Any) -> "PreTrainedModel":
+    """The model itself, with a LoRA's layers in it."""
+    whole: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return whole
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in eval mode for the length of a block, and each as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
