@@ -87,7 +87,7 @@ def make_trainer(model: Any, tokenizer: Any, out: Path, callback: ProbeCallback)
     rows = [{"input_ids": (ids := tokenizer.encode(doc["chosen"])), "labels": ids} for doc in make_docs(8)]
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=5, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-        save_strategy="no", learning_rate=1e-2,
+        save_strategy="no", learning_rate=1e-2, logging_steps=1,
     )  # fmt: skip
     data: Any = rows
     return Trainer(
@@ -124,6 +124,7 @@ def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_pat
     assert [entry["step"] for entry in logged] == [0, 1, 2, 4, 5]
     last: Any = rows.loc[(5, "heldout", "chosen")]
     assert logged[-1]["probe/chosen"] == pytest.approx(last["logprob"].mean(), abs=1e-3)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
     merged = model.merge_and_unload()
     assert last.loc["d2", "logprob"] == pytest.approx(expected(merged, tokenizer, make_docs()[2]), abs=1e-3)
     manifest = json.loads((tmp_path / "run/probe/manifest.json").read_text())

@@ -104,7 +104,7 @@ class ProbeCallback(TrainerCallback):
             for path in self.folder.glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > state.global_step or state.global_step == 0:
                     path.unlink()
-        if state.global_step in self.steps and not self._path(state).exists():
+        if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
             self._probe(args, state, model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -188,7 +188,9 @@ class ProbeCallback(TrainerCallback):
             for category in dict.fromkeys(row["category"] for row in heldout)
         }
         if self.trainer is not None:
+            should_log = self.trainer.control.should_log
             self.trainer.log({f"probe/{category}": round(mean, 4) for category, mean in means.items()})
+            self.trainer.control.should_log = should_log  # else the loss of this step, a collective, is left out
 
 
 class _ProbeDoc:
