@@ -200,7 +200,7 @@ def zero3_config(tmp_path: Path) -> Path:
 BAD_FLAGS = [
     (["--train_category", "nothing"], "has only chosen, rejected"),
     (["--snapshot_steps", "0,often"], "--snapshot_steps '0,often': 'often' is neither a step"),
-    (["--snapshot_steps", "1,2,...,11,x"], "does not reach 11"),
+    (["--snapshot_steps", "1,2,4,...,11"], "does not reach 11"),
     (["--model_name_or_path", "no/such-model"], "cannot load the tokenizer of 'no/such-model'"),
     (["--probe_set", "no-such-set"], "no probe set"),
     (["--prompt_format", "nothing"], "no prompt format 'nothing'"),
