@@ -162,6 +162,11 @@ def test_responses_with_nan_are_named_and_left_out(
     make_trainer(model, tokenizer, tmp_path / "out", callback).train()
     assert (tmp_path / "run/probe/step_000000.jsonl").read_text() == ""
     assert "step 0: 6 logits are NaN or infinite: d0 chosen, d0 other" in caplog.text
+    faults = (tmp_path / "run/probe/faults_000000.jsonl").read_text().splitlines()
+    assert len(faults) == 6
+    assert json.loads(faults[0]) == {
+        "step": 0, "split": "heldout", "category": "chosen", "doc_id": "d0", "reason": "NaN or inf"
+    }  # fmt: skip
 
 
 def test_bad_steps_are_told(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ class ProbeCallback(TrainerCallback):
         self._encode(tokenizer, str(model.dtype).removeprefix("torch."), state.is_world_process_zero)
         self.scorer = FittingScorer(self.max_tokens or default_max_tokens(str(model.device)), self.max_length)
         if state.is_world_process_zero:
-            for path in self.folder.glob("step_*.jsonl"):
-                if int(path.stem.removeprefix("step_")) > state.global_step or state.global_step == 0:
+            for path in self.folder.glob("*_*.jsonl"):  # steps and their faults
+                if int(path.stem.rpartition("_")[2]) > state.global_step or state.global_step == 0:
                     path.unlink()
         if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
             self._probe(args, state, model)
@@ -155,12 +155,19 @@ class ProbeCallback(TrainerCallback):
         rows = gather_object([row for doc in mine for row in doc.rows(columns, scores)])
         if not state.is_world_process_zero:
             return
-        scored = [row for row in rows if math.isfinite(row["logprob"] + row["logprob_eos"])]
-        if faults := [f"{row['doc_id']} {row['category']}" for row in rows if row not in scored]:
-            names = ", ".join(faults[:_MAX_NAMED])
-            log.error("step %d: %d logits are NaN or infinite: %s", state.global_step, len(faults), names)
         order = {doc.doc_id: number for number, doc in enumerate(self.docs)}
-        write_jsonl(self._path(state), sorted(scored, key=lambda row: order[row["doc_id"]]))
+        rows.sort(key=lambda row: order[row["doc_id"]])
+        scored: list[dict[str, Any]] = []
+        faults: list[dict[str, Any]] = []
+        for row in rows:
+            (scored if math.isfinite(row["logprob"] + row["logprob_eos"]) else faults).append(row)
+        if faults:
+            names = ", ".join(f"{row['doc_id']} {row['category']}" for row in faults[:_MAX_NAMED])
+            log.error("step %d: %d logits are NaN or infinite: %s", state.global_step, len(faults), names)
+            keys = ("step", "split", "category", "doc_id")
+            notes = [{**{key: row[key] for key in keys}, "reason": "NaN or inf"} for row in faults]
+            write_jsonl(self.folder / f"faults_{state.global_step:06d}.jsonl", notes)
+        write_jsonl(self._path(state), scored)
         self._report(scored)
 
     def _step_columns(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> dict[str, Any]:
