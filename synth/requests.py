@@ -1,0 +1,68 @@
+"""What a writer is asked, and what comes back: the one protocol of Gemini, OpenAI-compatible, local and offline writers."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+STATUSES = ("ok", "blocked", "truncated", "refused", "invalid", "error")
+"""Of an answer; only `error` is asked again. No status but `ok` carries a text that may enter a set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One text to be written."""
+
+    doc_id: str
+    category: str
+    template: str
+    """Name of the prompt template, such as `paraphrase@1`."""
+    template_sha256: str
+    prompt: str
+    """The rendered template: all that a remote writer sees."""
+    source_text: str
+    """What the text is made from: the rejected response, the user's turn, the topic. Only the offline writer reads it."""
+    num_words: int
+    """Length aimed at, in words: that of the chosen response."""
+    sample_index: int = 0
+    """0, or 1 for the one retry of a text that failed a check."""
+    temperature: float = 0.7
+    max_output_tokens: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a writer gave back."""
+
+    status: str
+    """One of `STATUSES`."""
+    raw: str
+    """The whole answer as JSON, as it came; stored before anything is read from it."""
+    text: str | None = None
+    reason: str | None = None
+    """Why the status is not `ok`, in the writer's words (finish reason, HTTP status)."""
+    model_version: str | None = None
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None
+
+
+class Wait(Exception):  # noqa: N818 - an instruction, not a fault
+    """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server said how long."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class Writer(Protocol):
+    """Writes texts. Everything about retries, rates, money and storage is done around it."""
+
+    name: str
+    model: str
+    api_version: str
+
+    async def write(self, request: Request) -> Answer:
+        """One call. Raises `Wait` where the call failed in passing (429, 5xx, a cut connection, a time-out)."""
+        ...
+
+    async def close(self) -> None:
+        """Frees connections or the model."""
+        ...
