@@ -1,4 +1,4 @@
-"""What a writer is asked, and what comes back: the one protocol of Gemini, OpenAI-compatible, local and offline writers."""
+"""What a writer is asked, and what comes back: the one protocol of all writers, remote, local and offline."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +19,7 @@ class Request:
     prompt: str
     """The rendered template: all that a remote writer sees."""
     source_text: str
-    """What the text is made from: the rejected response, the user's turn, the topic. Only the offline writer reads it."""
+    """What the text is made from: rejected response, user turn or topic. Only the offline writer reads it."""
     num_words: int
     """Length aimed at, in words: that of the chosen response."""
     sample_index: int = 0
