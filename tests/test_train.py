@@ -26,6 +26,10 @@ def meta(run: Path, step: int) -> dict[str, Any]:
     return value
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"weights/step_{step:06d}/model.safetensors")
 
@@ -57,16 +61,18 @@ def test_snapshots_and_manifest(tiny_run: Path, tiny_model: Path) -> None:
 
 def test_tokens_seen_counts_the_labels(tiny_run: Path, tiny_model: Path) -> None:
     from sft_probe.models import load_tokenizer
-    from sft_probe.prompts import PromptFormat
     from sft_probe.records import load_probe_set
-    from sft_probe.train.data import build_examples
 
-    examples = build_examples(
-        load_probe_set("helpful-mini"), "chosen", PromptFormat("hh"), load_tokenizer(str(tiny_model)),
-        max_length=1024, max_prompt_tokens=None,
-    )  # fmt: skip
-    counts = sorted(sum(label >= 0 for label in example["labels"]) for example in examples.examples)
-    assert sum(counts[:16]) <= meta(tiny_run, 4)["tokens_seen"] <= sum(counts[-16:])
+    tokenizer = load_tokenizer(str(tiny_model))
+    chosen = {doc.doc_id: doc.responses["chosen"] for doc in load_probe_set("helpful-mini").docs}
+    rows = read_jsonl(tiny_run / "first_epoch.jsonl")
+    for row in rows:  # in the hh format the separator, one space, belongs to the response
+        assert row["num_tokens"] == len(tokenizer.encode(" " + chosen[row["doc_id"]])) + 1
+        assert row["num_bytes"] == len(chosen[row["doc_id"]].encode())
+    assert len({row["doc_id"] for row in rows}) == len(rows) == 16
+    for step in (1, 4):
+        tokens = sum(row["num_tokens"] for row in rows if row["step"] <= step)
+        assert meta(tiny_run, step)["tokens_seen"] == tokens
 
 
 def test_the_logged_loss_is_the_mean_over_labelled_tokens(

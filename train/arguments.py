@@ -17,6 +17,7 @@ from sft_probe.errors import UserError
 from sft_probe.models import DTYPES, EMBEDDED_MODEL
 from sft_probe.records import DEFAULT_PROBE_SET
 from sft_probe.train import extensions
+from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -32,7 +33,9 @@ class SftArguments(TrainingArguments):
     probe_set: str = _flag(
         DEFAULT_PROBE_SET, "Probe set whose train split is trained on: path, hub id or embedded name."
     )
-    train_category: str = _flag("chosen", "The category of response to train on.")
+    train_category: str = _flag(
+        "chosen", "What to train on: chosen, chosen_no_prompt, chosen:0.5,rejected:0.5 (docs/training.md)."
+    )
     prompt_format: str | None = _flag(None, "hh, chat, plain or a Jinja file. Default: the probe set's own.")
     max_length: int = _flag(1024, "Tokens of prompt, response and terminator; longer docs are dropped and named.")
     max_prompt_tokens: int | None = _flag(None, "Longer prompts lose whole turns on the left.")
@@ -41,18 +44,32 @@ class SftArguments(TrainingArguments):
         "Steps whose weights are kept, such as 0,1,2,4,...,512,+100,epoch,last (docs/training.md); 0 and last always "
         "are.",
     )
+    snapshot_dtype: str | None = _flag(
+        None, "training, or float32 for the masters of 16-bit training. Default: the masters where there are any."
+    )
+    resume_steps: str | None = _flag("+500", "Steps whose full state is kept to resume from, in the same grammar.")
+    max_wall_time_s: float | None = _flag(None, "After so many seconds: stop with a state and exit code 75.")
+    dry_run: bool = _flag(False, "Print schedule, tokens, padding and disk, and train nothing.")
+
+    attn_implementation: str | None = _flag(None, "sdpa, eager, flash_attention_2, ...")
+    lora_r: int | None = _flag(None, "Rank of a LoRA; default: all weights are trained.")
+    lora_alpha: int = _flag(16, "Scale of the LoRA.")
+    lora_target_modules: str = _flag("all-linear", "Modules that get a LoRA: names with commas between them.")
 
     probe_steps: str | None = _flag(
         None, "Steps at which held-out docs are scored in training, in the same grammar; default: never."
     )
     probe_train: int = _flag(0, "How many docs of the train split are scored with them, always the same.")
 
+    probe_max_tokens: int | None = _flag(None, "Token budget of one forward pass of the probe; default: by device.")
+
     deepspeed: str | None = _flag(
         None, f"One of {', '.join(ds_configs.available())}, a JSON file, or none. Default: zero2 with a GPU, else cpu."
     )
     output_dir: str | None = _flag(None, "The run directory.")
     lr_scheduler_type: str = _flag("constant_with_warmup", "Constant, so that step s of a long run ends a short one.")
-    save_strategy: str = _flag("no", "Of full resume states; the snapshots are apart.")
+    save_strategy: str = _flag("no", "Leave it: --resume_steps says when a resume state is saved.")
+    save_total_limit: int = _flag(2, "Resume states kept, at least 2: the last one may be half-written.")
     report_to: str = _flag("none", "none, wandb, tensorboard, trackio.")
     logging_steps: float = _flag(1, "Steps between two log lines.")
     remove_unused_columns: bool = _flag(False, "The examples hold exactly what the model takes.")
@@ -62,6 +79,10 @@ class SftArguments(TrainingArguments):
             raise UserError("--output_dir is missing: where shall the run go?")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}.")
+        if self.snapshot_dtype not in (None, *SNAPSHOT_DTYPES):
+            raise UserError(f"--snapshot_dtype {self.snapshot_dtype}: use one of {', '.join(SNAPSHOT_DTYPES)}.")
+        if self.save_strategy != "no" or self.save_total_limit < 2:
+            raise UserError("resume states are saved at --resume_steps, with --save_total_limit 2 or more.")
         self.deepspeed = _deepspeed_config(self.deepspeed)
         if self.deepspeed is not None:
             _single_process_environment()

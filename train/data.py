@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sft_probe.errors import UserError
-from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, encode, encode_pair, terminator_id
-from sft_probe.records import Doc, ProbeSet
+from sft_probe.prompts import DroppedDoc, PromptFormat, encode, encode_pair, terminator_id
+from sft_probe.records import Doc
+from sft_probe.train.mixture import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,68 +18,100 @@ IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingExamples:
-    """A map-style data set for `transformers.Trainer`, in file order."""
+class Example:
+    """One prompt and response to train on, and where it comes from."""
 
-    examples: list[dict[str, list[int]]]
-    """`input_ids` and `labels` of equal length; labels are `IGNORED_LABEL` on the prompt."""
-    doc_ids: list[str]
+    input_ids: list[int]
+    labels: list[int]
+    """As long as `input_ids`; `IGNORED_LABEL` on the prompt, so that response and terminator alone are learnt."""
+    doc_id: str
+    category: str
+    """As in `--train_category`: with `_no_prompt` where the prompt is left out."""
+    num_bytes: int
+    """UTF-8 bytes of the response."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Labelled tokens: response and terminator."""
+        return sum(label != IGNORED_LABEL for label in self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingExamples:
+    """A map-style data set for `transformers.Trainer`, in file order; an item is the example's index and its ids."""
+
+    examples: list[Example]
     dropped: list[DroppedDoc]
     num_cut_prompts: int
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.examples[index]
+    def __getitem__(self, index: int) -> tuple[int, Example]:
+        return index, self.examples[index]
 
 
 def build_examples(
-    probe_set: ProbeSet,
-    category: str,
+    docs: Sequence[tuple[Doc, Part]],
     prompt_format: PromptFormat,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
     max_prompt_tokens: int | None,
+    dropped: Sequence[DroppedDoc],
 ) -> TrainingExamples:
-    """Encodes the train split for SFT on one category.
+    """Encodes docs for SFT.
 
     Prompts over `max_prompt_tokens` lose whole turns on the left; responses are never cut: a doc that does not fit
-    `max_length` tokens is dropped and named.
+    `max_length` tokens is dropped and named. Without its prompt a response has the same token ids; they follow BOS, or
+    EOS where the tokenizer has no BOS, which is what lm-eval conditions an empty prompt on.
+
+    Args:
+        docs: each with the part of the mixture that it is for, as from `mixture.assign`.
+        dropped: what was left out before.
 
     Raises:
-        UserError: the category is not in the set, or no doc is left to train on.
+        UserError: no doc is left to train on.
     """
-    if category not in probe_set.categories:
-        known = ", ".join(probe_set.categories)
-        raise UserError(f"--train_category {category}: the probe set {probe_set.source} has only {known}.")
     end_id = terminator_id(prompt_format.name, tokenizer)
-    examples, doc_ids, num_cut = [], [], 0
-    dropped = dropped_by_faults(probe_set)
-    for doc in probe_set.of_split("train"):
+    kept, num_cut = [], 0
+    dropped = list(dropped)
+    for doc, part in docs:
         messages = _cut_turns(doc, prompt_format, tokenizer, max_prompt_tokens)
         if messages is None:
             reason = f"the last turn alone is over max_prompt_tokens {max_prompt_tokens}"
             dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=reason))
             continue
         prompt = prompt_format.render(messages)
-        pair = encode_pair(tokenizer, prompt.text, prompt.separator + doc.responses[category])
+        pair = encode_pair(tokenizer, prompt.text, prompt.separator + doc.responses[part.category])
         if pair is None or len(pair[0]) + len(pair[1]) + 1 > max_length:
             reason = "prompt and response do not join" if pair is None else f"over max_length {max_length} tokens"
             dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=reason))
             continue
-        examples.append(_example(*pair, end_id))
-        doc_ids.append(doc.doc_id)
+        prompt_ids = pair[0] if part.with_prompt else [_empty_prompt_id(tokenizer)]
+        kept.append(_example(doc, part, prompt_ids, [*pair[1], end_id]))
         num_cut += len(messages) < len(doc.messages)
-    if not examples:
-        raise UserError(f"no doc of {probe_set.source} is left to train on; {len(dropped)} were dropped.")
-    return TrainingExamples(examples=examples, doc_ids=doc_ids, dropped=dropped, num_cut_prompts=num_cut)
+    if not kept:
+        raise UserError(f"no doc is left to train on; {len(dropped)} were dropped: {_first(dropped)}")
+    return TrainingExamples(examples=kept, dropped=dropped, num_cut_prompts=num_cut)
 
 
-def _example(prompt_ids: list[int], continuation_ids: list[int], end_id: int) -> dict[str, list[int]]:
-    target = [*continuation_ids, end_id]
-    return {"input_ids": prompt_ids + target, "labels": [IGNORED_LABEL] * len(prompt_ids) + target}
+def _example(doc: Doc, part: Part, prompt_ids: list[int], target_ids: list[int]) -> Example:
+    return Example(
+        input_ids=prompt_ids + target_ids,
+        labels=[IGNORED_LABEL] * len(prompt_ids) + target_ids,
+        doc_id=doc.doc_id,
+        category=part.name,
+        num_bytes=len(doc.responses[part.category].encode()),
+    )
+
+
+def _empty_prompt_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
+def _first(dropped: Sequence[DroppedDoc]) -> str:
+    return "; ".join(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3])
 
 
 def _cut_turns(
@@ -97,21 +130,21 @@ def _cut_turns(
 
 @dataclass(frozen=True)
 class PadRight:
-    """Collates examples into `[batch, longest]` int64 tensors, padded on the right."""
+    """Collates items into `[batch, longest]` int64 tensors, padded on the right, and `example_index`, a list."""
 
     pad_id: int
 
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[tuple[int, Example]]) -> dict[str, Any]:
         """Padding is masked and carries no label, also where the pad token is the terminator."""
-        longest = max(len(example["input_ids"]) for example in examples)
-        batch = {
-            "input_ids": torch.full((len(examples), longest), self.pad_id),
-            "attention_mask": torch.zeros((len(examples), longest), dtype=torch.int64),
-            "labels": torch.full((len(examples), longest), IGNORED_LABEL),
+        longest = max(len(example.input_ids) for _, example in items)
+        batch: dict[str, Any] = {
+            "input_ids": torch.full((len(items), longest), self.pad_id),
+            "attention_mask": torch.zeros((len(items), longest), dtype=torch.int64),
+            "labels": torch.full((len(items), longest), IGNORED_LABEL),
         }
-        for row, example in enumerate(examples):
-            length = len(example["input_ids"])
-            batch["input_ids"][row, :length] = torch.tensor(example["input_ids"])
+        for row, (_, example) in enumerate(items):
+            length = len(example.input_ids)
+            batch["input_ids"][row, :length] = torch.tensor(example.input_ids)
             batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = torch.tensor(example["labels"])
-        return batch
+            batch["labels"][row, :length] = torch.tensor(example.labels)
+        return {**batch, "example_index": [index for index, _ in items]}

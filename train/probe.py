@@ -4,14 +4,13 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -24,7 +23,7 @@ from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.rows import score_row
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
 from sft_probe.train.schedule import resolve_steps
-from sft_probe.train.snapshots import SftTrainer
+from sft_probe.train.trainer import causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -54,10 +53,13 @@ class ProbeCallback(TrainerCallback):
         columns: of the score rows, where the trainer knows more: `run`, `model`, `train_category`, `order_seed`.
 
     Raises:
-        UserError: at the start of training: the probe set, the format or the steps are unusable, or ZeRO-3 is on.
+        UserError: at the start of training: the probe set, the format or the steps are unusable; under ZeRO-3 also
+            where memory runs out, since ranks cannot each choose another budget.
     """
 
     trainer: "Trainer | None" = None
+    totals: "Callable[[], dict[str, int]] | None" = None
+    """Gives `examples_seen` and `tokens_seen`, where somebody counts."""
 
     def __init__(
         self,
@@ -87,19 +89,21 @@ class ProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Prepares docs and steps, removes what a resumed run will write again, scores the first step."""
-        if is_deepspeed_zero3_enabled():
-            raise UserError("the live probe does not run under ZeRO stage 3 yet; sweep the snapshots instead.")
         self.steps = resolve_steps(
             self.asked_steps, flag="probe steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
-        model = _whole(kwargs["model"])
+        model = causal_lm(kwargs["model"])
         check_window(self.max_length, model)
         tokenizer = self.tokenizer or kwargs["processing_class"]
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
         self.columns["model"] = self.columns["model"] or model.config._name_or_path or None
         self._encode(tokenizer, str(model.dtype).removeprefix("torch."), state.is_world_process_zero)
-        self.scorer = FittingScorer(self.max_tokens or default_max_tokens(str(model.device)), self.max_length)
+        self.scorer = FittingScorer(
+            self.max_tokens or default_max_tokens(str(model.device)),
+            self.max_length,
+            may_shrink=not is_deepspeed_zero3_enabled(),
+        )
         if state.is_world_process_zero:
             for path in self.folder.glob("*_*.jsonl"):  # steps and their faults
                 if int(path.stem.rpartition("_")[2]) > state.global_step or state.global_step == 0:
@@ -110,7 +114,7 @@ class ProbeCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Scores if this step is asked for."""
         if state.global_step in self.steps:
-            self._probe(args, state, _whole(kwargs["model"]))
+            self._probe(args, state, causal_lm(kwargs["model"]))
 
     def _path(self, state: TrainerState) -> Path:
         return self.folder / f"step_{state.global_step:06d}.jsonl"
@@ -146,13 +150,18 @@ class ProbeCallback(TrainerCallback):
         write_json(self.folder / "manifest.json", manifest)
 
     def _probe(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> None:
-        """Each rank scores its share of the docs; the first one writes."""
-        mine = self.docs[args.process_index :: args.world_size]
+        """Each rank scores its share of the docs; the first one writes.
+
+        Under ZeRO-3 a forward pass is a collective, so each rank scores all docs: the same passes in the same order.
+        """
+        is_shared = not is_deepspeed_zero3_enabled()
+        mine = self.docs[args.process_index :: args.world_size] if is_shared else self.docs
         with _evaluating(model):
             found = dict(self.scorer.score(model, [item for doc in mine for item in doc.items]))
         scores = iter([found[index] for index in range(len(found))])
         columns = self._step_columns(args, state, model)
-        rows = gather_object([row for doc in mine for row in doc.rows(columns, scores)])
+        rows = [row for doc in mine for row in doc.rows(columns, scores)]
+        rows = gather_object(rows) if is_shared else rows
         if not state.is_world_process_zero:
             return
         order = {doc.doc_id: number for number, doc in enumerate(self.docs)}
@@ -173,9 +182,8 @@ class ProbeCallback(TrainerCallback):
     def _step_columns(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> dict[str, Any]:
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seen: dict[str, Any] = {"examples_seen": state.global_step * per_step, "tokens_seen": None}
-        if isinstance(self.trainer, SftTrainer):
-            totals = self.trainer.totals()
-            seen = {name: totals[name] for name in seen}
+        if self.totals is not None:
+            seen |= self.totals()
         dtype = str(model.dtype).removeprefix("torch.")
         return {
             **self.columns,
@@ -236,12 +244,6 @@ class _ProbeDoc:
             )
             for doc, first, score in zip(self._columns, self._first, mine, strict=True)
         ]
-
-
-def _whole(model: Any) -> "PreTrainedModel":
-    """The model itself, with a LoRA's layers in it."""
-    whole: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    return whole
 
 
 @contextmanager

@@ -1,33 +1,36 @@
-"""Supervised fine-tuning on one category, with snapshots.
+"""Supervised fine-tuning on one category or a mixture, with snapshots, live probe and exact resume.
 
 Run as: sft-probe train --config recipes/quickstart.yaml --output_dir runs/mine
-    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config recipes/quickstart.yaml --output_dir runs/mine
+    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config recipes/quickstart.yaml --output_dir runs/two
+    or: deepspeed --module sft_probe.train.sft --config recipes/quickstart.yaml --output_dir runs/all-gpus
 """
 
-import importlib.metadata
 import logging
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError, exit_on_user_error
-from sft_probe.files import make_dir, read_json, write_json
+from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import check_window, load_model, load_tokenizer
-from sft_probe.prompts import PromptFormat, terminator_id
+from sft_probe.prompts import PromptFormat, dropped_by_faults, terminator_id
 from sft_probe.records import ProbeSet, load_probe_set
+from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments
 from sft_probe.train.data import PadRight, TrainingExamples, build_examples
+from sft_probe.train.lora import add_lora
+from sft_probe.train.losses import LossLog
+from sft_probe.train.mixture import assign, parse_mixture
 from sft_probe.train.probe import ProbeCallback
+from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state, remove_states
 from sft_probe.train.schedule import parse_steps
-from sft_probe.train.snapshots import SftTrainer, SnapshotCallback
+from sft_probe.train.snapshots import SnapshotCallback
+from sft_probe.train.trainer import SftTrainer
 
 log = logging.getLogger("sft_probe.train")
 
@@ -37,101 +40,145 @@ def main(argv: list[str]) -> None:
 
     Raises:
         UserError: bad flags or data, or a run directory that holds something else.
+        SystemExit: with `STOPPED_EXIT_CODE` where the run stopped early, with a state.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments, asked = parse_arguments(argv)
-    run_dir = make_dir(Path(str(arguments.output_dir)))
     probe_set = load_probe_set(arguments.probe_set)
-    request = {"flags": asked, "probe_set_sha256": probe_set.sha256}
-    if _is_complete(run_dir, request):
-        log.info("the run in %s is complete", run_dir)
+    if arguments.dry_run:
+        text = plan.describe(arguments, *_inputs(arguments, probe_set))
+        if arguments.should_log:
+            print(text)  # noqa: T201
         return
-    manifest = train(arguments, probe_set, run_dir, request)
-    if arguments.should_save:
-        write_json(run_dir / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
-        (run_dir / "started.json").unlink()
+    folder = make_dir(Path(str(arguments.output_dir)))
+    request = run_dir.request_of(
+        asked,
+        arguments.world_size,
+        probe_set_sha256=probe_set.sha256,
+        deepspeed_config_sha256=run_dir.sha256_text(arguments.deepspeed),
+    )
+    if run_dir.is_complete(folder, request):
+        log.info("the run in %s is complete", folder)
+        return
+    manifest = train(arguments, probe_set, folder, request)
+    if manifest is not None and arguments.should_save:
+        write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
+        (folder / "started.json").unlink()
+        remove_states(folder)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if manifest is None:
+        raise SystemExit(STOPPED_EXIT_CODE)
 
 
-def train(arguments: SftArguments, probe_set: ProbeSet, run_dir: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Runs the training and returns the manifest's content."""
+def train(arguments: SftArguments, probe_set: ProbeSet, folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs the training and returns the manifest's content; `None` where it stopped early."""
     set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    for flag in ("snapshot_steps", "probe_steps"):  # a fault is told before the model is loaded
-        parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
-    tokenizer = load_tokenizer(arguments.model_name_or_path)
-    prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
-    examples = build_examples(
-        probe_set,
-        arguments.train_category,
-        prompt_format,
-        tokenizer,
-        max_length=arguments.max_length,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-    )
+    tokenizer, prompt_format, examples = _inputs(arguments, probe_set)
     _check_launch(arguments, len(examples))
-    model = load_model(arguments.model_name_or_path, arguments.dtype).train()
-    check_window(arguments.max_length, model)
-    disable_dropout(model)
+    end_id = terminator_id(prompt_format.name, tokenizer)
     trainer = SftTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        data_collator=PadRight(terminator_id(prompt_format.name, tokenizer)),
+        model=_model(arguments), args=arguments, train_dataset=examples, data_collator=PadRight(end_id)
     )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
-    callback = SnapshotCallback(run_dir / "weights", arguments.snapshot_steps, tokenizer)
-    callback.trainer = trainer
-    trainer.add_callback(callback)
-    if arguments.probe_steps is not None:
-        probe = _probe(arguments, run_dir, tokenizer)
-        probe.trainer = trainer
-        trainer.add_callback(probe)
+    columns = _run_columns(arguments, folder)
+    state = latest_state(folder)
+    losses = LossLog(folder, trainer, examples, columns)
+    snapshots = SnapshotCallback(
+        folder / "weights", arguments.snapshot_steps, arguments.snapshot_dtype, tokenizer, losses
+    )
+    resume = ResumeCallback(
+        losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
+    )
+    probe = _probe(arguments, tokenizer, losses) if arguments.probe_steps else None
+    for callback in (losses, snapshots, probe, resume):  # in this order at the end of each step
+        if callback is not None:
+            trainer.add_callback(callback)
+    plan.check_disk(plan.make_plan(arguments, trainer, trainer.model), folder)
     if arguments.should_save:
-        _claim(run_dir, request)
-        _log_plan(arguments, examples)
-    trainer.train()
+        taken_up = run_dir.claim(folder, request)
+        _log_plan(arguments, examples, taken_up)
+    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    if resume.stopped:
+        log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
+        return None
+    if arguments.should_save:
+        losses.write_exposure()
     return {
-        **_run_columns(arguments, run_dir),
+        **columns,
         "probe_set": _absolute(arguments.probe_set),
         "prompt_format": prompt_format.name,
         "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
-        "terminator_id": terminator_id(prompt_format.name, tokenizer),
+        "terminator_id": end_id,
         "max_length": arguments.max_length,
         "num_examples": len(examples),
         "num_cut_prompts": examples.num_cut_prompts,
         "dropped": [vars(drop) for drop in examples.dropped],
-        "doc_ids": examples.doc_ids,
-        "snapshot_steps": callback.steps,
+        "doc_ids": [example.doc_id for example in examples.examples],
+        "snapshot_steps": snapshots.steps,
+        "snapshot_save_s": round(snapshots.save_s, 3),
         "arguments": arguments.to_dict(),
-        "versions": _versions(),
-        "git_revision": _git_revision(),
+        "versions": run_dir.versions(),
+        "git_revision": run_dir.git_revision(),
     }
 
 
-def _run_columns(arguments: SftArguments, run_dir: Path) -> dict[str, Any]:
+def _inputs(
+    arguments: SftArguments, probe_set: ProbeSet
+) -> tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]:
+    """Everything that needs no weights, so that a fault is told before they are loaded."""
+    for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
+        parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
+    tokenizer = load_tokenizer(arguments.model_name_or_path)
+    prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
+    parts = parse_mixture(arguments.train_category, probe_set.categories, f"the probe set {probe_set.source}")
+    examples = build_examples(
+        assign(probe_set.of_split("train"), parts, arguments.seed),
+        prompt_format,
+        tokenizer,
+        max_length=arguments.max_length,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        dropped=dropped_by_faults(probe_set),
+    )
+    return tokenizer, prompt_format, examples
+
+
+def _model(arguments: SftArguments) -> Any:
+    model = load_model(
+        arguments.model_name_or_path, arguments.dtype, attn_implementation=arguments.attn_implementation
+    ).train()
+    check_window(arguments.max_length, model)
+    disable_dropout(model)
+    return add_lora(model, arguments) if arguments.lora_r else model
+
+
+def _run_columns(arguments: SftArguments, folder: Path) -> dict[str, Any]:
     return {
-        "run": run_dir.resolve().name,
+        "run": folder.resolve().name,
         "model": arguments.model_name_or_path,
         "train_category": arguments.train_category,
         "order_seed": arguments.data_seed if arguments.data_seed is not None else arguments.seed,
     }
 
 
-def _probe(arguments: SftArguments, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> ProbeCallback:
-    return ProbeCallback(
+def _probe(arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, losses: LossLog) -> ProbeCallback:
+    probe = ProbeCallback(
         arguments.probe_set,
-        out=run_dir,
+        out=losses.run_dir,
         steps=str(arguments.probe_steps),
         num_train=arguments.probe_train,
         prompt_format=arguments.prompt_format,
         max_length=arguments.max_length,
         tokenizer=tokenizer,
-        columns=_run_columns(arguments, run_dir),
+        max_tokens=arguments.probe_max_tokens,
+        columns=losses.columns,
     )
+    probe.trainer = losses.trainer
+    probe.totals = losses.totals
+    return probe
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
@@ -143,46 +190,10 @@ def disable_dropout(model: PreTrainedModel) -> None:
             module.attention_dropout = 0.0
 
 
-def _is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
-    """True for a finished run of the same request. Raises `UserError` where the directory is not free for it."""
-    for name in ("manifest.json", "started.json"):
-        if not (run_dir / name).exists():
-            continue
-        earlier = read_json(run_dir / name)
-        earlier = earlier["request"] if name == "manifest.json" else earlier
-        if earlier != request:
-            raise UserError(
-                f"{run_dir} holds another run ({_difference(earlier, request)}). Choose another --output_dir."
-            )
-        if name == "manifest.json":
-            return True
-    if (run_dir / "weights").exists() and not (run_dir / "started.json").exists():
-        raise UserError(f"{run_dir} holds weights of another origin. Choose another --output_dir.")
-    return False
-
-
-def _claim(run_dir: Path, request: dict[str, Any]) -> None:
-    """Notes the request once all of it is known to be sound, and clears what a killed attempt at it left behind."""
-    if (run_dir / "started.json").exists():
-        log.info("an earlier attempt in %s was cut off; training starts again", run_dir)
-        shutil.rmtree(run_dir / "weights", ignore_errors=True)
-    write_json(run_dir / "started.json", request)
-
-
-def _difference(earlier: dict[str, Any], request: dict[str, Any]) -> str:
-    if earlier["probe_set_sha256"] != request["probe_set_sha256"]:
-        return "the probe set has changed"
-    old, new = earlier["flags"], request["flags"]
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"--{name}: {old.get(name, 'unset')} there, {new.get(name, 'unset')} now" for name in names)
-
-
 def _check_launch(arguments: SftArguments, num_examples: int) -> None:
     world_size = arguments.world_size
     if world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(f"the launcher asked for {os.environ['WORLD_SIZE']} processes, but {world_size} take part.")
-    if is_deepspeed_zero3_enabled():
-        raise UserError("ZeRO stage 3 is not supported yet: its snapshots would be empty. Use stage 1 or 2.")
     rows = world_size * arguments.per_device_train_batch_size
     if world_size > 1 and num_examples % rows and not arguments.dataloader_drop_last:
         raise UserError(
@@ -191,7 +202,9 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
         )
 
 
-def _log_plan(arguments: SftArguments, examples: TrainingExamples) -> None:
+def _log_plan(arguments: SftArguments, examples: TrainingExamples, taken_up: str | None) -> None:
+    if taken_up:
+        log.info(taken_up)
     for drop in examples.dropped:
         log.warning("not trained on: %s: %s", drop.doc_id, drop.reason)
     log.info(
@@ -206,25 +219,6 @@ def _log_plan(arguments: SftArguments, examples: TrainingExamples) -> None:
 
 def _absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def _versions() -> dict[str, str | None]:
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {
-        name: version(name) for name in ("sft-probe", "torch", "transformers", "accelerate", "deepspeed", "lm_eval")
-    }
-
-
-def _git_revision() -> str | None:
-    if shutil.which("git") is None:
-        return None
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
-    return result.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -1,55 +1,57 @@
 """Weights-only snapshots in Hugging Face layout, complete or absent; `meta.json` says where they come from."""
 
+import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from sft_probe.files import new_dir, sha256_file, write_json
+from sft_probe.errors import UserError
+from sft_probe.files import new_dir, read_json, sha256_file, write_json
+from sft_probe.train.gather import gather_weights, has_masters
+from sft_probe.train.losses import LossLog
 from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 
-class SftTrainer(Trainer):
-    """A Trainer that counts, on each rank, what it has been shown."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.examples_seen = 0
-        self.tokens_seen = 0
-        self.step_loss = 0.0
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch: rows and labelled tokens are counted, losses added up until the optimizer step."""
-        self.examples_seen += inputs["input_ids"].shape[0]
-        self.tokens_seen += int((inputs["labels"] != -100).sum())
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.step_loss += float(loss)
-        return loss
-
-    def totals(self) -> dict[str, float]:
-        """Over all ranks: examples and labelled tokens since the start, loss of the last step (nats per token)."""
-        counts = torch.tensor(
-            [self.examples_seen, self.tokens_seen, self.step_loss], dtype=torch.float64, device=self.args.device
-        )
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        examples, tokens, loss = counts.tolist()
-        return {"examples_seen": int(examples), "tokens_seen": int(tokens), "loss": loss / self.args.world_size}
+SNAPSHOT_DTYPES = ("training", "float32")
 
 
 class SnapshotCallback(TrainerCallback):
-    """Saves the weights at the given steps. `trainer` must be set before training starts."""
+    """Saves the weights at the given steps, 0 and the last one among them.
 
-    trainer: SftTrainer
+    Args:
+        weights_dir: gets a directory per step.
+        snapshot_steps: in the grammar of `schedule.py`.
+        snapshot_dtype: `training` (as the model computes), `float32` (its masters), or `None`: masters where there are.
+        tokenizer: saved with the weights.
+        losses: whose counts go into `meta.json`.
 
-    def __init__(self, weights_dir: Path, snapshot_steps: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    Raises:
+        UserError: at the start of training: there are no float32 weights; later: the weights of two steps are equal
+            although the learning rate was not 0 in between.
+    """
+
+    def __init__(
+        self,
+        weights_dir: Path,
+        snapshot_steps: str,
+        snapshot_dtype: str | None,
+        tokenizer: "PreTrainedTokenizerBase",
+        losses: LossLog,
+    ) -> None:
         self.weights_dir = weights_dir
         self.snapshot_steps = snapshot_steps
+        self.snapshot_dtype = snapshot_dtype
         self.tokenizer = tokenizer
+        self.losses = losses
         self.steps: list[int] = []
+        self.save_s = 0.0
+        """Seconds spent on saving, in this process."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Step 0: the weights as training got them. Only now are the numbers of steps known."""
@@ -57,31 +59,61 @@ class SnapshotCallback(TrainerCallback):
             self.snapshot_steps, flag="--snapshot_steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
         self.steps = sorted({0, *asked, state.max_steps})
-        self._save(state, kwargs["lr_scheduler"])
+        model = kwargs["model"]
+        self.masters = self.snapshot_dtype != "training" and has_masters(model)
+        if self.snapshot_dtype == "float32" and not self.masters and str(model.dtype) != "torch.float32":
+            raise UserError(
+                "--snapshot_dtype float32: this run keeps no float32 weights. Train with --dtype float32 (and --bf16 "
+                "true for speed), or with DeepSpeed."
+            )
+        if state.global_step == 0:
+            self._save(state, model)
 
     def on_step_end(self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Saves if this step is asked for, and starts the next step's loss."""
+        """Saves if this step is asked for."""
         if state.global_step in self.steps:
-            self._save(state, kwargs["lr_scheduler"])
-        self.trainer.step_loss = 0.0
+            self._save(state, kwargs["model"])
 
-    def _save(self, state: TrainerState, lr_scheduler: Any) -> None:
-        totals: dict[str, float | None] = {**self.trainer.totals()}  # a collective: on every rank
-        if not state.is_world_process_zero:
-            return
-        if state.global_step == 0:
-            totals["loss"] = None
-        with new_dir(self.weights_dir / f"step_{state.global_step:06d}") as folder:
-            model = self.trainer.model
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            weights = sorted(folder.glob("*.safetensors"))
-            meta = {
-                "step": state.global_step,
-                **totals,
-                "epoch": state.epoch or 0.0,
-                "lr": lr_scheduler.get_last_lr()[0],
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "sha256": {path.name: sha256_file(path) for path in weights},
-            }
-            write_json(folder / "meta.json", meta)
+    def _save(self, state: TrainerState, model: Any) -> None:
+        start = time.perf_counter()
+        weights = gather_weights(model, masters=self.masters, keep=state.is_world_process_zero)  # on every rank
+        if state.is_world_process_zero:
+            with new_dir(self.weights_dir / f"step_{state.global_step:06d}") as folder:
+                self._write(folder, state, model, weights, start)
+        self.losses.lr_since_snapshot = 0.0
+        self.save_s += time.perf_counter() - start
+
+    def _write(self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float) -> None:
+        dtype = "float32" if self.masters else str(model.dtype).removeprefix("torch.")
+        model.save_pretrained(folder, state_dict=weights)
+        if self.masters:  # else they would load in the dtype of the model
+            config = read_json(folder / "config.json")
+            write_json(folder / "config.json", {**config, "dtype": "float32"})
+        self.tokenizer.save_pretrained(folder)
+        sha256 = {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        meta = {
+            "step": state.global_step,
+            **self.losses.totals(),
+            "loss": self.losses.loss,
+            "epoch": state.epoch or 0.0,
+            "lr": self.losses.lr,
+            "dtype": dtype,
+            "weights": "float32 masters" if self.masters else "as trained",
+            "sha256": sha256,
+            "duplicate_of": self._duplicate_of(state.global_step, sha256),
+            "save_s": round(time.perf_counter() - start, 3),
+        }
+        write_json(folder / "meta.json", meta)
+
+    def _duplicate_of(self, step: int, sha256: dict[str, str]) -> int | None:
+        """The snapshot before, where it has the same weights because every learning rate since was 0."""
+        earlier = [other for other in self.steps if other < step]
+        if not earlier or read_json(self.weights_dir / f"step_{earlier[-1]:06d}/meta.json")["sha256"] != sha256:
+            return None
+        if self.losses.lr_since_snapshot:
+            raise UserError(
+                f"the weights of step {step} equal those of step {earlier[-1]} although the learning rate was not 0: "
+                "no gradient arrives, or 16-bit weights lose so small an update (--dtype float32 keeps it)."
+            )
+        log.warning("the weights of step %d equal those of step %d: the learning rate was 0", step, earlier[-1])
+        return earlier[-1]

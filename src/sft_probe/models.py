@@ -40,8 +40,16 @@ def resolve_model(name: str) -> str:
     return str(_embedded_model_dir()) if name == EMBEDDED_MODEL else name
 
 
-def load_model(name: str, dtype: str, revision: str = "main") -> "PreTrainedModel":
+def load_model(
+    name: str, dtype: str, revision: str = "main", attn_implementation: str | None = None
+) -> "PreTrainedModel":
     """Loads a causal LM with its weights in exactly `dtype`, in eval mode, on the CPU.
+
+    Args:
+        name: hub id, path or the embedded model.
+        dtype: float32, bfloat16 or float16.
+        revision: of a hub model.
+        attn_implementation: sdpa, eager, flash_attention_2, ...; default: what transformers chooses.
 
     Raises:
         UserError: there is no such model, its weights are damaged, or some of its tensors are missing or left over.
@@ -55,17 +63,33 @@ def load_model(name: str, dtype: str, revision: str = "main") -> "PreTrainedMode
             resolve_model(name),
             revision=revision,
             dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name!r}: {_one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"the weights of {name!r} do not fit its config: {kind} {sorted(map(str, info[kind]))[:5]}")
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def model_without_weights(name: str) -> "PreTrainedModel":
+    """A causal LM on the meta device, from its config alone. Raises `UserError` where there is no such model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the config of {name!r}: {_one_line(error)}") from error
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":

@@ -70,11 +70,13 @@ class FittingScorer:
     Args:
         max_tokens: the budget at first, as for `score`.
         longest: as for `choose_way`.
+        may_shrink: False where other processes take part in each forward pass and would still go by the old budget.
     """
 
-    def __init__(self, max_tokens: int, longest: int) -> None:
+    def __init__(self, max_tokens: int, longest: int, *, may_shrink: bool = True) -> None:
         self.max_tokens = max_tokens
         self.longest = longest
+        self.may_shrink = may_shrink
         self.way: Way | None = None
 
     def score(self, model: "PreTrainedModel", items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
@@ -90,6 +92,8 @@ class FittingScorer:
                 yield from score(model, items, max_tokens=self.max_tokens, way=self.way)
                 return
             except torch.OutOfMemoryError as error:
+                if not self.may_shrink:
+                    raise UserError(f"{self.max_tokens} tokens at a time do not fit the memory.") from error
                 if self.max_tokens < max(len(item.input_ids) for item in items):
                     raise UserError("one response alone does not fit the memory; try bfloat16 or a GPU.") from error
             self.max_tokens //= 2
