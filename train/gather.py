@@ -39,7 +39,7 @@ def gather_weights(model: Any, *, masters: bool, keep: bool) -> dict[str, torch.
 def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     if not is_deepspeed_zero3_enabled():
         return parameter.detach()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
