@@ -85,13 +85,17 @@ def make_docs(num_docs: int = 6) -> list[dict[str, Any]]:
     ]
 
 
+def torchrun_command(*arguments: object) -> list[str]:
+    """Training on two ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    return [*launcher, "-m", "sft_probe.train.sft", *map(str, arguments)]
+
+
 def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """Runs training on two ranks."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         "-m", "sft_probe.train.sft", *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = torchrun_command(*arguments)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
 def user_error(result: "subprocess.CompletedProcess[str]") -> str:

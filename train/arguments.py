@@ -83,14 +83,23 @@ class SftArguments(TrainingArguments):
             raise UserError(f"--snapshot_dtype {self.snapshot_dtype}: use one of {', '.join(SNAPSHOT_DTYPES)}.")
         if self.save_strategy != "no" or self.save_total_limit < 2:
             raise UserError("resume states are saved at --resume_steps, with --save_total_limit 2 or more.")
-        self.deepspeed = _deepspeed_config(self.deepspeed)
-        if self.deepspeed is not None:
+        self.deepspeed = config = _deepspeed_config(self.deepspeed)
+        if self.dry_run:  # neither needs what the training needs
+            self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
+        elif self.deepspeed is not None:
             _single_process_environment()
             extensions.build()
             self._join_ranks_on_cpu()
         elif not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.use_cpu = True  # else accelerate takes each rank for a run of its own
         super().__post_init__()
+        self.deepspeed = config
+        keeps_float32 = self.dtype == "float32" or (self.deepspeed is not None and (self.bf16 or self.fp16))
+        if self.snapshot_dtype == "float32" and not keeps_float32:
+            raise UserError(
+                f"--snapshot_dtype float32: training in {self.dtype} keeps no float32 weights. Train with --dtype "
+                "float32 (with --bf16 true for speed), or with DeepSpeed and --bf16 true."
+            )
 
     def _join_ranks_on_cpu(self) -> None:
         """Left alone, accelerate sees one process on CPU ranks under DeepSpeed, and with `use_cpu` drops DeepSpeed."""

@@ -1,6 +1,8 @@
 """What a run will do and need, told before a weight is loaded (`--dry-run`), and checked against the disk."""
 
+import copy
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +100,11 @@ def describe(arguments: SftArguments, tokenizer: Any, prompt_format: PromptForma
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if arguments.lora_r:
         model = add_lora(model, arguments)
+    scratch = copy.copy(arguments)
+    scratch.output_dir = tempfile.gettempdir()  # a Trainer makes this directory
     trainer = Trainer(
         model=torch.nn.Linear(1, 1),  # the batches do not depend on the model
-        args=arguments,
+        args=scratch,
         train_dataset=examples,
         data_collator=PadRight(terminator_id(prompt_format.name, tokenizer)),
     )

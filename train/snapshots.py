@@ -32,8 +32,7 @@ class SnapshotCallback(TrainerCallback):
         losses: whose counts go into `meta.json`.
 
     Raises:
-        UserError: at the start of training: there are no float32 weights; later: the weights of two steps are equal
-            although the learning rate was not 0 in between.
+        UserError: the weights of two steps are equal although the learning rate was not 0 in between.
     """
 
     def __init__(
@@ -59,15 +58,9 @@ class SnapshotCallback(TrainerCallback):
             self.snapshot_steps, flag="--snapshot_steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
         self.steps = sorted({0, *asked, state.max_steps})
-        model = kwargs["model"]
-        self.masters = self.snapshot_dtype != "training" and has_masters(model)
-        if self.snapshot_dtype == "float32" and not self.masters and str(model.dtype) != "torch.float32":
-            raise UserError(
-                "--snapshot_dtype float32: this run keeps no float32 weights. Train with --dtype float32 (and --bf16 "
-                "true for speed), or with DeepSpeed."
-            )
+        self.masters = self.snapshot_dtype != "training" and has_masters(kwargs["model"])
         if state.global_step == 0:
-            self._save(state, model)
+            self._save(state, kwargs["model"])
 
     def on_step_end(self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Saves if this step is asked for."""
