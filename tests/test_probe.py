@@ -12,10 +12,9 @@ import torch
 from helpers import Run, make_docs, torchrun, user_error
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from sft_probe import ProbeCallback
-from sft_probe.train.data import PadRight
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 KEY = ["step", "split", "category", "doc_id"]
@@ -92,7 +91,7 @@ def make_trainer(model: Any, tokenizer: Any, out: Path, callback: ProbeCallback)
     data: Any = rows
     return Trainer(
         model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback],
-        data_collator=PadRight(tokenizer.pad_token_id),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Rendering, joins, and the identity of trained and scored tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import make_tokenizer
@@ -13,7 +14,8 @@ from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
 from sft_probe.prompts import PromptFormat, encode_pair, encode_probe_set
 from sft_probe.records import load_probe_set
-from sft_probe.train.data import IGNORED_LABEL, PadRight, build_examples
+from sft_probe.train.data import IGNORED_LABEL, Example, PadRight, TrainingExamples, build_examples
+from sft_probe.train.mixture import assign, parse_mixture
 
 MESSAGES = [
     {"role": "user", "content": "Hi "},
@@ -94,6 +96,15 @@ def test_a_token_that_spans_the_join_is_found() -> None:
     assert encode_pair(tokenizer, "some", " water") == (tokenizer.encode("some"), [whole])
 
 
+def train_examples(
+    probe_set: Any, category: str, prompt_format: PromptFormat, tokenizer: Any, max_prompt_tokens: int | None = None
+) -> TrainingExamples:
+    docs = assign(probe_set.of_split("train"), parse_mixture(category, probe_set.categories, "the set"), 0)
+    return build_examples(
+        docs, prompt_format, tokenizer, max_length=1024, max_prompt_tokens=max_prompt_tokens, dropped=[]
+    )
+
+
 @pytest.mark.parametrize(
     ("family", "format_name"),
     [("gpt-neox", "hh"), ("bos", "hh"), ("chat", "chat"), pytest.param("smollm2", "hh", marks=pytest.mark.slow),
@@ -104,21 +115,23 @@ def test_labels_are_the_scored_tokens_and_the_terminator(family: str, format_nam
     prompt_format = PromptFormat(format_name, tokenizer)
     probe_set = load_probe_set("helpful-mini")
     kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, 1024)
-    examples = build_examples(probe_set, "rejected", prompt_format, tokenizer, max_length=1024, max_prompt_tokens=None)
+    examples = train_examples(probe_set, "rejected", prompt_format, tokenizer)
     assert not dropped
     assert len(examples) == 64
     scored = {item.doc.doc_id: item for item in kept}
     end = "<|im_end|>" if format_name == "chat" or family == "smollm2" else "<|endoftext|>"
-    for doc_id, example in zip(examples.doc_ids, examples.examples, strict=True):
-        target = [*scored[doc_id].continuation_ids["rejected"], tokenizer.convert_tokens_to_ids(end)]
-        assert [label for label in example["labels"] if label != IGNORED_LABEL] == target
-        assert example["input_ids"] == scored[doc_id].prompt_ids + target
+    for example in examples.examples:
+        target = [*scored[example.doc_id].continuation_ids["rejected"], tokenizer.convert_tokens_to_ids(end)]
+        assert [label for label in example.labels if label != IGNORED_LABEL] == target
+        assert example.input_ids == scored[example.doc_id].prompt_ids + target
 
 
 def test_padding_keeps_the_terminator_label_where_pad_is_eos() -> None:
-    batch = PadRight(pad_id=0)(
-        [{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}, {"input_ids": [7, 0], "labels": [7, 0]}]
-    )
+    where: dict[str, Any] = {"doc_id": "d", "category": "chosen", "num_bytes": 1}
+    examples = [
+        Example(input_ids=[5, 6, 0], labels=[-100, 6, 0], **where), Example(input_ids=[7, 0], labels=[7, 0], **where)
+    ]  # fmt: skip
+    batch = PadRight(pad_id=0)(list(enumerate(examples)))
     assert batch["labels"].tolist() == [[-100, 6, 0], [7, 0, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
@@ -128,13 +141,12 @@ def test_long_prompts_lose_whole_turns_on_the_left() -> None:
     tokenizer = make_tokenizer()
     probe_set = load_probe_set("helpful-mini")
     prompt_format = PromptFormat("hh")
-    whole = build_examples(probe_set, "chosen", prompt_format, tokenizer, max_length=1024, max_prompt_tokens=None)
-    cut = build_examples(probe_set, "chosen", prompt_format, tokenizer, max_length=1024, max_prompt_tokens=70)
+    whole = train_examples(probe_set, "chosen", prompt_format, tokenizer)
+    cut = train_examples(probe_set, "chosen", prompt_format, tokenizer, max_prompt_tokens=70)
     assert cut.num_cut_prompts > 0
     assert len(cut) + len(cut.dropped) == len(whole)
-    for doc_id, example in zip(cut.doc_ids, cut.examples, strict=True):
-        uncut = whole.examples[whole.doc_ids.index(doc_id)]
-        num_prompt = example["labels"].count(IGNORED_LABEL)
-        assert num_prompt <= 70
-        assert tokenizer.decode(example["input_ids"]).startswith("\n\nHuman:")
-        assert uncut["input_ids"][-len(example["input_ids"]) :] == example["input_ids"]
+    whole_ids = {example.doc_id: example.input_ids for example in whole.examples}
+    for example in cut.examples:
+        assert example.labels.count(IGNORED_LABEL) <= 70
+        assert tokenizer.decode(example.input_ids).startswith("\n\nHuman:")
+        assert whole_ids[example.doc_id][-len(example.input_ids) :] == example.input_ids

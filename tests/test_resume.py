@@ -37,33 +37,39 @@ def command(launch: str, flags: list[str], run: Path) -> list[str]:
     return torchrun_command(*rest) if ranks else [sys.executable, "-m", "sft_probe", "train", *rest]
 
 
-def start(command: list[str]) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def log_of(run: Path) -> Path:
+    return run.with_suffix(".log")
 
 
-def finish(command: list[str]) -> str:
-    process = start(command)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return err
+def start(launch: str, flags: list[str], run: Path) -> "subprocess.Popen[bytes]":
+    """Its stderr goes to a file: a full pipe would stop it."""
+    with log_of(run).open("wb") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command(launch, flags, run), env=environment, stdout=subprocess.DEVNULL, stderr=log)
+
+
+def finish(launch: str, flags: list[str], run: Path) -> str:
+    code = start(launch, flags, run).wait(timeout=300)
+    log = log_of(run).read_text()
+    assert code == 0, log
+    return log
 
 
 def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_step(run: Path, step: int, process: "subprocess.Popen[bytes]") -> None:
     while len(lines(run / "losses.jsonl")) < step or not (run / "started.json").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, log_of(run).read_text()
         time.sleep(0.005)
 
 
-def kill_all(process: "subprocess.Popen[str]") -> None:
+def kill_all(process: "subprocess.Popen[bytes]") -> None:
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for one in everyone:
         one.kill()
-    process.communicate()
+    process.wait()
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def whole(launch: str, flags: list[str], tmp_path_factory: pytest.TempPathFactor
     """A run that nobody disturbed."""
     if launch not in _whole_runs:
         run = tmp_path_factory.mktemp(launch) / "run"
-        finish(command(launch, flags, run))
+        finish(launch, flags, run)
         assert len(lines(run / "losses.jsonl")) == STEPS
         _whole_runs[launch] = run
     return _whole_runs[launch]
@@ -119,12 +125,12 @@ def test_snapshots_and_losses_of_each_stage(
 
 
 def kill_and_go_on(launch: str, flags: list[str], run: Path, chance: random.Random) -> str:
-    process = start(command(launch, flags, run))
+    process = start(launch, flags, run)
     wait_for_step(run, chance.randrange(STEPS - 2), process)
     time.sleep(chance.random() * 0.1)
     kill_all(process)
     assert not (run / "manifest.json").exists(), "it was done before it was killed"
-    return finish(command(launch, flags, run))
+    return finish(launch, flags, run)
 
 
 @pytest.mark.slow
@@ -152,7 +158,7 @@ def test_half_written_states_and_snapshots_are_redone(
     flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path / "run"
-    process = start(command("none", flags, run))
+    process = start("none", flags, run)
     wait_for_step(run, 7, process)
     kill_all(process)
     newest = max((int(path.name[11:]) for path in run.glob("checkpoint-*")), default=0)
@@ -160,7 +166,7 @@ def test_half_written_states_and_snapshots_are_redone(
     (run / "weights/.step_000008.tmp").mkdir(exist_ok=True)
     with (run / "losses.jsonl").open("a") as file:
         file.write('{"run": "ru')
-    log = finish(command("none", flags, run))
+    log = finish("none", flags, run)
     assert f"goes on from checkpoint-{newest - 2}" in log or newest <= 2
     assert results(run) == results(whole("none", flags, tmp_path_factory))
     assert not (run / "weights/.step_000008.tmp").exists()
@@ -173,16 +179,17 @@ def test_sigterm_stops_with_a_state(
 ) -> None:
     run = tmp_path / "run"
     quiet = [*flags, "--resume_steps", "last"]  # no state but that of the stop
-    process = start(command(launch, quiet, run))
+    process = start(launch, quiet, run)
     wait_for_step(run, 1, process)
     ranks = [one for one in psutil.Process(process.pid).children() if "sft_probe.train.sft" in one.cmdline()]
     (ranks[-1] if ranks else process).send_signal(signal.SIGTERM)  # to one rank: all stop
-    _, err = process.communicate(timeout=120)
+    process.wait(timeout=120)
+    err = log_of(run).read_text()
     assert process.returncode == (1 if ranks else 75), err  # torchrun has an exit code of its own
     assert "stopped by SIGTERM at step" in err
     assert len(list(run.glob("checkpoint-*/sft_probe_state.json"))) == 1
     assert not (run / "manifest.json").exists()
-    assert "goes on from checkpoint-" in finish(command(launch, quiet, run))
+    assert "goes on from checkpoint-" in finish(launch, quiet, run)
     assert results(run) == results(whole(launch, flags, tmp_path_factory))
 
 

@@ -8,6 +8,7 @@ Run as: sft-probe train --config recipes/quickstart.yaml --output_dir runs/mine
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
         SystemExit: with `STOPPED_EXIT_CODE` where the run stopped early, with a state.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, thousands
     arguments, asked = parse_arguments(argv)
     probe_set = load_probe_set(arguments.probe_set)
     if arguments.dry_run:
