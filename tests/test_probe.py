@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import Run, make_docs, torchrun, user_error
+from helpers import Run, make_docs, user_error
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -65,20 +65,6 @@ def test_a_run_that_was_only_probed_is_drawn(probed_run: Path, sft_probe: Run, t
     shutil.copytree(probed_run, tmp_path / "tiny")
     assert sft_probe("plot", tmp_path / "tiny").returncode == 0
     assert "32 held-out prompts" in (tmp_path / "tiny/figures/trajectory_heldout.svg").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["none", "cpu"])
-def test_two_ranks_share_the_docs(deepspeed: str, probed_run: Path, tiny_flags: list[str], tmp_path: Path) -> None:
-    flags = ["--probe_steps", "0,last", "--probe_train", 5, "--per_device_train_batch_size", 2]
-    result = torchrun(*tiny_flags, *flags, "--deepspeed", deepspeed, "--output_dir", tmp_path / "tiny")
-    assert result.returncode == 0, result.stderr
-    one, two = live_rows(probed_run), live_rows(tmp_path / "tiny")
-    assert two.index.is_unique
-    one = one[one.index.get_level_values("step") != 1]
-    pd.testing.assert_series_equal(one.loc[0]["logprob"], two.loc[0]["logprob"], rtol=0, atol=1e-4)
-    assert list(one.index) == list(two.index)
-    assert set(two.loc[4]["examples_seen"]) == {16}
 
 
 def make_trainer(model: Any, tokenizer: Any, out: Path, callback: ProbeCallback) -> Trainer:

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 STEPS = 12
-LAUNCHES = ["none", "zero1-2", "zero2-2", "zero3-2"]  # a number: that many ranks
+LAUNCHES = ["none", "none-2", "zero1-2", "zero2-2", "zero3-2"]  # a number: that many ranks
 
 
 @pytest.fixture(scope="module")
 def flags(tiny_model: Path) -> list[str]:
     return (
         f"--model_name_or_path {tiny_model} --probe_set helpful-mini --max_steps {STEPS} --seed 3 --learning_rate 1e-3 "
-        "--gradient_accumulation_steps 3 --snapshot_steps 0,1,+4 --resume_steps +2 --probe_steps 0,+5 "
+        "--gradient_accumulation_steps 3 --snapshot_steps 0,1,+4 --resume_steps +2 --probe_steps 0,+5 --probe_train 5 "
         "--warmup_steps 5 --lr_scheduler_type cosine"
     ).split()
 
@@ -101,6 +101,11 @@ def whole(launch: str, flags: list[str], tmp_path_factory: pytest.TempPathFactor
     return _whole_runs[launch]
 
 
+def rows_of_probe(run: Path) -> dict[tuple[Any, ...], float]:
+    texts = [json.loads(line) for path in sorted(run.glob("probe/step_*.jsonl")) for line in lines(path)]
+    return {(row["step"], row["doc_id"], row["category"], row["examples_seen"]): row["logprob"] for row in texts}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_snapshots_and_losses_of_each_stage(
@@ -119,6 +124,10 @@ def test_snapshots_and_losses_of_each_stage(
     one = [json.loads(line)["loss"] for line in lines(whole("none", flags, tmp_path_factory) / "losses.jsonl")]
     mine = [json.loads(line) for line in lines(run / "losses.jsonl")]
     assert [row["loss"] for row in mine] == pytest.approx(one, abs=1e-5)
+    alone, shared = (rows_of_probe(path) for path in (whole("none", flags, tmp_path_factory), run))
+    assert list(alone) == list(shared)  # 3 steps, 32 + 5 docs, 6 categories
+    assert len(shared) == 3 * 37 * 6
+    assert list(shared.values()) == pytest.approx(list(alone.values()), abs=2e-3)
     exposure = [json.loads(line)["times_shown"] for line in lines(run / "exposure.jsonl")]
     assert exposure == [2] * 64  # an epoch has 5 steps of 12 examples and one of 4
     assert mine[-1]["examples_seen"] == 128

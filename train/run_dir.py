@@ -11,8 +11,8 @@ from sft_probe.errors import UserError
 from sft_probe.files import read_json, write_json
 from sft_probe.train.resume import latest_state, remove_after
 
-_MAY_DIFFER = ("max_wall_time_s", "dry_run")
-"""Flags that another attempt at the same run may give differently."""
+_MAY_DIFFER = ("max_wall_time_s", "dry_run", "local_rank")
+"""Flags that another attempt at the same run may give differently; the last is what `deepspeed` tells each rank."""
 
 
 def request_of(flags: dict[str, str], world_size: int, **files_sha256: str | None) -> dict[str, Any]:
