@@ -11,11 +11,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: env
 	$(BIN)/sft-probe quickstart --output_dir runs/quickstart
 
+# two processes with one thread each: most tests wait for imports, and tiny models gain nothing from threads
+test test-full: export OMP_NUM_THREADS = 1
+
 test: env
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -n 2 -m "not full"
 
 test-full: env
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: env
 	$(BIN)/ruff check

@@ -284,20 +284,21 @@ def test_an_over_long_response_never_kills_a_sweep(
 
 
 @pytest.mark.slow
-def test_real_model_agrees_with_stock_lm_eval_and_with_float64(sft_probe: Run, tmp_path: Path) -> None:
-    """20 docs x 6 categories of the real model: the sweep, `lm_eval` and a float64 reference, to 2e-3 nats."""
+@pytest.mark.parametrize("num_docs", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_real_model_agrees_with_stock_lm_eval_and_with_float64(num_docs: int, sft_probe: Run, tmp_path: Path) -> None:
+    """6 categories of the real model: the sweep, `lm_eval` and a float64 reference, to 2e-3 nats."""
     from sft_probe.models import EMBEDDED_MODEL, resolve_model
 
     embedded = Path(str(resources.files("sft_probe.data") / "helpful-mini/heldout.jsonl"))
-    lines = embedded.read_text().splitlines()[:20]
-    path = tmp_path / "twenty.jsonl"
+    lines = embedded.read_text().splitlines()[:num_docs]
+    path = tmp_path / "some.jsonl"
     rows = [{k: v for k, v in json.loads(line).items() if k != "random_doc_id"} for line in lines]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model_dir = resolve_model(EMBEDDED_MODEL)
     result = sft_probe("sweep", tmp_path / "run", "--model", model_dir, "--revisions", "step0", "--probe_set", path)
     assert result.returncode == 0, result.stderr
     swept = scores(tmp_path / "run").set_index(["category", "doc_id"])["logprob"]
-    assert len(swept) == 120
+    assert len(swept) == 6 * num_docs
     stock = subprocess.run(
         [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--model_args",
          f"pretrained={model_dir},dtype=float32,softmax_dtype=float32", "--tasks", "sft_probe", "--batch_size", "4",
@@ -307,7 +308,7 @@ def test_real_model_agrees_with_stock_lm_eval_and_with_float64(sft_probe: Run, t
     )  # fmt: skip
     assert stock.returncode == 0, stock.stderr
     samples = [json.loads(line) for file in (tmp_path / "stock").rglob("samples_*.jsonl") for line in file.open()]
-    assert len(samples) == 120
+    assert len(samples) == 6 * num_docs
     for sample in samples:
         key = (sample["doc"]["category"], sample["doc"]["doc_id"])
         assert swept[key] == pytest.approx(float(sample["resps"][0][0][0]), abs=2e-3)

@@ -234,7 +234,7 @@ def test_what_cannot_fit_is_refused(
 ) -> None:
     import shutil
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 2 * 10**5))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 2 * 10**5))
     for more in ([], ["--dry_run"]):
         message = user_error(sft_probe("train", *tiny_flags, "--output_dir", tmp_path / "run", *more))
         assert "3 snapshots and 1 resume states come to" in message

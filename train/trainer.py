@@ -63,7 +63,8 @@ class SftTrainer(Trainer):
         )
         sums = torch.zeros(len(labels), device=losses.device).index_add_(0, rows, losses.detach())
         self._shown.append((self._example_index, sums))
-        return losses.sum() / num_items_in_batch
+        loss: torch.Tensor = losses.sum() / num_items_in_batch
+        return loss
 
     def take_shown(self) -> list[tuple[int, float]]:
         """Index and summed loss (nats, before the update) of each example shown to this rank since the last call."""
