@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from helpers import Run, make_docs, user_error
+from helpers import SHARED, Run, make_docs, needs_shared, user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -134,7 +135,7 @@ def test_a_lora_is_trained_saved_and_swept(tiny_flags: list[str], sft_probe: Run
     assert any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name)
     assert not (tmp_path / "run/weights/step_000004/model.safetensors").exists()
     assert sft_probe("sweep", tmp_path / "run").returncode == 0
-    scores = __import__("pandas").read_parquet(tmp_path / "run/scores.parquet")
+    scores = pd.read_parquet(tmp_path / "run/scores.parquet")
     live, swept = (
         scores[scores["source"] == source].set_index(["step", "category", "doc_id"])["logprob"].sort_index()
         for source in ("live", "lm_eval")
@@ -250,3 +251,72 @@ def test_recipes_run_dry(recipe: Path, tiny_model: Path, sft_probe: Run, tmp_pat
     assert result.returncode == 0, result.stderr
     assert "64 examples of chosen" in result.stdout
     assert re.search(r"^ +1 .*snapshot", result.stdout, re.MULTILINE)
+
+
+HH = "\n\nHuman: Name a bird, number {i}.\n\nAssistant: {answer}"
+SOURCES = {
+    "transcripts": lambda i: {"chosen": HH.format(i=i, answer=f"Wren {i}."), "rejected": HH.format(i=i, answer="No.")},
+    "messages": lambda i: {
+        "messages": [
+            {"role": "user", "content": f"Name a bird, number {i}."}, {"role": "assistant", "content": f"Wren {i}."}
+        ]
+    },
+    "columns": lambda i: {"question": f"Name a bird, number {i}.", "answer": f"Wren {i}."},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_own_data_of_any_shape(
+    kind: str, tiny_flags: list[str], write_set: WriteSet, sft_probe: Run, tmp_path: Path
+) -> None:
+    """8 rows, one empty answer, one prompt that is held out."""
+    suffix = "jsonl" if kind == "transcripts" else "parquet"
+    rows: list[dict[str, Any]] = [SOURCES[kind](i) for i in range(8)]
+    rows[2] = json.loads(json.dumps(rows[2]).replace("Wren 2.", ""))
+    path = tmp_path / f"own.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pd.DataFrame(rows).to_parquet(path)
+    docs = make_docs()
+    docs[0]["messages"] = [{"role": "user", "content": "Name a bird, number 5."}]
+    flags = ("--probe_set", write_set(docs), "--train_data", path, "--train_category", "chosen:0.5,random:0.5")
+    columns = ("--prompt_column", "question", "--response_column", "answer", "--per_device_train_batch_size", 2)
+    result = sft_probe("train", *tiny_flags, *flags, *columns, "--output_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    dropped = {drop["doc_id"]: drop["reason"] for drop in manifest["dropped"]}
+    assert dropped[f"own.{suffix}-000003"].endswith("line 3: an empty response")
+    assert dropped[f"own.{suffix}-000006"] == "its prompt is that of the held-out doc d0"
+    assert len(dropped) == 2
+    exposure = rows_of(tmp_path / "run/exposure.jsonl")
+    assert Counter(row["category"] for row in exposure) == {"chosen": 3, "random": 3}
+    path.write_bytes(path.read_bytes() + b"\n")
+    flags = (*flags, *columns, "--output_dir", tmp_path / "run")
+    assert "the train data has changed" in user_error(sft_probe("train", *tiny_flags, *flags))
+
+
+@needs_shared
+def test_real_hh_rows(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    frame = pd.read_json(SHARED / "data/helpful-base/probe_train.jsonl", lines=True)
+    sides = {side: frame["prompt"] + frame[side] for side in ("chosen", "rejected")}
+    path = tmp_path / "train.jsonl.gz"
+    pd.DataFrame(sides).to_json(path, orient="records", lines=True, compression="gzip")
+    result = sft_probe("train", *tiny_flags, "--train_data", path, "--output_dir", tmp_path / "run", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    num_examples, num_dropped = map(int, re.findall(r"(\d+) examples of chosen \((\d+) dropped", result.stdout)[0])
+    assert num_examples + num_dropped == 500
+    assert num_examples > 450
+
+
+def test_probe_means_stand_beside_the_loss(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--report_to", "tensorboard", "--probe_steps", "0,last", "--output_dir", tmp_path / "run")
+    assert sft_probe("train", *tiny_flags, *flags).returncode == 0
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "train/probe/chosen", "train/probe/non_response"} <= set(events.Tags()["scalars"])
+    rows = [row for row in rows_of(tmp_path / "run/probe/step_000004.jsonl") if row["category"] == "chosen"]
+    mean = sum(row["logprob"] for row in rows) / len(rows)
+    assert events.Scalars("train/probe/chosen")[-1].value == pytest.approx(mean, abs=1e-2)

@@ -33,6 +33,11 @@ class SftArguments(TrainingArguments):
     probe_set: str = _flag(
         DEFAULT_PROBE_SET, "Probe set whose train split is trained on: path, hub id or embedded name."
     )
+    train_data: str | None = _flag(
+        None, "Train on this instead: .jsonl[.gz] or .parquet, a directory of them, or a hub id (docs/training.md)."
+    )
+    prompt_column: str = _flag("prompt", "Of --train_data with prompts and responses.")
+    response_column: str = _flag("response", "Of --train_data with prompts and responses.")
     train_category: str = _flag(
         "chosen", "What to train on: chosen, chosen_no_prompt, chosen:0.5,rejected:0.5 (docs/training.md)."
     )

@@ -92,7 +92,7 @@ def build_examples(
         kept.append(_example(doc, part, prompt_ids, [*pair[1], end_id]))
         num_cut += len(messages) < len(doc.messages)
     if not kept:
-        raise UserError(f"no doc is left to train on; {len(dropped)} were dropped: {_first(dropped)}")
+        raise UserError(f"no doc is left to train on; {len(dropped)} were dropped: {describe_first(dropped)}")
     return TrainingExamples(examples=kept, dropped=dropped, num_cut_prompts=num_cut)
 
 
@@ -110,7 +110,8 @@ def _empty_prompt_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
-def _first(dropped: Sequence[DroppedDoc]) -> str:
+def describe_first(dropped: Sequence[DroppedDoc]) -> str:
+    """Why the first few docs were dropped, for a message."""
     return "; ".join(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3])
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import check_window, load_model, load_tokenizer
-from sft_probe.prompts import PromptFormat, dropped_by_faults, terminator_id
-from sft_probe.records import ProbeSet, load_probe_set
+from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, terminator_id
+from sft_probe.records import Doc, ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments
-from sft_probe.train.data import PadRight, TrainingExamples, build_examples
+from sft_probe.train.data import PadRight, TrainingExamples, build_examples, describe_first
 from sft_probe.train.lora import add_lora
 from sft_probe.train.losses import LossLog
 from sft_probe.train.mixture import assign, parse_mixture
@@ -31,6 +32,7 @@ from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state, remove_states
 from sft_probe.train.schedule import parse_steps
 from sft_probe.train.snapshots import SnapshotCallback
+from sft_probe.train.source import read_docs, sha256_of_source, with_random, without_heldout
 from sft_probe.train.trainer import SftTrainer
 
 log = logging.getLogger("sft_probe.train")
@@ -57,6 +59,7 @@ def main(argv: list[str]) -> None:
         asked,
         arguments.world_size,
         probe_set_sha256=probe_set.sha256,
+        train_data_sha256=sha256_of_source(arguments.train_data),
         deepspeed_config_sha256=run_dir.sha256_text(arguments.deepspeed),
     )
     if run_dir.is_complete(folder, request):
@@ -112,6 +115,7 @@ def train(arguments: SftArguments, probe_set: ProbeSet, folder: Path, request: d
     return {
         **columns,
         "probe_set": _absolute(arguments.probe_set),
+        "train_data": arguments.train_data,
         "prompt_format": prompt_format.name,
         "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
         "terminator_id": end_id,
@@ -136,16 +140,32 @@ def _inputs(
         parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
-    parts = parse_mixture(arguments.train_category, probe_set.categories, f"the probe set {probe_set.source}")
+    docs, categories, dropped = _train_docs(arguments, probe_set)
+    parts = parse_mixture(arguments.train_category, categories, arguments.train_data or arguments.probe_set)
     examples = build_examples(
-        assign(probe_set.of_split("train"), parts, arguments.seed),
+        assign(docs, parts, arguments.seed),
         prompt_format,
         tokenizer,
         max_length=arguments.max_length,
         max_prompt_tokens=arguments.max_prompt_tokens,
-        dropped=dropped_by_faults(probe_set),
+        dropped=dropped,
     )
     return tokenizer, prompt_format, examples
+
+
+def _train_docs(arguments: SftArguments, probe_set: ProbeSet) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:
+    """The docs to train on, their categories, and what was left out."""
+    if arguments.train_data is None:
+        return probe_set.of_split("train"), probe_set.categories, dropped_by_faults(probe_set)
+    docs, faulty = read_docs(
+        arguments.train_data, prompt_column=arguments.prompt_column, response_column=arguments.response_column
+    )
+    docs, twins = without_heldout(docs, probe_set.of_split("heldout"))
+    if not docs:
+        raise UserError(f"{arguments.train_data}: no row can be trained on. {describe_first([*faulty, *twins])}")
+    if "random" in arguments.train_category:
+        docs = with_random(docs, arguments.seed)
+    return docs, tuple(docs[0].responses), [*faulty, *twins]
 
 
 def _model(arguments: SftArguments) -> Any:

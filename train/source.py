@@ -1,0 +1,99 @@
+"""Docs to train on that are no probe set: preference pairs, HH transcripts, prompts with a response, chat messages."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sft_probe.errors import UserError
+from sft_probe.prompts import DroppedDoc
+from sft_probe.records import Doc
+from sft_probe.synth.derange import derangement
+from sft_probe.synth.hh import RowRejectedError, parse_prompt, parse_row
+from sft_probe.synth.sources import Row, read_rows, source_sha256
+
+
+def read_docs(source: str, *, prompt_column: str, response_column: str) -> tuple[list[Doc], list[DroppedDoc]]:
+    """The docs of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory of them, or a hub data set.
+
+    A row with `chosen` and `rejected` (HH transcripts, texts or messages) gives both categories; one with `messages`,
+    or with a prompt and a response, gives `chosen`. Rows that give no doc come back with the reason.
+
+    Raises:
+        UserError: there is no such source, it is damaged, or the rows do not all have the same categories.
+    """
+    docs, dropped = [], []
+    for row in read_rows(source):
+        if row.split == "heldout":  # the source's own test split
+            continue
+        doc_id = f"{row.file}-{row.line:06d}"
+        try:
+            messages, responses = _parse(row, prompt_column, response_column)
+        except RowRejectedError as error:
+            dropped.append(DroppedDoc(doc_id=doc_id, reason=f"{row.file}, line {row.line}: {error}"))
+            continue
+        root = hashlib.sha256(messages[0]["content"].encode()).hexdigest()[:12]
+        docs.append(
+            Doc(
+                doc_id=doc_id,
+                conversation_id=root,
+                split="train",
+                messages=tuple(messages),
+                responses=responses,
+                random_doc_id=None,
+            )
+        )
+    if len({tuple(doc.responses) for doc in docs}) > 1:
+        raise UserError(f"{source}: some rows have `rejected`, others have not; train on one kind at a time.")
+    return docs, dropped
+
+
+def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[list[dict[str, str]], dict[str, str]]:
+    value = row.value
+    if row.fault or not isinstance(value, dict):
+        raise RowRejectedError(row.fault or "not a JSON object")
+    if "chosen" in value and "rejected" in value:
+        pair = parse_row(value)
+        return pair.messages, {"chosen": pair.chosen, "rejected": pair.rejected}
+    messages: Any = value.get("messages")
+    if messages is None:
+        prompt, response = value.get(prompt_column), value.get(response_column)
+        if not isinstance(response, str) or not isinstance(prompt, str | list):
+            raise RowRejectedError(f"neither `messages` nor `chosen` and `rejected` nor `{response_column}`")
+        turns = parse_prompt(prompt) if isinstance(prompt, str) else prompt
+        messages = [*turns, {"role": "assistant", "content": response}]
+    # a preference of nothing over nothing: the checks of turns and texts are those of pairs
+    pair = parse_row({"chosen": messages, "rejected": [*messages[:-1], {"role": "assistant", "content": "-"}]})
+    return pair.messages, {"chosen": pair.chosen}
+
+
+def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
+    """The docs with the category `random`: the chosen response of another doc, each used once."""
+    order = derangement([doc.responses["chosen"] for doc in docs], seed)
+    return [
+        replace(
+            doc,
+            responses={**doc.responses, "random": docs[partner].responses["chosen"]},
+            random_doc_id=docs[partner].doc_id,
+        )
+        for doc, partner in zip(docs, order, strict=True)
+    ]
+
+
+def without_heldout(docs: Sequence[Doc], heldout: Sequence[Doc]) -> tuple[list[Doc], list[DroppedDoc]]:
+    """Takes out the docs whose prompt is probed as held out."""
+    held = {json.dumps(doc.messages): doc.doc_id for doc in heldout}
+    twins = {doc.doc_id: held.get(json.dumps(doc.messages)) for doc in docs}
+    dropped = [
+        DroppedDoc(doc_id=doc_id, reason=f"its prompt is that of the held-out doc {twin}")
+        for doc_id, twin in twins.items()
+        if twin
+    ]
+    return [doc for doc in docs if not twins[doc.doc_id]], dropped
+
+
+def sha256_of_source(source: str | None) -> str | None:
+    """Of all local files of a source; `None` for the hub, whose name stands for it."""
+    files = source_sha256(source) if source else {}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest() if files else None
