@@ -254,7 +254,7 @@ def test_recipes_run_dry(recipe: Path, tiny_model: Path, sft_probe: Run, tmp_pat
 
 
 HH = "\n\nHuman: Name a bird, number {i}.\n\nAssistant: {answer}"
-SOURCES = {
+SOURCES: dict[str, Callable[[int], dict[str, Any]]] = {
     "transcripts": lambda i: {"chosen": HH.format(i=i, answer=f"Wren {i}."), "rejected": HH.format(i=i, answer="No.")},
     "messages": lambda i: {
         "messages": [
@@ -292,8 +292,8 @@ def test_own_data_of_any_shape(
     exposure = rows_of(tmp_path / "run/exposure.jsonl")
     assert Counter(row["category"] for row in exposure) == {"chosen": 3, "random": 3}
     path.write_bytes(path.read_bytes() + b"\n")
-    flags = (*flags, *columns, "--output_dir", tmp_path / "run")
-    assert "the train data has changed" in user_error(sft_probe("train", *tiny_flags, *flags))
+    result = sft_probe("train", *tiny_flags, *flags, *columns, "--output_dir", tmp_path / "run")
+    assert "the train data has changed" in user_error(result)
 
 
 @needs_shared
