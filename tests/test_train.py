@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sft_probe import ds_configs
-from sft_probe.train.sft import disable_dropout
+from sft_probe.train.inputs import disable_dropout
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 

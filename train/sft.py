@@ -9,30 +9,26 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
-from sft_probe.models import check_window, load_model, load_tokenizer
-from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, terminator_id
-from sft_probe.records import Doc, ProbeSet, load_probe_set
+from sft_probe.prompts import terminator_id
+from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments
-from sft_probe.train.data import PadRight, TrainingExamples, build_examples, describe_first
-from sft_probe.train.lora import add_lora
+from sft_probe.train.data import PadRight, TrainingExamples
+from sft_probe.train.inputs import load_inputs, load_trained_model
 from sft_probe.train.losses import LossLog
-from sft_probe.train.mixture import assign, parse_mixture
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state, remove_states
-from sft_probe.train.schedule import parse_steps
 from sft_probe.train.snapshots import SnapshotCallback
-from sft_probe.train.source import read_docs, sha256_of_source, with_random, without_heldout
+from sft_probe.train.source import sha256_of_source
 from sft_probe.train.trainer import SftTrainer
 
 log = logging.getLogger("sft_probe.train")
@@ -50,7 +46,7 @@ def main(argv: list[str]) -> None:
     arguments, asked = parse_arguments(argv)
     probe_set = load_probe_set(arguments.probe_set)
     if arguments.dry_run:
-        text = plan.describe(arguments, *_inputs(arguments, probe_set))
+        text = plan.describe(arguments, *load_inputs(arguments, probe_set))
         if arguments.should_log:
             print(text)  # noqa: T201
         return
@@ -81,100 +77,59 @@ def train(arguments: SftArguments, probe_set: ProbeSet, folder: Path, request: d
     set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    tokenizer, prompt_format, examples = _inputs(arguments, probe_set)
+    tokenizer, prompt_format, examples = load_inputs(arguments, probe_set)
     _check_launch(arguments, len(examples))
     end_id = terminator_id(prompt_format.name, tokenizer)
     trainer = SftTrainer(
-        model=_model(arguments), args=arguments, train_dataset=examples, data_collator=PadRight(end_id)
+        model=load_trained_model(arguments), args=arguments, train_dataset=examples, data_collator=PadRight(end_id)
     )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
-    columns = _run_columns(arguments, folder)
     state = latest_state(folder)
-    losses = LossLog(folder, trainer, examples, columns)
+    losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
     snapshots = SnapshotCallback(
         folder / "weights", arguments.snapshot_steps, arguments.snapshot_dtype, tokenizer, losses
     )
     resume = ResumeCallback(
         losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
     )
-    probe = _probe(arguments, tokenizer, losses) if arguments.probe_steps else None
-    for callback in (losses, snapshots, probe, resume):  # in this order at the end of each step
-        if callback is not None:
-            trainer.add_callback(callback)
+    probes = [_probe(arguments, tokenizer, losses)] if arguments.probe_steps else []
+    for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
+        trainer.add_callback(callback)
     plan.check_disk(plan.make_plan(arguments, trainer, trainer.model), folder)
     if arguments.should_save:
-        taken_up = run_dir.claim(folder, request)
-        _log_plan(arguments, examples, taken_up)
+        _log_plan(arguments, examples, run_dir.claim(folder, request))
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
         return None
     if arguments.should_save:
         losses.write_exposure()
+        log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s)
     return {
-        **columns,
-        "probe_set": _absolute(arguments.probe_set),
-        "train_data": arguments.train_data,
+        **losses.columns,
         "prompt_format": prompt_format.name,
         "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
         "terminator_id": end_id,
+        "snapshot_steps": snapshots.steps,
+        "snapshot_save_s": round(snapshots.save_s, 3),
+        **_about(arguments, examples),
+    }
+
+
+def _about(arguments: SftArguments, examples: TrainingExamples) -> dict[str, Any]:
+    return {
+        "probe_set": _absolute(arguments.probe_set),
+        "train_data": arguments.train_data,
         "max_length": arguments.max_length,
         "num_examples": len(examples),
         "num_cut_prompts": examples.num_cut_prompts,
         "dropped": [vars(drop) for drop in examples.dropped],
         "doc_ids": [example.doc_id for example in examples.examples],
-        "snapshot_steps": snapshots.steps,
-        "snapshot_save_s": round(snapshots.save_s, 3),
         "arguments": arguments.to_dict(),
         "versions": run_dir.versions(),
         "git_revision": run_dir.git_revision(),
     }
-
-
-def _inputs(
-    arguments: SftArguments, probe_set: ProbeSet
-) -> tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]:
-    """Everything that needs no weights, so that a fault is told before they are loaded."""
-    for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
-        parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
-    tokenizer = load_tokenizer(arguments.model_name_or_path)
-    prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
-    docs, categories, dropped = _train_docs(arguments, probe_set)
-    parts = parse_mixture(arguments.train_category, categories, arguments.train_data or arguments.probe_set)
-    examples = build_examples(
-        assign(docs, parts, arguments.seed),
-        prompt_format,
-        tokenizer,
-        max_length=arguments.max_length,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        dropped=dropped,
-    )
-    return tokenizer, prompt_format, examples
-
-
-def _train_docs(arguments: SftArguments, probe_set: ProbeSet) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:
-    """The docs to train on, their categories, and what was left out."""
-    if arguments.train_data is None:
-        return probe_set.of_split("train"), probe_set.categories, dropped_by_faults(probe_set)
-    docs, faulty = read_docs(
-        arguments.train_data, prompt_column=arguments.prompt_column, response_column=arguments.response_column
-    )
-    docs, twins = without_heldout(docs, probe_set.of_split("heldout"))
-    if not docs:
-        raise UserError(f"{arguments.train_data}: no row can be trained on. {describe_first([*faulty, *twins])}")
-    if "random" in arguments.train_category:
-        docs = with_random(docs, arguments.seed)
-    return docs, tuple(docs[0].responses), [*faulty, *twins]
-
-
-def _model(arguments: SftArguments) -> Any:
-    model = load_model(
-        arguments.model_name_or_path, arguments.dtype, attn_implementation=arguments.attn_implementation
-    ).train()
-    check_window(arguments.max_length, model)
-    disable_dropout(model)
-    return add_lora(model, arguments) if arguments.lora_r else model
 
 
 def _run_columns(arguments: SftArguments, folder: Path) -> dict[str, Any]:
@@ -201,15 +156,6 @@ def _probe(arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, losses: 
     probe.trainer = losses.trainer
     probe.totals = losses.totals
     return probe
-
-
-def disable_dropout(model: PreTrainedModel) -> None:
-    """Sets every dropout probability to zero, so that a run depends on its data order alone."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _check_launch(arguments: SftArguments, num_examples: int) -> None:

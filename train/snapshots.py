@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from sft_probe.errors import UserError
@@ -71,8 +72,12 @@ class SnapshotCallback(TrainerCallback):
         start = time.perf_counter()
         weights = gather_weights(model, masters=self.masters, keep=state.is_world_process_zero)  # on every rank
         if state.is_world_process_zero:
-            with new_dir(self.weights_dir / f"step_{state.global_step:06d}") as folder:
-                self._write(folder, state, model, weights, start)
+            target = self.weights_dir / f"step_{state.global_step:06d}"
+            try:
+                with new_dir(target) as folder:
+                    self._write(folder, state, model, weights, start)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot write {target}: {error}. Mend it, and the same command goes on.") from error
         self.losses.lr_since_snapshot = 0.0
         self.save_s += time.perf_counter() - start
 

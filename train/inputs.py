@@ -1,0 +1,73 @@
+"""What a training starts from: examples and model, as the flags say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sft_probe.errors import UserError
+from sft_probe.models import check_window, load_model, load_tokenizer
+from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults
+from sft_probe.records import Doc, ProbeSet
+from sft_probe.train.arguments import SftArguments
+from sft_probe.train.data import TrainingExamples, build_examples, describe_first
+from sft_probe.train.lora import add_lora
+from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.schedule import parse_steps
+from sft_probe.train.source import read_docs, with_random, without_heldout
+
+
+def load_inputs(
+    arguments: SftArguments, probe_set: ProbeSet
+) -> tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]:
+    """Everything that needs no weights, so that a fault is told before they are loaded."""
+    for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
+        parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
+    tokenizer = load_tokenizer(arguments.model_name_or_path)
+    prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
+    docs, categories, dropped = _train_docs(arguments, probe_set)
+    parts = parse_mixture(arguments.train_category, categories, arguments.train_data or arguments.probe_set)
+    examples = build_examples(
+        assign(docs, parts, arguments.seed),
+        prompt_format,
+        tokenizer,
+        max_length=arguments.max_length,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        dropped=dropped,
+    )
+    return tokenizer, prompt_format, examples
+
+
+def _train_docs(arguments: SftArguments, probe_set: ProbeSet) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:
+    """The docs to train on, their categories, and what was left out."""
+    if arguments.train_data is None:
+        return probe_set.of_split("train"), probe_set.categories, dropped_by_faults(probe_set)
+    docs, faulty = read_docs(
+        arguments.train_data, prompt_column=arguments.prompt_column, response_column=arguments.response_column
+    )
+    docs, twins = without_heldout(docs, probe_set.of_split("heldout"))
+    if not docs:
+        raise UserError(f"{arguments.train_data}: no row can be trained on. {describe_first([*faulty, *twins])}")
+    if "random" in arguments.train_category:
+        docs = with_random(docs, arguments.seed)
+    return docs, tuple(docs[0].responses), [*faulty, *twins]
+
+
+def load_trained_model(arguments: SftArguments) -> Any:
+    """The model to train, in train mode, without dropout, with its LoRA where one is asked for."""
+    model = load_model(
+        arguments.model_name_or_path, arguments.dtype, attn_implementation=arguments.attn_implementation
+    ).train()
+    check_window(arguments.max_length, model)
+    disable_dropout(model)
+    return add_lora(model, arguments) if arguments.lora_r else model
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Sets every dropout probability to zero, so that a run depends on its data order alone."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
