@@ -84,6 +84,7 @@ def test_losses_are_those_of_each_example_before_its_update(
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path / "run/first_epoch.jsonl")
     assert [row["step"] for row in rows] == [1] * 8
+    assert [row["order"] for row in rows] == list(range(8))
     assert Counter(row["category"] for row in rows) == {"chosen": 4, "chosen_no_prompt": 2, "other": 2}
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)

@@ -150,7 +150,7 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
         index = flags.index("--config")
         if index + 1 == len(flags):
             raise UserError("--config needs the path of a recipe.")
-        recipe = _recipe_flags(Path(flags[index + 1]))
+        recipe = recipe_flags(Path(flags[index + 1]))
         flags = recipe + flags[:index] + flags[index + 2 :]
     if "--hub_token" in flags:
         raise UserError("--hub_token would end up in the manifest; set HF_TOKEN in the environment instead.")
@@ -162,7 +162,8 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
     return arguments, _asked(flags)
 
 
-def _recipe_flags(path: Path) -> list[str]:
+def recipe_flags(path: Path) -> list[str]:
+    """A recipe as flags. Raises `UserError` where it cannot be read."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -22,7 +22,8 @@ class LossLog(TrainerCallback):
 
     `losses.jsonl` has a line per step: loss (nats per labelled token, before the update), learning rate, totals.
     `first_epoch.jsonl` has a line per example of the first epoch: its loss before the update of `step`, summed over
-    response and terminator (nats), in the order of training. Must stand before the callbacks that read its counts.
+    response and terminator (nats), with its place in the order of training from 0. Must stand before the callbacks that
+    read its counts.
     """
 
     def __init__(self, run_dir: Path, trainer: SftTrainer, examples: TrainingExamples, columns: dict[str, Any]) -> None:
@@ -53,6 +54,7 @@ class LossLog(TrainerCallback):
         if args.world_size > 1:
             shown = gather_object(shown)
         num_tokens = sum(self.examples[index].num_tokens for index, _ in shown)
+        order = self.examples_seen
         self.times_shown.update(index for index, _ in shown)
         self.tokens_seen += num_tokens
         self.loss = sum(loss for _, loss in shown) / num_tokens
@@ -61,17 +63,19 @@ class LossLog(TrainerCallback):
         row = {"step": state.global_step, "epoch": state.epoch, "loss": self.loss, "lr": self.lr}
         _append(self.run_dir / LOG_NAMES[0], [{**self.columns, **row, **self.totals()}])
         if state.epoch <= 1:
-            _append(self.run_dir / LOG_NAMES[1], [self._row(state.global_step, *item) for item in shown])
+            rows = [self._row(state.global_step, order + i, *item) for i, item in enumerate(shown)]
+            _append(self.run_dir / LOG_NAMES[1], rows)
 
     def totals(self) -> dict[str, int]:
         """Examples and labelled tokens since the start of the run."""
         return {"examples_seen": self.examples_seen, "tokens_seen": self.tokens_seen}
 
-    def _row(self, step: int, index: int, loss: float) -> dict[str, Any]:
+    def _row(self, step: int, order: int, index: int, loss: float) -> dict[str, Any]:
         example = self.examples[index]
         return {
             **self.columns,
             "step": step,
+            "order": order,
             "split": "train",
             "category": example.category,
             "doc_id": example.doc_id,

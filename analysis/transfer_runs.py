@@ -1,0 +1,109 @@
+"""The training runs of a transfer experiment: one for each row (what is trained on) and data order."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft_probe.errors import UserError
+from sft_probe.files import make_dir, write_jsonl
+from sft_probe.records import load_probe_set
+
+log = logging.getLogger(__name__)
+
+TAGGED = "tagged"
+"""A row that is a contrast set: both responses of each doc, each under a tag that says which one is meant."""
+_TAGS = {"chosen": "Give the better answer.", "rejected": "Give the worse answer."}
+
+
+def train_rows(
+    rows: Sequence[str], folder: Path, *, recipe: Path, num_orders: int, shard: tuple[int, int], extra: Sequence[str]
+) -> list[Path]:
+    """Trains what is missing and returns the directories of all runs of this shard, `folder/<row>-order<k>`.
+
+    A run that is complete is left alone, one that was cut off goes on. All categories are probed at `log2` and the last
+    step, unless the recipe or `extra` says otherwise.
+
+    Args:
+        rows: mixtures as for `--train_category`, paths of data files as for `--train_data`, or `tagged`.
+        folder: of all runs.
+        recipe: of `sft-probe train`.
+        num_orders: how many data orders (`--data_seed 0, 1, ...`) each row is trained in.
+        shard: (i, n): every n-th run, from the i-th.
+        extra: more flags of `sft-probe train`.
+
+    Raises:
+        UserError: a run failed; what is complete stays.
+    """
+    make_dir(folder)
+    runs = [(row, order) for order in range(num_orders) for row in rows]
+    directories = []
+    for row, order in runs[shard[0] - 1 :: shard[1]]:
+        directory = (
+            folder / f"{Path(row).stem if _is_file(row) else row.replace(':', '-').replace(',', '+')}-order{order}"
+        )
+        log.info("run %s", directory)
+        flags = [
+            "--config",
+            str(recipe),
+            "--probe_steps",
+            "log2,last",
+            *extra,
+            *_data_flags(row, folder, recipe, extra),
+        ]
+        command = [sys.executable, "-m", "sft_probe", "train", *flags, "--data_seed", str(order)]
+        with (folder / f"{directory.name}.log").open("w") as output:
+            code = subprocess.run(
+                [*command, "--output_dir", str(directory)], stdout=output, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        if code:
+            raise UserError(f"training on {row} ended with code {code}: {_last_line(folder / f'{directory.name}.log')}")
+        directories.append(directory)
+    return directories
+
+
+def _is_file(row: str) -> bool:
+    return row.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+
+
+def _data_flags(row: str, folder: Path, recipe: Path, extra: Sequence[str]) -> list[str]:
+    if row == TAGGED:
+        path = folder / f"{TAGGED}.jsonl"
+        write_contrast_set(_probe_set_of(recipe, extra), path)
+        return ["--train_data", str(path)]
+    return ["--train_data", row] if _is_file(row) else ["--train_category", row]
+
+
+def _probe_set_of(recipe: Path, extra: Sequence[str]) -> str:
+    from sft_probe.train.arguments import recipe_flags
+
+    flags = [*recipe_flags(recipe), *extra]
+    if "--probe_set" not in flags:
+        raise UserError(f"{recipe} names no probe_set, from which the row `{TAGGED}` could be made.")
+    return flags[len(flags) - flags[::-1].index("--probe_set")]
+
+
+def write_contrast_set(probe_set: str, path: Path) -> None:
+    """Writes chat rows of the train split: each prompt twice, asking for the better or the worse answer.
+
+    A model that fits this set has to tell chosen from rejected; one that learns "responses in general" cannot.
+    """
+    docs = load_probe_set(probe_set).of_split("train")
+    rows = []
+    for doc in docs:
+        for category, tag in _TAGS.items():
+            *before, last = doc.messages
+            asked = {**last, "content": f"{last['content']}\n\n{tag}"}
+            messages = [*before, asked, {"role": "assistant", "content": doc.responses[category]}]
+            rows.append({"messages": messages, "source_doc_id": doc.doc_id, "source_category": category})
+    if not path.exists() or path.read_text("utf-8") != "".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+    ):
+        write_jsonl(path, rows)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "no word of it")
