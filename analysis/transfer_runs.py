@@ -89,10 +89,15 @@ def write_contrast_set(probe_set: str, path: Path) -> None:
     """Writes chat rows of the train split: each prompt twice, asking for the better or the worse answer.
 
     A model that fits this set has to tell chosen from rejected; one that learns "responses in general" cannot.
+
+    Raises:
+        UserError: the set has not both categories.
     """
-    docs = load_probe_set(probe_set).of_split("train")
+    loaded = load_probe_set(probe_set)
+    if missing := _TAGS.keys() - set(loaded.categories):
+        raise UserError(f"the row `{TAGGED}` needs the category {', '.join(sorted(missing))} in {probe_set}.")
     rows = []
-    for doc in docs:
+    for doc in loaded.of_split("train"):
         for category, tag in _TAGS.items():
             *before, last = doc.messages
             asked = {**last, "content": f"{last['content']}\n\n{tag}"}

@@ -1,0 +1,60 @@
+"""The runs of a transfer experiment: one per row and order, trained once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import make_docs
+
+from sft_probe.analysis.transfer_runs import train_rows, write_contrast_set
+from sft_probe.errors import UserError
+
+WriteSet = Callable[[list[dict[str, Any]]], Path]
+
+
+def preference_docs(num_docs: int) -> list[dict[str, Any]]:
+    return [{**{k: v for k, v in doc.items() if k != "other"}, "rejected": doc["other"]} for doc in make_docs(num_docs)]
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: {tiny_model}\nprobe_set: {write_set(preference_docs(16))}\nmax_steps: 3\n"
+        "deepspeed: none\nper_device_train_batch_size: 2\nlearning_rate: 1e-3\nsnapshot_steps: last\n"
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_each_row_is_trained_once_in_each_order(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = ["chosen_no_prompt", "tagged"]
+    first = train_rows(rows, out, recipe=recipe, num_orders=1, shard=(1, 2), extra=[])
+    assert [path.name for path in first] == ["chosen_no_prompt-order0"]
+    before = (out / "chosen_no_prompt-order0/manifest.json").stat().st_mtime_ns
+    both = train_rows(rows, out, recipe=recipe, num_orders=1, shard=(1, 1), extra=[])
+    assert [path.name for path in both] == ["chosen_no_prompt-order0", "tagged-order0"]
+    assert (out / "chosen_no_prompt-order0/manifest.json").stat().st_mtime_ns == before
+    for path in both:
+        assert sorted(file.name for file in path.glob("probe/step_*")) == [
+            f"step_00000{step}.jsonl" for step in (0, 1, 2, 3)
+        ]
+    assert json.loads((both[1] / "manifest.json").read_text())["num_examples"] == 16
+    with pytest.raises(UserError, match="training on nothing ended with code 2: sft-probe: --train_category nothing"):
+        train_rows(["nothing"], out, recipe=recipe, num_orders=1, shard=(1, 1), extra=[])
+
+
+def test_the_contrast_set_asks_for_both_responses(write_set: WriteSet, tmp_path: Path) -> None:
+    docs = preference_docs(4)
+    write_contrast_set(str(write_set(docs)), tmp_path / "tagged.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "tagged.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in rows] == [
+        text for doc in docs[1::2] for text in (doc["chosen"], doc["rejected"])
+    ]
+    assert rows[0]["messages"][0]["content"] == "What is 1 plus 1?\n\nGive the better answer."
+    with pytest.raises(UserError, match="needs the category rejected"):
+        write_contrast_set(str(write_set(make_docs())), tmp_path / "other.jsonl")
+    assert rows[1]["messages"][0]["content"] == "What is 1 plus 1?\n\nGive the worse answer."
