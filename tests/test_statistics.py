@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
@@ -130,6 +130,7 @@ def test_simultaneous_coverage_of_many() -> None:
     assert 0.935 <= _band_coverage(2000) <= 0.965
 
 
+@settings(max_examples=20, deadline=None)  # statsmodels takes 50 ms
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_is_that_of_statsmodels(p_values: list[float]) -> None:
     np.testing.assert_allclose(holm(p_values), multipletests(p_values, method="holm")[1])

@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="SFT on one category, with snapshots; takes every flag of TrainingArguments")
     _add_sweep(commands.add_parser("sweep", help="score every checkpoint with lm-eval; writes the trajectory table"))
 
+    _add_analyze(commands.add_parser("analyze", help="how much each category moved: a table and a sentence each"))
+
     command = commands.add_parser("plot", help="figures of a swept run (PNG, SVG, PDF)")
     command.add_argument("run", type=Path)
     command.set_defaults(command=_plot)
@@ -86,6 +88,16 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     benchmarks.add_argument("--limit", type=float)
     benchmarks.add_argument("--apply_chat_template", action="store_true")
     command.set_defaults(command=_sweep)
+
+
+def _add_analyze(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN|FILE", help="runs, score rows, lm-eval outputs, CSVs of means"
+    )
+    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
+    command.add_argument("--categories", type=_names, metavar="A,B", help="default: all")
+    command.add_argument("--out", type=Path, help="where the tables go; default: RUN/analysis for one run")
+    command.set_defaults(command=_analyze)
 
 
 def _add_probe_set(command: argparse.ArgumentParser) -> None:
@@ -151,6 +163,16 @@ def _sweep(options: argparse.Namespace) -> None:
     fields = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     for path in sweep(SweepRequest(directory=options.run, **fields)):
         logging.getLogger(__name__).info("wrote %s", path)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from sft_probe.analysis.analyze import analyze, default_folder, verdict_text, write_analysis
+
+    analysis = analyze(options.runs, include_eos=options.include_eos, categories=options.categories)
+    print(verdict_text(analysis))  # noqa: T201
+    if folder := options.out or default_folder(options.runs):
+        for path in write_analysis(analysis, folder):
+            logging.getLogger(__name__).info("wrote %s", path)
 
 
 def _plot(options: argparse.Namespace) -> None:
