@@ -17,9 +17,9 @@ PER_RESPONSE, PER_TOKEN, PER_BYTE = "nats/response", "nats/body token", "nats/by
 def change_table(recording: Recording, categories: Sequence[str] | None = None) -> pd.DataFrame:
     """Every change of one run: a row per split, category, step, measure and unit.
 
-    Columns: `run split category step examples_seen epoch measure unit level change stderr low high band_low band_high
-    num_docs num_clusters p_value`. `change` is the mean paired change from the first step; `low` to `high` its 95 %
-    interval over prompts, `band_low` to `band_high` a 95 % band over all categories and steps of that measure.
+    Columns: `run split step_unit category step examples_seen epoch measure unit level change stderr low high band_low
+    band_high num_docs num_clusters p_value`. `change` is the mean paired change from the first step; `low` to `high`
+    its 95 % interval over prompts, `band_low` to `band_high` a 95 % band over all categories and steps of that measure.
     `num_docs` counts the docs that both steps have. `nats/body token` and `nats/byte` are ratios of sums.
 
     Raises:
@@ -70,6 +70,7 @@ def _table_of_split(recording: Recording, split: str, arrays: Cube) -> pd.DataFr
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "run", recording.name)
     table.insert(1, "split", split)
+    table.insert(2, "step_unit", recording.step_unit)
     return table.assign(num_clusters=int(arrays.clusters.max()) + 1)
 
 
@@ -99,6 +100,7 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
     nothing = dict.fromkeys(("stderr", "low", "high", "band_low", "band_high", "p_value"), np.nan)
     table = means.rename(columns={"value": "level"}).assign(
         run=recording.name,
+        step_unit=recording.step_unit,
         change=means["value"] - start,
         measure="logprob_with_eos",
         unit=PER_RESPONSE,

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from sft_probe.analysis.changes import PER_RESPONSE
+from sft_probe.analysis.measures import PARTS
 from sft_probe.analysis.statistics import holm
 
 ALPHA = 0.05
@@ -22,17 +24,18 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
     """One row per run, split and category, from `change_table`; nats per response.
 
     `change` is that of the last step with its 95 % interval over prompts; `sign` is +, - or 0 by a t-test of the last
-    step, adjusted by Holm over the categories of a run and split (`p_holm`). `peak` is the largest change, by size, and
-    `half_step` the step at which the curve, linear between steps, first reaches half of the last change (only where
-    that has a sign). Shares are those of first token, body and terminator in the change of all three; null where the
-    interval of that holds 0. `rank` 1 rose most. A sentence tells of a turn where the band excludes that there is none.
+    step, adjusted by Holm over the categories of a run and split (`p_holm`). `peak` is the turn that the sentence tells
+    of, else the largest change by size; `half_step` the step at which the curve, linear between steps, first reaches
+    half of the last change (only where that has a sign). Shares are those of first token, body and terminator in the
+    change of all three; null where the interval of that holds 0. `rank` 1 rose most. A sentence tells of a turn where
+    the bands exclude that there is none.
     """
     rows = []
     for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(["run", "split"], sort=False):
         own = part[part["measure"] == (measure if (part["measure"] == measure).any() else "logprob_with_eos")]
         curves = {str(name): curve.sort_values("step") for name, curve in own.groupby("category", sort=False)}
         adjusted = holm([float(curve["p_value"].iloc[-1]) for curve in curves.values()])
-        ranks = pd.Series({name: curve["change"].iloc[-1] for name, curve in curves.items()}).rank(ascending=False)
+        ranks = dict(zip(curves, stats.rankdata([-curve["change"].iloc[-1] for curve in curves.values()]), strict=True))
         for (name, curve), p_holm in zip(curves.items(), adjusted, strict=True):
             row = _row(curve, float(p_holm), part[part["category"] == name])
             rows.append({"run": run, "split": split, "category": name, "rank": ranks[name], **row})
@@ -43,7 +46,9 @@ def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, o
     last = curve.iloc[-1]
     known = not math.isnan(last["stderr"])
     sign = "?" if not known else "0" if not p_holm < ALPHA else "+" if last["change"] > 0 else "-"
-    peak = curve.loc[curve["change"].abs().idxmax()] if curve["change"].notna().any() else last
+    turn = _turn(curve) if known or curve["change"].notna().all() else None
+    sizes = curve["change"].abs().fillna(0.0).to_numpy()
+    peak = curve.iloc[int(sizes.argmax()) if turn is None else turn]
     return {
         "num_docs": int(last["num_docs"]),
         "num_clusters": int(last["num_clusters"]),
@@ -78,19 +83,15 @@ def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.
 
 
 def _shares(parts: pd.DataFrame, step: int) -> dict[str, float]:
-    last = parts[parts["step"] == step].set_index("measure")
-    names = ("first", "body", "eos")
-    nothing = {f"share_{name}": math.nan for name in names} | {"body": math.nan}
-    if "body" in last.index:
-        nothing["body"] = float(last.loc["body", "change"])
-    if not {"logprob_with_eos", *names} <= set(last.index):
-        return nothing
-    whole = last.loc["logprob_with_eos"]
-    if not whole["low"] * whole["high"] > 0:
-        return nothing
-    return {f"share_{name}": float(last.loc[name, "change"] / whole["change"]) for name in names} | {
-        "body": float(last.loc["body", "change"])
+    last = parts[parts["step"] == step]
+    change = dict(zip(last["measure"], last["change"].astype(float), strict=True))
+    whole = last[last["measure"] == "logprob_with_eos"]
+    has_sign = bool((whole["low"] * whole["high"] > 0).any())
+    shares = {
+        f"share_{name}": change.get(name, math.nan) / change["logprob_with_eos"] if has_sign else math.nan
+        for name in PARTS
     }
+    return {**shares, "body": change.get("body", math.nan)}
 
 
 def sentence(curve: pd.DataFrame) -> str:
@@ -100,18 +101,20 @@ def sentence(curve: pd.DataFrame) -> str:
     if len(curve) < 2:
         return f"{name} was scored at one step only"
     x, y = curve["step"].to_numpy(), curve["change"].to_numpy(float)
-    unit = "nats"
-    scope = "means only" if curve["stderr"].isna().all() else "prompts only"
+    by = "by step" if curve["step_unit"].iloc[0] == "optimizer step" else "by example"
+    scope = "prompts only"
+    if curve["stderr"].isna().all():
+        scope = "too few prompts for an interval" if curve["num_docs"].any() else "means only"
     turn = _turn(curve)
     if turn is not None:
         verb, back = ("rose", "fell") if y[turn] > 0 else ("fell", "rose")
         where = _place(y[-1], turned=y[turn], certain=_is_certain(curve, len(curve) - 1))
-        return f"{name} {verb} {abs(y[turn]):.1f} {unit} by step {x[turn]}, then {back} to {where}; {scope}"
+        return f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
     if not _is_certain(curve, len(curve) - 1):
-        return f"{name} did not move for certain ({y[-1]:+.1f} {unit} by step {x[-1]}); {scope}"
+        return f"{name} did not move for certain ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
     half = half_step(x.tolist(), y.tolist())
     return (
-        f"{name} {'rose' if y[-1] > 0 else 'fell'} {abs(y[-1]):.1f} {unit} by step {x[-1]}, half of it by step "
+        f"{name} {'rose' if y[-1] > 0 else 'fell'} {abs(y[-1]):.1f} nats {by} {x[-1]}, half of it {by} "
         f"{math.ceil(half)}; {scope}"
     )
 
