@@ -35,7 +35,7 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     changes, verdict, _ = _tables(run / "analysis")
     for category, curve in CURVES.items():
         row = verdict.loc[category]
-        assert row["change"] == pytest.approx(curve(STEPS[-1]), abs=4 * float(row["stderr"]))
+        assert row["change"] == pytest.approx(curve(STEPS[-1]), abs=4 * float(verdict["stderr"].to_dict()[category]))
         assert row["stderr"] == pytest.approx(1 / np.sqrt(24), rel=0.35)
         assert row["share_first"] == pytest.approx(0.1 / 1.25, abs=1e-4)
         assert row["share_body"] == pytest.approx(0.9 / 1.25, abs=1e-4)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -44,9 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_analyze(commands.add_parser("analyze", help="how much each category moved: a table and a sentence each"))
 
-    command = commands.add_parser("plot", help="figures of a swept run (PNG, SVG, PDF)")
-    command.add_argument("run", type=Path)
-    command.set_defaults(command=_plot)
+    _add_plot(commands.add_parser("plot", help="figures of runs (PNG, SVG, PDF, HTML) and their numbers"))
+    _add_simplicity(commands.add_parser("simplicity", help="code lengths of the training sets of runs"))
 
     command = commands.add_parser("tasks-dir", help="print the directory for lm_eval --include_path")
     command.add_argument("--probe-set", "--probe_set", help="write tasks for the categories of this set")
@@ -100,6 +100,27 @@ def _add_analyze(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_analyze)
 
 
+def _add_plot(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    command.add_argument(
+        "--color", default="category", choices=("category", "run", "order_seed", "train_category", "model")
+    )
+    command.add_argument("--categories", type=_names, metavar="A,B", help="default: all")
+    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
+    command.add_argument("--labels", type=Path, metavar="FILE.yaml", help="category: what is printed for it")
+    command.add_argument("--width", type=_points, help="of a whole figure, as 3.25in, 8cm or 234pt")
+    command.add_argument("--font-size", "--font_size", type=float, default=10, help="in points; default: 10")
+    command.add_argument("--format", type=_names, default=("png", "svg", "pdf"), help="png, svg, pdf, html; A,B")
+    command.add_argument("--out", type=Path, help="default: RUN/figures, or figures for several runs")
+    command.set_defaults(command=_plot)
+
+
+def _add_simplicity(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    command.add_argument("--out", type=Path, help="where the tables go as CSV; default: nowhere")
+    command.set_defaults(command=_simplicity)
+
+
 def _add_probe_set(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", nargs="?", help="a directory, a .jsonl file, a hub id or an embedded set")
     table = command.add_argument_group("make one from a table")
@@ -116,6 +137,17 @@ def _add_probe_set(command: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _points(text: str) -> float:
+    """A length as points, 1/72 inch."""
+    match = re.fullmatch(r"([\d.]+)(in|cm|mm|pt)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length like 3.25in, 8cm or 234pt")
+    points = float(match[1]) * {"in": 72, "cm": 72 / 2.54, "mm": 7.2 / 2.54, "pt": 1}[match[2]]
+    if not 120 <= points <= 5000:
+        raise argparse.ArgumentTypeError(f"{text} is under 120pt or over 5000pt")
+    return points
 
 
 def _positive(text: str) -> int:
@@ -178,10 +210,38 @@ def _analyze(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     try:
         from sft_probe.analysis.figures import plot
+        from sft_probe.analysis.style import DEFAULT_WIDTH, Style, read_labels
     except ImportError as error:
-        raise UserError(f"figures need more packages ({error}). Run:  pip install 'sft-probe[report]'") from error
-    for path in plot(options.run):
+        raise _needs_report(error) from error
+    style = Style(
+        color=options.color,
+        width=options.width or DEFAULT_WIDTH,
+        font_size=options.font_size,
+        labels=read_labels(options.labels) if options.labels else {},
+    )
+    for path in plot(
+        options.runs,
+        style=style,
+        categories=options.categories,
+        formats=options.format,
+        include_eos=options.include_eos,
+        out=options.out,
+    ):
         logging.getLogger(__name__).info("wrote %s", path)
+
+
+def _needs_report(error: ImportError) -> UserError:
+    return UserError(f"figures need more packages ({error}). Run:  pip install 'sft-probe[report]'")
+
+
+def _simplicity(options: argparse.Namespace) -> None:
+    from sft_probe.analysis.simplicity import simplicity, simplicity_text, write_simplicity
+
+    found = simplicity(options.runs)
+    print(simplicity_text(found))  # noqa: T201
+    if options.out:
+        for path in write_simplicity(found, options.out):
+            logging.getLogger(__name__).info("wrote %s", path)
 
 
 def _tasks_dir(options: argparse.Namespace) -> None:
