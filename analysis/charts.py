@@ -12,6 +12,7 @@ from sft_probe.analysis.style import (
     Style,
     category_color,
     category_shape,
+    cell_height,
     cell_width,
     columns_for,
     facet,
@@ -22,7 +23,7 @@ from sft_probe.analysis.style import (
 )
 
 CHANGE_TITLE = "change of log p (nats per response)"
-LEVEL_TITLE = "log p (nats per response)"
+PANEL_TITLE = "nats per response"
 _PARTS = {"first": "first token", "body": "body", "eos": "terminator"}
 
 
@@ -57,10 +58,10 @@ def levels_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, w
     cell = cell_width(width, columns, style)
     layers = _layers(
         table, pd.DataFrame(), category_color(categories, style, legend=False), alt.value("circle"),
-        y="level", low="level_low", high="level_high", y_title=LEVEL_TITLE,
+        y="level", low="level_low", high="level_high", y_title=PANEL_TITLE,
     )  # fmt: skip
     names = [style.label(name) for name in categories]
-    return facet(layers.properties(width=cell, height=0.75 * cell), names, style, columns)
+    return facet(layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns)
 
 
 def runs_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
@@ -68,16 +69,16 @@ def runs_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, wid
     keys = list(dict.fromkeys(table[style.color].astype(str)))
     color = alt.Color(
         f"{style.color}:N", scale=alt.Scale(domain=keys, range=key_colors(keys)), sort=None,
-        legend=alt.Legend(title=style.color.replace("_", " "), columns=legend_columns(style), symbolOpacity=1),
+        legend=alt.Legend(title=style.color.replace("_", " "), columns=legend_columns(keys, style), symbolOpacity=1),
     )  # fmt: skip
     columns = columns_for(len(categories), style)
     cell = cell_width(width, columns, style)
     layers = _layers(
         table, pd.DataFrame(), color, alt.value("circle"), y="change", low="band_low", high="band_high",
-        y_title=CHANGE_TITLE,
+        y_title=PANEL_TITLE,
     )  # fmt: skip
     names = [style.label(name) for name in categories]
-    return facet(layers.properties(width=cell, height=0.75 * cell), names, style, columns)
+    return facet(layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns)
 
 
 def _layers(
@@ -118,7 +119,8 @@ def parts_of(changes: pd.DataFrame, split: str, style: Style) -> pd.DataFrame:
     table = table[table["step"].isin(ticks(table["step"].tolist()))] if len(table) else table
     part = table["measure"].map(_PARTS)
     label = [style.label(str(name)) for name in table["category"]]
-    return table.assign(part=part, label=label)[["run", "category", "label", "step", "part", "change", "stderr"]]
+    table = table.assign(part=part, label=label)
+    return table.loc[:, ["run", "category", "label", "step", "part", "change", "stderr"]]
 
 
 def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
@@ -127,7 +129,7 @@ def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, wi
     cell = cell_width(width, columns, style)
     scale = alt.Scale(domain=list(PART_COLORS), range=list(PART_COLORS.values()))
     x = alt.X("step:O", title="optimizer step", axis=alt.Axis(labelAngle=0))
-    y_title = "change (nats per response)"
+    y_title = "nats per response"
     base = alt.Chart(table)
     bars = base.mark_bar().encode(
         x=x, y=alt.Y("change:Q", stack="zero", title=y_title),
@@ -135,5 +137,7 @@ def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, wi
         order=alt.Order("part:N"), tooltip=["category:N", "step:O", "part:N", alt.Tooltip("change:Q", format=".2f")],
     )  # fmt: skip
     total = base.mark_point(filled=True, size=26, color="#D00000", opacity=1).encode(x=x, y="sum(change):Q")
-    layers = alt.layer(bars, table_rule(table), total, data=table).properties(width=cell, height=0.75 * cell)
+    layers = alt.layer(bars, table_rule(table), total, data=table).properties(
+        width=cell, height=cell_height(cell, style)
+    )
     return facet(layers, [style.label(name) for name in categories], style, columns, own_scale=False)

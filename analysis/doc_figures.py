@@ -1,6 +1,8 @@
 """Figures of single docs: the data card, lines of docs, tokens of one doc, change against length."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -10,7 +12,16 @@ from sft_probe.analysis.charts import table_rule
 from sft_probe.analysis.figure import Figure
 from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
-from sft_probe.analysis.style import Style, category_color, cell_width, columns_for, facet, step_axis, ticks
+from sft_probe.analysis.style import (
+    Style,
+    category_color,
+    cell_height,
+    cell_width,
+    columns_for,
+    facet,
+    step_axis,
+    ticks,
+)
 from sft_probe.analysis.tokens import token_texts
 
 _MAX_LINES = 60
@@ -25,27 +36,25 @@ def data_card(recording: Recording, split: str, arrays: Cube, style: Style) -> I
     y = alt.Y("label:N", sort=order, title=None)
     color = category_color(arrays.categories, style, legend=False)
 
-    def build(width: float) -> alt.HConcatChart:
+    def build(width: float) -> Any:
         height = 2.2 * style.font_size * len(order)
+        columns = [("repeated", 5.0), ("leading space", 7.5), ("writer", 20.0)]  # widths in letters' heights
+        columns = columns if style.width >= 400 else columns[:2]
+        left = width - style.font_size * sum(size for _, size in columns)
         base = alt.Chart(table)
-        length = alt.X("q05:Q", title="tokens per response")
+        length = alt.X("q05:Q", title="tokens per response", scale=alt.Scale(zero=False))
         whisker = base.mark_rule(strokeWidth=1).encode(x=length, x2="q95:Q", y=y, color=color)
         box = base.mark_bar(height=style.font_size).encode(x=alt.X("q25:Q"), x2="q75:Q", y=y, color=color)
         median = base.mark_tick(color="white", thickness=2, height=style.font_size).encode(x="q50:Q", y=y)
-        panels = [alt.layer(whisker, box, median).properties(width=0.36 * width, height=height)]
-        for name, title in (("repeated", "repeated texts"), ("leading_space", "leading space")):
-            x = alt.X(f"{name}:Q", title=title, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", tickCount=2))
-            bar = base.mark_bar(height=style.font_size).encode(
-                x=x, y=alt.Y("label:N", sort=order, axis=None), color=color
+        panels = [alt.layer(whisker, box, median).properties(width=max(left - 60, 60.0), height=height)]
+        for title, letters in columns:
+            text = base.mark_text(align="left", fontSize=style.font_size * 0.9).encode(
+                y=alt.Y("label:N", sort=order, axis=None), x=alt.value(0), text=f"{title.replace(' ', '_')}_text:N"
             )
-            panels.append(bar.properties(width=0.12 * width, height=height))
-        text = base.mark_text(align="left", fontSize=style.font_size * 0.9).encode(
-            y=alt.Y("label:N", sort=order, axis=None), x=alt.value(0), text="writer:N"
-        )
-        panels.append(
-            text.properties(width=0.14 * width, height=height, title="writer").properties(view={"stroke": None})
-        )
-        return alt.hconcat(*panels, spacing=10)
+            head = alt.TitleParams(title, fontSize=style.font_size * 0.95, fontWeight="normal", anchor="start")
+            size = letters * style.font_size
+            panels.append(text.properties(width=size, height=height, title=head, view={"stroke": None}))
+        return alt.hconcat(*panels, spacing=4)
 
     dropped = len(recording.probe.get("dropped", []))
     subtitle = [
@@ -57,7 +66,7 @@ def data_card(recording: Recording, split: str, arrays: Cube, style: Style) -> I
 
 def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
     writers = recording.probe_set.manifest.get("categories", {}) if recording.probe_set else {}
-    rows = []
+    rows: list[dict[str, object]] = []
     for number, category in enumerate(arrays.categories):
         lengths = arrays.at_start("num_tokens")[:, number, 0]
         if np.isnan(lengths).all():
@@ -68,14 +77,18 @@ def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
         ]
         rows.append(
             {
-                "category": category, "label": style.label(category), "writer": str(writers.get(category, "?"))[:40],
-                "num_docs": len(arrays.doc_ids), "mean_bytes": float(np.nanmean(arrays.at_start("num_bytes")[:, number])),
+                "category": category, "label": style.label(category), "writer": str(writers.get(category, "?")),
+                "num_docs": len(arrays.doc_ids),
+                "mean_bytes": float(np.nanmean(arrays.at_start("num_bytes")[:, number])),
                 **{f"q{100 * q:02.0f}": value for q, value in zip(_QUANTILES, quantiles, strict=True)},
                 "repeated": 1 - len(set(texts)) / len(texts) if texts else np.nan,
                 "leading_space": np.mean([text[:1].isspace() for text in texts]) if texts else np.nan,
             }
         )  # fmt: skip
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    for name in ("repeated", "leading_space"):
+        table[f"{name}_text"] = ["?" if np.isnan(share) else f"{100 * share:.0f} %" for share in table[name]]
+    return table.assign(writer_text=[textwrap.shorten(writer, 44, placeholder="...") for writer in table["writer"]])
 
 
 def doc_lines(split: str, arrays: Cube, measure: str, style: Style) -> Iterator[Figure]:
@@ -97,10 +110,10 @@ def doc_lines(split: str, arrays: Cube, measure: str, style: Style) -> Iterator[
     table = pd.DataFrame(rows)
     names = [style.label(name) for name in arrays.categories]
 
-    def build(width: float) -> alt.FacetChart:
+    def build(width: float) -> Any:
         columns = columns_for(len(names), style)
         cell = cell_width(width, columns, style)
-        y = alt.Y("change:Q", title="change (nats per response)")
+        y = alt.Y("change:Q", title="nats per response")
         base = alt.Chart(table).encode(x=step_axis(arrays.steps, "step (log)"), y=y, detail="doc_id:N")
         color = category_color(arrays.categories, style, legend=False)
         single = base.transform_filter("!isValid(datum.quantile)").mark_line(strokeWidth=0.6, opacity=0.35)
@@ -112,7 +125,9 @@ def doc_lines(split: str, arrays: Cube, measure: str, style: Style) -> Iterator[
             table_rule(table), single.encode(color=color, tooltip=["doc_id:N", "step:Q", "change:Q"]),
             quantiles.encode(strokeDash=dash), data=table,
         )  # fmt: skip
-        return facet(layers.properties(width=cell, height=0.75 * cell), names, style, columns, own_scale=False)
+        return facet(
+            layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns, own_scale=False
+        )
 
     subtitle = [f"Thin: {len(shown)} of {len(arrays.doc_ids)} docs; black: median, dashed: 10 and 90 % of all docs"]
     yield Figure(
@@ -141,11 +156,11 @@ def length_figure(split: str, arrays: Cube, measure: str, style: Style) -> Itera
     ).dropna()  # fmt: skip
     names = [style.label(name) for name in arrays.categories]
 
-    def build(width: float) -> alt.FacetChart:
+    def build(width: float) -> Any:
         columns = columns_for(len(names), style)
         cell = cell_width(width, columns, style)
         x = alt.X("num_tokens:Q", title="tokens of the response", scale=alt.Scale(zero=False, nice=True))
-        y = alt.Y("change:Q", title="change (nats per response)")
+        y = alt.Y("change:Q", title="nats per response")
         color = category_color(arrays.categories, style, legend=False)
         base = alt.Chart(table).encode(x=x, y=y)
         points = base.mark_circle(size=18, opacity=0.6).encode(
@@ -154,7 +169,9 @@ def length_figure(split: str, arrays: Cube, measure: str, style: Style) -> Itera
         line = base.transform_regression("num_tokens", "change", groupby=["label"]).mark_line(
             color="black", strokeWidth=1.2
         )
-        layers = alt.layer(table_rule(table), points, line, data=table).properties(width=cell, height=0.75 * cell)
+        layers = alt.layer(table_rule(table), points, line, data=table).properties(
+            width=cell, height=cell_height(cell, style)
+        )
         return facet(layers, names, style, columns, own_scale=False)
 
     title = f"Change by step {arrays.steps[-1]} against length, {SPLIT_NAMES[split]}"
@@ -181,13 +198,17 @@ def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -
     table = table[table["position"] <= _MAX_TOKENS]
     names = [style.label(name) for name in arrays.categories if name in set(table["category"])]
 
-    def build(width: float) -> alt.FacetChart:
+    def build(width: float) -> Any:
         cell = cell_width(width, 1, style)
         color = alt.Color(
             "change:Q", scale=alt.Scale(scheme="blueorange", domainMid=0, reverse=True),
             legend=alt.Legend(title="change (nats)", orient="bottom", gradientLength=min(200.0, width / 2)),
         )  # fmt: skip
-        x = alt.X("position:O", title="token of the response", axis=alt.Axis(labelAngle=0, labelOverlap="greedy"))
+        x = alt.X(
+            "position:O",
+            title="token of the response",
+            axis=alt.Axis(labelAngle=0, values=[1, *range(5, _MAX_TOKENS + 1, 5)]),
+        )
         bars = alt.Chart(table).mark_bar().encode(
             x=x, y=alt.Y("change:Q", title="nats"), color=color, tooltip=["token:N", "position:O", "change:Q"]
         )  # fmt: skip

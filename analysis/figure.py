@@ -35,7 +35,10 @@ class Figure:
         width = style.width
         for _ in range(2):
             spec = self._spec(width, style)
-            width += style.width - _size(vl_convert.vegalite_to_svg(spec))[0]
+            excess = _size(vl_convert.vegalite_to_svg(spec))[0] - style.width
+            if abs(excess) < 1:
+                return spec
+            width -= excess
         return self._spec(width, style)
 
     def _spec(self, width: float, style: Style) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """`sft-probe plot`: every figure from one specification as PNG, SVG, PDF or HTML, and its numbers as CSV."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -68,14 +70,14 @@ def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) 
     if table.empty:
         return
     categories = list(dict.fromkeys(table["category"]))
-    subtitle = _subtitle(analysis, recording, split, table)
+    subtitle = _subtitle(recording, split, table)
     what = f"log p(response | prompt) while fine-tuning on {recording.train_category or '?'}"
     marks = boundaries(recording)
     arrays = recording.cube(split, categories) if recording.means is None else None
     if arrays is not None:
         yield from data_card(recording, split, arrays, style)
 
-    def both(width: float) -> alt.VConcatChart:
+    def both(width: float) -> Any:
         top = changes_chart(table, categories, marks, style, width)
         bottom = levels_chart(table, categories, style, width)
         return alt.vconcat(top, bottom, spacing=24).resolve_scale(color="independent")
@@ -83,18 +85,18 @@ def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) 
     yield Figure(name=f"trajectory_{split}", title=what, subtitle=subtitle, table=table, build=both)
     yield Figure(
         name=f"changes_{split}", title=f"Change of {what}", subtitle=subtitle, table=table,
-        build=lambda width: changes_chart(table, categories, marks, style, width),
+        build=partial(changes_chart, table, categories, marks, style),
     )  # fmt: skip
     yield Figure(
         name=f"levels_{split}", title=what, subtitle=subtitle, table=table,
-        build=lambda width: levels_chart(table, categories, style, width),
+        build=partial(levels_chart, table, categories, style),
     )  # fmt: skip
     parts = parts_of(analysis.changes, split, style)
     if len(parts):
         yield Figure(
             name=f"parts_{split}", title=f"Where the change comes from, {SPLIT_NAMES[split]}",
             subtitle=["Stacked: first token, body and terminator; red dot: their sum"], table=parts,
-            build=lambda width: parts_chart(parts, categories, style, width),
+            build=partial(parts_chart, parts, categories, style),
         )  # fmt: skip
     if arrays is not None:
         yield from doc_lines(split, arrays, analysis.measure, style)
@@ -120,12 +122,12 @@ def _of_several(analysis: Analysis, style: Style) -> Iterator[Figure]:
         if style.color == "category":
             yield Figure(
                 name=f"changes_{split}", title=title, subtitle=subtitle, table=table,
-                build=lambda width, t=table, c=categories: changes_chart(t, c, pd.DataFrame(), style, width),
+                build=partial(changes_chart, table, categories, pd.DataFrame(), style),
             )  # fmt: skip
         else:
             yield Figure(
                 name=f"changes_{split}_by_{style.color}", title=title, subtitle=subtitle, table=table,
-                build=lambda width, t=table, c=categories: runs_chart(t, c, style, width),
+                build=partial(runs_chart, table, categories, style),
             )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def boundaries(recording: Recording) -> pd.DataFrame:
     """Steps at which an epoch or the warm-up ends, as `step what`; drawn since curves bend there."""
     if recording.means is not None or not recording.manifest:
         return pd.DataFrame()
-    last = recording.rows.loc[recording.rows["step"].idxmax()]
+    last = recording.rows.sort_values("step").iloc[-1]
     marks = []
     if last["epoch"] and last["epoch"] > 0 and last["step"]:
         per_epoch = last["step"] / last["epoch"]
@@ -145,7 +147,7 @@ def boundaries(recording: Recording) -> pd.DataFrame:
     return pd.DataFrame(inside, columns=["step", "what"]) if inside else pd.DataFrame()
 
 
-def _subtitle(analysis: Analysis, recording: Recording, split: str, table: pd.DataFrame) -> list[str]:
+def _subtitle(recording: Recording, split: str, table: pd.DataFrame) -> list[str]:
     sums = "with" if table["measure"].iloc[0] == "logprob_with_eos" else "without"
     docs = f"{int(table['num_docs'].max())} {SPLIT_NAMES[split]}"
     if recording.means is not None:

@@ -1,6 +1,7 @@
 """Figures of whole runs: benchmarks beside probes, code lengths."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -10,7 +11,7 @@ from sft_probe.analysis.changes import PER_RESPONSE
 from sft_probe.analysis.figure import Figure
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.simplicity import first_epoch
-from sft_probe.analysis.style import Style, cell_width, columns_for, facet, key_colors, step_axis
+from sft_probe.analysis.style import Style, cell_height, cell_width, columns_for, facet, key_colors, step_axis
 
 MAX_PANELS = 12
 
@@ -33,7 +34,7 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
     ][["step", "change"]].rename(columns={"change": "probe_change"})  # fmt: skip
     table = table.merge(probe, on="step", how="left")
 
-    def build(width: float) -> alt.VConcatChart:
+    def build(width: float) -> Any:
         columns = columns_for(len(kept), style)
         size = {"width": cell_width(width, columns, style), "height": 0.6 * cell_width(width, columns, style)}
         y = alt.Y("value:Q", title="value", scale=alt.Scale(zero=False))
@@ -50,7 +51,7 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
         return alt.vconcat(*rows)
 
     subtitle = [
-        "Above by step, with 95 % intervals over questions; below against the probe. One run: points are not independent"
+        "Above by step, with 95 % intervals over questions; below against the probe: points of one run, not independent"
     ]
     yield Figure(name="benchmarks", title="Benchmarks beside probes", subtitle=subtitle, table=table, build=build)
 
@@ -82,9 +83,9 @@ def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterato
     ).dropna()
     long["kind"] = long["kind"].map({"running": "running mean", "so_far": "all so far (prequential)"})
     names = [recording.name for recording in recordings if recording.name in set(table["run"])]
-    shown = {name: ticks for name, ticks in zip(names, key_colors(names), strict=True)}
+    shown = dict(zip(names, key_colors(names), strict=True))
 
-    def build(width: float) -> alt.FacetChart:
+    def build(width: float) -> Any:
         cell = cell_width(width, 2, style)
         scale = alt.Scale(domain=names, range=list(shown.values()))
         y = alt.Y("bits:Q", title="bits per byte", scale=alt.Scale(zero=False))
@@ -94,7 +95,14 @@ def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterato
             tooltip=["run:N", "example:Q", "bits:Q"],
         )  # fmt: skip
         kinds = ["running mean", "all so far (prequential)"]
-        return facet(line.properties(width=cell, height=0.7 * cell), kinds, style, 2, column="kind", own_scale=False)
+        return facet(
+            line.properties(width=cell, height=cell_height(cell, style)),
+            kinds,
+            style,
+            2,
+            column="kind",
+            own_scale=False,
+        )
 
     subtitle = ["Loss of each example of the first epoch before its update, response and terminator"]
     yield Figure(

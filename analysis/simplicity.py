@@ -146,7 +146,7 @@ def _limits(recordings: Sequence[Recording]) -> dict[str, tuple[float, str]]:
 
 
 def _converged_loss(recording: Recording) -> tuple[float, str]:
-    """Least held-out loss per token (terminator counted), where at least two epochs were trained and it stopped falling."""
+    """Least held-out loss per token, terminator counted, where it stopped falling in the last of two or more epochs."""
     category = recording.train_category
     rows = recording.rows if recording.means is None else pd.DataFrame(columns=["split", "category"])
     rows = rows[(rows["split"] == "heldout") & (rows["category"] == category)]

@@ -16,7 +16,10 @@ from sft_probe.records import CATEGORIES
 # Okabe & Ito's colours (jfly.uni-koeln.de/color), told apart by colour-blind readers; each category keeps its own.
 _OKABE_ITO = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#CC79A7")
 COLORS = dict(zip(CATEGORIES, _OKABE_ITO, strict=True))
-_OTHER_COLORS = ("#000000", "#999999", "#7A5195", "#8C564B", "#BCBD22", "#2F4B7C")
+_OTHER_COLORS = (
+    "#000000", "#999999", "#7A5195", "#8C564B", "#BCBD22", "#2F4B7C", "#E15759", "#76B7B2", "#B07AA1", "#5B8C00",
+    "#FF9DA7", "#79706E",
+)  # fmt: skip
 PART_COLORS = {"first token": "#222222", "body": "#8FB4DC", "terminator": "#F0A35E"}
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 POINTS_PER_INCH = 72
@@ -60,20 +63,27 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
 
 def key_colors(names: Sequence[str]) -> list[str]:
     """Colours for runs, seeds and models, which have none of their own."""
-    return [(_OKABE_ITO + _OTHER_COLORS)[number % 12] for number in range(len(names))]
+    return [(_OKABE_ITO + _OTHER_COLORS)[number % 18] for number in range(len(names))]
 
 
 def category_color(categories: Sequence[str], style: Style, *, legend: bool = True) -> alt.Color:
     """The colour channel of `label`."""
     colors = colors_of(categories)
     scale = alt.Scale(domain=[style.label(name) for name in categories], range=list(colors.values()))
-    shown = alt.Legend(symbolOpacity=1, title=None, columns=legend_columns(style)) if legend else None
+    shown = (
+        alt.Legend(
+            symbolOpacity=1, title=None, columns=legend_columns([style.label(name) for name in categories], style)
+        )
+        if legend
+        else None
+    )
     return alt.Color("label:N", scale=scale, sort=None, legend=shown)
 
 
-def legend_columns(style: Style) -> int:
-    """How many names fit beside each other below a figure."""
-    return max(1, int(style.width // (11 * style.font_size)))
+def legend_columns(names: Sequence[str], style: Style) -> int:
+    """How many names fit beside each other below a figure, at about 0.6 em a letter."""
+    longest = max((len(name) for name in names), default=1)
+    return max(1, min(6, int(style.width // ((0.6 * longest + 3.2) * style.font_size))))
 
 
 def category_shape(categories: Sequence[str], style: Style) -> alt.Shape:
@@ -117,6 +127,11 @@ def columns_for(count: int, style: Style) -> int:
     return max(1, min(count, 3 if style.width >= 400 else 2))
 
 
+def cell_height(cell: float, style: Style) -> float:
+    """Of one panel; room for its axis title."""
+    return max(0.75 * cell, 8.5 * style.font_size)
+
+
 def cell_width(width: float, columns: int, style: Style) -> float:
     """Of the plot area of one panel; axes take about five letters."""
     return max(40.0, width / columns - 5.5 * style.font_size)
@@ -127,7 +142,7 @@ def finish(chart: Any, title: str, subtitle: Sequence[str], style: Style) -> Any
     size = style.font_size
     lines = [line for text in subtitle for line in wrap(text, style.width, size * 0.9)]
     text = alt.TitleParams(
-        wrap(title, style.width, size * 1.15), subtitle=lines, anchor="start", fontSize=size * 1.15,
+        wrap(title, style.width, size * 1.3), subtitle=lines, anchor="start", fontSize=size * 1.15,
         subtitleFontSize=size * 0.9, subtitleColor="#555", offset=size,
     )  # fmt: skip
     return (
