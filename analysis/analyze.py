@@ -92,7 +92,7 @@ def verdict_text(analysis: Analysis) -> str:
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis.measure))
         blocks.append("\n".join(f"! {note}" for note in notes_of(recording)))
-    blocks += _blocks_over_runs(analysis.over_runs)
+    blocks.append(over_runs_text(analysis.over_runs))
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -140,9 +140,10 @@ def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
-def _blocks_over_runs(table: pd.DataFrame) -> list[str]:
+def over_runs_text(table: pd.DataFrame) -> str:
+    """The last step of the means over runs; empty without."""
     if table.empty:
-        return []
+        return ""
     blocks = []
     for (model, trained, split), part in table.groupby(["model", "train_category", "split"], sort=False):
         last = part[part["step"] == part["step"].max()]
@@ -156,7 +157,7 @@ def _blocks_over_runs(table: pd.DataFrame) -> list[str]:
             for _, row in last.iterrows()
         ]
         blocks.append("\n".join([head, *lines]))
-    return blocks
+    return "\n\n".join(blocks)
 
 
 def _interval(low: float, high: float) -> str:

@@ -119,8 +119,8 @@ def parts_of(changes: pd.DataFrame, split: str, style: Style) -> pd.DataFrame:
     table = table[table["step"].isin(ticks(table["step"].tolist()))] if len(table) else table
     part = table["measure"].map(_PARTS)
     label = [style.label(str(name)) for name in table["category"]]
-    table = table.assign(part=part, label=label)
-    return table.loc[:, ["run", "category", "label", "step", "part", "change", "stderr"]]
+    columns = ["run", "category", "label", "step", "part", "change", "stderr"]
+    return pd.DataFrame(table.assign(part=part, label=label), columns=columns)
 
 
 def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:

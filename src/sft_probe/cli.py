@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_analyze(commands.add_parser("analyze", help="how much each category moved: a table and a sentence each"))
 
     _add_plot(commands.add_parser("plot", help="figures of runs (PNG, SVG, PDF, HTML) and their numbers"))
+    _add_report(commands.add_parser("report", help="one HTML file with tables, figures and a browser of single docs"))
     _add_simplicity(commands.add_parser("simplicity", help="code lengths of the training sets of runs"))
 
     command = commands.add_parser("tasks-dir", help="print the directory for lm_eval --include_path")
@@ -113,6 +114,15 @@ def _add_plot(command: argparse.ArgumentParser) -> None:
     command.add_argument("--format", type=_names, default=("png", "svg", "pdf"), help="png, svg, pdf, html; A,B")
     command.add_argument("--out", type=Path, help="default: RUN/figures, or figures for several runs")
     command.set_defaults(command=_plot)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    command.add_argument("--format", default="html", choices=("html", "md"))
+    command.add_argument("--categories", type=_names, metavar="A,B", help="default: all")
+    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
+    command.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
+    command.set_defaults(command=_report)
 
 
 def _add_simplicity(command: argparse.ArgumentParser) -> None:
@@ -232,6 +242,21 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _needs_report(error: ImportError) -> UserError:
     return UserError(f"figures need more packages ({error}). Run:  pip install 'sft-probe[report]'")
+
+
+def _report(options: argparse.Namespace) -> None:
+    try:
+        from sft_probe.analysis.report import report
+    except ImportError as error:
+        raise _needs_report(error) from error
+    for path in report(
+        options.runs,
+        format_name=options.format,
+        include_eos=options.include_eos,
+        categories=options.categories,
+        out=options.out,
+    ):
+        logging.getLogger(__name__).info("wrote %s", path)
 
 
 def _simplicity(options: argparse.Namespace) -> None:
