@@ -117,10 +117,10 @@ def parts_of(changes: pd.DataFrame, split: str, style: Style) -> pd.DataFrame:
     table = changes[(changes["split"] == split) & (changes["unit"] == PER_RESPONSE)]
     table = table[table["measure"].isin(_PARTS) & (table["step"] > table["step"].min())]
     table = table[table["step"].isin(ticks(table["step"].tolist()))] if len(table) else table
-    part = table["measure"].map(_PARTS)
+    part, part_order = table["measure"].map(_PARTS), table["measure"].map(list(_PARTS).index)
     label = [style.label(str(name)) for name in table["category"]]
-    columns = ["run", "category", "label", "step", "part", "change", "stderr"]
-    return pd.DataFrame(table.assign(part=part, label=label), columns=columns)
+    columns = ["run", "category", "label", "step", "part", "part_order", "change", "stderr"]
+    return pd.DataFrame(table.assign(part=part, part_order=part_order, label=label), columns=columns)
 
 
 def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
@@ -134,7 +134,8 @@ def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, wi
     bars = base.mark_bar().encode(
         x=x, y=alt.Y("change:Q", stack="zero", title=y_title),
         color=alt.Color("part:N", scale=scale, sort=None, legend=alt.Legend(title=None)),
-        order=alt.Order("part:N"), tooltip=["category:N", "step:O", "part:N", alt.Tooltip("change:Q", format=".2f")],
+        order=alt.Order("part_order:Q"),
+        tooltip=["category:N", "step:O", "part:N", alt.Tooltip("change:Q", format=".2f")],
     )  # fmt: skip
     total = base.mark_point(filled=True, size=26, color="#D00000", opacity=1).encode(x=x, y="sum(change):Q")
     layers = alt.layer(bars, table_rule(table), total, data=table).properties(

@@ -30,21 +30,21 @@ class Figure:
     build: Callable[[float], Any]
     """The chart whose content is about that wide, in points."""
 
-    def spec(self, style: Style) -> dict[str, Any]:
-        """A Vega-Lite specification whose whole width is `style.width`: axes and legends are measured, then fitted."""
-        width = style.width
-        for _ in range(2):
-            spec = self._spec(width, style)
-            excess = _size(vl_convert.vegalite_to_svg(spec))[0] - style.width
-            if abs(excess) < 1:
-                return spec
-            width -= excess
-        return self._spec(width, style)
+    def spec(self, style: Style, *, fit: bool = True) -> dict[str, Any]:
+        """A Vega-Lite specification whose whole width is `style.width`: axes and legends are measured, then fitted.
+
+        Without `fit` the width is roughly that, which is enough for a screen and takes a fifth of the time.
+        """
+        spec = self._spec(style.width, style)
+        if not fit:
+            return spec
+        excess = _size(vl_convert.vegalite_to_svg(spec))[0] - style.width
+        return spec if abs(excess) < 1 else self._spec(style.width - excess, style)
 
     def _spec(self, width: float, style: Style) -> dict[str, Any]:
         with alt.data_transformers.disable_max_rows():
             chart = finish(self.build(max(width, 40.0)), self.title, self.subtitle, style)
-            spec: dict[str, Any] = chart.to_dict()
+            spec: dict[str, Any] = chart.to_dict(validate=False)  # the schema is checked by what renders it
         return spec
 
     def save(self, folder: Path, formats: Sequence[str], style: Style) -> list[Path]:

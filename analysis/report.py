@@ -66,11 +66,11 @@ def html_report(analysis: Analysis) -> str:
         one = _of_run(analysis, recording)
         for figure in figures_of(one, style):
             if not figure.name.startswith("trajectory_"):  # it is changes and levels, which are there
-                specs[f"figure-{number}-{figure.name}"] = figure.spec(style)
+                specs[f"figure-{number}-{figure.name}"] = figure.spec(style, fit=False)
     if len(analysis.recordings) > 1:
         for color in ("category", "run"):
             for figure in figures_of(analysis, Style(width=900, font_size=12, color=color)):
-                specs[f"figure-all-{color}-{figure.name}"] = figure.spec(style)
+                specs[f"figure-all-{color}-{figure.name}"] = figure.spec(style, fit=False)
     with_docs = [recording for recording in analysis.recordings if recording.means is None]
     docs = [browser(recording, analysis.measure, _DOC_BYTES // len(with_docs)) for recording in with_docs]
     folder = resources.files("sft_probe.analysis")
@@ -84,7 +84,7 @@ def html_report(analysis: Analysis) -> str:
         sums="with" if analysis.measure == "logprob_with_eos" else "without",
         figures=list(specs),
         has_docs=bool(docs),
-        vega=_in_script(vl_convert.javascript_bundle()),
+        vega=_in_script(f"(() => {{{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"),
         data=json_in_html({"figures": specs, "docs": docs}),
         script=_in_script(folder.joinpath("report.js").read_text("utf-8")),
     )

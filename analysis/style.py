@@ -70,13 +70,7 @@ def category_color(categories: Sequence[str], style: Style, *, legend: bool = Tr
     """The colour channel of `label`."""
     colors = colors_of(categories)
     scale = alt.Scale(domain=[style.label(name) for name in categories], range=list(colors.values()))
-    shown = (
-        alt.Legend(
-            symbolOpacity=1, title=None, columns=legend_columns([style.label(name) for name in categories], style)
-        )
-        if legend
-        else None
-    )
+    shown = category_legend(categories, style) if legend else None
     return alt.Color("label:N", scale=scale, sort=None, legend=shown)
 
 
@@ -90,7 +84,13 @@ def category_shape(categories: Sequence[str], style: Style) -> alt.Shape:
     """The shape channel of `label`, so that print in grey is readable."""
     shapes = [_SHAPES[number % len(_SHAPES)] for number in range(len(categories))]
     scale = alt.Scale(domain=[style.label(name) for name in categories], range=shapes)
-    return alt.Shape("label:N", scale=scale, sort=None, legend=None)
+    return alt.Shape("label:N", scale=scale, sort=None, legend=category_legend(categories, style))
+
+
+def category_legend(categories: Sequence[str], style: Style) -> alt.Legend:
+    """One legend for colour and shape."""
+    columns = legend_columns([style.label(name) for name in categories], style)
+    return alt.Legend(symbolOpacity=1, title=None, columns=columns)
 
 
 def step_axis(steps: Sequence[int], title: str | None) -> alt.X:
