@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plot(commands.add_parser("plot", help="figures of runs (PNG, SVG, PDF, HTML) and their numbers"))
     _add_report(commands.add_parser("report", help="one HTML file with tables, figures and a browser of single docs"))
     _add_simplicity(commands.add_parser("simplicity", help="code lengths of the training sets of runs"))
+    _add_transfer(commands.add_parser("transfer", help="what training on one category moves in the others"))
 
     command = commands.add_parser("tasks-dir", help="print the directory for lm_eval --include_path")
     command.add_argument("--probe-set", "--probe_set", help="write tasks for the categories of this set")
@@ -129,6 +130,14 @@ def _add_simplicity(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     command.add_argument("--out", type=Path, help="where the tables go as CSV; default: nowhere")
     command.set_defaults(command=_simplicity)
+
+
+def _add_transfer(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runs", nargs="+", required=True, metavar="[ROW=]RUN", help="finished runs; those of one row are its seeds"
+    )
+    command.add_argument("--out", type=Path, default=Path("transfer"), help="tables and figures; default: transfer")
+    command.set_defaults(command=_transfer)
 
 
 def _add_probe_set(command: argparse.ArgumentParser) -> None:
@@ -267,6 +276,20 @@ def _simplicity(options: argparse.Namespace) -> None:
     if options.out:
         for path in write_simplicity(found, options.out):
             logging.getLogger(__name__).info("wrote %s", path)
+
+
+def _transfer(options: argparse.Namespace) -> None:
+    from sft_probe.analysis.transfer import transfer, transfer_text, write_transfer
+
+    found = transfer(options.runs)
+    print(transfer_text(found))  # noqa: T201
+    written = write_transfer(found, options.out)
+    try:
+        from sft_probe.analysis.transfer_figures import plot_transfer
+    except ImportError as error:
+        raise _needs_report(error) from error
+    for path in [*written, *plot_transfer(found, options.out)]:
+        logging.getLogger(__name__).info("wrote %s", path)
 
 
 def _tasks_dir(options: argparse.Namespace) -> None:
