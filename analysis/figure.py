@@ -33,7 +33,7 @@ class Figure:
     def spec(self, style: Style, *, fit: bool = True) -> dict[str, Any]:
         """A Vega-Lite specification whose whole width is `style.width`: axes and legends are measured, then fitted.
 
-        Without `fit` the width is roughly that, which is enough for a screen and takes a fifth of the time.
+        Without `fit` the width is roughly that, which is enough for a screen and saves two of three renderings.
         """
         spec = self._spec(style.width, style)
         if not fit:

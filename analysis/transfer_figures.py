@@ -13,7 +13,7 @@ from sft_probe.analysis.style import Style, key_colors, legend_columns
 from sft_probe.analysis.transfer import Transfer
 from sft_probe.files import make_dir
 
-_HATCH = "M-1,0L0,-1M-1,1L1,-1M0,1L1,0"
+_HATCH = "M-1,-.5L-.5,-1M-1,0L0,-1M-1,.5L.5,-1M-1,1L1,-1M-.5,1L1,-.5M0,1L1,0M.5,1L1,.5"
 
 
 def plot_transfer(found: Transfer, folder: Path, formats: tuple[str, ...] = ("png", "svg", "pdf")) -> list[Path]:
@@ -52,11 +52,10 @@ def _heat(table: pd.DataFrame, columns: tuple[str, str, str], style: Style, widt
     table = table.assign(hatched=~known, text=table[value].map("{:+.2f}".format).where(table[value].notna(), "?"))
     cell = min(90.0, (width - 12 * style.font_size) / max(1, table[column].nunique()))
     order = list(dict.fromkeys(table[row]))
-    x = alt.X(
-        f"{column}:N", sort=list(dict.fromkeys(table[column])), title=None, axis=alt.Axis(labelAngle=-30, orient="top")
-    )
+    across = order if set(order) == set(table[column]) else list(dict.fromkeys(table[column]))
+    x = alt.X(f"{column}:N", sort=across, title=None, axis=alt.Axis(labelAngle=-30, orient="top"))
     y = alt.Y(f"{row}:N", sort=order, title="trained on" if column == "category" else None)
-    largest = max(float(table[value].abs().max()), 1e-9)
+    largest = max(float(table[value].abs().fillna(0.0).max()), 1e-9)
     scale = alt.Scale(scheme="blueorange", domain=[-largest, largest], reverse=True)
     base = alt.Chart(table).encode(x=x, y=y)
     legend = alt.Legend(title=None, gradientLength=min(200.0, width / 2))
@@ -65,9 +64,9 @@ def _heat(table: pd.DataFrame, columns: tuple[str, str, str], style: Style, widt
     )
     hatch = base.mark_point(shape=_HATCH, size=(0.42 * cell) ** 2 * 2, stroke="#777", strokeWidth=0.8, filled=False)
     hatched = hatch.transform_filter("datum.hatched")
-    halo = base.mark_text(fontSize=style.font_size, stroke="white", strokeWidth=3).encode(text="text:N")
-    text = base.mark_text(fontSize=style.font_size, color="black").encode(text="text:N")
-    return alt.layer(fill, hatched, halo, text).properties(
+    words = alt.condition(f"abs(datum.{value}) > {0.55 * largest}", alt.value("white"), alt.value("black"))
+    text = base.mark_text(fontSize=style.font_size).encode(text="text:N", color=words)
+    return alt.layer(fill, hatched, text).properties(
         width=cell * table[column].nunique(), height=0.6 * cell * len(order)
     )
 
