@@ -1,1 +1,1 @@
-"""The sweep over checkpoints, the trajectory table and the figures."""
+"""The sweep over checkpoints, and what is made of its scores: tables, statistics, figures, reports."""

@@ -1,117 +1,161 @@
-"""The figure of a run: change of all categories in one panel, and the level of each in a panel of its own."""
+"""`sft-probe plot`: every figure from one specification as PNG, SVG, PDF or HTML, and its numbers as CSV."""
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from sft_probe.analysis.tables import write_tables
+from sft_probe.analysis.analyze import Analysis, analyze
+from sft_probe.analysis.charts import (
+    changes_chart,
+    curves_of,
+    levels_chart,
+    parts_chart,
+    parts_of,
+    runs_chart,
+)
+from sft_probe.analysis.doc_figures import data_card, doc_lines, length_figure, token_figure
+from sft_probe.analysis.figure import Figure
+from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
+from sft_probe.analysis.run_figures import benchmark_figure, code_length_figure
+from sft_probe.analysis.style import Style
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, read_json
-from sft_probe.models import EMBEDDED_MODEL
-from sft_probe.records import CATEGORIES, EMBEDDED_PROBE_SETS
+from sft_probe.files import make_dir
 
-# Okabe & Ito's colours (jfly.uni-koeln.de/color), told apart by colour-blind readers; each category keeps its own.
-COLORS = dict(zip(CATEGORIES, ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"), strict=True))
-_OTHER_COLORS = ("#000000", "#999999", "#7A5195", "#8C564B", "#BCBD22", "#2F4B7C")
-_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
-SUFFIXES = ("png", "svg", "pdf")
+FORMATS = ("png", "svg", "pdf", "html")
+DEFAULT_FORMATS = ("png", "svg", "pdf")
+_BANDS = "Bands: 95 % for all categories and steps at once, over prompts"
 
 
-def plot(directory: Path) -> list[Path]:
-    """Writes `figures/trajectory_<split>.{png,svg,pdf}` of a run that was swept, or else probed in training.
-
-    Returns the paths.
+def plot(
+    paths: Sequence[Path],
+    *,
+    style: Style,
+    categories: Sequence[str] | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    include_eos: bool = False,
+    out: Path | None = None,
+) -> Iterator[Path]:
+    """Writes all figures of the runs and yields the paths: into RUN/figures for one run, else into `figures`.
 
     Raises:
         UserError: there is nothing to draw.
     """
-    path = directory / "trajectory.csv"
-    if (directory / "probe").is_dir():
-        write_tables(directory)  # training writes no tables
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `sft-probe sweep {directory}` first.")
-    table = pd.read_csv(path)
-    is_swept = (table["source"] == "lm_eval").any()  # live and swept numbers never share a curve
-    table = table[table["source"] == ("lm_eval" if is_swept else "live")]
-    manifest = read_json(directory / ("sweep" if is_swept else "probe") / "manifest.json")
-    folder = make_dir(directory / "figures")
-    written = []
-    for split in table["split"].unique():
-        chart = figure(table[table["split"] == split], manifest)
-        for suffix in SUFFIXES:
-            target = folder / f"trajectory_{split}.{suffix}"
-            temporary = folder / f".trajectory_{split}.tmp.{suffix}"
-            chart.save(str(temporary), ppi=150)
-            temporary.replace(target)
-            written.append(target)
-    return written
+    if unknown := set(formats) - set(FORMATS):
+        raise UserError(f"--format: {', '.join(sorted(unknown))} is none of {', '.join(FORMATS)}.")
+    analysis = analyze(paths, include_eos=include_eos, categories=categories)
+    own = paths[0] / "figures" if len(paths) == 1 and paths[0].is_dir() else Path("figures")
+    folder = make_dir(out or own)
+    for figure in figures_of(analysis, style):
+        yield from figure.save(folder, formats, style)
 
 
-def figure(table: pd.DataFrame, manifest: dict[str, Any]) -> alt.VConcatChart:
-    """One split of a trajectory table as a chart; `manifest` is that of the sweep."""
-    present = [name for name in manifest["categories"] if name in set(table["category"])]
-    colors = color_scale(present)
-    panels = alt.vconcat(_change(table, colors), _levels(table, present, colors), spacing=24)
-    chart = panels.resolve_scale(color="independent").properties(title=_title(table, manifest))
-    configured: alt.VConcatChart = chart.configure(font="DejaVu Sans, Arial, sans-serif").configure_view(stroke="#ccc")
-    return configured
+def figures_of(analysis: Analysis, style: Style) -> Iterator[Figure]:
+    """The figures that these tables and rows allow, the data card first."""
+    recordings = analysis.recordings
+    if len(recordings) > 1 or style.color != "category":
+        yield from _of_several(analysis, style)
+    else:
+        for split in recordings[0].splits:
+            yield from _of_one(analysis, recordings[0], split, style)
+        yield from benchmark_figure(recordings[0], analysis.changes, style)
+    yield from code_length_figure(recordings, style)
 
 
-def color_scale(categories: list[str]) -> alt.Scale:
-    """Colours by category: the six standard ones fixed, others in their order."""
-    others = iter(_OTHER_COLORS * (1 + len(categories) // len(_OTHER_COLORS)))
-    return alt.Scale(domain=categories, range=[COLORS.get(name) or next(others) for name in categories])
+def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) -> Iterator[Figure]:
+    table = curves_of(analysis.changes, analysis.measure, split, style)
+    if table.empty:
+        return
+    categories = list(dict.fromkeys(table["category"]))
+    subtitle = _subtitle(recording, split, table)
+    what = f"log p(response | prompt) while fine-tuning on {recording.train_category or '?'}"
+    marks = boundaries(recording)
+    arrays = recording.cube(split, categories) if recording.means is None else None
+    if arrays is not None:
+        yield from data_card(recording, split, arrays, style)
+
+    def both(width: float) -> Any:
+        top = changes_chart(table, categories, marks, style, width)
+        bottom = levels_chart(table, categories, style, width)
+        return alt.vconcat(top, bottom, spacing=24).resolve_scale(color="independent")
+
+    yield Figure(name=f"trajectory_{split}", title=what, subtitle=subtitle, table=table, build=both)
+    yield Figure(
+        name=f"changes_{split}", title=f"Change of {what}", subtitle=subtitle, table=table,
+        build=partial(changes_chart, table, categories, marks, style),
+    )  # fmt: skip
+    yield Figure(
+        name=f"levels_{split}", title=what, subtitle=subtitle, table=table,
+        build=partial(levels_chart, table, categories, style),
+    )  # fmt: skip
+    parts = parts_of(analysis.changes, split, style)
+    if len(parts):
+        yield Figure(
+            name=f"parts_{split}", title=f"Where the change comes from, {SPLIT_NAMES[split]}",
+            subtitle=["Stacked: first token, body and terminator; red dot: their sum"], table=parts,
+            build=partial(parts_chart, parts, categories, style),
+        )  # fmt: skip
+    if arrays is not None:
+        yield from doc_lines(split, arrays, analysis.measure, style)
+        yield from token_figure(recording, split, arrays, style)
+        yield from length_figure(split, arrays, analysis.measure, style)
 
 
-def _title(table: pd.DataFrame, manifest: dict[str, Any]) -> alt.TitleParams:
-    split = {"heldout": "held-out prompts", "train": "prompts trained on"}[str(table["split"].iloc[0])]
-    trained = manifest["train_category"] or "?"
+def _of_several(analysis: Analysis, style: Style) -> Iterator[Figure]:
+    keys = pd.DataFrame(
+        [
+            {
+                "run": item.name, "order_seed": item.order_seed, "train_category": item.train_category or "?",
+                "model": item.model,
+            }
+            for item in analysis.recordings
+        ]
+    )  # fmt: skip
+    for split in dict.fromkeys(analysis.changes["split"]):
+        table = curves_of(analysis.changes, analysis.measure, str(split), style).merge(keys, on="run")
+        categories = list(dict.fromkeys(table["category"]))
+        title = f"Change of log p(response | prompt), {SPLIT_NAMES[str(split)]}, {len(analysis.recordings)} runs"
+        subtitle = [f"{_BANDS} of one run; they say nothing of training noise"]
+        if style.color == "category":
+            yield Figure(
+                name=f"changes_{split}", title=title, subtitle=subtitle, table=table,
+                build=partial(changes_chart, table, categories, pd.DataFrame(), style),
+            )  # fmt: skip
+        else:
+            yield Figure(
+                name=f"changes_{split}_by_{style.color}", title=title, subtitle=subtitle, table=table,
+                build=partial(runs_chart, table, categories, style),
+            )  # fmt: skip
+
+
+def boundaries(recording: Recording) -> pd.DataFrame:
+    """Steps at which an epoch or the warm-up ends, as `step what`; drawn since curves bend there."""
+    if recording.means is not None or not recording.manifest:
+        return pd.DataFrame()
+    last = recording.rows.sort_values("step").iloc[-1]
+    marks = []
+    if last["epoch"] and last["epoch"] > 0 and last["step"]:
+        per_epoch = last["step"] / last["epoch"]
+        marks += [(per_epoch * number, f"end of epoch {number}") for number in range(1, int(last["epoch"]) + 1)]
+    warmup = recording.manifest.get("arguments", {}).get("warmup_steps") or 0
+    if 0 < warmup <= last["step"]:
+        marks.append((float(warmup), "end of warm-up"))
+    inside = [mark for mark in marks if mark[0] < last["step"]]
+    return pd.DataFrame(inside, columns=["step", "what"]) if inside else pd.DataFrame()
+
+
+def _subtitle(recording: Recording, split: str, table: pd.DataFrame) -> list[str]:
+    sums = "with" if table["measure"].iloc[0] == "logprob_with_eos" else "without"
+    docs = f"{int(table['num_docs'].max())} {SPLIT_NAMES[split]}"
+    if recording.means is not None:
+        return ["Means over prompts as published, summed with the terminator; no intervals"]
+    probe = recording.probe
     lines = [
-        f"Model {manifest['model'] or '?'}; probe set {manifest['probe_set']}, {int(table['n'].max())} {split}; "
-        f"prompt format {manifest['prompt_format']}; {manifest['dtype']}",
-        "Bands: 95 % bootstrap intervals over prompts of one run; they say nothing of training noise",
+        f"Model {recording.model}; probe set {probe.get('probe_set', '?')}, {docs}; prompt format "
+        f"{probe.get('prompt_format', '?')}; {probe.get('dtype', '?')}; sums {sums} the terminator",
+        f"{_BANDS} of one run; they say nothing of training noise",
     ]
-    if manifest["model"] == EMBEDDED_MODEL:
-        lines.append("Instruction-tuned model, dequantised from 4 bits: early steps may repair that")
-    if manifest["probe_set"] in EMBEDDED_PROBE_SETS:
-        lines.append("Texts written for the demo: it demonstrates the tool, it is no evidence")
-    return alt.TitleParams(f"log p(response | prompt) while fine-tuning on `{trained}`", subtitle=lines, anchor="start")
-
-
-def _x(table: pd.DataFrame, *, title: bool = True) -> alt.X:
-    steps = sorted(table["step"].unique())
-    ticks = steps if len(steps) <= 8 else alt.Undefined
-    text = "optimizer step (log scale above 1)" if title else None
-    return alt.X(
-        "step:Q", title=text, scale=alt.Scale(type="symlog", constant=1), axis=alt.Axis(values=ticks, format="d")
-    )
-
-
-def _change(table: pd.DataFrame, colors: alt.Scale) -> Any:
-    color = alt.Color("category:N", scale=colors, title="category", sort=None, legend=alt.Legend(symbolOpacity=1))
-    shapes = alt.Scale(domain=colors.domain, range=[_SHAPES[i % len(_SHAPES)] for i in range(len(colors.domain))])
-    shape = alt.Shape("category:N", scale=shapes, sort=None, legend=None)
-    base = alt.Chart(table)
-    band = base.mark_area(opacity=0.13).encode(
-        x=_x(table), y=alt.Y("delta_ci_low:Q"), y2="delta_ci_high:Q", color=color
-    )
-    y = alt.Y("delta:Q", title="change of log p from step 0 (nats per response)")
-    line = base.mark_line(strokeWidth=1.8).encode(x=_x(table), y=y, color=color)
-    point = base.mark_point(filled=True, size=45).encode(x=_x(table), y=y, color=color, shape=shape)
-    zero = alt.Chart(pd.DataFrame({"y": [0.0]})).mark_rule(color="#666", strokeDash=[4, 3]).encode(y="y:Q")
-    return alt.layer(zero, band, line, point).properties(width=560, height=300)
-
-
-def _levels(table: pd.DataFrame, categories: list[str], colors: alt.Scale) -> Any:
-    color = alt.Color("category:N", scale=colors, legend=None)
-    y = alt.Y("logprob:Q", title="log p (nats per response)", scale=alt.Scale(zero=False))
-    base = alt.Chart()
-    band = base.mark_area(opacity=0.15).encode(
-        x=_x(table), y=alt.Y("ci_low:Q", scale=alt.Scale(zero=False)), y2="ci_high:Q", color=color
-    )
-    line = base.mark_line(point=True).encode(x=_x(table), y=y, color=color)
-    facet = alt.Facet("category:N", sort=categories, title=None, header=alt.Header(labelFontWeight="bold"))
-    layered = alt.layer(band, line, data=table).properties(width=170, height=120)
-    return layered.facet(facet, columns=3).resolve_scale(y="independent")
+    return [*lines, *(note[0].upper() + note[1:] for note in recording.notes)]

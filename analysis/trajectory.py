@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-NUM_RESAMPLES = 2000
+from sft_probe.analysis.statistics import cluster_ids, estimate
+
 KEY = ["run", "source", "step", "split", "category"]
 
 
@@ -12,9 +13,9 @@ def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
 
     `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `delta` the mean paired
     change from the run's first step from the same source; `logprob_body` and `delta_body` are the same without the
-    first token, null where the rows hold no token log-probs. The intervals are 95 % percentile intervals of a bootstrap
-    that resamples conversations (2,000 times, fixed seed): they hold for prompts, not for repeated training. Values are
-    rounded to 1e-4, since the composition of batches changes sums by about 1e-6 nats.
+    first token, null where the rows hold no token log-probs. The intervals are 95 % t-intervals, each of one mean,
+    with conversations as clusters: they hold for prompts, not for repeated training. `sft-probe analyze` adds bands for
+    all steps at once. Values are rounded to 1e-4, since the composition of batches changes sums by about 1e-6 nats.
     """
     frame = scores.assign(logprob_body=scores["logprob"] - scores["logprob_first"])
     first_step = frame.groupby(["run", "source"])["step"].transform("min")
@@ -41,17 +42,10 @@ def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()[columns].round(4)
 
 
-def _interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` [n], resampling whole clusters; NaN below 2 clusters.
+def _interval(values: np.ndarray, conversations: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of `values` [n], NaN below 2 clusters.
 
     A NaN, the change of a doc that the first step could not score, is left out.
     """
-    values, clusters = values[~np.isnan(values)], clusters[~np.isnan(values)]
-    names, index = np.unique(clusters, return_inverse=True)
-    if len(names) < 2:
-        return float("nan"), float("nan")
-    sums = np.bincount(index, weights=values)
-    sizes = np.bincount(index)
-    draws = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=NUM_RESAMPLES)
-    low, high = np.percentile((draws @ sums) / (draws @ sizes), [2.5, 97.5])
-    return float(low), float(high)
+    found = estimate(values[:, None], cluster_ids(conversations.tolist()), band=False)
+    return float(found.low[0]), float(found.high[0])

@@ -1,0 +1,164 @@
+"""`sft-probe analyze`: the verdict table, printed, and tidy tables beside it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from sft_probe.analysis.changes import change_table, groups_of_runs, table_over_runs
+from sft_probe.analysis.contrasts import contrast_table
+from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
+from sft_probe.analysis.rows import write_parquet
+from sft_probe.analysis.verdict import verdict_table
+from sft_probe.files import make_dir, write_text
+
+_HEAD = (
+    f"{'category':<22}{'start':>8}{'change':>8}  {'95 % interval':<16}{'sign':>4}{'p (Holm)':>10}{'body':>8}"
+    f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>16}{'rank':>5}{'SE':>7}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """All tables of some runs."""
+
+    recordings: list[Recording]
+    measure: str
+    """`logprob`, or `logprob_with_eos`."""
+    changes: pd.DataFrame
+    verdict: pd.DataFrame
+    contrasts: pd.DataFrame
+    over_runs: pd.DataFrame
+
+
+def analyze(
+    paths: Sequence[Path], *, include_eos: bool = False, categories: Sequence[str] | None = None
+) -> Analysis:  # fmt: skip
+    """Reads runs or files and computes their tables.
+
+    Args:
+        paths: what `load_recording` reads.
+        include_eos: the headline is the sum with the terminator.
+        categories: default: all.
+
+    Raises:
+        UserError: one of them holds no scores, or those of one step only.
+    """
+    recordings = load_recordings(paths)
+    measure = "logprob_with_eos" if include_eos else "logprob"
+    changes = pd.concat([change_table(recording, categories) for recording in recordings], ignore_index=True)
+    contrasts = [contrast_table(recording, measure) for recording in recordings]
+    groups = [
+        table_over_runs(group, measure, categories).assign(model=group[0].model, train_category=group[0].train_category)
+        for group in groups_of_runs(recordings)
+    ]
+    return Analysis(
+        recordings=recordings,
+        measure=measure,
+        changes=changes,
+        verdict=verdict_table(changes, measure),
+        contrasts=pd.concat(contrasts, ignore_index=True),
+        over_runs=pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(),
+    )
+
+
+def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
+    """Writes `changes`, `verdict`, `contrasts` and, with several runs, `over_runs`, as CSV and parquet."""
+    make_dir(folder)
+    written = []
+    for name in ("changes", "contrasts", "over_runs", "verdict"):
+        table: pd.DataFrame = getattr(analysis, name)
+        if table.empty:
+            continue
+        write_parquet(folder / f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False))
+        write_text(folder / f"{name}.csv", table.round(6).to_csv(index=False))
+        written += [folder / f"{name}.csv", folder / f"{name}.parquet"]
+    return written
+
+
+def default_folder(paths: Sequence[Path]) -> Path | None:
+    """`RUN/analysis` for one run directory; else nothing is written unless it is asked for."""
+    return paths[0] / "analysis" if len(paths) == 1 and paths[0].is_dir() else None
+
+
+def verdict_text(analysis: Analysis) -> str:
+    """What `sft-probe analyze` prints."""
+    blocks = []
+    for recording in analysis.recordings:
+        own = analysis.verdict[analysis.verdict["run"] == recording.name]
+        for split, rows in own.groupby("split", sort=False):
+            blocks.append(_block(recording, str(split), rows, analysis.measure))
+        blocks.append("\n".join(f"! {note}" for note in notes_of(recording)))
+    blocks.append(over_runs_text(analysis.over_runs))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def notes_of(recording: Recording) -> list[str]:
+    """The notes of a recording, and what one run cannot say."""
+    if recording.means is not None:
+        return list(recording.notes)
+    return [*recording.notes, "intervals hold for other prompts; one run says nothing of training noise"]
+
+
+def _block(recording: Recording, split: str, rows: pd.DataFrame, measure: str) -> str:
+    first = rows.iloc[0]
+    sums = "with" if measure == "logprob_with_eos" or recording.means is not None else "without"
+    docs = f"{first['num_docs']} {SPLIT_NAMES[split]} in {first['num_clusters']} clusters"
+    if recording.means is not None:
+        docs = "means over an unknown number of prompts"
+    return "\n".join(
+        [
+            f"{recording.name}: model {recording.model}, trained on {recording.train_category or '?'}; {docs}",
+            f"change of log p(response | prompt) from {recording.step_unit} {first['first_step']} to "
+            f"{first['last_step']}, nats per response {sums} the terminator",
+            "",
+            _HEAD,
+            *(_line(row) for _, row in rows.iterrows()),
+            "",
+            *(f"- {row['sentence']}" for _, row in rows.iterrows()),
+        ]
+    )
+
+
+def _line(row: pd.Series) -> str:
+    interval = "-" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
+    shares = [row[f"share_{part}"] for part in ("first", "body", "eos")]
+    split = "-" if math.isnan(shares[0]) else "/".join(f"{100 * share:.0f}" for share in shares) + " %"
+    numbers = {name: _number(row[name], "+.1f") for name in ("change", "body", "peak")}
+    p_holm = "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.1g}" if row["p_holm"] >= 1e-4 else "<0.0001"
+    return (
+        f"{row['category'][:21]:<22}{row['start']:>8.1f}{numbers['change']:>8}  {interval:<16}{row['sign']:>4}"
+        f"{p_holm:>10}{numbers['body']:>8}{numbers['peak']:>8} {row['peak_step']:<7}"
+        f"{_number(row['half_step'], '.1f'):>8}{split:>16}{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
+    )
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def over_runs_text(table: pd.DataFrame) -> str:
+    """The last step of the means over runs; empty without."""
+    if table.empty:
+        return ""
+    blocks = []
+    for (model, trained, split), part in table.groupby(["model", "train_category", "split"], sort=False):
+        last = part[part["step"] == part["step"].max()]
+        head = (
+            f"mean of {last['num_runs'].iloc[0]} runs of {model} on {trained}, {SPLIT_NAMES[str(split)]}, step "
+            f"{last['step'].iloc[0]}\n{'category':<22}{'change':>8}  {'other runs':<20}other runs and prompts"
+        )
+        lines = [
+            f"{str(row['category'])[:21]:<22}{row['change']:>+8.1f}  {_interval(row['low'], row['high']):<20}"
+            f"{_interval(row['both_low'], row['both_high'])}"
+            for _, row in last.iterrows()
+        ]
+        blocks.append("\n".join([head, *lines]))
+    return "\n\n".join(blocks)
+
+
+def _interval(low: float, high: float) -> str:
+    return "-" if math.isnan(low) else f"[{low:+.1f}, {high:+.1f}]"

@@ -1,0 +1,169 @@
+"""Tidy tables of levels and paired changes from the first step, of one run and over runs."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from sft_probe.analysis.measures import MEASURES, Cube
+from sft_probe.analysis.recordings import Recording
+from sft_probe.analysis.statistics import Estimate, estimate, over_runs, over_runs_and_docs
+from sft_probe.errors import UserError
+
+PER_RESPONSE, PER_TOKEN, PER_BYTE = "nats/response", "nats/body token", "nats/byte"
+
+
+def change_table(recording: Recording, categories: Sequence[str] | None = None) -> pd.DataFrame:
+    """Every change of one run: a row per split, category, step, measure and unit.
+
+    Columns: `run split step_unit category step examples_seen epoch measure unit level change stderr low high band_low
+    band_high num_docs num_clusters p_value`. `change` is the mean paired change from the first step; `low` to `high`
+    its 95 % interval over prompts, `band_low` to `band_high` a 95 % band over all categories and steps of that measure.
+    `num_docs` counts the docs that both steps have. `nats/body token` and `nats/byte` are ratios of sums.
+
+    Raises:
+        UserError: there is one step only, or no category is left.
+    """
+    if recording.means is not None:
+        return _table_of_means(recording, categories)
+    tables = []
+    for split in recording.splits:
+        names = _chosen(recording, split, categories)
+        if names:
+            tables.append(_table_of_split(recording, split, recording.cube(split, names)))
+    if not tables:
+        raise UserError(f"{recording.path} has no {', '.join(categories or ())}; it has {_known(recording)}.")
+    return pd.concat(tables, ignore_index=True)
+
+
+def _chosen(recording: Recording, split: str, categories: Sequence[str] | None) -> list[str]:
+    return [name for name in recording.categories(split) if categories is None or name in categories]
+
+
+def _known(recording: Recording) -> str:
+    return ", ".join(recording.categories(recording.splits[0]))
+
+
+def _one_step(recording: Recording, step: int) -> UserError:
+    return UserError(f"{recording.path} has scores of one step only ({step}), so nothing can have changed.")
+
+
+def _table_of_split(recording: Recording, split: str, arrays: Cube) -> pd.DataFrame:
+    if len(arrays.steps) < 2:
+        raise _one_step(recording, arrays.steps[0])
+    seen = recording.rows.groupby("step")[["examples_seen", "epoch"]].first().reindex(arrays.steps)
+    places = pd.DataFrame(itertools.product(arrays.categories, arrays.steps), columns=["category", "step"])
+    places = places.join(seen, on="step")
+    tables = []
+    for measure, unit in [*((name, PER_RESPONSE) for name in MEASURES), ("body", PER_TOKEN), ("logprob", PER_BYTE)]:
+        if np.isnan(arrays.arrays[measure]).all():
+            continue  # a plain `hf` model gives neither parts nor the terminator
+        denominators = None
+        if unit != PER_RESPONSE:
+            divisor = arrays.at_start("num_tokens") - 1 if unit == PER_TOKEN else arrays.at_start("num_bytes")
+            denominators = _flat(divisor)
+        change = _flat(arrays.change(measure))
+        levels = estimate(_flat(arrays.arrays[measure]), arrays.clusters, denominators=denominators, band=False)
+        found = estimate(change, arrays.clusters, denominators=denominators)
+        tables.append(_rows(places, measure, unit, levels, found))
+    table = pd.concat(tables, ignore_index=True)
+    table.insert(0, "run", recording.name)
+    table.insert(1, "split", split)
+    table.insert(2, "step_unit", recording.step_unit)
+    return table.assign(num_clusters=int(arrays.clusters.max()) + 1)
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    return values.reshape(len(values), -1)
+
+
+def _rows(places: pd.DataFrame, measure: str, unit: str, levels: Estimate, found: Estimate) -> pd.DataFrame:
+    return places.assign(
+        measure=measure, unit=unit, level=levels.mean, change=found.mean, stderr=found.stderr, low=found.low,
+        high=found.high, band_low=found.band_low, band_high=found.band_high, num_docs=found.num_docs,
+        p_value=found.p_values,
+    )  # fmt: skip
+
+
+def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> pd.DataFrame:
+    assert recording.means is not None  # noqa: S101 - the caller's branch
+    means = recording.means
+    if means["step"].nunique() < 2:
+        raise _one_step(recording, int(means["step"].iloc[0]))
+    if categories is not None:
+        means = means[means["category"].isin(categories)]
+        if means.empty:
+            raise UserError(f"{recording.path} has no {', '.join(categories)}; it has {_known(recording)}.")
+    means = means.sort_values("step", kind="stable")
+    start = means.groupby(["split", "category"])["value"].transform("first")
+    nothing = dict.fromkeys(("stderr", "low", "high", "band_low", "band_high", "p_value"), np.nan)
+    table = means.rename(columns={"value": "level"}).assign(
+        run=recording.name,
+        step_unit=recording.step_unit,
+        change=means["value"] - start,
+        measure="logprob_with_eos",
+        unit=PER_RESPONSE,
+        examples_seen=means["step"] if recording.step_unit == "training examples" else np.nan,
+        epoch=np.nan,
+        num_docs=0,
+        num_clusters=0,
+        **nothing,
+    )
+    order = {name: number for number, name in enumerate(recording.categories(recording.splits[0]))}
+    return table.sort_values(["split", "category", "step"], key=lambda c: c.map(order) if c.name == "category" else c)
+
+
+def groups_of_runs(recordings: Sequence[Recording]) -> list[list[Recording]]:
+    """Runs of one model and one training category that may be averaged, two or more in each group."""
+    groups: dict[tuple[str, str], list[Recording]] = {}
+    for recording in recordings:
+        if recording.means is None and recording.train_category:
+            groups.setdefault((recording.model, recording.train_category), []).append(recording)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def table_over_runs(group: Sequence[Recording], measure: str, categories: Sequence[str] | None = None) -> pd.DataFrame:
+    """Changes averaged over runs, on the docs, categories and steps that all of them have; empty where there are none.
+
+    Columns: `split category step change low high both_low both_high num_runs num_docs`. `low` to `high` is the
+    t-interval on run means (these prompts, other runs), `both_low` to `both_high` that of `over_runs_and_docs` (other
+    prompts too).
+    """
+    tables = []
+    for split in group[0].splits:
+        if all(split in recording.splits for recording in group):
+            chosen = [_chosen(recording, split, categories) for recording in group]
+            names = [name for name in chosen[0] if all(name in other for other in chosen)]
+            if names:
+                tables.append(
+                    _split_over_runs([item.cube(split, names) for item in group], measure).assign(split=split)
+                )
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _split_over_runs(cubes: list[Cube], measure: str) -> pd.DataFrame:
+    first = cubes[0]
+    doc_ids = sorted(set.intersection(*(set(item.doc_ids) for item in cubes)))
+    steps = sorted(set.intersection(*(set(item.steps) for item in cubes)))
+    if not doc_ids or len(steps) < 2 or any(item.steps[0] != steps[0] for item in cubes):
+        return pd.DataFrame()
+    changes = np.stack([_aligned(item, measure, doc_ids, steps) for item in cubes])  # [runs, docs, points]
+    complete = ~np.isnan(changes).any(axis=(0, 2))
+    if not complete.any():
+        return pd.DataFrame()
+    changes = changes[:, complete]
+    clusters = first.clusters[[first.doc_ids.index(name) for name in doc_ids]][complete]
+    mean, _, low, high = over_runs(changes.mean(axis=1))
+    _, both_low, both_high = over_runs_and_docs(changes, np.unique(clusters, return_inverse=True)[1])
+    table = pd.DataFrame(itertools.product(first.categories, steps), columns=["category", "step"])
+    return table.assign(
+        change=mean, low=low, high=high, both_low=both_low, both_high=both_high, num_runs=len(cubes),
+        num_docs=int(complete.sum()),
+    )  # fmt: skip
+
+
+def _aligned(arrays: Cube, measure: str, doc_ids: list[str], steps: list[int]) -> np.ndarray:
+    docs = [arrays.doc_ids.index(name) for name in doc_ids]
+    points = [arrays.steps.index(step) for step in steps]
+    return _flat(arrays.change(measure)[docs][:, :, points])

@@ -1,0 +1,84 @@
+"""A figure: one specification, fitted to a width, saved in any format with its numbers beside it."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import vl_convert
+
+from sft_probe.analysis.style import POINTS_PER_INCH, Style, finish
+from sft_probe.files import fsync_path, write_text
+
+_PNG_PPI = 200
+_SVG_SIZE = re.compile(r'width="([\d.]+)" height="([\d.]+)"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What is drawn, and the table it is drawn from."""
+
+    name: str
+    """Of the files, without suffix."""
+    title: str
+    subtitle: Sequence[str]
+    table: pd.DataFrame
+    build: Callable[[float], Any]
+    """The chart whose content is about that wide, in points."""
+
+    def spec(self, style: Style, *, fit: bool = True) -> dict[str, Any]:
+        """A Vega-Lite specification whose whole width is `style.width`: axes and legends are measured, then fitted.
+
+        Without `fit` the width is roughly that, which is enough for a screen and saves two of three renderings.
+        """
+        spec = self._spec(style.width, style)
+        if not fit:
+            return spec
+        excess = _size(vl_convert.vegalite_to_svg(spec))[0] - style.width
+        return spec if abs(excess) < 1 else self._spec(style.width - excess, style)
+
+    def _spec(self, width: float, style: Style) -> dict[str, Any]:
+        with alt.data_transformers.disable_max_rows():
+            chart = finish(self.build(max(width, 40.0)), self.title, self.subtitle, style)
+            spec: dict[str, Any] = chart.to_dict(validate=False)  # the schema is checked by what renders it
+        return spec
+
+    def save(self, folder: Path, formats: Sequence[str], style: Style) -> list[Path]:
+        """Writes NAME.csv and a file of each format; returns the paths."""
+        spec = self.spec(style)
+        csv = folder / f"{self.name}.csv"
+        write_text(csv, self.table.to_csv(index=False))
+        written = [csv]
+        for suffix in formats:
+            path = folder / f"{self.name}.{suffix}"
+            _write(path, render(spec, suffix))
+            written.append(path)
+        return written
+
+
+def render(spec: dict[str, Any], suffix: str) -> bytes:
+    """The bytes of a file. A point is 1/72 inch in all of them."""
+    if suffix == "png":
+        return bytes(vl_convert.vegalite_to_png(spec, scale=_PNG_PPI / POINTS_PER_INCH, ppi=POINTS_PER_INCH))
+    if suffix == "pdf":
+        return bytes(vl_convert.vegalite_to_pdf(spec))
+    if suffix == "html":
+        return str(vl_convert.vegalite_to_html(spec, bundle=True)).encode()
+    svg = str(vl_convert.vegalite_to_svg(spec))
+    return _SVG_SIZE.sub(r'width="\1pt" height="\2pt"', svg, count=1).encode()
+
+
+def _size(svg: str) -> tuple[float, float]:
+    match = _SVG_SIZE.search(svg)
+    return (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    fsync_path(temporary)
+    temporary.replace(path)

@@ -1,0 +1,159 @@
+"""Score rows from sweeps done elsewhere: lm-eval's own files, and tables of published means."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from sft_probe.analysis.rows import SCHEMA
+from sft_probe.errors import UserError
+from sft_probe.files import read_json
+
+_STEP_COLUMNS = {"step": "optimizer step", "train_examples": "training examples", "examples_seen": "training examples"}
+_VALUE_COLUMNS = ("mean_sum_logprob", "mean_logprob", "logprob")
+_SAMPLES_FILE = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.:-]+)\.jsonl")
+_STEP = re.compile(r"(?:step|checkpoint|iter)[-_]?(\d+)", re.IGNORECASE)
+_PREFIX = "sft_probe_"
+
+
+def read_means(path: Path) -> tuple[pd.DataFrame, str]:
+    """A CSV of means over docs as `split category step value`, and the unit of its steps.
+
+    It has `category`, one of `step`, `train_examples`, `examples_seen`, and one of `mean_sum_logprob`, `mean_logprob`,
+    `logprob` (nats); `split` is optional. Several rows of one category and step, as of docs, are averaged.
+
+    Raises:
+        UserError: a column is missing, or a value is no number; names it.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as CSV: {error}") from error
+    step = next((name for name in _STEP_COLUMNS if name in table), None)
+    value = next((name for name in _VALUE_COLUMNS if name in table), None)
+    if "category" not in table or step is None or value is None:
+        raise UserError(
+            f"{path} has the columns {', '.join(map(str, table.columns))}; it needs category, one of "
+            f"{', '.join(_STEP_COLUMNS)}, and one of {', '.join(_VALUE_COLUMNS)}."
+        )
+    for name in (step, value):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        if numbers.isna().any():
+            line = int(numbers.isna().to_numpy().argmax()) + 2
+            raise UserError(f"{path}, line {line}: {name} is {table[name].iloc[line - 2]!r}, which is no number.")
+    if "split" not in table:
+        table["split"] = "heldout"
+    if unknown := set(table["split"]) - {"heldout", "train"}:
+        raise UserError(f"{path}: the split {sorted(map(str, unknown))[0]!r} is neither heldout nor train.")
+    table = table.assign(category=table["category"].astype(str), step=table[step].astype("int64"))
+    means = table.groupby(["split", "category", "step"], sort=False)[value].mean().rename("value")
+    return means.reset_index(), _STEP_COLUMNS[step]
+
+
+Texts = dict[str, dict[str, str]]
+
+
+def read_lm_eval(directory: Path) -> tuple[pa.Table, Texts, dict[str, str], tuple[str, ...]]:
+    """Score rows, responses, prompts and notes from `results_*.json` and `samples_*.jsonl` below a directory.
+
+    The step of a results file is in its model's revision or path, else in the names of its directories, as in
+    `step1000` or `checkpoint-500`. Of several results of one step and task the last one counts. Tasks whose samples
+    hold no log-prob of one continuation are named and left out. A plain `hf` model knows neither tokens nor the
+    terminator, so that columns of these are null.
+
+    Raises:
+        UserError: a results file tells no step, or no sample is a log-prob.
+    """
+    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    skipped: set[str] = set()
+    texts: Texts = {}
+    prompts: dict[str, str] = {}
+    for results_path in sorted(directory.rglob("results_*.json")):
+        results = read_json(results_path)
+        step = _step_of(results, results_path, directory)
+        for task, path in _samples_of(results_path):
+            samples = [sample for sample in _read_samples(path) if _logprob(sample) is not None]
+            if not samples:
+                skipped.add(task)
+                continue
+            rows[step, task] = [_row(sample, task, step, directory, results) for sample in samples]
+            for row, sample in zip(rows[step, task], samples, strict=True):
+                prompt, response = _texts_of(sample)
+                texts.setdefault(row["doc_id"], {})[row["category"]] = response
+                prompts.setdefault(row["doc_id"], prompt)
+    if not rows:
+        raise UserError(f"{directory}: no samples_*.jsonl holds log-probs; run lm_eval with --log_samples.")
+    notes = ["scored elsewhere, by lm-eval: dtype and joins of the tokens are not checked"]
+    if skipped:
+        notes.append(f"not log-probs of one continuation, left out: {', '.join(sorted(skipped))}")
+    all_rows = [row for part in rows.values() for row in part]
+    return pa.Table.from_pylist(all_rows, schema=SCHEMA), texts, prompts, tuple(notes)
+
+
+def _step_of(results: dict[str, Any], path: Path, root: Path) -> int:
+    arguments = results.get("config", {}).get("model_args") or {}
+    if isinstance(arguments, str):
+        arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
+    places = [arguments.get("revision"), arguments.get("pretrained"), *reversed(path.relative_to(root).parts[:-1])]
+    for place in places:
+        if found := _STEP.search(str(place)):
+            return int(found[1])
+    raise UserError(f"{path} tells no step: put it in a directory named like step1000 or checkpoint-500.")
+
+
+def _samples_of(results_path: Path) -> Iterator[tuple[str, Path]]:
+    date = results_path.stem.removeprefix("results_")
+    for path in sorted(results_path.parent.glob(f"samples_*_{date}.jsonl")):
+        if match := _SAMPLES_FILE.fullmatch(path.name):
+            yield match[1], path
+
+
+def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+        if not isinstance(sample, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object.")
+        yield sample
+
+
+def _logprob(sample: dict[str, Any]) -> float | None:
+    """Of a sample with one loglikelihood request, `[[["-12.3", "False"]]]`; else `None`."""
+    answers = sample.get("resps")
+    try:
+        (((logprob, _),),) = answers  # type: ignore[misc]
+        return float(logprob)
+    except (TypeError, ValueError):
+        return None
+
+
+def _row(sample: dict[str, Any], task: str, step: int, directory: Path, results: dict[str, Any]) -> dict[str, Any]:
+    doc = sample["doc"] if isinstance(sample.get("doc"), dict) else {}
+    name = task.removeprefix(_PREFIX)
+    is_train = task.startswith(f"{_PREFIX}train_")
+    return dict.fromkeys(SCHEMA.names) | {
+        "run": directory.resolve().name,
+        "model": results.get("model_name"),
+        "step": step,
+        "category": str(doc.get("category", name.removeprefix("train_") if is_train else name)),
+        "split": "train" if is_train or doc.get("split") == "train" else "heldout",
+        "doc_id": str(doc.get("doc_id", sample.get("doc_id"))),
+        "conversation_id": str(doc["conversation_id"]) if "conversation_id" in doc else None,
+        "prompt_format": doc.get("prompt_format"),
+        "num_tokens": doc.get("num_tokens"),
+        "num_bytes": len(_texts_of(sample)[1].strip().encode()),
+        "logprob": _logprob(sample),
+        "source": "lm_eval",
+    }
+
+
+def _texts_of(sample: dict[str, Any]) -> tuple[str, str]:
+    arguments = sample.get("arguments")
+    first = arguments.get("gen_args_0", {}) if isinstance(arguments, dict) else {}
+    return str(first.get("arg_0", "")), str(first.get("arg_1", sample.get("target", "")))

@@ -1,0 +1,110 @@
+"""Figures of whole runs: benchmarks beside probes, code lengths."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from sft_probe.analysis.changes import PER_RESPONSE
+from sft_probe.analysis.figure import Figure
+from sft_probe.analysis.recordings import Recording
+from sft_probe.analysis.simplicity import first_epoch
+from sft_probe.analysis.style import Style, cell_height, cell_width, columns_for, facet, key_colors, step_axis
+
+MAX_PANELS = 12
+
+
+def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) -> Iterator[Figure]:
+    """Each benchmark on the step axis, and against the change of the training category on held-out prompts."""
+    table = recording.benchmarks
+    if table is None or table.empty:
+        return
+    table = table.assign(name=table["task"] + ", " + table["metric"])
+    kept = list(dict.fromkeys(table["name"]))[:MAX_PANELS]
+    table = table[table["name"].isin(kept)].assign(
+        low=lambda frame: frame["value"] - 1.96 * frame["stderr"].fillna(0.0),
+        high=lambda frame: frame["value"] + 1.96 * frame["stderr"].fillna(0.0),
+    )
+    own = recording.train_category or "chosen"
+    probe = changes[
+        (changes["run"] == recording.name) & (changes["split"] == "heldout") & (changes["category"] == own)
+        & (changes["measure"] == "logprob") & (changes["unit"] == PER_RESPONSE)
+    ][["step", "change"]].rename(columns={"change": "probe_change"})  # fmt: skip
+    table = table.merge(probe, on="step", how="left")
+
+    def build(width: float) -> Any:
+        columns = columns_for(len(kept), style)
+        size = {"width": cell_width(width, columns, style), "height": 0.6 * cell_width(width, columns, style)}
+        y = alt.Y("value:Q", title="value", scale=alt.Scale(zero=False))
+        base = alt.Chart(table).encode(y=y)
+        x = step_axis(table["step"].tolist(), "step (log)")
+        band = base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="value"), y2="high:Q")
+        line = base.mark_line(point=True).encode(x=x, tooltip=["name:N", "step:Q", "value:Q", "stderr:Q", "n:Q"])
+        against = base.mark_line(point=True, color="#D55E00").encode(
+            x=alt.X("probe_change:Q", title=f"change of {own} (nats)"), order="step:Q", tooltip=["step:Q", "value:Q"]
+        )
+        rows = [facet(alt.layer(band, line, data=table).properties(**size), kept, style, columns, column="name")]
+        if table["probe_change"].notna().any():
+            rows.append(facet(alt.layer(against, data=table).properties(**size), kept, style, columns, column="name"))
+        return alt.vconcat(*rows)
+
+    subtitle = [
+        "Above by step, with 95 % intervals over questions; below against the probe: points of one run, not independent"
+    ]
+    yield Figure(name="benchmarks", title="Benchmarks beside probes", subtitle=subtitle, table=table, build=build)
+
+
+def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterator[Figure]:
+    """Bits per byte of each example before it was trained on, running, and the sum so far."""
+    tables = []
+    for recording in recordings:
+        losses = first_epoch(recording.path)
+        if losses is None:
+            continue
+        bits = losses["loss_sum"].cumsum() / np.log(2)
+        window = max(4, len(losses) // 16)
+        running = losses["loss_sum"].rolling(window).sum() / losses["num_bytes"].rolling(window).sum() / np.log(2)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "run": recording.name, "train_category": recording.train_category, "model": recording.model,
+                    "order_seed": recording.order_seed, "example": np.arange(1, len(losses) + 1),
+                    "running": running, "so_far": bits / losses["num_bytes"].cumsum(),
+                }
+            )
+        )  # fmt: skip
+    if not tables:
+        return
+    table = pd.concat(tables, ignore_index=True)
+    long = table.melt(
+        id_vars=["run", "example"], value_vars=["running", "so_far"], var_name="kind", value_name="bits"
+    ).dropna()
+    long["kind"] = long["kind"].map({"running": "running mean", "so_far": "all so far (prequential)"})
+    names = [recording.name for recording in recordings if recording.name in set(table["run"])]
+    shown = dict(zip(names, key_colors(names), strict=True))
+
+    def build(width: float) -> Any:
+        cell = cell_width(width, 2, style)
+        scale = alt.Scale(domain=names, range=list(shown.values()))
+        y = alt.Y("bits:Q", title="bits per byte", scale=alt.Scale(zero=False))
+        line = alt.Chart(long).mark_line().encode(
+            x=alt.X("example:Q", title="training examples"), y=y,
+            color=alt.Color("run:N", scale=scale, legend=alt.Legend(title=None) if len(names) > 1 else None),
+            tooltip=["run:N", "example:Q", "bits:Q"],
+        )  # fmt: skip
+        kinds = ["running mean", "all so far (prequential)"]
+        return facet(
+            line.properties(width=cell, height=cell_height(cell, style)),
+            kinds,
+            style,
+            2,
+            column="kind",
+            own_scale=False,
+        )
+
+    subtitle = ["Loss of each example of the first epoch before its update, response and terminator"]
+    yield Figure(
+        name="code_length", title="Code length of the training set", subtitle=subtitle, table=long, build=build
+    )

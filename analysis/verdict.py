@@ -1,0 +1,153 @@
+"""The verdict on each category: how much it moved, when, in which part, and one sentence."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sft_probe.analysis.changes import PER_RESPONSE
+from sft_probe.analysis.measures import PARTS
+from sft_probe.analysis.statistics import holm
+
+ALPHA = 0.05
+_TURN_SHARE = 0.1  # of the range of a curve without intervals: what counts as a turn
+COLUMNS = [
+    "run", "split", "category", "num_docs", "num_clusters", "first_step", "last_step", "start", "change", "low", "high",
+    "stderr", "sign", "p_holm", "body", "peak", "peak_step", "half_step", "share_first", "share_body", "share_eos",
+    "rank", "sentence",
+]  # fmt: skip
+
+
+def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFrame:
+    """One row per run, split and category, from `change_table`; nats per response.
+
+    `change` is that of the last step with its 95 % interval over prompts; `sign` is +, - or 0 by a t-test of the last
+    step, adjusted by Holm over the categories of a run and split (`p_holm`). `peak` is the turn that the sentence tells
+    of, else the largest change by size; `half_step` the step at which the curve, linear between steps, first reaches
+    half of the last change (only where that has a sign). Shares are those of first token, body and terminator in the
+    change of all three; null where the interval of that holds 0. `rank` 1 rose most. A sentence tells of a turn where
+    the bands exclude that there is none.
+    """
+    rows = []
+    for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(["run", "split"], sort=False):
+        own = part[part["measure"] == (measure if (part["measure"] == measure).any() else "logprob_with_eos")]
+        curves = {str(name): curve.sort_values("step") for name, curve in own.groupby("category", sort=False)}
+        adjusted = holm([float(curve["p_value"].iloc[-1]) for curve in curves.values()])
+        ranks = dict(zip(curves, stats.rankdata([-curve["change"].iloc[-1] for curve in curves.values()]), strict=True))
+        for (name, curve), p_holm in zip(curves.items(), adjusted, strict=True):
+            row = _row(curve, float(p_holm), part[part["category"] == name])
+            rows.append({"run": run, "split": split, "category": name, "rank": ranks[name], **row})
+    return pd.DataFrame(rows)[COLUMNS]
+
+
+def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, object]:
+    last = curve.iloc[-1]
+    known = not math.isnan(last["stderr"])
+    sign = "?" if not known else "0" if not p_holm < ALPHA else "+" if last["change"] > 0 else "-"
+    turn = _turn(curve) if known or curve["change"].notna().all() else None
+    sizes = curve["change"].abs().fillna(0.0).to_numpy()
+    peak = curve.iloc[int(sizes.argmax()) if turn is None else turn]
+    return {
+        "num_docs": int(last["num_docs"]),
+        "num_clusters": int(last["num_clusters"]),
+        "first_step": int(curve["step"].iloc[0]),
+        "last_step": int(last["step"]),
+        "start": float(curve["level"].iloc[0]),
+        "change": float(last["change"]),
+        "low": float(last["low"]),
+        "high": float(last["high"]),
+        "stderr": float(last["stderr"]),
+        "sign": sign,
+        "p_holm": p_holm,
+        "peak": float(peak["change"]),
+        "peak_step": int(peak["step"]),
+        "half_step": half_step(curve["step"], curve["change"]) if sign != "0" else math.nan,
+        **_shares(parts, int(last["step"])),
+        "sentence": sentence(curve),
+    }
+
+
+def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> float:
+    """Where a curve, linear between its points, first reaches half of its last value; NaN where that is 0."""
+    x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
+    if math.isnan(y[-1]) or y[-1] == 0:
+        return math.nan
+    gain = y / y[-1]
+    after = int(np.argmax(gain >= 0.5))
+    if after == 0:
+        return float(x[0])
+    share = (0.5 - gain[after - 1]) / (gain[after] - gain[after - 1])
+    return float(x[after - 1] + share * (x[after] - x[after - 1]))
+
+
+def _shares(parts: pd.DataFrame, step: int) -> dict[str, float]:
+    last = parts[parts["step"] == step]
+    change = dict(zip(last["measure"], last["change"].astype(float), strict=True))
+    whole = last[last["measure"] == "logprob_with_eos"]
+    has_sign = bool((whole["low"] * whole["high"] > 0).any())
+    shares = {
+        f"share_{name}": change.get(name, math.nan) / change["logprob_with_eos"] if has_sign else math.nan
+        for name in PARTS
+    }
+    return {**shares, "body": change.get("body", math.nan)}
+
+
+def sentence(curve: pd.DataFrame) -> str:
+    """What the curve of one category did, in one sentence; "prompts only" since it is one run."""
+    curve = curve[curve["change"].notna()]
+    name = str(curve["category"].iloc[0]) if len(curve) else "?"
+    if len(curve) < 2:
+        return f"{name} was scored at one step only"
+    x, y = curve["step"].to_numpy(), curve["change"].to_numpy(float)
+    by = "by step" if curve["step_unit"].iloc[0] == "optimizer step" else "by example"
+    scope = "prompts only"
+    if curve["stderr"].isna().all():
+        scope = "too few prompts for an interval" if curve["num_docs"].any() else "means only"
+    turn = _turn(curve)
+    if turn is not None:
+        verb, back = ("rose", "fell") if y[turn] > 0 else ("fell", "rose")
+        where = _place(y[-1], turned=y[turn], certain=_is_certain(curve, len(curve) - 1))
+        return f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
+    if not _is_certain(curve, len(curve) - 1):
+        return f"{name} did not move for certain ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
+    half = half_step(x.tolist(), y.tolist())
+    return (
+        f"{name} {'rose' if y[-1] > 0 else 'fell'} {abs(y[-1]):.1f} nats {by} {x[-1]}, half of it {by} "
+        f"{math.ceil(half)}; {scope}"
+    )
+
+
+def _place(last: float, *, turned: float, certain: bool) -> str:
+    if not certain:
+        return f"about its start ({last:+.1f})"
+    side = "above" if last > 0 else "below"
+    return f"{abs(last):.1f} {side} its start" if last * turned < 0 else f"{last:+.1f}"
+
+
+def _is_certain(curve: pd.DataFrame, index: int) -> bool:
+    """The band at that step excludes 0; without bands, the change is a tenth of the curve's range."""
+    row = curve.iloc[index]
+    if math.isnan(row["band_low"]):
+        return bool(abs(row["change"]) >= _TURN_SHARE * np.ptp(curve["change"]))
+    return bool(row["band_low"] * row["band_high"] > 0)
+
+
+def _turn(curve: pd.DataFrame) -> int | None:
+    """Index of a peak or trough between the ends, certain in itself, from which the last step is certainly away.
+
+    Of two, the one that is further from the last step. The change since the turn is taken as certain where it is larger
+    than the wider of both bands, which is cautious: changes of the same docs are correlated.
+    """
+    y = curve["change"].to_numpy(float)
+    half = ((curve["band_high"] - curve["band_low"]) / 2).to_numpy(float)
+    found = []
+    for index, sign in ((int(np.argmax(y)), 1), (int(np.argmin(y)), -1)):
+        if index in (0, len(y) - 1) or sign * y[index] <= 0 or not _is_certain(curve, index):
+            continue
+        away = abs(y[index] - y[-1])
+        bar = np.nanmax([half[index], half[-1]]) if not np.isnan(half[index]) else _TURN_SHARE * np.ptp(y)
+        if away > bar:
+            found.append((away, index))
+    return max(found)[1] if found else None

@@ -1,0 +1,99 @@
+"""The report in a real browser: no error, every figure has marks, a doc can be picked, hostile texts stay texts."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import Run, user_error
+from score_files import CURVES, write_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here to open the report in")
+HOSTILE = (
+    "<script>window.hacked = 1</script></script></style><img src=x onerror='window.hacked=1'> {{ 7 * 7 }} "
+    "\u202eright to left \u05e9\u05dc\u05d5\u05dd \U0001f600 NUL:\x00 &amp; \u2028 ]]> <!--"
+)
+
+
+def _open(page: Path, script: str, folder: Path) -> tuple[str, str]:
+    """The DOM after `script` ran at the end of the page, and what went to the console."""
+    copy = folder / "opened.html"
+    start, _, end = page.read_text("utf-8").rpartition("</body>")
+    copy.write_text(f"{start}<script>{script}</script></body>{end}", "utf-8")
+    assert CHROMIUM is not None
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
+        "--disable-component-update --enable-logging=stderr --virtual-time-budget=10000 --dump-dom"
+    )
+    result = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", copy.as_uri()],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    return result.stdout, "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
+
+
+@needs_chromium
+def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(swept_run, run)
+    result = sft_probe("report", run)
+    assert result.returncode == 0, result.stderr
+    page = run / "report.html"
+    assert page.stat().st_size < 8_000_000
+    pick = "const s = document.getElementById('doc'); s.value = 3; s.dispatchEvent(new Event('change'));"
+    dom, console = _open(page, pick, tmp_path)
+    assert console == ""
+    figures = re.findall(r'<div class="figure[^"]*" id="(figure-[\w-]+)"', dom)
+    assert len(figures) == 7
+    for name in (*figures, "curves"):
+        part = dom.partition(f'id="{name}"')[2].partition('<div class="figure')[0]
+        marks = re.findall(r'class="mark-(?:line|symbol|rect|rule|area|text)[^"]*mark[^"]*"', part)
+        assert marks, name
+    assert "bicycles-4" in dom
+    prompt = re.search(r'<div class="text" id="prompt"[^>]*>([^<]+)', dom)
+    assert prompt is not None
+    assert prompt[1].startswith("user: "), "the doc that was picked"
+    assert dom.count('class="token"') > 100
+    assert "one run says nothing of training noise" in dom
+    assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<script>")[0]), "it loads nothing"
+
+
+@needs_chromium
+def test_hostile_texts_stay_texts(sft_probe: Run, tmp_path: Path) -> None:
+    texts = dict.fromkeys(CURVES, HOSTILE) | {"rejected": "x" * 1_000_000}
+    run = write_run(tmp_path / "<b>run", texts=texts, prompt=HOSTILE, num_docs=5, model="<i>&model</script>")
+    other = write_run(tmp_path / "other", seed=1)
+    page = tmp_path / "out" / "report.html"
+    result = sft_probe("report", run, other, "--out", page)
+    assert result.returncode == 0, result.stderr
+    assert page.stat().st_size < 8_000_000
+    probe = (
+        "document.body.dataset.hacked = String(window.hacked); document.body.dataset.images = document.images.length;"
+    )
+    dom, console = _open(page, probe, tmp_path)
+    assert console == ""
+    assert 'data-hacked="undefined"' in dom
+    assert 'data-images="0"' in dom
+    assert "<b>run" not in dom
+    assert "&lt;script&gt;window.hacked" in dom, "it is shown, as text"
+    assert "49" not in re.findall(r"onerror.{60}", dom)[0], "it is no template"
+    assert "[cut: 1000002 characters]" in dom
+
+
+def test_markdown(sft_probe: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a|b <i>", curves={"chosen": CURVES["chosen"]})
+    result = sft_probe("report", run, "--format", "md")
+    assert result.returncode == 0, result.stderr
+    text = (run / "report.md").read_text()
+    assert "chosen rose 1" in text
+    assert r"a\|b &lt;i&gt;" in text
+    for name in re.findall(r"\(report_figures/(.+?)\)", text):
+        assert (run / "report_figures" / name).is_file(), name
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a table with equal columns"
+
+
+def test_one_step_is_refused(sft_probe: Run, tmp_path: Path) -> None:
+    assert "one step only" in user_error(sft_probe("report", write_run(tmp_path / "short", steps=[0])))

@@ -1,0 +1,110 @@
+"""Transfer: closed forms, known runs, and the null of disjoint halves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import Run, user_error
+from score_files import NUM_TOKENS, write_run
+
+from sft_probe.analysis.transfer_maths import crossing, efficiency, omega, selectivity
+
+RATES = {  # nats per response and step: row to probe category
+    "chosen": {"chosen": 4.0, "rejected": 3.0, "random": 3.6, "non_response": -1.0},
+    "rejected": {"chosen": 2.0, "rejected": 4.0, "random": 2.0, "non_response": 0.0},
+    "random": {"chosen": 3.0, "rejected": 2.0, "random": 3.2, "non_response": 1.0},
+    "non_response": {"chosen": 0.4, "rejected": 0.4, "random": 0.4, "non_response": 8.0},
+}
+
+
+def _write(folder: Path, row: str, seed: int = 0, scale: float = 1.0, **columns: Any) -> Path:
+    curves = {name: lambda step, rate=rate: scale * rate * step for name, rate in RATES[row].items()}
+    return write_run(folder / f"{row}_{seed}", curves=curves, seed=seed, train_category=row, **columns)
+
+
+def _tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return {path.stem.removeprefix("transfer_"): pd.read_csv(path) for path in folder.glob("transfer_*.csv")}
+
+
+def test_closed_forms() -> None:
+    matrix = np.array([[4.0, 2.0, -1.0], [1.0, 5.0, 3.0]])
+    np.testing.assert_allclose(efficiency(matrix, [0, 1]), [[1, 0.4, np.nan], [0.25, 1, np.nan]])
+    np.testing.assert_allclose(selectivity(matrix, [0, 1]), [1 - (2 + 0) / 2 / 4, 1 - (1 + 3) / 2 / 5])
+    same, apart = np.array(2.0), np.array(0.0)
+    assert omega(same, same, same, same) == 0
+    assert omega(same, apart, apart, same) == 1
+    assert omega(np.array(4.0), np.array(2.0), np.array(1.0), np.array(5.0)) == pytest.approx((3 + 3) / 9)
+    halfway = crossing(np.array([0.0, 1.0, 3.0]), 2.0)
+    assert halfway is not None
+    assert list(halfway) == [0, 0.5, 0.5]
+    assert crossing(np.array([0.0, 1.0]), 2.0) is None
+
+
+def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
+    runs = [_write(tmp_path, row, seed) for row in RATES for seed in range(3)]
+    result = sft_probe("transfer", "--runs", *runs, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    tables = _tables(tmp_path / "out")
+    assert {"transfer.png", "omega.svg", "omega_curve.pdf"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    per_token = 0.9 * 8 / (NUM_TOKENS - 1)  # the body gains 0.9 of a curve; the last step is 8
+    matrix = tables["matrix"].set_index(["row", "category"])
+    for row, rates in RATES.items():
+        for category, rate in rates.items():
+            found = matrix["transfer"].to_dict()[row, category]
+            assert found == pytest.approx(per_token * rate, abs=0.02), (row, category)
+    known = (
+        RATES["chosen"]["chosen"]
+        - RATES["rejected"]["chosen"]
+        + RATES["rejected"]["rejected"]
+        - RATES["chosen"]["rejected"]
+    )
+    omegas = tables["omega"].set_index(["row", "other"])
+    assert omegas["omega"].to_dict()["chosen", "rejected"] == pytest.approx(known / 8, abs=0.03)
+    assert (omegas["low"] < omegas["omega"]).all()
+    assert (omegas["seeds_low"] < omegas["seeds_high"]).all()
+    share = tables["shares"].set_index("row")["share"].to_dict()
+    assert share["random"] == pytest.approx(3.0 / 4.0, abs=0.03)
+    assert "training on random gives 0.7" in result.stdout
+    selective = tables["selectivity"].set_index("row")["selectivity"].to_dict()
+    assert selective["chosen"] == pytest.approx(1 - (3.0 + 3.6 + 0.0) / 3 / 4, abs=0.02)
+
+
+def test_omega_at_matched_gain_does_not_depend_on_speed(sft_probe: Run, tmp_path: Path) -> None:
+    runs = [_write(tmp_path, "chosen"), _write(tmp_path, "rejected", seed=5)]
+    slow = _write(tmp_path / "slow", "rejected", seed=5, scale=0.25)
+    assert sft_probe("transfer", "--runs", *runs, "--out", tmp_path / "a").returncode == 0
+    assert sft_probe("transfer", "--runs", runs[0], slow, "--out", tmp_path / "b").returncode == 0
+    fast, slowed = (_tables(tmp_path / name)["omega"].iloc[0].to_dict() for name in "ab")
+    assert slowed["omega"] != pytest.approx(fast["omega"], abs=0.05), "at equal examples it does"
+    assert slowed["matched_omega"] == pytest.approx(fast["matched_omega"], abs=0.05)
+
+
+def test_disjoint_halves_are_the_null(sft_probe: Run, tmp_path: Path) -> None:
+    one = _write(tmp_path / "a", "chosen", seed=1, doc_ids=["t1", "t2"])
+    two = _write(tmp_path / "b", "chosen", seed=2, doc_ids=["t3", "t4"])
+    other = _write(tmp_path, "non_response", seed=3)
+    result = sft_probe("transfer", "--runs", f"half_1={one}", f"half_2={two}", other, "--out", tmp_path / "out")
+    assert "null, half_1 and half_2: omega" in result.stdout, result.stderr
+    table = _tables(tmp_path / "out")["omega"]
+    null = table[table["is_null"]].iloc[0].to_dict()
+    real = table[~table["is_null"]].iloc[0].to_dict()
+    assert null["low"] < 0 < null["high"]
+    assert null["high"] < 0.1 < real["low"]
+
+
+def test_omega_without_a_gain_is_not_defined(sft_probe: Run, tmp_path: Path) -> None:
+    runs = [_write(tmp_path, "chosen"), _write(tmp_path, "rejected", seed=1, scale=0.0)]
+    result = sft_probe("transfer", "--runs", *runs, "--out", tmp_path / "out")
+    assert "not defined" in result.stdout, result.stderr
+    assert _tables(tmp_path / "out")["omega"]["omega"].isna().all()
+
+
+def test_what_cannot_be_compared(sft_probe: Run, tmp_path: Path) -> None:
+    one = _write(tmp_path, "chosen")
+    assert "at least two rows" in user_error(sft_probe("transfer", "--runs", one))
+    far = write_run(tmp_path / "far", curves={"else": float}, train_category="else")
+    assert "share no held-out docs" in user_error(sft_probe("transfer", "--runs", one, far))
+    unknown = write_run(tmp_path / "unknown", train_category="something")
+    assert "was trained on something, which was not probed" in user_error(sft_probe("transfer", "--runs", one, unknown))
