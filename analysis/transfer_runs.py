@@ -20,8 +20,8 @@ _TAGS = {"chosen": "Give the better answer.", "rejected": "Give the worse answer
 
 def train_rows(
     rows: Sequence[str], folder: Path, *, recipe: Path, num_orders: int, shard: tuple[int, int], extra: Sequence[str]
-) -> list[Path]:
-    """Trains what is missing and returns the directories of all runs of this shard, `folder/<row>-order<k>`.
+) -> list[str]:
+    """Trains what is missing and returns `ROW=RUN` for the runs of this shard, in `folder/<row>-order<k>`.
 
     A run that is complete is left alone, one that was cut off goes on. All categories are probed at `log2` and the last
     step, unless the recipe or `extra` says otherwise.
@@ -39,11 +39,10 @@ def train_rows(
     """
     make_dir(folder)
     runs = [(row, order) for order in range(num_orders) for row in rows]
-    directories = []
+    trained = []
     for row, order in runs[shard[0] - 1 :: shard[1]]:
-        directory = (
-            folder / f"{Path(row).stem if _is_file(row) else row.replace(':', '-').replace(',', '+')}-order{order}"
-        )
+        name = Path(row).name.split(".")[0] if _is_file(row) else row.replace(":", "-").replace(",", "+")
+        directory = folder / f"{name}-order{order}"
         log.info("run %s", directory)
         flags = [
             "--config",
@@ -53,15 +52,14 @@ def train_rows(
             *extra,
             *_data_flags(row, folder, recipe, extra),
         ]
-        command = [sys.executable, "-m", "sft_probe", "train", *flags, "--data_seed", str(order)]
+        flags += ["--data_seed", str(order), "--output_dir", str(directory)]
         with (folder / f"{directory.name}.log").open("w") as output:
-            code = subprocess.run(
-                [*command, "--output_dir", str(directory)], stdout=output, stderr=subprocess.STDOUT, check=False
-            ).returncode
+            command = [sys.executable, "-m", "sft_probe", "train", *flags]
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
         if code:
             raise UserError(f"training on {row} ended with code {code}: {_last_line(folder / f'{directory.name}.log')}")
-        directories.append(directory)
-    return directories
+        trained.append(f"{name}={directory}")
+    return trained
 
 
 def _is_file(row: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_docs
+from helpers import Run, make_docs, user_error
 
 from sft_probe.analysis.transfer_runs import train_rows, write_contrast_set
 from sft_probe.errors import UserError
@@ -29,20 +29,31 @@ def recipe(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_from_rows_to_tables(recipe: Path, sft_probe: Run, tmp_path: Path) -> None:
+    flags = ("--recipe", recipe, "--order-seeds", 1, "--train-flags", "--max_steps 4", "--out", tmp_path / "out")
+    result = sft_probe("transfer", "--rows", "chosen,rejected", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "chosen" in result.stdout
+    assert "rejected" in result.stdout
+    assert list((tmp_path / "out").glob("*.csv"))
+    assert "--rows needs --recipe" in user_error(sft_probe("transfer", "--rows", "chosen,rejected"))
+
+
+@pytest.mark.slow
 def test_each_row_is_trained_once_in_each_order(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rows = ["chosen_no_prompt", "tagged"]
     first = train_rows(rows, out, recipe=recipe, num_orders=1, shard=(1, 2), extra=[])
-    assert [path.name for path in first] == ["chosen_no_prompt-order0"]
+    assert first == [f"chosen_no_prompt={out}/chosen_no_prompt-order0"]
     before = (out / "chosen_no_prompt-order0/manifest.json").stat().st_mtime_ns
     both = train_rows(rows, out, recipe=recipe, num_orders=1, shard=(1, 1), extra=[])
-    assert [path.name for path in both] == ["chosen_no_prompt-order0", "tagged-order0"]
+    assert both == [f"{row}={out}/{row}-order0" for row in rows]
     assert (out / "chosen_no_prompt-order0/manifest.json").stat().st_mtime_ns == before
-    for path in both:
-        assert sorted(file.name for file in path.glob("probe/step_*")) == [
+    for row in rows:
+        assert sorted(file.name for file in (out / f"{row}-order0").glob("probe/step_*")) == [
             f"step_00000{step}.jsonl" for step in (0, 1, 2, 3)
         ]
-    assert json.loads((both[1] / "manifest.json").read_text())["num_examples"] == 16
+    assert json.loads((out / "tagged-order0/manifest.json").read_text())["num_examples"] == 16
     with pytest.raises(UserError, match="training on nothing ended with code 2: sft-probe: --train_category nothing"):
         train_rows(["nothing"], out, recipe=recipe, num_orders=1, shard=(1, 1), extra=[])
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -133,10 +134,16 @@ def _add_simplicity(command: argparse.ArgumentParser) -> None:
 
 
 def _add_transfer(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--runs", nargs="+", required=True, metavar="[ROW=]RUN", help="finished runs; those of one row are its seeds"
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", nargs="+", metavar="[ROW=]RUN", help="finished runs; those of one row are its seeds")
+    source.add_argument(
+        "--rows", type=_names, metavar="A,B", help="train these: categories, data files, tagged (a contrast set)"
     )
-    command.add_argument("--out", type=Path, default=Path("transfer"), help="tables and figures; default: transfer")
+    command.add_argument("--recipe", type=Path, help="of the training of --rows")
+    command.add_argument("--order-seeds", "--order_seeds", type=_positive, default=3, help="data orders; default: 3")
+    command.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/N", help="train every N-th run; no tables")
+    command.add_argument("--train-flags", "--train_flags", default="", help="more flags of training, in one string")
+    command.add_argument("--out", type=Path, default=Path("transfer"), help="runs, tables, figures; default: transfer")
     command.set_defaults(command=_transfer)
 
 
@@ -281,7 +288,10 @@ def _simplicity(options: argparse.Namespace) -> None:
 def _transfer(options: argparse.Namespace) -> None:
     from sft_probe.analysis.transfer import transfer, transfer_text, write_transfer
 
-    found = transfer(options.runs)
+    runs = options.runs or _train_rows(options)
+    if options.shard[1] > 1:
+        return
+    found = transfer(runs)
     print(transfer_text(found))  # noqa: T201
     written = write_transfer(found, options.out)
     try:
@@ -290,6 +300,21 @@ def _transfer(options: argparse.Namespace) -> None:
         raise _needs_report(error) from error
     for path in [*written, *plot_transfer(found, options.out)]:
         logging.getLogger(__name__).info("wrote %s", path)
+
+
+def _train_rows(options: argparse.Namespace) -> list[str]:
+    from sft_probe.analysis.transfer_runs import train_rows
+
+    if options.recipe is None:
+        raise UserError("--rows needs --recipe, that of `sft-probe train`.")
+    return train_rows(
+        options.rows,
+        options.out,
+        recipe=options.recipe,
+        num_orders=options.order_seeds,
+        shard=options.shard,
+        extra=shlex.split(options.train_flags),
+    )
 
 
 def _tasks_dir(options: argparse.Namespace) -> None:
