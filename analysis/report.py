@@ -61,16 +61,21 @@ def report(
 def html_report(analysis: Analysis) -> str:
     """The report as HTML; all text from data or models is escaped, and the page may load nothing."""
     style = Style(width=900, font_size=12)
-    specs = {}
+    specs: dict[str, dict[str, Any]] = {}
+    figures: dict[str, list[str]] = {}
     for number, recording in enumerate(analysis.recordings):
         one = _of_run(analysis, recording)
         for figure in figures_of(one, style):
             if not figure.name.startswith("trajectory_"):  # it is changes and levels, which are there
-                specs[f"figure-{number}-{figure.name}"] = figure.spec(style, fit=False)
+                name = f"figure-{number}-{figure.name}"
+                specs[name] = figure.spec(style, fit=False)
+                figures.setdefault(recording.name, []).append(name)
     if len(analysis.recordings) > 1:
         for color in ("category", "run"):
             for figure in figures_of(analysis, Style(width=900, font_size=12, color=color)):
-                specs[f"figure-all-{color}-{figure.name}"] = figure.spec(style, fit=False)
+                name = f"figure-all-{color}-{figure.name}"
+                specs[name] = figure.spec(style, fit=False)
+                figures.setdefault("all runs", []).append(name)
     with_docs = [recording for recording in analysis.recordings if recording.means is None]
     docs = [browser(recording, analysis.measure, _DOC_BYTES // len(with_docs)) for recording in with_docs]
     folder = resources.files("sft_probe.analysis")
@@ -82,7 +87,7 @@ def html_report(analysis: Analysis) -> str:
         header=_HEADER,
         over_runs=over_runs_text(analysis.over_runs),
         sums="with" if analysis.measure == "logprob_with_eos" else "without",
-        figures=list(specs),
+        figures=figures,
         has_docs=bool(docs),
         vega=_in_script(f"(() => {{{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"),
         data=json_in_html({"figures": specs, "docs": docs}),

@@ -103,7 +103,8 @@ def estimate(
     The standard error is the cluster-robust one of a ratio of sums (Taylor expansion; for a plain mean that of an OLS
     constant with clustered errors and the factor G / (G - 1)). The band is mean +- c x standard error, c the quantile
     of the largest |t| over all points in a studentised bootstrap of whole clusters (Montiel Olea & Plagborg-Moller
-    2019, doi:10.1002/jae.2656), at least that of one point's t. Intervals are 95 %; NaN below 2 clusters.
+    2019, doi:10.1002/jae.2656), at least that of one point's t and at most Bonferroni's, which the bootstrap exceeds
+    where clusters are few. Intervals are 95 %; NaN below 2 clusters.
 
     Args:
         values: [docs, points]
@@ -119,7 +120,8 @@ def estimate(
     critical = float("nan")
     if band and (usable := stderr > 0).any():
         largest = _largest_t(sums, mean, usable, num_resamples, seed)
-        critical = max(float(np.quantile(largest, LEVEL)), float(point[usable].min()))
+        bonferroni = stats.t.ppf(1 - (1 - LEVEL) / 2 / usable.sum(), degrees[usable]).max()
+        critical = float(np.clip(np.quantile(largest, LEVEL), point[usable].min(), bonferroni))
     half = np.where(stderr > 0, critical, point) * stderr if band else point * stderr
     return Estimate(
         mean=mean,

@@ -65,7 +65,7 @@ def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, o
         "peak_step": int(peak["step"]),
         "half_step": half_step(curve["step"], curve["change"]) if sign != "0" else math.nan,
         **_shares(parts, int(last["step"])),
-        "sentence": sentence(curve),
+        "sentence": sentence(curve, sign),
     }
 
 
@@ -94,8 +94,12 @@ def _shares(parts: pd.DataFrame, step: int) -> dict[str, float]:
     return {**shares, "body": change.get("body", math.nan)}
 
 
-def sentence(curve: pd.DataFrame) -> str:
-    """What the curve of one category did, in one sentence; "prompts only" since it is one run."""
+def sentence(curve: pd.DataFrame, sign: str) -> str:
+    """What the curve of one category did, in one sentence; "prompts only" since it is one run.
+
+    `sign` is that of the last change, as in `verdict_table`; where it is ?, a tenth of the curve's range counts as
+    moved.
+    """
     curve = curve[curve["change"].notna()]
     name = str(curve["category"].iloc[0]) if len(curve) else "?"
     if len(curve) < 2:
@@ -105,12 +109,13 @@ def sentence(curve: pd.DataFrame) -> str:
     scope = "prompts only"
     if curve["stderr"].isna().all():
         scope = "too few prompts for an interval" if curve["num_docs"].any() else "means only"
+    certain = sign in "+-" or (sign == "?" and _is_certain(curve, len(curve) - 1))
     turn = _turn(curve)
     if turn is not None:
         verb, back = ("rose", "fell") if y[turn] > 0 else ("fell", "rose")
-        where = _place(y[-1], turned=y[turn], certain=_is_certain(curve, len(curve) - 1))
+        where = _place(y[-1], turned=y[turn], certain=certain)
         return f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
-    if not _is_certain(curve, len(curve) - 1):
+    if not certain:
         return f"{name} did not move for certain ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
     half = half_step(x.tolist(), y.tolist())
     return (

@@ -1,5 +1,7 @@
 """The statistics against scipy, statsmodels, closed forms, and simulated coverage."""
 
+import time
+
 import numpy as np
 import pytest
 import statsmodels.api as sm
@@ -110,11 +112,11 @@ def test_the_band_is_wider_than_one_interval_and_narrower_than_bonferroni() -> N
     assert found.critical == again.critical, "the same data give the same band"
 
 
-def _band_coverage(num_trajectories: int) -> float:
+def _band_coverage(num_trajectories: int, num_docs: int = 200) -> float:
     generator = np.random.default_rng(5)
     held = 0
     for number in range(num_trajectories):
-        clusters = _clusters(200, generator)
+        clusters = _clusters(num_docs, generator)
         values = _trajectories(clusters, 24, generator)
         found = estimate(values, clusters, num_resamples=500, seed=number)
         held += bool(((found.band_low <= 0) & (found.band_high >= 0)).all())
@@ -123,6 +125,17 @@ def _band_coverage(num_trajectories: int) -> float:
 
 def test_simultaneous_coverage() -> None:
     assert 0.90 <= _band_coverage(200) <= 0.99, "95 % +- 3 standard errors of 200 draws"
+
+
+def test_simultaneous_coverage_of_few_clusters() -> None:
+    assert _band_coverage(200, num_docs=16) >= 0.90
+
+
+def test_the_size_that_is_promised() -> None:
+    values = np.random.default_rng(11).normal(size=(500, 12 * 50)).cumsum(axis=1)
+    started = time.monotonic()
+    estimate(values, np.arange(500) // 2)
+    assert time.monotonic() - started < 20, "500 docs x 12 categories x 50 steps x 2,000 resamples"
 
 
 @pytest.mark.full
