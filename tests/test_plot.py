@@ -62,6 +62,7 @@ def test_formats_and_width(sft_probe: Run, tmp_path: Path) -> None:
     ]
     result = sft_probe("plot", run, *flags, "--format", "png,svg,pdf,html", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
+    assert (run / "scores.parquet").is_file(), "training writes no tables"
     out = tmp_path / "out"
     assert (out / "changes_heldout.png").read_bytes().startswith(b"\x89PNG")
     pdf = (out / "changes_heldout.pdf").read_bytes()
