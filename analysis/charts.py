@@ -89,7 +89,8 @@ def _layers(
     x = step_axis(table["step"].tolist(), f"{unit} (log)")
     scale = alt.Scale(zero=y == "change")
     base = alt.Chart(table).encode(x=x, color=color, detail="run:N")
-    band = base.mark_area(opacity=0.15).encode(y=alt.Y(f"{low}:Q", scale=scale, title=y_title), y2=f"{high}:Q")
+    opacity = 0.15 if table["label"].nunique() <= 8 else 0.05
+    band = base.mark_area(opacity=opacity).encode(y=alt.Y(f"{low}:Q", scale=scale, title=y_title), y2=f"{high}:Q")
     line = base.mark_line(strokeWidth=1.6).encode(y=alt.Y(f"{y}:Q", scale=scale, title=y_title))
     tooltip = ["run:N", "category:N", "step:Q", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (y, low, high))]
     size = 34 if table["step"].nunique() <= 24 else 8

@@ -197,11 +197,12 @@ def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -
     table["label"] = [style.label(name) for name in table["category"]]
     table = table[table["position"] <= _MAX_TOKENS]
     names = [style.label(name) for name in arrays.categories if name in set(table["category"])]
+    largest = max(float(table["change"].abs().max()), 1e-6)
 
     def build(width: float) -> Any:
         cell = cell_width(width, 1, style)
         color = alt.Color(
-            "change:Q", scale=alt.Scale(scheme="blueorange", domainMid=0, reverse=True),
+            "change:Q", scale=alt.Scale(scheme="blueorange", domain=[-largest, largest], reverse=True),
             legend=alt.Legend(title="change (nats)", orient="bottom", gradientLength=min(200.0, width / 2)),
         )  # fmt: skip
         x = alt.X(

@@ -22,6 +22,7 @@ from sft_probe.analysis.figure import Figure
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
 from sft_probe.analysis.run_figures import benchmark_figure, code_length_figure
 from sft_probe.analysis.style import Style
+from sft_probe.analysis.tables import write_tables
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir
 
@@ -46,6 +47,9 @@ def plot(
     """
     if unknown := set(formats) - set(FORMATS):
         raise UserError(f"--format: {', '.join(sorted(unknown))} is none of {', '.join(FORMATS)}.")
+    for path in paths:
+        if (path / "probe").is_dir():
+            write_tables(path)  # training writes no tables
     analysis = analyze(paths, include_eos=include_eos, categories=categories)
     own = paths[0] / "figures" if len(paths) == 1 and paths[0].is_dir() else Path("figures")
     folder = make_dir(out or own)
@@ -156,6 +160,8 @@ def _subtitle(recording: Recording, split: str, table: pd.DataFrame) -> list[str
     lines = [
         f"Model {recording.model}; probe set {probe.get('probe_set', '?')}, {docs}; prompt format "
         f"{probe.get('prompt_format', '?')}; {probe.get('dtype', '?')}; sums {sums} the terminator",
-        f"{_BANDS} of one run; they say nothing of training noise",
+        "Too few prompts for intervals"
+        if table["stderr"].isna().all()
+        else f"{_BANDS} of one run; they say nothing of training noise",
     ]
     return [*lines, *(note[0].upper() + note[1:] for note in recording.notes)]

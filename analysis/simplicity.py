@@ -49,7 +49,7 @@ def first_epoch(directory: Path) -> pd.DataFrame | None:
     if not rows:
         raise UserError(f"{path} is empty: training stopped before its first step.")
     table = pd.DataFrame(rows).sort_values("order", kind="stable").reset_index(drop=True)
-    repeated = table["doc_id"].duplicated()
+    repeated = table.duplicated(["doc_id", "category"])
     if repeated.any():
         raise UserError(f"{path}: {table['doc_id'][repeated].iloc[0]} stands there twice; an example is coded once.")
     return table
@@ -171,13 +171,13 @@ def surplus(losses: pd.DataFrame, limit: float, block: int = _BLOCK) -> float:
     Negative blocks count as 0; blocks, since single examples lie above and below any limit by their texts alone.
 
     Args:
-        losses: rows `loss_sum num_tokens` in the order of training; tokens without the terminator.
+        losses: rows `loss_sum num_tokens` in the order of training, both with the terminator.
         limit: nats per token, terminator counted.
         block: examples.
     """
     number = np.arange(len(losses)) // block
     number = np.minimum(number, max(len(losses) // block - 1, 0))  # a short rest joins the block before
-    sums = losses.assign(tokens=losses["num_tokens"] + 1).groupby(number)[["loss_sum", "tokens"]].sum()
+    sums = losses.assign(tokens=losses["num_tokens"]).groupby(number)[["loss_sum", "tokens"]].sum()
     return float((sums["loss_sum"] - limit * sums["tokens"]).clip(lower=0).sum())
 
 

@@ -129,7 +129,7 @@ def columns_for(count: int, style: Style) -> int:
 
 def cell_height(cell: float, style: Style) -> float:
     """Of one panel; room for its axis title."""
-    return max(0.75 * cell, 8.5 * style.font_size)
+    return max(min(0.75 * cell, 300.0), 8.5 * style.font_size)
 
 
 def cell_width(width: float, columns: int, style: Style) -> float:

@@ -18,7 +18,6 @@ NEEDED = [
     "sft_probe/tasks/_probe_template",
     "sft_probe/train/sft.py",
     "sft_probe/synth/report.py",
-    "sft_probe/analysis/sweep.py",
     "sft_probe/ds_configs/zero2.json",
     "sft_probe/data/quickstart.yaml",
     "sft_probe/data/helpful-mini/heldout.jsonl",

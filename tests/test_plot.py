@@ -1,6 +1,7 @@
 """Figures: drawn, complete, of the width asked for, and honest about what they show."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -24,10 +25,13 @@ def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -
         {"run": "tiny", "step": step, "task": "t", "metric": "acc", "filter": "none", "value": 0.5} for step in (0, 4)
     ]
     pd.DataFrame(benchmarks).assign(stderr=0.1, n=9).to_csv(run / "benchmarks.csv", index=False)
+    row = {"run": "tiny", "category": "chosen", "split": "train", "num_tokens": 40, "num_bytes": 160}
+    lines = [{**row, "step": 1 + n // 4, "doc_id": f"t{n}", "loss_sum": 100.0 - n, "order": n} for n in range(16)]
+    (run / "first_epoch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = sft_probe("plot", run, "--format", "svg")
     assert result.returncode == 0, result.stderr
     figures = run / "figures"
-    expected = {f"{name}_heldout" for name in NAMES} | {"benchmarks"}
+    expected = {f"{name}_heldout" for name in NAMES} | {"benchmarks", "code_length"}
     assert {path.stem for path in figures.glob("*.svg")} == expected == {path.stem for path in figures.glob("*.csv")}
     svg = (figures / "trajectory_heldout.svg").read_text()
     for words in (
@@ -43,12 +47,17 @@ def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -
     assert tokens["token"].notna().any(), "the run's own tokenizer gives the texts"
     card = pd.read_csv(figures / "data_card_heldout.csv").set_index("category")
     assert card.loc["chosen", "leading_space"] == 0
+    code = pd.read_csv(figures / "code_length.csv")
+    last = code[code["kind"] == "all so far (prequential)"]["bits"].iloc[-1]
+    assert last == pytest.approx(sum(100 - n for n in range(16)) / (16 * 160) / math.log(2))
     for path in figures.glob("*.svg"):
         assert "<path" in path.read_text(), path
 
 
 def test_formats_and_width(sft_probe: Run, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "known")
+    source = tmp_path / "means.csv"
+    rows = [f"{step},{name},{curve(step) - 100}\n" for name, curve in CURVES.items() for step in (0, 1, 4, 8)]
+    source.write_text("step,category,logprob\n" + "".join(rows))
     (tmp_path / "labels.yaml").write_text("chosen: trained on this\n")
     flags = [
         "--width",
@@ -60,7 +69,7 @@ def test_formats_and_width(sft_probe: Run, tmp_path: Path) -> None:
         "--categories",
         "chosen,rejected",
     ]
-    result = sft_probe("plot", run, *flags, "--format", "png,svg,pdf,html", "--out", tmp_path / "out")
+    result = sft_probe("plot", source, *flags, "--format", "png,svg,pdf,html", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     assert (out / "changes_heldout.png").read_bytes().startswith(b"\x89PNG")
@@ -89,6 +98,7 @@ def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None
     ]
     result = sft_probe("plot", *runs, "--color", color, "--out", tmp_path / "out", "--format", "svg")
     assert result.returncode == 0, result.stderr
+    assert (runs[0] / "scores.parquet").is_file(), "training writes no tables"
     svg = (tmp_path / f"out/changes_heldout_by_{color}.svg").read_text()
     expected = {
         "run": ("r0", "r7"),
@@ -98,17 +108,6 @@ def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None
     }
     for words in (*expected[color], *CURVES, "2 runs"):
         assert words in svg, words
-
-
-def test_code_lengths_are_drawn(sft_probe: Run, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "known")
-    row = {"run": "known", "category": "chosen", "split": "train", "num_tokens": 40, "num_bytes": 160}
-    lines = [{**row, "step": 1 + n // 4, "doc_id": f"t{n}", "loss_sum": 100.0 - n, "order": n} for n in range(16)]
-    (run / "first_epoch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert sft_probe("plot", run, "--format", "svg", "--categories", "chosen").returncode == 0
-    table = pd.read_csv(run / "figures/code_length.csv")
-    last = table[table["kind"] == "all so far (prequential)"]["bits"].iloc[-1]
-    assert last == pytest.approx(sum(100 - n for n in range(16)) / (16 * 160) / 0.6931472)
 
 
 @needs_shared

@@ -83,14 +83,15 @@ def test_hostile_texts_stay_texts(sft_probe: Run, tmp_path: Path) -> None:
 
 
 def test_markdown(sft_probe: Run, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a|b <i>", curves={"chosen": CURVES["chosen"]})
-    result = sft_probe("report", run, "--format", "md")
+    source = tmp_path / "a|b <i>.csv"
+    source.write_text("step,category,logprob\n0,chosen,-100\n8,chosen,-88\n")
+    result = sft_probe("report", source, "--format", "md", "--out", tmp_path / "report.md")
     assert result.returncode == 0, result.stderr
-    text = (run / "report.md").read_text()
-    assert "chosen rose 1" in text
+    text = (tmp_path / "report.md").read_text()
+    assert "chosen rose 12.0 nats" in text
     assert r"a\|b &lt;i&gt;" in text
     for name in re.findall(r"\(report_figures/(.+?)\)", text):
-        assert (run / "report_figures" / name).is_file(), name
+        assert (tmp_path / "report_figures" / name).is_file(), name
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a table with equal columns"
 

@@ -3,13 +3,13 @@
 import argparse
 import logging
 import os
-import re
-import shlex
 import sys
 from pathlib import Path
 
 from sft_probe import __version__
+from sft_probe.analysis.commands import add_analysis_commands
 from sft_probe.errors import UserError, exit_on_user_error
+from sft_probe.flags import names, positive, shard
 
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
 
@@ -44,12 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="SFT on one category, with snapshots; takes every flag of TrainingArguments")
     _add_sweep(commands.add_parser("sweep", help="score every checkpoint with lm-eval; writes the trajectory table"))
 
-    _add_analyze(commands.add_parser("analyze", help="how much each category moved: a table and a sentence each"))
-
-    _add_plot(commands.add_parser("plot", help="figures of runs (PNG, SVG, PDF, HTML) and their numbers"))
-    _add_report(commands.add_parser("report", help="one HTML file with tables, figures and a browser of single docs"))
-    _add_simplicity(commands.add_parser("simplicity", help="code lengths of the training sets of runs"))
-    _add_transfer(commands.add_parser("transfer", help="what training on one category moves in the others"))
+    add_analysis_commands(commands)
 
     command = commands.add_parser("tasks-dir", help="print the directory for lm_eval --include_path")
     command.add_argument("--probe-set", "--probe_set", help="write tasks for the categories of this set")
@@ -69,82 +64,28 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=Path, help="a run, or where the results of foreign checkpoints go")
     command.add_argument("--checkpoints", nargs="+", default=[], metavar="GLOB", help="Hugging Face model directories")
     command.add_argument("--model", help="a model on the hub, with --revisions")
-    command.add_argument("--revisions", type=_names, default=(), metavar="A,B", help="e.g. step0,step1000")
-    command.add_argument("--splits", type=_names, default=("heldout",), help="heldout, train or both; default: heldout")
+    command.add_argument("--revisions", type=names, default=(), metavar="A,B", help="e.g. step0,step1000")
+    command.add_argument("--splits", type=names, default=("heldout",), help="heldout, train or both; default: heldout")
     command.add_argument("--probe_set", "--probe-set", help="default: the one of the run")
     command.add_argument("--prompt_format", "--prompt-format", help="default: that of the run or probe set")
-    command.add_argument("--max_length", type=_positive, help="tokens; longer docs are left out; default: the run's")
+    command.add_argument("--max_length", type=positive, help="tokens; longer docs are left out; default: the run's")
     command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    command.add_argument("--max_tokens", type=_positive, help="tokens in one forward pass; default: by device")
+    command.add_argument("--max_tokens", type=positive, help="tokens in one forward pass; default: by device")
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument(
-        "--shard", type=_shard, default=(1, 1), metavar="i/N", help="score every N-th step, from the i-th"
+        "--shard", type=shard, default=(1, 1), metavar="i/N", help="score every N-th step, from the i-th"
     )
     command.add_argument("--engine", default="local", choices=("local", "ray"), help="ray: over a cluster's workers")
     command.add_argument("--ray-address", "--ray_address", help="default: RAY_ADDRESS, else Ray is started here")
     benchmarks = command.add_argument_group("benchmarks beside the probes")
     benchmarks.add_argument(
-        "--tasks", type=_names, default=(), metavar="A,B", help="lm-eval tasks, patterns or YAML files"
+        "--tasks", type=names, default=(), metavar="A,B", help="lm-eval tasks, patterns or YAML files"
     )
-    benchmarks.add_argument("--batch_size", type=_positive, default=8, help="of those that generate; default: 8")
+    benchmarks.add_argument("--batch_size", type=positive, default=8, help="of those that generate; default: 8")
     benchmarks.add_argument("--num_fewshot", type=int)
     benchmarks.add_argument("--limit", type=float)
     benchmarks.add_argument("--apply_chat_template", action="store_true")
     command.set_defaults(command=_sweep)
-
-
-def _add_analyze(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN|FILE", help="runs, score rows, lm-eval outputs, CSVs of means"
-    )
-    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
-    command.add_argument("--categories", type=_names, metavar="A,B", help="default: all")
-    command.add_argument("--out", type=Path, help="where the tables go; default: RUN/analysis for one run")
-    command.set_defaults(command=_analyze)
-
-
-def _add_plot(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument(
-        "--color", default="category", choices=("category", "run", "order_seed", "train_category", "model")
-    )
-    command.add_argument("--categories", type=_names, metavar="A,B", help="default: all")
-    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
-    command.add_argument("--labels", type=Path, metavar="FILE.yaml", help="category: what is printed for it")
-    command.add_argument("--width", type=_points, help="of a whole figure, as 3.25in, 8cm or 234pt")
-    command.add_argument("--font-size", "--font_size", type=float, default=10, help="in points; default: 10")
-    command.add_argument("--format", type=_names, default=("png", "svg", "pdf"), help="png, svg, pdf, html; A,B")
-    command.add_argument("--out", type=Path, help="default: RUN/figures, or figures for several runs")
-    command.set_defaults(command=_plot)
-
-
-def _add_report(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument("--format", default="html", choices=("html", "md"))
-    command.add_argument("--categories", type=_names, metavar="A,B", help="default: all")
-    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
-    command.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
-    command.set_defaults(command=_report)
-
-
-def _add_simplicity(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument("--out", type=Path, help="where the tables go as CSV; default: nowhere")
-    command.set_defaults(command=_simplicity)
-
-
-def _add_transfer(command: argparse.ArgumentParser) -> None:
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--runs", nargs="+", metavar="[ROW=]RUN", help="finished runs; those of one row are its seeds")
-    source.add_argument(
-        "--rows", type=_names, metavar="A,B", help="train these: categories, data files, tagged (a contrast set)"
-    )
-    command.add_argument("--recipe", type=Path, help="of the training of --rows")
-    command.add_argument("--order-seeds", "--order_seeds", type=_positive, default=3, help="data orders; default: 3")
-    command.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/N", help="train every N-th run; no tables")
-    command.add_argument("--train-flags", "--train_flags", default="", help="more flags of training, in one string")
-    command.add_argument("--out", type=Path, default=Path("transfer"), help="runs, tables, figures; default: transfer")
-    command.set_defaults(command=_transfer)
 
 
 def _add_probe_set(command: argparse.ArgumentParser) -> None:
@@ -155,39 +96,10 @@ def _add_probe_set(command: argparse.ArgumentParser) -> None:
     table.add_argument("--prompt", metavar="COLUMN")
     table.add_argument("--category", action="append", default=[], metavar="NAME=COLUMN")
     table.add_argument("--prompt-format", default="hh", help="default: hh")
-    table.add_argument("--heldout", type=_positive, default=100, help="docs held out; default: 100")
-    table.add_argument("--limit", type=_positive, help="docs at most, drawn at random")
+    table.add_argument("--heldout", type=positive, default=100, help="docs held out; default: 100")
+    table.add_argument("--limit", type=positive, help="docs at most, drawn at random")
     table.add_argument("--seed", type=int, default=0)
     command.set_defaults(command=_probe_set)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _points(text: str) -> float:
-    """A length as points, 1/72 inch."""
-    match = re.fullmatch(r"([\d.]+)(in|cm|mm|pt)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no length like 3.25in, 8cm or 234pt")
-    points = float(match[1]) * {"in": 72, "cm": 72 / 2.54, "mm": 7.2 / 2.54, "pt": 1}[match[2]]
-    if not 120 <= points <= 5000:
-        raise argparse.ArgumentTypeError(f"{text} is under 120pt or over 5000pt")
-    return points
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, _, total = text.partition("/")
-    if not (index.isdigit() and total.isdigit() and 1 <= int(index) <= int(total)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not i/N with 1 <= i <= N")
-    return int(index), int(total)
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -221,100 +133,6 @@ def _sweep(options: argparse.Namespace) -> None:
     fields = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     for path in sweep(SweepRequest(directory=options.run, **fields)):
         logging.getLogger(__name__).info("wrote %s", path)
-
-
-def _analyze(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.analyze import analyze, default_folder, verdict_text, write_analysis
-
-    analysis = analyze(options.runs, include_eos=options.include_eos, categories=options.categories)
-    print(verdict_text(analysis))  # noqa: T201
-    if folder := options.out or default_folder(options.runs):
-        for path in write_analysis(analysis, folder):
-            logging.getLogger(__name__).info("wrote %s", path)
-
-
-def _plot(options: argparse.Namespace) -> None:
-    try:
-        from sft_probe.analysis.figures import plot
-        from sft_probe.analysis.style import DEFAULT_WIDTH, Style, read_labels
-    except ImportError as error:
-        raise _needs_report(error) from error
-    style = Style(
-        color=options.color,
-        width=options.width or DEFAULT_WIDTH,
-        font_size=options.font_size,
-        labels=read_labels(options.labels) if options.labels else {},
-    )
-    for path in plot(
-        options.runs,
-        style=style,
-        categories=options.categories,
-        formats=options.format,
-        include_eos=options.include_eos,
-        out=options.out,
-    ):
-        logging.getLogger(__name__).info("wrote %s", path)
-
-
-def _needs_report(error: ImportError) -> UserError:
-    return UserError(f"figures need more packages ({error}). Run:  pip install 'sft-probe[report]'")
-
-
-def _report(options: argparse.Namespace) -> None:
-    try:
-        from sft_probe.analysis.report import report
-    except ImportError as error:
-        raise _needs_report(error) from error
-    for path in report(
-        options.runs,
-        format_name=options.format,
-        include_eos=options.include_eos,
-        categories=options.categories,
-        out=options.out,
-    ):
-        logging.getLogger(__name__).info("wrote %s", path)
-
-
-def _simplicity(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.simplicity import simplicity, simplicity_text, write_simplicity
-
-    found = simplicity(options.runs)
-    print(simplicity_text(found))  # noqa: T201
-    if options.out:
-        for path in write_simplicity(found, options.out):
-            logging.getLogger(__name__).info("wrote %s", path)
-
-
-def _transfer(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.transfer import transfer, transfer_text, write_transfer
-
-    runs = options.runs or _train_rows(options)
-    if options.shard[1] > 1:
-        return
-    found = transfer(runs)
-    print(transfer_text(found))  # noqa: T201
-    written = write_transfer(found, options.out)
-    try:
-        from sft_probe.analysis.transfer_figures import plot_transfer
-    except ImportError as error:
-        raise _needs_report(error) from error
-    for path in [*written, *plot_transfer(found, options.out)]:
-        logging.getLogger(__name__).info("wrote %s", path)
-
-
-def _train_rows(options: argparse.Namespace) -> list[str]:
-    from sft_probe.analysis.transfer_runs import train_rows
-
-    if options.recipe is None:
-        raise UserError("--rows needs --recipe, that of `sft-probe train`.")
-    return train_rows(
-        options.rows,
-        options.out,
-        recipe=options.recipe,
-        num_orders=options.order_seeds,
-        shard=options.shard,
-        extra=shlex.split(options.train_flags),
-    )
 
 
 def _tasks_dir(options: argparse.Namespace) -> None:
