@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ import pandas as pd
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_json, write_jsonl
 from sft_probe.synth.derange import derangement
-
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+from sft_probe.synth.hh import parse_prompt
 
 
 def write_probe_set(
@@ -122,19 +119,6 @@ def _docs(
         doc = {"doc_id": f"{name}-{number:05d}", "conversation_id": root, "split": "", "messages": messages}
         docs.append(doc | {category: text.strip() for category, text in texts.items()})
     return docs, left_out
-
-
-def parse_prompt(prompt: str) -> list[dict[str, str]]:
-    """Chat turns of an HH prompt, or one user turn of any other text; empty where the last turn is not a user's."""
-    body = prompt.rstrip()
-    parts = _HH_TURN.split(body.removesuffix("\n\nAssistant:"))
-    if len(parts) < 3 or parts[0].strip():
-        parts = ["", "Human", body]
-    turns = [
-        {"role": _HH_ROLES[role], "content": content.strip()}
-        for role, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-    return turns if turns[-1]["role"] == "user" and turns[-1]["content"] else []
 
 
 def _split(docs: list[dict[str, Any]], heldout: int) -> None:

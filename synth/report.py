@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from datasketch import MinHash, MinHashLSH
 
@@ -13,17 +14,38 @@ _SHINGLE_WORDS = 3
 
 def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs of indices of texts whose word trigrams have a Jaccard similarity of about 0.7 or more (MinHash)."""
-    index = MinHashLSH(threshold=NEAR_DUPLICATE_JACCARD, num_perm=128)
+    index = NearDuplicates()
     pairs = []
     for number, text in enumerate(texts):
-        sketch = MinHash(num_perm=128)
-        sketch.update_batch([shingle.encode() for shingle in _shingles(text)])
-        pairs += [(int(other), number) for other in sorted(index.query(sketch), key=int)]
-        index.insert(str(number), sketch)
+        pairs += [(int(other), number) for other in sorted(index.of(text), key=int)]
+        index.add(str(number), text)
     return pairs
 
 
-def _shingles(text: str) -> set[str]:
+class NearDuplicates:
+    """An index of texts by the MinHash of their word trigrams."""
+
+    def __init__(self) -> None:
+        self._index = MinHashLSH(threshold=NEAR_DUPLICATE_JACCARD, num_perm=128)
+
+    def of(self, text: str) -> list[str]:
+        """Keys of the texts whose Jaccard similarity to `text` is about 0.7 or more."""
+        return list(self._index.query(self._sketch(text)))
+
+    def add(self, key: str, text: str) -> None:
+        """Makes `text` findable."""
+        self._index.insert(key, self._sketch(text))
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def _sketch(text: str) -> MinHash:
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        return sketch
+
+
+def shingles(text: str) -> set[str]:
+    """The word trigrams of a text in lower case, or the whole of a shorter one."""
     words = text.lower().split()
     return {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
 
@@ -61,7 +83,7 @@ def _category_line(probe_set: ProbeSet, category: str) -> str:
 def _prompt_lines(probe_set: ProbeSet) -> list[str]:
     """Near-duplicate prompts, and texts that the splits share."""
     docs = probe_set.docs
-    pairs = near_duplicates([_prompt_text(doc.messages) for doc in docs])
+    pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
     across = [pair for pair in pairs if docs[pair[0]].split != docs[pair[1]].split]
     lines = [f"near-duplicate prompts: {len(pairs)}, of them across the splits: {len(across)}"]
     lines += [f"  {docs[first].doc_id} ~ {docs[second].doc_id}" for first, second in across[:5]]
@@ -73,5 +95,6 @@ def _prompt_lines(probe_set: ProbeSet) -> list[str]:
     return lines
 
 
-def _prompt_text(messages: Iterable[dict[str, str]]) -> str:
+def prompt_text(messages: Iterable[dict[str, str]]) -> str:
+    """The turns' contents, one after the other."""
     return "\n".join(turn["content"] for turn in messages)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_probe.records import load_probe_set
-from sft_probe.synth.from_table import parse_prompt
+from sft_probe.synth.hh import parse_prompt
 
 
 def table(path: Path, num_rows: int = 12) -> Path:

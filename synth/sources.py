@@ -1,0 +1,175 @@
+"""Where raw preference pairs come from: local files, directories of them, or the Hugging Face hub."""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_probe.errors import UserError
+from sft_probe.files import sha256_file
+from sft_probe.synth.hh import Pair, RowRejectedError, parse_row
+
+_HH = "Anthropic/hh-rlhf"
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a source, with its place."""
+
+    file: str
+    line: int
+    """From 1; of Parquet files and the hub, the number of the row."""
+    split: str | None
+    """`train` or `heldout` where the source says so."""
+    value: Any
+    fault: str | None = None
+    """Why there is no value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePair(Pair):
+    """A pair and where it stood."""
+
+    doc_id: str
+    file: str
+    line: int
+    split: str | None
+
+
+class Rejected:
+    """The rows and docs that were left out, each with its reason: nothing is lost without a word."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, place: Row | SourcePair, reason: str, **detail: str) -> None:
+        """Notes that a row is left out; `detail` says what differs from row to row."""
+        doc_id = {"doc_id": place.doc_id} if isinstance(place, SourcePair) else {}
+        self.rows.append({"file": place.file, "line": place.line, **doc_id, "reason": reason, **detail})
+
+
+def read_pairs(source: str, rejected: Rejected) -> list[SourcePair]:
+    """Every usable pair of a source in its order; all other rows go to `rejected`.
+
+    Raises:
+        UserError: there is no such source, or a file of it is damaged.
+    """
+    seen: dict[bytes, str] = {}
+    pairs = []
+    for row in read_rows(source):
+        try:
+            if row.fault or not isinstance(row.value, dict):
+                raise RowRejectedError(row.fault or "not a JSON object")
+            pair = parse_row(row.value)
+        except RowRejectedError as error:
+            rejected.add(row, str(error))
+            continue
+        fields = vars(pair)
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).digest()
+        if digest in seen:
+            rejected.add(row, "the same as an earlier row", earlier=seen[digest])
+            continue
+        seen[digest] = f"{row.file}, line {row.line}"
+        doc_id = f"{_stem(row.file)}-{row.line:06d}"
+        pairs.append(SourcePair(**fields, doc_id=doc_id, file=row.file, line=row.line, split=row.split))
+    return pairs
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, of a directory of them, or of a hub data set.
+
+    Raises:
+        UserError: see `read_pairs`.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        yield from _hub_rows(source)
+        return
+    for file in source_files(path):
+        read = _parquet_rows if file.suffix == ".parquet" else _jsonl_rows
+        split = _split_of(file.name) if path.is_dir() else None
+        for line, value, fault in read(file):
+            yield Row(file=file.name, line=line, split=split, value=value, fault=fault)
+
+
+def source_files(path: Path) -> list[Path]:
+    """The files of a local source, by name. Raises `UserError` where there is none, or two have one name."""
+    files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES)) if path.is_dir() else [path]
+    if not files or not all(file.name.endswith(_SUFFIXES) for file in files):
+        raise UserError(f"{path}: a source is a {', '.join(_SUFFIXES)} file, or a directory of them.")
+    if len({_stem(file.name) for file in files}) < len(files):
+        raise UserError(f"{path} holds files that differ in their suffix only, so their rows cannot be told apart.")
+    return files
+
+
+def source_sha256(source: str) -> dict[str, str]:
+    """File name to hash of a local source; empty for the hub, where the name and revision stand for it."""
+    path = Path(source).expanduser()
+    return {file.name: sha256_file(file) for file in source_files(path)} if path.exists() else {}
+
+
+def _stem(name: str) -> str:
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _split_of(name: str) -> str | None:
+    if name.startswith("train"):
+        return "train"
+    return "heldout" if name.startswith(("test", "heldout", "held_out", "valid", "eval", "dev")) else None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, *_parse_json(line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path} to its end: {error}. Get the file again.") from error
+
+
+def _parse_json(line: bytes) -> tuple[Any, str | None]:
+    try:
+        return json.loads(line), None
+    except (ValueError, RecursionError):
+        return None, "not valid JSON in UTF-8"
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value, None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _hub_rows(source: str) -> Iterator[Row]:
+    import datasets
+
+    if not _HUB_ID.fullmatch(source):
+        raise UserError(f"no source {source!r}: it is no file or directory here, and no data set id of the hub.")
+    name, _, data_dir = source.partition(":")
+    data_dir = data_dir or ("helpful-base" if name == _HH else "")
+    try:
+        splits = datasets.load_dataset(name, data_dir=data_dir or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"no source {source!r}: no file here, and the hub did not give it ({error}).") from error
+    for split, rows in splits.items():
+        for line, value in enumerate(rows, start=1):
+            yield Row(file=str(split), line=line, split=_split_of(str(split)), value=value)
