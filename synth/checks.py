@@ -16,9 +16,11 @@ _REFUSAL = re.compile(
     r"\bas an? (AI|artificial intelligence|large language model|language model)\b"
     rf"|\bI(( |{_APOSTROPHE})(a?m) (just |really |very )*(unable|not able|not programmed|not allowed) to"
     rf"|,? (cannot|can not|can{_APOSTROPHE}t|won{_APOSTROPHE}t|will not|could not)( be able to)?) "
-    r"(help|assist|provide|fulfill?|comply|answer|create|write|generate|produce|paraphrase|rewrite|rephrase|do that)\b",
+    r"(help|assist|provide|fulfill?|comply|answer|create|write|generate|produce|paraphrase|rewrite|rephrase|do that)\b"
+    rf"|\A\W*(I( a|{_APOSTROPHE})m( so| very)? sorry|I apologi[sz]e|my apologies),? but\b",
     re.IGNORECASE,
 )
+_APOLOGY = re.compile(r"\b(sorry|apolog\w+)\b", re.IGNORECASE)
 _TASK_WORDS = (
     r"(paraphras|rephras|reword|rewrit|rewrote|random|unrelated|alternative|requested|passage|sentence|version|variant"
     r"|short text|new text|\d+[- ]words?)"
@@ -50,7 +52,7 @@ def fault_of(request: Request, answer: Answer, pair: SourcePair, template: Templ
     others = (request.source_text, pair.chosen, pair.rejected)
     faults = {
         "leak": _is_leak(text, template),
-        "refusal": bool(_REFUSAL.search(text)) and not _REFUSAL.search(request.source_text),
+        "refusal": _is_refusal(text, request.source_text),
         "cut off": not _is_finished(text),
         "near-copy": any(_is_near_copy(text, other) for other in others),
         "length": not has_length(text, request.num_words),
@@ -68,6 +70,12 @@ def has_length(text: str, num_words: int) -> bool:
 def _is_leak(text: str, template: Template) -> bool:
     """The text speaks of its task, or repeats six words in a row of the template."""
     return bool(_LEAK.match(text)) or not _word_runs(text).isdisjoint(_word_runs(template.text))
+
+
+def _is_refusal(text: str, source_text: str) -> bool:
+    """A text made from a refusal or an apology may be one."""
+    is_allowed = _REFUSAL.search(source_text) or _APOLOGY.search(source_text)
+    return bool(_REFUSAL.search(text)) and not is_allowed
 
 
 def _word_runs(text: str) -> set[tuple[str, ...]]:

@@ -1,1 +1,1 @@
-"""One module for each writer; the protocol is in `sft_probe.synth.requests`."""
+"""Writers of texts, one module each; `sft_probe.synth.requests.Writer` is their protocol."""
