@@ -45,11 +45,15 @@ class Answer:
 
 
 class Wait(Exception):  # noqa: N818 - an instruction, not a fault
-    """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server said how long."""
+    """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server said how long.
 
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+    `maybe_billed` where the call may have been paid for all the same (cut off, timed out, unreadable).
+    """
+
+    def __init__(self, reason: str, wait_s: float | None = None, *, maybe_billed: bool = False) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+        self.maybe_billed = maybe_billed
 
 
 class Writer(Protocol):
@@ -60,9 +64,13 @@ class Writer(Protocol):
     api_version: str
 
     async def write(self, request: Request) -> Answer:
-        """One call. Raises `Wait` where the call failed in passing (429, 5xx, a cut connection, a time-out)."""
+        """One call. Raises `Wait` where the call failed in passing (429, 5xx, a cut connection, a time-out).
+
+        A status of `error` is final for this run and asked again in the next. Raises `UserError` where no call can
+        succeed (a wrong key or model).
+        """
         ...
 
     async def close(self) -> None:
-        """Frees connections or the model."""
+        """Frees connections. Called at the end of each run, in its event loop; the writer may be used again after."""
         ...
