@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sft_probe import __version__
 from sft_probe.errors import UserError, exit_on_user_error
+from sft_probe.synth.command import add_synth
 
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
 
@@ -56,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_link_tasks)
 
     commands.add_parser("lm-eval", help="lm-eval's own command line, with the probe tasks on its path")
+    add_synth(
+        commands.add_parser("synth", help="make a probe set from preference pairs, with Gemini or another writer")
+    )
     _add_probe_set(commands.add_parser("probe-set", help="check a probe set, or make one from a table"))
     return parser
 

@@ -8,12 +8,12 @@ import re
 from sft_probe.records import load_probe_set
 from sft_probe.synth.requests import Answer, Request
 
-_MATERIAL_OF = {"chosen_paraphrase": "paraphrase", "format_flip": "variant"}
+_MATERIAL = ("paraphrase", "variant", "non_response")
 _SENTENCE = re.compile(r"\S.*?[.!?](?=\s|$)")
 
 
 class OfflineWriter:
-    """Writes nothing of its own: its texts have the length asked for and the voice of the category, and no meaning."""
+    """Writes nothing of its own: its texts have the length asked for and do not mean what the category asks."""
 
     name = "offline"
     model = "helpful-mini"
@@ -21,15 +21,13 @@ class OfflineWriter:
 
     def __init__(self) -> None:
         docs = load_probe_set(self.model).docs
-        self._sentences = {
-            category: [sentence for doc in docs for sentence in _SENTENCE.findall(doc.responses[category])]
-            for category in ("paraphrase", "variant", "non_response")
-        }
+        texts = [doc.responses[category] for doc in docs for category in _MATERIAL]
+        self._sentences = list(dict.fromkeys(sentence for text in texts for sentence in _SENTENCE.findall(text)))
 
     async def write(self, request: Request) -> Answer:
         """Sentences in an order drawn from the prompt and the sample index, up to the number of words asked for."""
         seed = hashlib.sha256(f"{request.category}\n{request.sample_index}\n{request.prompt}".encode()).hexdigest()
-        sentences = list(self._sentences[_MATERIAL_OF.get(request.category, request.category)])
+        sentences = list(self._sentences)
         random.Random(seed).shuffle(sentences)  # noqa: S311 - reproducible, not secret
         text = _fill(sentences, request.num_words)
         return Answer(status="ok", raw=json.dumps({"text": text}), text=text, model_version=self.model)
