@@ -1,13 +1,12 @@
 """One request through pace, budget, attempts and storage."""
 
 import asyncio
-import json
 from dataclasses import dataclass, replace
 
 from sft_probe.errors import UserError
 from sft_probe.synth.limits import Budget, Limits, Pace, backoff_s, price_within
 from sft_probe.synth.prices import expected_prompt_tokens
-from sft_probe.synth.requests import Answer, Request, Wait, Writer
+from sft_probe.synth.requests import Answer, Named, Request, Wait, Writer, error_answer
 from sft_probe.synth.store import Store
 
 
@@ -72,8 +71,7 @@ class Caller:
                 continue
             return await self._save(request, answer, attempt, held)
         await self._release(held)
-        failed = Answer(status="error", raw=json.dumps({"error": reason}), reason=reason)
-        return await self._save(request, failed, self._limits.max_attempts, None)
+        return await self._save(request, error_answer(reason), self._limits.max_attempts, None)
 
     async def _take_turn(self, request: Request) -> bool:
         """Waits for a place; False where the run is stopped."""
@@ -127,7 +125,7 @@ class Caller:
 class VersionPin:
     """All answers of a writer and model in one store must come from one version of the model."""
 
-    def __init__(self, writer: Writer, store: Store) -> None:
+    def __init__(self, writer: Named, store: Store) -> None:
         self._writer, self._store = writer, store
         self._version = store.model_version(writer)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sft_probe.errors import UserError
 from sft_probe.synth.prices import PRICES_DATE, Price, price_of
-from sft_probe.synth.requests import Writer
+from sft_probe.synth.requests import Named
 from sft_probe.synth.store import Store
 
 _MAX_BACKOFF_S = 60.0
@@ -34,7 +34,7 @@ class Limits:
     """Before the second attempt, where the server does not say how long; doubled each time."""
 
 
-def price_within(limits: Limits, writer: Writer) -> Price | None:
+def price_within(limits: Limits, writer: Named) -> Price | None:
     """The price that a run goes by. Raises `UserError` where a budget is set and no price is known."""
     price = limits.price or price_of(writer)
     if price is None and limits.max_cost_usd is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sft_probe.errors import UserError
-from sft_probe.synth.requests import Answer, Request, Writer
+from sft_probe.synth.requests import Answer, Named, Request
 
 PRICES_DATE = "2026-10-07"
 PRICES_SOURCE = "https://ai.google.dev/gemini-api/docs/pricing"
@@ -62,7 +62,7 @@ def parse_price(text: str) -> Price:
     return Price(input_usd, output_usd)
 
 
-def price_of(writer: Writer) -> Price | None:
+def price_of(writer: Named) -> Price | None:
     """The list price of the writer's model; None where it is not in the table. Local writers are free."""
     if writer.name in _LOCAL_WRITERS:
         return Price(0.0, 0.0)

@@ -1,5 +1,6 @@
 """What a writer is asked, and what comes back: the one protocol of all writers, remote, local and offline."""
 
+import json
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +45,11 @@ class Answer:
     num_output_tokens: int | None = None
 
 
+def error_answer(reason: str) -> Answer:
+    """An answer that is none, with the reason."""
+    return Answer(status="error", raw=json.dumps({"error": reason}), reason=reason)
+
+
 class Wait(Exception):  # noqa: N818 - an instruction, not a fault
     """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server said how long.
 
@@ -56,12 +62,16 @@ class Wait(Exception):  # noqa: N818 - an instruction, not a fault
         self.maybe_billed = maybe_billed
 
 
-class Writer(Protocol):
-    """Writes texts. Everything about retries, rates, money and storage is done around it."""
+class Named(Protocol):
+    """What identifies a writer."""
 
     name: str
     model: str
     api_version: str
+
+
+class Writer(Named, Protocol):
+    """Writes texts. Everything about retries, rates, money and storage is done around it."""
 
     async def write(self, request: Request) -> Answer:
         """One call. Raises `Wait` where the call failed in passing (429, 5xx, a cut connection, a time-out).

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from sft_probe.errors import UserError
+from sft_probe.synth.batch import BatchWriter, obtain_batch
 from sft_probe.synth.call import Caller
 from sft_probe.synth.limits import Limits
 from sft_probe.synth.prices import (
@@ -20,7 +21,7 @@ from sft_probe.synth.prices import (
     price_of,
 )
 from sft_probe.synth.progress import Progress
-from sft_probe.synth.requests import Answer, Request, Writer
+from sft_probe.synth.requests import Answer, Named, Request, Writer
 from sft_probe.synth.store import Store, request_key
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Estimate:
 
 
 def estimate(
-    requests: Iterable[Request], writer: Writer, store: Store | None = None, price: Price | None = None
+    requests: Iterable[Request], writer: Named, store: Store | None = None, price: Price | None = None
 ) -> Estimate:
     """Calls, tokens and cost of what the store lacks; asks nothing. `price` replaces the price table."""
     price = price or price_of(writer)
@@ -68,7 +69,12 @@ def estimate(
 
 
 def obtain(
-    requests: Iterable[Request], writer: Writer, store: Store, limits: Limits, *, total: int | None = None
+    requests: Iterable[Request],
+    writer: Writer | BatchWriter,
+    store: Store,
+    limits: Limits,
+    *,
+    total: int | None = None,
 ) -> Iterator[tuple[Request, Answer]]:
     """All requests with their answers, in order; what the store lacks is asked for.
 
@@ -89,6 +95,9 @@ def obtain(
     """
     with store.exclusive():
         _warn_of_lost_calls(store)
+        if isinstance(writer, BatchWriter):
+            yield from obtain_batch(requests, writer, store, limits)
+            return
         progress = Progress(total)
         with asyncio.Runner() as runner:
             run = _Run(requests, writer, store, limits, progress)

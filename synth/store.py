@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir
-from sft_probe.synth.requests import STATUSES, Answer, Request, Writer
+from sft_probe.synth.requests import STATUSES, Answer, Named, Request
 
 _SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -69,7 +69,7 @@ class Count:
     cost_usd: float
 
 
-def request_key(writer: Writer, request: Request) -> str:
+def request_key(writer: Named, request: Request) -> str:
     """Hex SHA-256 of everything that an answer depends on; neither the doc nor the category is part of it."""
     parts = [
         writer.name,
@@ -124,7 +124,7 @@ class Store:
         finally:
             lock.release()
 
-    def get(self, writer: Writer, request: Request) -> Answer | None:
+    def get(self, writer: Named, request: Request) -> Answer | None:
         """The stored answer, of any status."""
         return self.get_key(request_key(writer, request))
 
@@ -133,7 +133,7 @@ class Store:
         row = self._reader.execute(f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE key = ?", (key,)).fetchone()  # noqa: S608
         return Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), row, strict=True))) if row else None
 
-    def set_status(self, writer: Writer, request: Request, status: str, reason: str) -> None:
+    def set_status(self, writer: Named, request: Request, status: str, reason: str) -> None:
         """Changes the status of a stored answer, for example to `refused` after a look at its text."""
         if status not in STATUSES:
             raise ValueError(f"no status {status!r}")
@@ -160,7 +160,7 @@ class Store:
         count, cost = self._reader.execute("SELECT count(*), total(cost_usd) FROM reservations").fetchone()
         return int(count), float(cost)
 
-    def model_version(self, writer: Writer) -> str | None:
+    def model_version(self, writer: Named) -> str | None:
         """The version that answered so far for this writer and model."""
         row = self._reader.execute(
             "SELECT model_version FROM answers WHERE writer = ? AND model = ? AND api_version = ? "
@@ -169,7 +169,7 @@ class Store:
         ).fetchone()
         return row[0] if row else None
 
-    def jobs(self, writer: Writer) -> list[Job]:
+    def jobs(self, writer: Named) -> list[Job]:
         """The batch jobs of this writer and model that are not read yet."""
         sql = "SELECT display_name, name, keys, cost_usd FROM jobs WHERE writer = ? AND model = ? ORDER BY rowid"
         rows = self._reader.execute(sql, (writer.name, writer.model)).fetchall()
@@ -187,7 +187,7 @@ class Store:
 
     async def save(
         self,
-        writer: Writer,
+        writer: Named,
         request: Request,
         answer: Answer,
         *,
@@ -207,7 +207,7 @@ class Store:
             [(_SAVE, tuple(map(_clean, values))), *([_release(reservation)] if reservation is not None else [])]
         )
 
-    async def save_job(self, writer: Writer, job: Job) -> None:
+    async def save_job(self, writer: Named, job: Job) -> None:
         """Stores a batch job, or the name that the server gave to it."""
         values = (job.display_name, job.name, writer.name, writer.model, json.dumps(job.keys), job.cost_usd)
         await self._write([("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", values)])
