@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING
 from sft_probe.errors import UserError
 
 if TYPE_CHECKING:
-    from sft_probe.synth.build import Plan, Written
+    from sft_probe.synth.batch import BatchWriter
+    from sft_probe.synth.build import Obtain, Plan, Written
     from sft_probe.synth.limits import Limits
     from sft_probe.synth.requests import Writer
     from sft_probe.synth.store import Store
 
+    AnyWriter = Writer | BatchWriter
+
 _log = logging.getLogger(__name__)
 WRITERS = ("gemini", "gemini-legacy", "gemini-batch", "openai", "hf", "offline")
-_MODELS = {"hf": "smollm2-135m-instruct-q4_1", "gemini": "gemini-3.5-flash-lite"}
+_GEMINI = "gemini-3.5-flash-lite"
+_MODELS = {
+    "hf": "smollm2-135m-instruct-q4_1",
+    "gemini": _GEMINI,
+    "gemini-legacy": _GEMINI,
+    "gemini-batch": _GEMINI,
+}
 
 
 def add_synth(command: argparse.ArgumentParser) -> None:
@@ -28,7 +37,7 @@ def add_synth(command: argparse.ArgumentParser) -> None:
                          "on the hub (Anthropic/hh-rlhf is read as its helpful-base)")  # fmt: skip
     command.add_argument("--out", type=Path, metavar="DIR", help="directory of the set; the same one resumes")
     command.add_argument("--writer", choices=WRITERS)
-    command.add_argument("--model", help="of the writer; hf: a hub id or path, default the embedded model")
+    command.add_argument("--model", help="of the writer; default: gemini-3.5-flash-lite, for hf the embedded model")
     command.add_argument("--base-url", help="of the server; openai: needed but for OpenAI's own")
     command.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
     contents = command.add_argument_group("what the set holds")
@@ -134,19 +143,46 @@ def _status(options: argparse.Namespace) -> None:
     print("\n".join(lines))  # noqa: T201
 
 
-def _writer(options: argparse.Namespace) -> "Writer":
-    if options.writer == "offline":
+def _writer(options: argparse.Namespace) -> "AnyWriter":
+    model = options.model or _MODELS.get(options.writer)
+    if model is None and options.writer != "offline":
+        raise UserError(f"--writer {options.writer} needs --model.")
+    try:
+        return _make_writer(options.writer, str(model), options.base_url)
+    except ImportError as error:
+        extra = options.writer.replace("gemini-batch", "gemini")
+        raise UserError(
+            f"--writer {options.writer} needs more packages ({error}). Run:  pip install 'sft-probe[{extra}]'"
+        ) from error
+
+
+def _make_writer(name: str, model: str, base_url: str | None) -> "AnyWriter":
+    if name == "offline":
         from sft_probe.synth.writers.offline import OfflineWriter
 
         return OfflineWriter()
-    if options.writer == "hf":
+    if name == "hf":
         from sft_probe.synth.writers.hf import HfWriter
 
-        return HfWriter(options.model or _MODELS["hf"])
-    raise UserError(f"--writer {options.writer} is not here yet.")
+        return HfWriter(model)
+    if name == "gemini":
+        from sft_probe.synth.writers.gemini import GeminiWriter
+
+        return GeminiWriter(model, base_url=base_url)
+    if name == "gemini-legacy":
+        from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
+
+        return LegacyGeminiWriter(model, base_url=base_url)
+    if name == "gemini-batch":
+        from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+
+        return GeminiBatchWriter(model, base_url=base_url)
+    from sft_probe.synth.writers.openai import OpenAIWriter
+
+    return OpenAIWriter(model, base_url=base_url)
 
 
-def _obtain(writer: "Writer", store: "Store", limits: "Limits"):  # type: ignore[no-untyped-def]
+def _obtain(writer: "AnyWriter", store: "Store", limits: "Limits") -> "Obtain":
     from sft_probe.synth.run import obtain
 
     return lambda requests, total: obtain(requests, writer, store, limits, total=total)
@@ -168,11 +204,11 @@ def _limits(options: argparse.Namespace) -> "Limits":
 
 
 def _local_limits() -> "Limits":
-    """Of a local model: whole batches, and no time-out, since a call waits for the batches before it."""
+    """Of a local model: full batches, and no time-out, since a call waits for the batches before it."""
     from sft_probe.synth.limits import Limits
-    from sft_probe.synth.writers.hf import BATCH_SIZE
+    from sft_probe.synth.writers.hf import CONCURRENCY
 
-    return Limits(concurrency=BATCH_SIZE, timeout_s=86400.0)
+    return Limits(concurrency=CONCURRENCY, timeout_s=86400.0)
 
 
 def _add_untrained(options: argparse.Namespace, plan: "Plan", written: "Written", store: "Store") -> str:
@@ -184,7 +220,7 @@ def _add_untrained(options: argparse.Namespace, plan: "Plan", written: "Written"
     return f"{writer.name} {writer.model}, {UNTRAINED_TEMPLATE}"
 
 
-def _written_by(plan: "Plan", writer: "Writer") -> dict[str, str]:
+def _written_by(plan: "Plan", writer: "AnyWriter") -> dict[str, str]:
     fixed = {"random": "derangement of chosen within the split", "permuted": "words of chosen, shuffled"}
     names = {"chosen": "source", "rejected": "source"}
     for kind in plan.settings.kinds:
@@ -198,7 +234,7 @@ def _license(options: argparse.Namespace) -> str:
     return str(options.license or ("mit" if is_hh else "unknown"))
 
 
-def _print_estimate(plan: "Plan", writer: "Writer", store: "Store", limits: "Limits") -> None:
+def _print_estimate(plan: "Plan", writer: "AnyWriter", store: "Store", limits: "Limits") -> None:
     from sft_probe.synth.run import estimate
 
     guess = estimate(plan.requests(), writer, store, limits.price)

@@ -15,6 +15,8 @@ from sft_probe.prompts import encode
 from sft_probe.synth.requests import Answer, Request
 
 BATCH_SIZE = 16
+CONCURRENCY = 4 * BATCH_SIZE
+"""To give to `obtain`: enough to make batches of texts of like length."""
 _GATHER_S = 0.05
 _NEXT_TURNS = ("\n\nHuman:", "\n\nAssistant:")
 _SENTENCES = re.compile(r"[\s\S]*[.!?][\"')\]]*(?=\s)")
@@ -22,7 +24,7 @@ Pending = tuple[Request, "asyncio.Future[Answer]"]
 
 
 class HfWriter:
-    """Answers in float32 and in batches; give `obtain` a concurrency of `BATCH_SIZE` or a multiple.
+    """Answers in float32 and in batches.
 
     A request of temperature 0 is answered greedily. A draw is seeded by the prompts of its batch, so it can be repeated
     as long as the batches fall the same way; the store is what makes a set reproducible.
@@ -66,6 +68,7 @@ class HfWriter:
     async def _work(self) -> None:
         await asyncio.sleep(_GATHER_S)  # until the callers that got their answers at once have asked again
         while self._pending:
+            self._pending.sort(key=lambda item: _token_budget(item[0]))  # a batch takes as long as its longest text
             batch = self._pending[:BATCH_SIZE]
             try:
                 answers = await asyncio.to_thread(self._generate, [request for request, _ in batch])
