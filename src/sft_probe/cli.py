@@ -16,7 +16,7 @@ _DESCRIPTION = "See what a language model really learns during supervised fine-t
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `sft-probe`. Exit code 2 for what the user can mend, with one message and no traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("absl", "filelock", "httpx", "datasets", "fsspec", "urllib3"):
+    for name in ("absl", "filelock", "httpx", "httpx2", "google_genai", "datasets", "fsspec", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:] if argv is None else argv
