@@ -1,5 +1,6 @@
 """What a writer is asked, and what comes back: the one protocol of all writers, remote, local and offline."""
 
+import json
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,25 +45,42 @@ class Answer:
     num_output_tokens: int | None = None
 
 
-class Wait(Exception):  # noqa: N818 - an instruction, not a fault
-    """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server said how long."""
+def error_answer(reason: str) -> Answer:
+    """An answer that is none, with the reason."""
+    return Answer(status="error", raw=json.dumps({"error": reason}), reason=reason)
 
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+
+class Wait(Exception):  # noqa: N818 - an instruction, not a fault
+    """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server said how long.
+
+    `maybe_billed` where the call may have been paid for all the same (cut off, timed out, unreadable).
+    """
+
+    def __init__(self, reason: str, wait_s: float | None = None, *, maybe_billed: bool = False) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+        self.maybe_billed = maybe_billed
 
 
-class Writer(Protocol):
-    """Writes texts. Everything about retries, rates, money and storage is done around it."""
+class Named(Protocol):
+    """What identifies a writer."""
 
     name: str
     model: str
     api_version: str
 
+
+class Writer(Named, Protocol):
+    """Writes texts. Everything about retries, rates, money and storage is done around it."""
+
     async def write(self, request: Request) -> Answer:
-        """One call. Raises `Wait` where the call failed in passing (429, 5xx, a cut connection, a time-out)."""
+        """One call. Raises `Wait` where the call failed in passing (429, 5xx, a cut connection, a time-out).
+
+        A status of `error` is final for this run and asked again in the next. Raises `UserError` where no call can
+        succeed (a wrong key or model).
+        """
         ...
 
     async def close(self) -> None:
-        """Frees connections or the model."""
+        """Frees connections. Called at the end of each run, in its event loop; the writer may be used again after."""
         ...

@@ -10,6 +10,7 @@ from sft_probe import __version__
 from sft_probe.analysis.commands import add_analysis_commands
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.flags import names, positive, shard
+from sft_probe.synth.command import add_synth
 
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
 
@@ -17,7 +18,7 @@ _DESCRIPTION = "See what a language model really learns during supervised fine-t
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `sft-probe`. Exit code 2 for what the user can mend, with one message and no traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("absl", "filelock", "httpx", "datasets", "fsspec", "urllib3"):
+    for name in ("absl", "filelock", "httpx", "httpx2", "google_genai", "datasets", "fsspec", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:] if argv is None else argv
@@ -56,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_link_tasks)
 
     commands.add_parser("lm-eval", help="lm-eval's own command line, with the probe tasks on its path")
+    add_synth(
+        commands.add_parser("synth", help="make a probe set from preference pairs, with Gemini or another writer")
+    )
     _add_probe_set(commands.add_parser("probe-set", help="check a probe set, or make one from a table"))
     return parser
 

@@ -1,0 +1,208 @@
+"""The other way of asking: all at once, in batch jobs that may take a day and cost half."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Protocol, TypeVar, runtime_checkable
+
+from sft_probe.errors import UserError
+from sft_probe.synth.call import VersionPin
+from sft_probe.synth.limits import Limits, backoff_s, price_within
+from sft_probe.synth.requests import Answer, Request, Wait, error_answer
+from sft_probe.synth.store import Job, Store, request_key
+
+_LOG = logging.getLogger(__name__)
+_JOB_SIZE = 10_000
+_SAVED_AT_ONCE = 1000
+_T = TypeVar("_T")
+
+
+class JobFailedError(Exception):
+    """A job ended without answers; the message says why."""
+
+
+@runtime_checkable
+class BatchWriter(Protocol):
+    """A writer that is asked in jobs. All methods raise `Wait` for what may pass and `UserError` for what cannot."""
+
+    name: str
+    model: str
+    api_version: str
+    poll_s: float
+    """Seconds between looks at a job."""
+
+    async def submit(self, display_name: str, requests: dict[str, Request]) -> str:
+        """Makes a job of requests by key; returns its name."""
+        ...
+
+    async def find(self, display_name: str) -> str | None:
+        """The name of the job with this display name, if there is one."""
+        ...
+
+    async def read(self, job_name: str) -> dict[str, Answer] | None:
+        """Answers by key of a job that has ended, None before. Raises `JobFailedError`."""
+        ...
+
+    async def close(self) -> None:
+        """Frees connections; the writer may be used again after."""
+        ...
+
+
+def obtain_batch(
+    requests: Iterable[Request], writer: BatchWriter, store: Store, limits: Limits
+) -> Iterator[tuple[Request, Answer]]:
+    """`obtain` for a batch writer: makes jobs of what the store lacks, waits for them, gives everything in order.
+
+    Jobs of a run that was stopped are found in the store and read, not made again. Holds all requests in memory.
+    Raises the same errors as `obtain`; of those that a budget did not reach, none is asked.
+    """
+    everything = list(requests)
+    run = _BatchRun({request_key(writer, request): request for request in everything}, writer, store, limits)
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(run.run())
+        except KeyboardInterrupt:
+            _LOG.warning("stopped; jobs go on at the server. The same command finds and reads them.")
+            raise SystemExit(130) from None
+        finally:
+            runner.run(writer.close())
+    for request in everything:
+        answer = store.get(writer, request)
+        if answer is not None:
+            yield request, answer
+
+
+class _BatchRun:
+    def __init__(self, requests: dict[str, Request], writer: BatchWriter, store: Store, limits: Limits) -> None:
+        self._requests, self._writer, self._store, self._limits = requests, writer, store, limits
+        self._price = price_within(limits, writer)
+        self._version = VersionPin(writer, store)
+        self._wrong_version: Answer | None = None
+
+    async def run(self) -> None:
+        """Old jobs first, then new ones, then waits for all."""
+        for job in self._store.jobs(self._writer):
+            await self._find(job)
+        out_of_budget = await self._submit_missing()
+        jobs = self._store.jobs(self._writer)
+        _LOG.info("waiting for %d batch jobs with %d requests", len(jobs), sum(len(job.keys) for job in jobs))
+        for job in jobs:
+            await self._save_answers(job, await self._finished(job))
+        if self._wrong_version is not None:
+            raise UserError(self._version.remedy(self._wrong_version))
+        if out_of_budget:
+            raise UserError(
+                f"the budget ends here: {out_of_budget} requests were not asked, since their worst case would pass "
+                f"${self._limits.max_cost_usd:.4f} (${self._store.cost_usd():.4f} is spent). All answers are stored; "
+                "raise --max-cost-usd to go on."
+            )
+
+    async def _find(self, job: Job) -> None:
+        """A job whose name was not heard: it exists at the server under its display name, or was never made."""
+        if job.name is None:
+            name = await self._patiently(lambda: self._writer.find(job.display_name))
+            if name is None:
+                await self._store.close_job(job)
+            else:
+                await self._store.save_job(self._writer, replace(job, name=name))
+
+    async def _submit_missing(self) -> int:
+        """Makes jobs of what is neither stored nor in a job; returns how many the budget left out."""
+        in_jobs = {key for job in self._store.jobs(self._writer) for key in job.keys}
+        missing = [key for key in self._requests if key not in in_jobs and not self._stored(key)]
+        affordable, left_out = self._within_budget(missing)
+        for start in range(0, len(affordable), _JOB_SIZE):
+            keys = affordable[start : start + _JOB_SIZE]
+            requests = {key: self._requests[key] for key in keys}
+            cost_usd = sum(self._worst_usd(key) for key in keys)
+            job = Job(f"sft-probe-{uuid.uuid4().hex}", None, tuple(keys), cost_usd)
+            await self._store.save_job(self._writer, job)
+            name = await self._submit(job, requests)
+            await self._store.save_job(self._writer, replace(job, name=name))
+        return left_out
+
+    def _stored(self, key: str) -> bool:
+        answer = self._store.get_key(key)
+        return answer is not None and answer.status != "error"
+
+    def _worst_usd(self, key: str) -> float:
+        return self._price.worst_usd(self._requests[key]) if self._price else 0.0
+
+    def _within_budget(self, keys: list[str]) -> tuple[list[str], int]:
+        limit_usd = self._limits.max_cost_usd
+        cost_usd = self._store.cost_usd()
+        for number, key in enumerate(keys):
+            cost_usd += self._worst_usd(key)
+            if limit_usd is not None and cost_usd > limit_usd:
+                return keys[:number], len(keys) - number
+        return keys, 0
+
+    async def _submit(self, job: Job, requests: dict[str, Request]) -> str:
+        async def submit() -> str:
+            try:
+                return await self._writer.submit(job.display_name, requests)
+            except Wait as wait:
+                if not wait.maybe_billed:
+                    raise
+                # the answer was lost, the job perhaps not
+                found = await self._writer.find(job.display_name)
+                if found is None:
+                    raise
+                return found
+
+        try:
+            return await self._patiently(submit)
+        except UserError:
+            await self._store.close_job(job)
+            raise
+
+    async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        for attempt in range(1, self._limits.max_attempts + 1):
+            try:
+                return await call()
+            except Wait as wait:
+                if attempt == self._limits.max_attempts:
+                    raise UserError(f"the server does not answer: {wait}. Run the same command later.") from None
+                await asyncio.sleep(backoff_s(self._limits, attempt) if wait.wait_s is None else wait.wait_s)
+        raise AssertionError("max_attempts is positive")
+
+    async def _finished(self, job: Job) -> dict[str, Answer]:
+        """Waits for the end of a job; answers by key."""
+        name = job.name
+        assert name is not None  # noqa: S101 - `_find` and `_submit_missing` have seen to it
+        while True:
+            try:
+                answers = await self._patiently(lambda: self._writer.read(name))
+            except JobFailedError as error:
+                _LOG.warning("the job %s failed: %s. Its requests are asked again by the next run.", name, error)
+                return dict.fromkeys(job.keys, error_answer(f"job: {error}"))
+            if answers is not None:
+                return answers
+            await asyncio.sleep(self._writer.poll_s)
+
+    async def _save_answers(self, job: Job, answers: dict[str, Answer]) -> None:
+        keys = [key for key in job.keys if key in self._requests]
+        for start in range(0, len(keys), _SAVED_AT_ONCE):
+            await asyncio.gather(
+                *(
+                    self._save(key, answers.get(key, error_answer("the job gave no answer")))
+                    for key in keys[start : start + _SAVED_AT_ONCE]
+                )
+            )
+        if len(keys) == len(job.keys):
+            await self._store.close_job(job)
+        else:
+            _LOG.warning("%d answers of %s belong to other requests; it is kept", len(job.keys) - len(keys), job.name)
+
+    async def _save(self, key: str, answer: Answer) -> None:
+        kept = self._version.check(answer)
+        stored = self._store.get_key(key)
+        if stored is not None and stored.raw == kept.raw:
+            return  # read before, by a run that was stopped before it closed the job
+        if kept is not answer:
+            self._wrong_version = kept
+        request = self._requests[key]
+        cost_usd = self._price.answer_usd(request, kept) if self._price else None
+        await self._store.save(self._writer, request, kept, cost_usd=cost_usd, attempts=1, reservation=None)

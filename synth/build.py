@@ -1,0 +1,239 @@
+"""From a source to checked docs: draw, split, have the texts written, check them, leave out what fails twice."""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sft_probe.errors import UserError
+from sft_probe.prompts import PromptFormat
+from sft_probe.synth.categories import Template, load_templates, make_requests, permuted, topics
+from sft_probe.synth.checks import fault_of
+from sft_probe.synth.from_table import add_random
+from sft_probe.synth.report import NearDuplicates
+from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.sources import Rejected, SourcePair, read_pairs
+from sft_probe.synth.splits import check_sizes, conversation_id, split_pairs
+
+UNTRAINED_TEMPLATE = "untrained@1"
+Obtain = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
+"""Gives every request, of which the number is told, its answer, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a set is made from, as asked for."""
+
+    source: str
+    kinds: tuple[str, ...]
+    """Categories beside chosen and rejected."""
+    templates: Path | None
+    prompt_format: str
+    heldout_frac: float | None
+    limit: int | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The pairs that a set is made from, before anything is written."""
+
+    settings: Settings
+    pairs: list[SourcePair]
+    templates: dict[str, Template]
+    topics: dict[str, str]
+    """By doc_id."""
+    rejected: Rejected
+    num_rows: int
+    """Rows of the source."""
+    num_not_drawn: int
+    """Usable rows that `limit` left behind."""
+
+    @property
+    def num_requests(self) -> int:
+        """How many texts the writer is asked for when none fails a check."""
+        return len(self.pairs) * len(self.templates)
+
+    def requests(self) -> Iterator[Request]:
+        """What the writer is asked, doc by doc."""
+        for pair in self.pairs:
+            yield from make_requests(pair, self.templates, self.topics[pair.doc_id])
+
+
+@dataclass(kw_only=True)
+class Written:
+    """Texts that passed, and what became of the others."""
+
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By doc_id and category."""
+    sample_index: dict[str, dict[str, int]] = field(default_factory=dict)
+    """0, or 1 for a text that was written twice; by doc_id and category."""
+    first_faults: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Faults of first texts, by category and fault."""
+    last_faults: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Faults that a second text did not mend."""
+    model_versions: set[str] = field(default_factory=set)
+
+    def accept(self, request: Request, answer: Answer) -> None:
+        """Keeps a text."""
+        self.texts.setdefault(request.doc_id, {})[request.category] = (answer.text or "").strip()
+        self.sample_index.setdefault(request.doc_id, {})[request.category] = request.sample_index
+        self.model_versions.add(f"{request.category}: {answer.model_version}")
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Reads the source, draws, splits. Raises `UserError` where the source, a template or the splits are unusable."""
+    rejected = Rejected()
+    templates = load_templates(settings.kinds, settings.templates)
+    pairs = read_pairs(settings.source, rejected)
+    num_rows = len(pairs) + len(rejected.rows)
+    if settings.prompt_format != "chat":  # which is the model's own, known only later
+        prompt_format = PromptFormat(settings.prompt_format)
+        pairs = [pair for pair in pairs if _has_format(pair, prompt_format, rejected)]
+    if not pairs:
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in _reasons(rejected).most_common(3))
+        raise UserError(f"the source {settings.source} has no usable row of {num_rows}: {reasons or 'it is empty'}.")
+    random.Random(settings.seed).shuffle(pairs)  # noqa: S311 - reproducible, not secret
+    drawn = pairs[: settings.limit]
+    needed = len(drawn) if "non_response" in settings.kinds else 0
+    names = topics(needed, settings.templates, settings.seed) if needed else [""] * len(drawn)
+    return Plan(
+        settings=settings,
+        pairs=split_pairs(drawn, settings.heldout_frac, settings.seed, rejected),
+        templates=templates,
+        topics={pair.doc_id: topic for pair, topic in zip(drawn, names, strict=True)},
+        rejected=rejected,
+        num_rows=num_rows,
+        num_not_drawn=len(pairs) - len(drawn),
+    )
+
+
+def write_texts(plan: Plan, obtain: Obtain) -> Written:
+    """Has every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`."""
+    written = Written()
+    pairs = {pair.doc_id: pair for pair in plan.pairs}
+    indexes = {kind: NearDuplicates() for kind in plan.templates}
+
+    def judge(request: Request, answer: Answer) -> str | None:
+        pair, index = pairs[request.doc_id], indexes[request.category]
+        fault = fault_of(request, answer, pair, plan.templates[request.category])
+        if fault is None and index.of(str(answer.text)):
+            fault = "near-duplicate"
+        if fault is None:
+            index.add(request.doc_id, str(answer.text))
+            written.accept(request, answer)
+        return fault
+
+    again = []
+    for request, answer in obtain(plan.requests(), plan.num_requests):
+        if fault := judge(request, answer):
+            written.first_faults[request.category, fault] += 1
+            again.append(replace(request, sample_index=1))
+    for request, answer in obtain(iter(again), len(again)):
+        if fault := judge(request, answer):
+            written.last_faults[request.category, fault] += 1
+            plan.rejected.add(pairs[request.doc_id], f"`{request.category}`, written twice: {fault}")
+    return written
+
+
+def write_untrained(plan: Plan, written: Written, tokenizer: Any, obtain: Obtain) -> None:
+    """Adds the answers of the untrained model to the rendered prompts; what it cannot end in a sentence is left out."""
+    prompt_format = PromptFormat(plan.settings.prompt_format, tokenizer)
+    pairs = {pair.doc_id: pair for pair in plan.pairs}
+    requests = [_untrained_request(pair, prompt_format) for pair in plan.pairs]
+    for request, answer in obtain(iter(requests), len(requests)):
+        fault = answer.status if answer.status != "ok" else None if (answer.text or "").strip() else "empty"
+        if fault:
+            written.last_faults["untrained", fault] += 1
+            plan.rejected.add(pairs[request.doc_id], f"`untrained`: {fault}")
+        else:
+            written.accept(request, answer)
+
+
+def make_docs(plan: Plan, written: Written) -> list[dict[str, Any]]:
+    """The docs of the set: those with every text, `random` drawn among them.
+
+    Raises:
+        UserError: too few docs are left.
+    """
+    out = {row["doc_id"] for row in plan.rejected.rows if "doc_id" in row}
+    docs: list[dict[str, Any]] = []
+    trained_texts: set[str | None] = set()
+    for pair in sorted(plan.pairs, key=lambda pair: pair.split != "train"):  # train first
+        if pair.doc_id in out:
+            continue
+        texts = _texts(pair, plan.settings, written)
+        responses = {text for text in texts.values() if text is not None}
+        if None in texts.values():
+            plan.rejected.add(pair, "`permuted`: the words of chosen have one order only")
+        elif pair.split == "heldout" and not trained_texts.isdisjoint(responses):
+            plan.rejected.add(pair, "held out, but a text written for it is in train")
+        else:
+            if pair.split == "train":
+                trained_texts |= responses
+            docs.append(_doc(pair, texts, written))
+    check_sizes([doc["split"] for doc in docs])
+    if "random" in plan.settings.kinds:
+        for split in ("train", "heldout"):
+            add_random([doc for doc in docs if doc["split"] == split], plan.settings.seed)
+    return docs
+
+
+def _texts(pair: SourcePair, settings: Settings, written: Written) -> dict[str, str | None]:
+    made: dict[str, str | None] = {**written.texts.get(pair.doc_id, {})}
+    if "permuted" in settings.kinds:
+        made["permuted"] = permuted(pair, f"{settings.seed} {pair.doc_id}")
+    return {"chosen": pair.chosen, "rejected": pair.rejected} | {
+        kind: made[kind] for kind in settings.kinds if kind != "random"
+    }
+
+
+def _doc(pair: SourcePair, texts: dict[str, str | None], written: Written) -> dict[str, Any]:
+    num_words = len(pair.chosen.split())
+    ratios = {kind: round(len(str(text).split()) / num_words, 3) for kind, text in texts.items() if kind != "chosen"}
+    return {
+        "doc_id": pair.doc_id,
+        "conversation_id": conversation_id(pair),
+        "split": pair.split,
+        "messages": pair.messages,
+        **texts,
+        "meta": {
+            "file": pair.file,
+            "line": pair.line,
+            "length_ratio": ratios,
+            "sample_index": written.sample_index.get(pair.doc_id, {}),
+        },
+    }
+
+
+def _has_format(pair: SourcePair, prompt_format: PromptFormat, rejected: Rejected) -> bool:
+    """Whether the prompt format has a place for every turn."""
+    try:
+        prompt_format.render(pair.messages)
+    except UserError as error:
+        rejected.add(pair, str(error))
+        return False
+    return True
+
+
+def _untrained_request(pair: SourcePair, prompt_format: PromptFormat) -> Request:
+    prompt = prompt_format.render(pair.messages)
+    num_words = len(pair.chosen.split())
+    return Request(
+        doc_id=pair.doc_id,
+        category="untrained",
+        template=UNTRAINED_TEMPLATE,
+        template_sha256=hashlib.sha256(prompt_format.name.encode()).hexdigest(),
+        prompt=(prompt.text + prompt.separator).rstrip(" "),
+        source_text=pair.messages[-1]["content"],
+        num_words=num_words,
+        temperature=0.0,
+        max_output_tokens=max(1024, 4 * num_words),
+    )
+
+
+def _reasons(rejected: Rejected) -> Counter[str]:
+    return Counter(str(row["reason"]) for row in rejected.rows)

@@ -1,0 +1,147 @@
+"""One request through pace, budget, attempts and storage."""
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from sft_probe.errors import UserError
+from sft_probe.synth.limits import Budget, Limits, Pace, backoff_s, price_within
+from sft_probe.synth.prices import expected_prompt_tokens
+from sft_probe.synth.requests import Answer, Named, Request, Wait, Writer, error_answer
+from sft_probe.synth.store import Store
+
+
+@dataclass(frozen=True)
+class _Reservation:
+    id: int | None
+    """None where the call is free or its price unknown."""
+    cost_usd: float
+
+
+class Caller:
+    """Calls one writer under one set of limits. To be made and used in a running event loop.
+
+    Raises:
+        UserError: there is a budget and no price.
+    """
+
+    def __init__(self, writer: Writer, store: Store, limits: Limits) -> None:
+        self._writer, self._store, self._limits = writer, store, limits
+        self._price = price_within(limits, writer)
+        self._budget = Budget(store, limits.max_cost_usd)
+        clock = asyncio.get_running_loop().time
+        self._requests = Pace(limits.requests_per_minute, clock)
+        self._tokens = Pace(limits.tokens_per_minute, clock)
+        self._stopped = asyncio.Event()
+        self._version = VersionPin(writer, store)
+
+    def stop(self) -> None:
+        """Ends waits between attempts; calls that are made already go on."""
+        self._stopped.set()
+
+    def cost_usd(self) -> float | None:
+        """Spent so far by all runs on the store; None where the price is unknown."""
+        return None if self._price is None else self._budget.spent_usd
+
+    async def ask(self, request: Request) -> Answer | None:
+        """The answer, stored; `error` after the last attempt; None where the run was stopped before there was one.
+
+        Raises:
+            UserError: the budget is spent, the writer cannot work, or another version of the model answered.
+        """
+        held: _Reservation | None = None
+        reason = ""
+        for attempt in range(1, self._limits.max_attempts + 1):
+            if not await self._take_turn(request):
+                await self._release(held)
+                return None
+            held = held or await self._reserve(request)
+            try:
+                answer = await self._call(request)
+            except UserError:
+                await self._release(held)
+                raise
+            except Wait as wait:
+                reason = str(wait)
+                if wait.maybe_billed:
+                    # stays in the store, where it stands for what may have been paid
+                    await self._budget.settle(held.cost_usd, held.cost_usd)
+                    held = None
+                if attempt < self._limits.max_attempts:
+                    await self._back_off(wait, attempt)
+                continue
+            return await self._save(request, answer, attempt, held)
+        await self._release(held)
+        return await self._save(request, error_answer(reason), self._limits.max_attempts, None)
+
+    async def _take_turn(self, request: Request) -> bool:
+        """Waits for a place; False where the run is stopped."""
+        delay_s = max(self._requests.book(1), self._tokens.book(expected_prompt_tokens(request)))
+        return await self._sleep(delay_s)
+
+    async def _sleep(self, seconds: float) -> bool:
+        if seconds > 0 and not self._stopped.is_set():
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._stopped.wait()
+            except TimeoutError:
+                pass
+        return not self._stopped.is_set()
+
+    async def _back_off(self, wait: Wait, attempt: int) -> None:
+        if wait.wait_s is None:
+            await self._sleep(backoff_s(self._limits, attempt))
+        else:
+            self._requests.hold(wait.wait_s)  # the quota is everybody's, so nobody asks before it is over
+
+    async def _call(self, request: Request) -> Answer:
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                return await self._writer.write(request)
+        except TimeoutError:
+            raise Wait(f"no answer in {self._limits.timeout_s:g} s", maybe_billed=True) from None
+
+    async def _reserve(self, request: Request) -> _Reservation:
+        worst_usd = self._price.worst_usd(request) if self._price else 0.0
+        return _Reservation(await self._budget.reserve(worst_usd), worst_usd)
+
+    async def _release(self, held: _Reservation | None) -> None:
+        if held is not None and held.id is not None:
+            await self._store.release(held.id)
+            await self._budget.settle(held.cost_usd, 0.0)
+
+    async def _save(self, request: Request, answer: Answer, attempts: int, held: _Reservation | None) -> Answer:
+        kept = self._version.check(answer)
+        cost_usd = self._price.answer_usd(request, answer) if self._price else None
+        await self._store.save(
+            self._writer, request, kept, cost_usd=cost_usd, attempts=attempts, reservation=held.id if held else None
+        )
+        if held is not None and held.id is not None:
+            await self._budget.settle(held.cost_usd, cost_usd or 0.0)
+        if kept is not answer:
+            raise UserError(self._version.remedy(kept))
+        return kept
+
+
+class VersionPin:
+    """All answers of a writer and model in one store must come from one version of the model."""
+
+    def __init__(self, writer: Named, store: Store) -> None:
+        self._writer, self._store = writer, store
+        self._version = store.model_version(writer)
+
+    def check(self, answer: Answer) -> Answer:
+        """The answer itself, or as an `error` where another version gave it than the first."""
+        if answer.model_version is None or answer.status == "error":
+            return answer
+        self._version = self._version or answer.model_version
+        if answer.model_version == self._version:
+            return answer
+        return replace(answer, status="error", text=None, reason=f"version {answer.model_version!r} answered")
+
+    def remedy(self, answer: Answer) -> str:
+        """What the user is told about an answer that `check` turned down."""
+        return (
+            f"the answers of {self._writer.model!r} come from version {self._version!r} so far, and now from "
+            f"{answer.model_version!r}: a set must come from one. Run again later if this was passing; else start in "
+            f"a new directory, with a --model name that fixes the version. ({self._store.path} keeps all answers.)"
+        )

@@ -1,0 +1,148 @@
+"""What is written for each prompt: the kinds of response, their prompt templates, the topics, the requests."""
+
+import hashlib
+import itertools
+import random
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sft_probe.errors import UserError
+from sft_probe.synth.hh import Messages, Pair
+from sft_probe.synth.requests import Request
+from sft_probe.synth.sources import SourcePair
+
+SOURCE_OF = {
+    "paraphrase": "rejected",
+    "variant": "prompt",
+    "non_response": "topic",
+    "chosen_paraphrase": "chosen",
+    "format_flip": "chosen",
+}
+"""The categories that the writer writes, and what each is made from."""
+DEFAULT_KINDS = ("paraphrase", "variant", "random", "non_response")
+KINDS = (*DEFAULT_KINDS, "chosen_paraphrase", "format_flip", "permuted", "untrained")
+"""All that can stand beside chosen and rejected; `random` and `permuted` are made here, `untrained` by that model."""
+_VERSION = re.compile(r"\{#-?\s*version\s+([\w.-]+)\s*-?#\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A prompt template: a Jinja file whose first line is `{# version N #}`."""
+
+    name: str
+    """With the version, such as `paraphrase@1`."""
+    sha256: str
+    text: str
+    path: str
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """The prompt. Raises `UserError` where the template asks for what is not given."""
+        try:
+            # S701: plain text for a model, not HTML
+            return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(self.text).render(variables)
+        except TemplateError as error:
+            known = ", ".join(variables)
+            raise UserError(f"the template {self.path}: {error}. It is given {known}.") from error
+
+
+def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, Template]:
+    """The template of each written category: `CATEGORY.txt` in `directory` where it is there, else the packaged one.
+
+    Raises:
+        UserError: there is no such directory, or a template is not readable or has no version.
+    """
+    if directory is not None and not directory.is_dir():
+        raise UserError(f"--templates {directory}: no such directory.")
+    return {kind: _load_template(kind, directory) for kind in kinds if kind in SOURCE_OF}
+
+
+def _load_template(kind: str, directory: Path | None) -> Template:
+    path = _template_file(f"{kind}.txt", directory)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the template {path}: {error}") from error
+    version = _VERSION.match(text)
+    if version is None:
+        raise UserError(f"the template {path} must start with its version, like {{# version 2 #}}.")
+    return Template(
+        name=f"{kind}@{version[1]}",
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text=text[version.end() :].strip(),
+        path=str(path),
+    )
+
+
+def _template_file(name: str, directory: Path | None) -> Path:
+    if directory is not None and (directory / name).is_file():
+        return directory / name
+    return Path(str(resources.files("sft_probe.synth").joinpath("templates", name)))
+
+
+def topics(num_docs: int, directory: Path | None, seed: int) -> list[str]:
+    """Distinct topics in a seeded order; a longer list starts with the shorter one of the same seed.
+
+    Raises:
+        UserError: `topics.yaml` is not as it must be, or has too few topics.
+    """
+    path = _template_file("topics.yaml", directory)
+    try:
+        lists = yaml.safe_load(path.read_text("utf-8"))
+        texts = [" ".join(words) for words in itertools.product(lists["subjects"], lists["places"], lists["angles"])]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: must hold the lists subjects, places and angles, each of text ({error}).") from error
+    texts = list(dict.fromkeys(texts))
+    if len(texts) < num_docs:
+        raise UserError(f"{path} makes {len(texts)} topics and {num_docs} are needed: add to its lists.")
+    random.Random(seed).shuffle(texts)  # noqa: S311 - reproducible, not secret
+    return texts[:num_docs]
+
+
+def make_requests(pair: SourcePair, templates: dict[str, Template], topic: str) -> list[Request]:
+    """What the writer is asked for one pair, in the order of `templates`."""
+    num_words = len(pair.chosen.split())
+    sources = {
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "prompt": pair.messages[-1]["content"],
+        "topic": topic,
+    }
+    variables = {**sources, "conversation": conversation(pair.messages), "num_words": num_words}
+    return [
+        Request(
+            doc_id=pair.doc_id,
+            category=kind,
+            template=template.name,
+            template_sha256=template.sha256,
+            prompt=template.render(variables),
+            source_text=sources[SOURCE_OF[kind]],
+            num_words=num_words,
+            max_output_tokens=max(1024, 4 * num_words),
+        )
+        for kind, template in templates.items()
+    ]
+
+
+def conversation(messages: Messages) -> str:
+    """The turns as a template shows them, with the speaker before each."""
+    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
+    return "\n\n".join(f"{names[turn['role']]}: {turn['content'].strip()}" for turn in messages)
+
+
+def permuted(pair: Pair, seed: str) -> str | None:
+    """The words of the chosen response in a seeded order; `None` where every order is the same."""
+    words = pair.chosen.split()
+    if len(set(words)) < 2:
+        return None
+    generator = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    shuffled = list(words)
+    while shuffled == words:
+        generator.shuffle(shuffled)
+    return " ".join(shuffled)

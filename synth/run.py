@@ -1,0 +1,269 @@
+"""Asks a writer for what the store lacks, and gives back everything in order."""
+
+import asyncio
+import logging
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from sft_probe.errors import UserError
+from sft_probe.synth.batch import BatchWriter, obtain_batch
+from sft_probe.synth.call import Caller
+from sft_probe.synth.limits import Limits
+from sft_probe.synth.prices import (
+    Price,
+    expected_output_tokens,
+    expected_prompt_tokens,
+    price_of,
+)
+from sft_probe.synth.progress import Progress
+from sft_probe.synth.requests import Answer, Named, Request, Writer
+from sft_probe.synth.store import Store, request_key
+
+_LOG = logging.getLogger(__name__)
+# Requests held at once. One that waits for its server holds up the order, not the asking, until so many are done.
+_WINDOW = 4096
+_MANY_FAILURES = 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would ask for, by a guess without a tokenizer; costs in USD, None where the price is unknown."""
+
+    num_stored: int
+    calls: int
+    prompt_tokens: int
+    output_tokens: int
+    cost_usd: float | None
+    max_cost_usd: float | None
+    """If every prompt had as many tokens as bytes and every output its full length."""
+
+
+def estimate(
+    requests: Iterable[Request], writer: Named, store: Store | None = None, price: Price | None = None
+) -> Estimate:
+    """Calls, tokens and cost of what the store lacks; asks nothing. `price` replaces the price table."""
+    price = price or price_of(writer)
+    calls = num_stored = 0
+    prompt_tokens = output_tokens = max_cost_usd = 0.0
+    for request in requests:
+        if store is not None and _stored(store.get(writer, request)):
+            num_stored += 1
+            continue
+        calls += 1
+        prompt_tokens += expected_prompt_tokens(request)
+        output_tokens += expected_output_tokens(request)
+        max_cost_usd += price.worst_usd(request) if price else 0.0
+    return Estimate(
+        num_stored=num_stored,
+        calls=calls,
+        prompt_tokens=round(prompt_tokens),
+        output_tokens=round(output_tokens),
+        cost_usd=price.cost_usd(prompt_tokens, output_tokens) if price else None,
+        max_cost_usd=max_cost_usd if price else None,
+    )
+
+
+def obtain(
+    requests: Iterable[Request],
+    writer: Writer | BatchWriter,
+    store: Store,
+    limits: Limits,
+    *,
+    total: int | None = None,
+) -> Iterator[tuple[Request, Answer]]:
+    """All requests with their answers, in order; what the store lacks is asked for.
+
+    Every answer is on disk before it is given back. An answer of status `error` (out of attempts, or turned down) is
+    given back and counted like any other, and asked for again by the next call. SIGINT and SIGTERM end the asking;
+    calls in flight are waited for and stored, then `SystemExit` is raised. A second SIGINT does not wait.
+
+    Args:
+        requests: may be a generator of any length; a few thousand are held at a time. (Batch writers hold all.)
+        writer: whom to ask.
+        store: where answers are kept; held exclusively meanwhile.
+        limits: rates, retries and money.
+        total: number of requests, for the live line.
+
+    Raises:
+        UserError: the budget is spent or cannot be kept, the model's version changed, the writer cannot work, many
+            requests failed in a row, the disk is full, or another run holds the store. Answers so far are stored.
+    """
+    with store.exclusive():
+        _warn_of_lost_calls(store)
+        if isinstance(writer, BatchWriter):
+            yield from obtain_batch(requests, writer, store, limits)
+            return
+        progress = Progress(total)
+        with asyncio.Runner() as runner:
+            run = _Run(requests, writer, store, limits, progress)
+            runner.run(run.start())
+            try:
+                with _stopped_by_signals(run, runner.get_loop()):
+                    while answers := runner.run(run.next_answers()):
+                        yield from answers
+            except KeyboardInterrupt:
+                run.abandon()
+                raise
+            finally:
+                runner.run(run.close())
+                progress.close(run.cost_usd())
+
+
+def _stored(answer: Answer | None) -> bool:
+    return answer is not None and answer.status != "error"
+
+
+def _warn_of_lost_calls(store: Store) -> None:
+    count, cost_usd = store.lost_calls()
+    if count:
+        _LOG.warning(
+            "%d calls of earlier runs were made and never answered (killed, cut or timed out). They may have been "
+            "paid for: $%.4f is counted as spent.", count, cost_usd,
+        )  # fmt: skip
+
+
+@contextmanager
+def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the run cleanly; the handlers before are back for a second one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        restore()
+        _LOG.warning("stopping; waiting for calls in flight, so that they need not be paid again (Ctrl-C: do not wait)")
+        loop.call_soon_threadsafe(run.stop, SystemExit(128 + number))
+
+    for number in signals:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()
+
+
+class _Slot:
+    """Where an answer will be; shared by requests with the same key."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, answer: Answer | None) -> None:
+        self.answer = answer
+
+
+class _Run:
+    """The asking side of `obtain`: one task for each call that may be in flight, one window of requests in order."""
+
+    def __init__(
+        self, requests: Iterable[Request], writer: Writer, store: Store, limits: Limits, progress: Progress
+    ) -> None:
+        self._requests = iter(requests)
+        self._writer, self._store, self._limits, self._progress = writer, store, limits, progress
+        self._window: deque[tuple[Request, _Slot]] = deque()
+        self._in_flight: dict[str, _Slot] = {}
+        self._num_failed = 0
+        self._failure: BaseException | None = None
+
+    async def start(self) -> None:
+        """Makes the tasks that ask."""
+        self._changed, self._room = asyncio.Event(), asyncio.Event()
+        self._caller = Caller(self._writer, self._store, self._limits)
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._limits.concurrency)]
+
+    async def next_answers(self) -> list[tuple[Request, Answer]]:
+        """At least one answer, in order; none at the end. Raises what ended the run early."""
+        while True:
+            answers = []
+            while self._window and (answer := self._window[0][1].answer) is not None:
+                answers.append((self._window.popleft()[0], answer))
+            if answers:
+                self._room.set()
+                return answers
+            if all(task.done() for task in self._tasks):
+                if self._failure is not None:
+                    raise self._failure
+                return []
+            self._changed.clear()
+            await self._changed.wait()
+
+    def stop(self, reason: BaseException) -> None:
+        """Asks nothing more; `next_answers` raises `reason` when the calls in flight have ended."""
+        self._failure = self._failure or reason
+        self._caller.stop()
+        self._room.set()
+
+    def abandon(self) -> None:
+        """Does not wait for calls in flight."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Waits for calls in flight and stores them, then closes the writer's connections."""
+        self.stop(GeneratorExit())
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._store.drain()
+        await self._writer.close()
+
+    def cost_usd(self) -> float | None:
+        """Spent so far by all runs on the store; None where the price is unknown."""
+        return self._caller.cost_usd()
+
+    async def _work(self) -> None:
+        try:
+            while (taken := await self._take()) is not None:
+                key, request = taken
+                answer = await self._caller.ask(request)
+                if answer is None:
+                    return
+                self._in_flight.pop(key).answer = answer
+                self._progress.answered(answer.status, self.cost_usd())
+                self._changed.set()
+                self._count_failure(answer)
+        except Exception as error:
+            self.stop(error)
+        finally:
+            self._changed.set()
+
+    async def _take(self) -> tuple[str, Request] | None:
+        """The next request that must be asked; those that the store has are passed on."""
+        while self._failure is None:
+            if len(self._window) >= _WINDOW:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            request = next(self._requests, None)
+            if request is None:
+                return None
+            key = request_key(self._writer, request)
+            slot = self._in_flight.get(key)
+            if slot is None:
+                stored = self._store.get_key(key)
+                slot = _Slot(stored if _stored(stored) else None)
+                self._window.append((request, slot))
+                if slot.answer is None:
+                    self._in_flight[key] = slot
+                    return key, request
+            else:
+                self._window.append((request, slot))
+            self._progress.stored()
+            self._changed.set()
+        return None
+
+    def _count_failure(self, answer: Answer) -> None:
+        self._num_failed = self._num_failed + 1 if answer.status == "error" else 0
+        if self._num_failed == _MANY_FAILURES:
+            raise UserError(
+                f"{_MANY_FAILURES} requests in a row failed, the last with: {answer.reason}. Nothing that was answered "
+                "is lost; when the cause is mended, run the same command again."
+            )

@@ -1,0 +1,147 @@
+"""A local transformers model: no server, no key, no cost."""
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sft_probe.errors import UserError
+from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
+from sft_probe.prompts import encode
+from sft_probe.synth.requests import Answer, Request
+
+BATCH_SIZE = 16
+CONCURRENCY = 4 * BATCH_SIZE
+"""To give to `obtain`: enough to make batches of texts of like length."""
+_GATHER_S = 0.05
+_NEXT_TURNS = ("\n\nHuman:", "\n\nAssistant:")
+_SENTENCES = re.compile(r"[\s\S]*[.!?][\"')\]]*(?=\s)")
+Pending = tuple[Request, "asyncio.Future[Answer]"]
+
+
+class HfWriter:
+    """Answers in float32 and in batches.
+
+    A request of temperature 0 is answered greedily. A draw is seeded by the prompts of its batch, so it can be repeated
+    as long as the batches fall the same way; the store is what makes a set reproducible.
+
+    Args:
+        model: a hub id, a path, or the embedded model.
+        is_chat: the prompt is a user's turn in the model's chat template. Otherwise it is continued as it is, and the
+            answer ends where the model ends it or starts another HH turn, or else after its last full sentence.
+
+    Raises:
+        UserError: there is no such model, or it has no chat template or no EOS token.
+    """
+
+    name = "hf"
+
+    def __init__(self, model: str = EMBEDDED_MODEL, *, is_chat: bool = True) -> None:
+        self.model = model
+        self.api_version = "float32, chat template" if is_chat else "float32, continuation"
+        self.tokenizer: Any = load_tokenizer(model)
+        self._is_chat = is_chat
+        self._model: Any = None
+        self._pending: list[Pending] = []
+        if is_chat and not self.tokenizer.chat_template:
+            raise UserError(f"the model {model!r} has no chat template, so it cannot be asked to write; take another.")
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {model!r} has no EOS token, so an answer would never end.")
+
+    async def write(self, request: Request) -> Answer:
+        """One text, written together with those asked for at the same moment."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._pending.append((request, future))
+        if len(self._pending) == 1:
+            self._task = asyncio.create_task(self._work())
+        return await future
+
+    async def close(self) -> None:
+        """Frees the model; it is loaded again when it is needed."""
+        self._model = None
+        self._pending.clear()
+
+    async def _work(self) -> None:
+        await asyncio.sleep(_GATHER_S)  # until the callers that got their answers at once have asked again
+        while self._pending:
+            self._pending.sort(key=lambda item: _token_budget(item[0]))  # a batch takes as long as its longest text
+            batch = self._pending[:BATCH_SIZE]
+            try:
+                answers = await asyncio.to_thread(self._generate, [request for request, _ in batch])
+            except Exception as error:  # every caller must hear of it
+                for _, future in self._pending:
+                    if not future.done():
+                        future.set_exception(error)
+                self._pending.clear()
+                return
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+            await asyncio.sleep(_GATHER_S)
+            del self._pending[: len(batch)]
+
+    def _generate(self, requests: Sequence[Request]) -> list[Answer]:
+        if self._model is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._model = load_model(self.model, "float32").to(device)
+        prompts = [self._prompt_ids(request.prompt) for request in requests]
+        width = max(map(len, prompts))
+        eos = self.tokenizer.eos_token_id
+        ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        temperature = requests[0].temperature
+        key = "\n".join(f"{request.sample_index} {request.prompt}" for request in requests)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        with torch.inference_mode():
+            output = self._model.generate(
+                ids.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
+                max_new_tokens=max(map(_token_budget, requests)),
+                pad_token_id=eos,
+                **sampling,
+            )
+        pairs = zip(requests, prompts, output[:, width:].tolist(), strict=True)
+        return [self._answer(request, len(prompt), new) for request, prompt, new in pairs]
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if not self._is_chat:
+            return encode(self.tokenizer, prompt)
+        messages = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return encode(self.tokenizer, text)
+
+    def _answer(self, request: Request, num_prompt_tokens: int, new: list[int]) -> Answer:
+        ends = self._end_ids()
+        length = next((number for number, token_id in enumerate(new) if token_id in ends), None)
+        kept = new[: min(_token_budget(request), len(new) if length is None else length)]
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        is_finished = length is not None and length <= _token_budget(request)
+        if not self._is_chat:
+            cut = min((at for at in map(text.find, _NEXT_TURNS) if at >= 0), default=None)
+            text, is_finished = text[:cut], is_finished or cut is not None
+            if not is_finished and (sentences := _SENTENCES.match(text)):
+                text, is_finished = sentences[0], True
+        return Answer(
+            status="ok" if is_finished else "truncated",
+            raw=json.dumps({"ids": kept, "text": text}),
+            text=text.strip(),
+            reason=None if is_finished else f"no end within {_token_budget(request)} tokens",
+            model_version=self.model,
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=len(kept),
+        )
+
+    def _end_ids(self) -> set[int]:
+        """The ids at which `generate` stops: those of the generation config, and the tokenizer's EOS."""
+        ids = self._model.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])}
+
+
+def _token_budget(request: Request) -> int:
+    """A small model may never end: three tokens for each word asked for are enough for an answer that will pass."""
+    return min(request.max_output_tokens, 3 * request.num_words + 32)

@@ -1,0 +1,180 @@
+"""Splits share nothing, and faulty texts are seen for what they are."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_probe.errors import UserError
+from sft_probe.synth.categories import KINDS, load_templates, make_requests, permuted, topics
+from sft_probe.synth.checks import fault_of
+from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.sources import Rejected, SourcePair
+from sft_probe.synth.splits import clusters, conversation_id, split_pairs
+from sft_probe.synth.writers.offline import OfflineWriter
+
+CHOSEN = "You could rinse the rice first, use a little less water, and let it stand for ten minutes with the lid on."
+REJECTED = "Rice is hard to cook and many people buy a machine for it, so maybe you should look at one in a shop."
+TEMPLATES = load_templates(KINDS, None)
+
+
+def pair(number: int, prompt: str, *, split: str | None = None, **texts: str) -> SourcePair:
+    return SourcePair(
+        doc_id=f"d{number}",
+        file="raw.jsonl",
+        line=number,
+        split=split,
+        messages=[{"role": "user", "content": prompt}],
+        chosen=texts.get("chosen", f"Chosen answer {number}."),
+        rejected=texts.get("rejected", f"Rejected answer {number}."),
+    )
+
+
+def fault(text: str | None, category: str = "paraphrase", status: str = "ok", rejected: str = REJECTED) -> str | None:
+    doc = pair(1, "How do I cook rice?", chosen=CHOSEN, rejected=rejected)
+    request = make_requests(doc, {category: TEMPLATES[category]}, "a bee at dawn")[0]
+    return fault_of(request, Answer(status=status, raw="{}", text=text), doc, TEMPLATES[category])
+
+
+GOOD = "Cooking rice is difficult, which is why a lot of folks purchase a cooker; perhaps visit a store and see."
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD, None),
+        (f"Here is a paraphrase: {GOOD}", "leak"),
+        (f"Sure, here is a random sentence with 20 words: {GOOD}", "leak"),
+        (f"Certainly! Here's the rewritten text:\n\n{GOOD}", "leak"),
+        (f"**Paraphrase:** {GOOD}", "leak"),
+        (f"<text>{GOOD}</text>", "leak"),
+        (f"{GOOD} (20 words)", "leak"),
+        (f"Rewrite the text between the tags in other words. {GOOD}", "leak"),
+        ("I'm sorry, but I cannot rewrite this text, because it goes against the rules of my use.", "refusal"),
+        ("As an AI language model, my knowledge of cooking rice is small, so do ask a cook about it.", "refusal"),
+        ("I apologize, but rice is a subject that would be better left to people who cook it often.", "refusal"),
+        (GOOD.removesuffix("see.") + "then you could", "cut off"),
+        (REJECTED.replace("machine", "cooker"), "near-copy"),
+        (CHOSEN.upper(), "near-copy"),
+        ("Buy one.", "length"),
+        (f"{GOOD} " * 3, "length"),
+        (f"Some ways that people cook rice well at home:\n- {GOOD[:50]}\n- with a machine from a shop", None),
+        ("Sure! Here are some ideas: rinse it, soak it, steam it, or simply buy the cooked sort at a shop.", None),
+        (" ", "empty"),
+        (None, "empty"),
+    ],
+)  # fmt: skip
+def test_faults_of_a_paraphrase(text: str | None, expected: str | None) -> None:
+    assert fault(text) == expected
+
+
+@pytest.mark.parametrize("status", ["blocked", "truncated", "refused", "invalid", "error"])
+def test_a_status_other_than_ok_is_the_fault(status: str) -> None:
+    assert fault(GOOD, status=status) == status
+
+
+def test_a_paraphrase_of_a_refusal_may_refuse() -> None:
+    refusal = "I can't help with rice, so ask somebody who cooks it every day and who has the time to explain it."
+    text = "I cannot assist you where rice is concerned; a daily cook with some spare minutes should be asked instead."
+    assert fault(text, rejected=refusal) is None
+    assert fault(text) == "refusal"
+    assert fault(text, "variant", rejected=refusal) == "refusal"
+
+
+def test_paraphrase_is_of_rejected_and_the_length_that_of_chosen() -> None:
+    doc = pair(1, "How do I cook rice?", chosen=CHOSEN, rejected=REJECTED)
+    requests = {request.category: request for request in make_requests(doc, TEMPLATES, "a bee at dawn")}
+    assert {request.num_words for request in requests.values()} == {len(CHOSEN.split())}
+    assert REJECTED in requests["paraphrase"].prompt
+    assert CHOSEN not in requests["paraphrase"].prompt
+    assert CHOSEN in requests["chosen_paraphrase"].prompt
+    assert CHOSEN in requests["format_flip"].prompt
+    assert "Human: How do I cook rice?" in requests["variant"].prompt
+    assert CHOSEN not in requests["variant"].prompt
+    assert "a bee at dawn" in requests["non_response"].prompt
+    assert "rice" not in requests["non_response"].prompt
+
+
+def test_no_two_topics_are_alike_and_more_docs_keep_the_first_ones() -> None:
+    many = topics(40_000, None, 0)
+    assert len(set(many)) == 40_000
+    assert topics(10, None, 0) == many[:10] != topics(10, None, 1)
+    with pytest.raises(UserError, match="48000 topics and 48001 are needed"):
+        topics(48_001, None, 0)
+
+
+@given(st.text(min_size=1).map(str.strip).filter(bool))
+def test_permuted_keeps_the_words_and_changes_their_order(chosen: str) -> None:
+    shuffled = permuted(pair(1, "Q", chosen=chosen), "0 d1")
+    if len(set(chosen.split())) < 2:
+        assert shuffled is None
+    else:
+        assert shuffled is not None
+        assert sorted(shuffled.split()) == sorted(chosen.split())
+        assert shuffled.split() != chosen.split()
+        assert shuffled == permuted(pair(1, "Q", chosen=chosen), "0 d1")
+
+
+def test_the_offline_writer_keeps_to_the_length_and_repeats_itself() -> None:
+    writer = OfflineWriter()
+
+    def write(**changes: Any) -> str | None:
+        fields = {"doc_id": "d", "category": "variant", "template": "variant@1", "template_sha256": "", "prompt": "p",
+                  "source_text": "s", "num_words": 60}  # fmt: skip
+        return asyncio.run(writer.write(Request(**{**fields, **changes}))).text
+
+    for num_words in (5, 20, 60, 300):
+        written = len(str(write(num_words=num_words)).split())
+        assert 0.8 * num_words <= written <= 1.2 * num_words, num_words
+    assert write() == write(doc_id="other")
+    assert len({write(), write(sample_index=1), write(prompt="q"), write(category="paraphrase")}) == 4
+
+
+def test_clusters_join_conversations_and_near_duplicates_transitively() -> None:
+    words = [f"w{i}" for i in range(40)]
+    first, second, third = (" ".join(["Tell", "me", *words[i : i + 30]]) for i in (0, 3, 6))
+    pairs = [pair(i, prompt) for i, prompt in enumerate([first, "Quite another thing", second, third, first])]
+    follow_up = [*pairs[1].messages, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "And?"}]
+    pairs.append(SourcePair(**{**vars(pairs[1]), "doc_id": "d9", "messages": follow_up}))
+    labels = clusters(pairs)
+    assert labels[0] == labels[2] == labels[3] == labels[4] != labels[1] == labels[5]
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers(0, 12)), min_size=8, max_size=30),
+    st.integers(0, 5),
+    st.sampled_from([0.2, 0.5, None]),
+)
+def test_splits_share_nothing_and_no_pair_is_lost(
+    numbers: list[tuple[int, int, int]], seed: int, heldout_frac: float | None
+) -> None:
+    pairs = [
+        pair(
+            i, f"question {prompt} " * 4, split="heldout" if i % 3 == 0 else "train",
+            chosen=f"answer {chosen}", rejected=f"answer {other}",
+        )
+        for i, (prompt, chosen, other) in enumerate(numbers)
+    ]  # fmt: skip
+    rejected = Rejected()
+    try:
+        kept = split_pairs(pairs, heldout_frac, seed, rejected)
+    except UserError:  # one of them is empty
+        return
+    assert {p.doc_id for p in kept} | {row["doc_id"] for row in rejected.rows} == {p.doc_id for p in pairs}
+    assert len(kept) + len(rejected.rows) == len(pairs)
+    train, heldout = ([p for p in kept if p.split == split] for split in ("train", "heldout"))
+    assert not {conversation_id(p) for p in train} & {conversation_id(p) for p in heldout}
+    assert not {t for p in train for t in (p.chosen, p.rejected)} & {t for p in heldout for t in (p.chosen, p.rejected)}
+
+
+def test_the_splits_of_the_source_are_kept_unless_a_fraction_is_asked_for() -> None:
+    pairs = [pair(i, f"Prompt number {i} about {i * i}?", split="heldout" if i < 6 else "train") for i in range(40)]
+    own = split_pairs(pairs, None, 0, Rejected())
+    assert [p.doc_id for p in own if p.split == "heldout"] == [f"d{i}" for i in range(6)]
+    drawn = split_pairs(pairs, 0.5, 0, Rejected())
+    assert sum(p.split == "heldout" for p in drawn) == 20
+    assert [p.split for p in drawn] == [p.split for p in split_pairs(pairs, 0.5, 0, Rejected())]
+    assert [p.split for p in drawn] != [p.split for p in split_pairs(pairs, 0.5, 1, Rejected())]
