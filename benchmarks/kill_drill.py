@@ -73,13 +73,15 @@ def drill(folder: Path, args: Any, kills: int) -> dict[str, Any]:
         sys.executable, __file__, "--run", folder, *(f"--{name}={getattr(args, name)}" for name in
         ("number", "concurrency", "budget_usd")),
     ]  # fmt: skip
+    draw = random.Random(args.seed)  # noqa: S311 - reproducible, not secret
+    moments = [draw.uniform(0.3, 1.7) * args.number / (kills + 1) for _ in range(kills)]
     server_command = [sys.executable, SERVER, "--latency-s", str(args.latency_s)]
     with subprocess.Popen(server_command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             url = server.stdout.readline().strip()
             for kill in range(kills):
-                _run_until(command, url, random.Random(args.seed + kill).uniform(0.3, 1.7) * args.number / (kills + 1))
+                _run_until(command, url, moments[kill])
             subprocess.run([*command, f"--url={url}"], check=True, env=_environment())
             counted = calls(url)
         finally:

@@ -25,6 +25,7 @@ from sft_probe.synth.run import estimate, obtain
 from sft_probe.synth.store import Store
 
 FAST = Limits(concurrency=8, first_backoff_s=0.001)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 CENT = Price(0.0, 100.0)  # 100 tokens of output cost a cent
 
 
@@ -288,7 +289,7 @@ def test_a_signal_ends_the_run_with_calls_in_flight_stored(tmp_path: Path, numbe
     with subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "a.sqlite"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=ENVIRONMENT,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
@@ -325,3 +326,12 @@ def test_prices() -> None:
     for text in ("1", "1,2,3", "a,b", "-1,2", "nan,1", "inf,1", ""):
         with pytest.raises(UserError, match="is no price"):
             parse_price(text)
+
+
+def test_kills_lose_no_answer_and_repay_only_calls_in_flight() -> None:
+    drill = subprocess.run(
+        [sys.executable, Path(__file__).parents[1] / "benchmarks/kill_drill.py", "--number=150", "--kills=3",
+         "--concurrency=8", "--latency_s=0.02", "--budget_usd=0.1"],
+        capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert drill.returncode == 0, drill.stdout + drill.stderr

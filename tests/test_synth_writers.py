@@ -22,11 +22,11 @@ from sft_probe.synth.writers.openai import OpenAIWriter, read_completion
 
 KEY = "AIza-a-secret-key"
 PRICE = Price(0.0, 100.0)
-FAST = Limits(first_backoff_s=0.01, timeout_s=0.5, price=PRICE)
+FAST = Limits(first_backoff_s=0.01, timeout_s=60, price=PRICE)
 MODEL = "gemini-test"
 WRITERS: dict[str, Callable[[str], Any]] = {
     "gemini": lambda url: GeminiWriter(MODEL, base_url=url),
-    "gemini-legacy": lambda url: LegacyGeminiWriter(MODEL, base_url=url, timeout_s=1),
+    "gemini-legacy": lambda url: LegacyGeminiWriter(MODEL, base_url=url, timeout_s=2),
     "openai": lambda url: OpenAIWriter(MODEL, base_url=f"{url}/openai/v1"),
 }
 
@@ -90,8 +90,9 @@ def test_what_may_pass_is_asked_again_once_and_by_us_alone(
 
 def test_a_slow_call_is_given_up(writer: Any, server: GeminiServer, store: Store) -> None:
     prompt = prompt_with("slow", writer)
-    assert ask(prompt, writer, store).text == text_of(prompt)
-    assert store.lost_calls()[0] == 1
+    limits = Limits(first_backoff_s=0.01, timeout_s=2, price=PRICE)
+    assert ask(prompt, writer, store, limits).text == text_of(prompt)
+    assert store.lost_calls()[0] >= 1
 
 
 def test_retry_after_is_heard(writer: Any, server: GeminiServer, store: Store) -> None:
