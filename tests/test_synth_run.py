@@ -134,6 +134,13 @@ def test_nobody_asks_before_the_server_said_so(store: Store) -> None:
     assert sum(gap > 0.35 for gap in gaps) == 1
 
 
+def test_a_wait_for_the_quota_of_the_day_is_told_not_slept_through(store: Store) -> None:
+    writer = FakeWriter(lambda *_: Wait("HTTP 429: quota of the day", 40_000))
+    with pytest.raises(UserError, match=r"asks to wait 40000 s \(HTTP 429: quota of the day\)"):
+        list(obtain(prompts(100), writer, store, Limits(price=CENT)))
+    assert store.cost_usd() == 0
+
+
 def test_requests_per_minute_hold(store: Store) -> None:
     writer = FakeWriter()
     list(obtain(prompts(11), writer, store, Limits(concurrency=8, requests_per_minute=1200)))
@@ -209,6 +216,13 @@ def test_money_of_a_call_that_never_came_back_counts_in_later_runs(
         list(obtain(prompts(2), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.025)))
     assert "1 calls of earlier runs were made and never answered" in caplog.text
     assert "$0.0100 is counted as spent" in caplog.text
+
+
+@pytest.mark.parametrize("error", [UserError("bad key"), RuntimeError("a defect")])
+def test_who_waits_for_money_does_not_wait_for_a_run_that_failed(store: Store, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        list(obtain(prompts(8), FakeWriter(lambda *_: error), store, Limits(price=CENT, max_cost_usd=0.015)))
+    assert store.cost_usd() == pytest.approx(0 if isinstance(error, UserError) else 0.01)
 
 
 def test_a_budget_without_a_price_is_refused_before_any_call(store: Store) -> None:
