@@ -9,6 +9,9 @@ from sft_probe.synth.prices import expected_prompt_tokens
 from sft_probe.synth.requests import Answer, Named, Request, Wait, Writer, error_answer
 from sft_probe.synth.store import Store
 
+# a longer wait is that for a quota of the day, and better told than slept through
+_MAX_WAIT_S = 900.0
+
 
 @dataclass(frozen=True)
 class _Reservation:
@@ -51,10 +54,10 @@ class Caller:
         held: _Reservation | None = None
         reason = ""
         for attempt in range(1, self._limits.max_attempts + 1):
+            held = held or await self._reserve(request)
             if not await self._take_turn(request):
                 await self._release(held)
                 return None
-            held = held or await self._reserve(request)
             try:
                 answer = await self._call(request)
             except UserError:
@@ -63,12 +66,20 @@ class Caller:
             except Wait as wait:
                 reason = str(wait)
                 if wait.maybe_billed:
-                    # stays in the store, where it stands for what may have been paid
-                    await self._budget.settle(held.cost_usd, held.cost_usd)
+                    await self._lose(held)
                     held = None
+                if (wait.wait_s or 0.0) > _MAX_WAIT_S:
+                    await self._release(held)
+                    raise UserError(
+                        f"the server asks to wait {wait.wait_s:.0f} s ({reason}). All answers so far are stored; run "
+                        "the same command then."
+                    ) from None
                 if attempt < self._limits.max_attempts:
                     await self._back_off(wait, attempt)
                 continue
+            except BaseException:
+                await self._lose(held)
+                raise
             return await self._save(request, answer, attempt, held)
         await self._release(held)
         return await self._save(request, error_answer(reason), self._limits.max_attempts, None)
@@ -105,18 +116,27 @@ class Caller:
         return _Reservation(await self._budget.reserve(worst_usd), worst_usd)
 
     async def _release(self, held: _Reservation | None) -> None:
+        """Of a call that cost nothing."""
         if held is not None and held.id is not None:
-            await self._store.release(held.id)
             await self._budget.settle(held.cost_usd, 0.0)
+            await self._store.release(held.id)
+
+    async def _lose(self, held: _Reservation) -> None:
+        """Of a call that may have been paid for: stays in the store, where it stands for the money."""
+        if held.id is not None:
+            await self._budget.settle(held.cost_usd, held.cost_usd)
 
     async def _save(self, request: Request, answer: Answer, attempts: int, held: _Reservation | None) -> Answer:
         kept = self._version.check(answer)
         cost_usd = self._price.answer_usd(request, answer) if self._price else None
-        await self._store.save(
-            self._writer, request, kept, cost_usd=cost_usd, attempts=attempts, reservation=held.id if held else None
-        )
-        if held is not None and held.id is not None:
-            await self._budget.settle(held.cost_usd, cost_usd or 0.0)
+        reservation = held.id if held else None
+        try:
+            await self._store.save(
+                self._writer, request, kept, cost_usd=cost_usd, attempts=attempts, reservation=reservation
+            )
+        finally:
+            if held is not None and reservation is not None:
+                await self._budget.settle(held.cost_usd, cost_usd or 0.0)
         if kept is not answer:
             raise UserError(self._version.remedy(kept))
         return kept

@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -75,7 +75,7 @@ def obtain(
     limits: Limits,
     *,
     total: int | None = None,
-) -> Iterator[tuple[Request, Answer]]:
+) -> Generator[tuple[Request, Answer], None, None]:
     """All requests with their answers, in order; what the store lacks is asked for.
 
     Every answer is on disk before it is given back. An answer of status `error` (out of attempts, or turned down) is
@@ -230,8 +230,8 @@ class _Run:
                 self._progress.answered(answer.status, self.cost_usd())
                 self._changed.set()
                 self._count_failure(answer)
-        except Exception as error:
-            self.stop(error)
+        except BaseException as error:
+            self.stop(error)  # raised by `next_answers`: no task ends in silence
         finally:
             self._changed.set()
 

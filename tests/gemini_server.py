@@ -1,8 +1,8 @@
 """A server that speaks as much of the Gemini REST protocol as the SDKs use, and fails on demand.
 
 A prompt may hold `@faults(a,b,c)`: the first call with it meets fault a, the second b, the third c, later ones none.
-`blocked_prompt safety recitation max_tokens empty no_finish surrogate thought other_version bad_request bad_key
-no_model` are answers of the service, `429 429_retry_info 429_retry_after 500 503 slow cut malformed malformed_error` are failures.
+Answers: blocked_prompt safety recitation max_tokens empty no_finish surrogate thought other_version bad_request bad_key
+no_model. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut malformed malformed_error.
 It also answers chat completions as OpenAI does (`/openai/v1`), with the same faults.
 Run: python tests/gemini_server.py --port 0 --latency-s 0.05    (prints its address; GET /calls counts calls by prompt)
 """
@@ -13,10 +13,12 @@ import hashlib
 import json
 import re
 import threading
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from aiohttp import web
+
+from sft_probe.synth.requests import Request
 
 VERSION = "test-model-001"
 _FAULTS = re.compile(r"@faults\(([a-z0-9_,]+)\)")
@@ -35,7 +37,7 @@ class GeminiServer:
         """All calls by prompt."""
         self.paths: Counter[str] = Counter()
         self.keys: set[str | None] = set()
-        self.bodies: list[dict[str, Any]] = []
+        self.bodies: deque[dict[str, Any]] = deque(maxlen=100)
         self.polls_needed = 2
         self.in_flight = self.most_in_flight = 0
         self.job_faults: list[str] = []
@@ -104,8 +106,7 @@ class GeminiServer:
         self.paths[request.path] += 1
         self.keys.add(request.headers.get("x-goog-api-key") or request.headers.get("Authorization", ""))
         body: dict[str, Any] = await request.json()
-        if len(self.bodies) < 100:
-            self.bodies.append(body)
+        self.bodies.append(body)
         return body
 
     async def _answer(self, request: web.Request, prompt: str, render: Any) -> web.StreamResponse:
@@ -198,6 +199,15 @@ class GeminiServer:
 
     async def _download(self, request: web.Request) -> web.Response:
         return web.Response(body=self._files[request.match_info["file"]])
+
+
+def make_request(prompt: str, **fields: Any) -> Request:
+    """A request for a paraphrase; the doc is named after its prompt."""
+    values: dict[str, Any] = {
+        "doc_id": prompt, "category": "paraphrase", "template": "paraphrase@1", "template_sha256": "0" * 64,
+        "prompt": prompt, "source_text": "", "num_words": 30, "max_output_tokens": 100,
+    }  # fmt: skip
+    return Request(**(values | fields))
 
 
 def text_of(prompt: str) -> str:

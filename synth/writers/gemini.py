@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.request import getproxies
 
 import aiohttp
 from google import genai
@@ -36,6 +37,7 @@ class GeminiWriter:
         self._base_url = base_url
         self.key = key_from_environment("GEMINI_API_KEY", "GOOGLE_API_KEY")
         self._client: genai.Client | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def write(self, request: Request) -> Answer:
         """One `generateContent` call."""
@@ -53,19 +55,23 @@ class GeminiWriter:
 
     async def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
-        if self._client is not None:
+        if self._client is not None and self._session is not None:
             await self._client.aio.aclose()
-            self._client = None
+            await self._session.close()
+            self._client = self._session = None
 
     def client(self) -> genai.Client:
-        """The SDK's client, with its own retries off."""
+        """The SDK's client, with its own retries off; for the running event loop."""
         if self._client is None:
+            # the SDK's own session looks into ~/.netrc before each call, in a thread
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=bool(getproxies()))
             self._client = genai.Client(
                 api_key=self.key,
                 vertexai=False,
                 http_options=types.HttpOptions(
                     base_url=self._base_url,
                     api_version=self.api_version,
+                    aiohttp_client=self._session,
                     # without this the SDK asks again after a cut connection, which may be paid for twice
                     retry_options=types.HttpRetryOptions(attempts=1),
                 ),

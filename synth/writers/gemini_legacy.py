@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import requests
-from google.api_core.exceptions import GoogleAPICallError
-from google.protobuf.json_format import ParseError
+from google.protobuf.json_format import MessageToJson, ParseError
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from sft_probe.synth.requests import Answer, Request, Wait
@@ -16,14 +15,16 @@ from sft_probe.synth.writers.gemini import read_answer
 from sft_probe.synth.writers.http import key_from_environment, refused_call
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # it says that it is retired, at each import
+    # at each import it says that it is retired, and that Python 3.11 will be
+    warnings.simplefilter("ignore", FutureWarning)
     import google.generativeai as genai
+    from google.api_core.exceptions import GoogleAPICallError
 
-_MAX_THREADS = 64
+_MAX_THREADS = 10  # as many connections as the package keeps
 
 
 class LegacyGeminiWriter:
-    """Writes with a Gemini model; each call takes a thread, 64 at most. The package knows the API v1beta only.
+    """Writes with a Gemini model; each call takes a thread, 10 at most. The package knows the API v1beta only.
 
     Args:
         model: name, such as `gemini-2.5-flash-lite`.
@@ -86,7 +87,5 @@ def _was_connected(error: requests.RequestException) -> bool:
 def _to_json(response: Any) -> str:
     """The answer as the REST API gave it, less fields that the package does not know."""
     message = genai.protos.GenerateContentResponse(response.to_dict())
-    text: str = genai.protos.GenerateContentResponse.to_json(
-        message, use_integers_for_enums=False, including_default_value_fields=False
-    )
+    text: str = MessageToJson(genai.protos.GenerateContentResponse.pb(message))
     return text

@@ -1,0 +1,372 @@
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gemini_server import VERSION, GeminiServer, make_request, text_of
+
+from sft_probe.errors import UserError
+from sft_probe.synth.limits import Limits
+from sft_probe.synth.prices import Price
+from sft_probe.synth.requests import Answer, Request, Wait
+from sft_probe.synth.run import obtain
+from sft_probe.synth.store import Store
+from sft_probe.synth.writers.gemini import GeminiWriter, read_answer
+from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
+from sft_probe.synth.writers.http import wait_s
+from sft_probe.synth.writers.openai import OpenAIWriter, read_completion
+
+KEY = "AIza-a-secret-key"
+PRICE = Price(0.0, 100.0)
+FAST = Limits(first_backoff_s=0.01, timeout_s=60, price=PRICE)
+MODEL = "gemini-test"
+WRITERS: dict[str, Callable[[str], Any]] = {
+    "gemini": lambda url: GeminiWriter(MODEL, base_url=url),
+    "gemini-legacy": lambda url: LegacyGeminiWriter(MODEL, base_url=url, timeout_s=2),
+    "openai": lambda url: OpenAIWriter(MODEL, base_url=f"{url}/openai/v1"),
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[GeminiServer]:
+    with GeminiServer() as server:
+        yield server
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "answers.sqlite")
+    yield store
+    store.close()
+
+
+@pytest.fixture(autouse=True)
+def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GEMINI_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    for name in ("GOOGLE_API_KEY", "GOOGLE_GEMINI_BASE_URL", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=list(WRITERS))
+def writer(request: pytest.FixtureRequest, server: GeminiServer) -> Any:
+    return WRITERS[request.param](server.url)
+
+
+def prompt_with(faults: str, writer: Any) -> str:
+    return f"Say it again, {writer.name} @faults({faults})"
+
+
+def ask(prompt: str, writer: Any, store: Store, limits: Limits = FAST) -> Answer:
+    [(_, answer)] = obtain([make_request(prompt)], writer, store, limits)
+    return answer
+
+
+def test_an_answer_has_its_text_version_and_tokens(writer: Any, server: GeminiServer, store: Store) -> None:
+    prompt = f"A question for {writer.name}"
+    answer = ask(prompt, writer, store)
+    assert (answer.status, answer.text, answer.model_version) == ("ok", text_of(prompt), VERSION)
+    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (len(prompt) // 4, 25)  # 20 and 5 of thoughts
+    assert text_of(prompt)[-9:] in answer.raw
+    assert server.requests[prompt] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "billed"),
+    [("429", 0), ("429_retry_info", 0), ("500", 0), ("503", 0), ("malformed_error", 0), ("cut", 1), ("malformed", 1)],
+)
+def test_what_may_pass_is_asked_again_once_and_by_us_alone(
+    writer: Any, server: GeminiServer, store: Store, fault: str, billed: int
+) -> None:
+    prompt = prompt_with(fault, writer)
+    assert ask(prompt, writer, store).text == text_of(prompt)
+    assert server.requests[prompt] == 2
+    assert store.lost_calls()[0] == billed == server.calls[prompt] - 1
+
+
+def test_a_slow_call_is_given_up(writer: Any, server: GeminiServer, store: Store) -> None:
+    prompt = prompt_with("slow", writer)
+    limits = Limits(first_backoff_s=0.01, timeout_s=2, price=PRICE)
+    assert ask(prompt, writer, store, limits).text == text_of(prompt)
+    assert store.lost_calls()[0] >= 1
+
+
+def test_retry_after_is_heard(writer: Any, server: GeminiServer, store: Store) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sft_probe.synth.call.backoff_s", lambda *_: pytest.fail("the server said how long"))
+        assert ask(prompt_with("429_retry_after", writer), writer, store).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("blocked_prompt", ("blocked", "prompt: PROHIBITED_CONTENT")),
+        ("safety", ("blocked", "SAFETY")),
+        ("recitation", ("blocked", "RECITATION")),
+        ("max_tokens", ("truncated", "MAX_TOKENS")),
+        ("empty", ("invalid", "empty text")),
+        ("no_finish", ("invalid", "finish reason None")),
+    ],
+)
+@pytest.mark.parametrize("name", ["gemini", "gemini-legacy"])
+def test_what_is_no_text_is_never_data(
+    name: str, server: GeminiServer, store: Store, fault: str, expected: tuple[str, str]
+) -> None:
+    writer = WRITERS[name](server.url)
+    prompt = prompt_with(fault, writer)
+    answer = ask(prompt, writer, store)
+    assert (answer.status, answer.reason, answer.text) == (*expected, None)
+    assert server.calls[prompt] == 1
+    assert answer.num_output_tokens is not None  # it is paid for all the same
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [("max_tokens", "truncated"), ("safety", "blocked"), ("refusal", "refused"), ("empty", "invalid")],
+)
+def test_what_is_no_text_of_an_openai_server(server: GeminiServer, store: Store, fault: str, status: str) -> None:
+    writer = WRITERS["openai"](server.url)
+    answer = ask(prompt_with(fault, writer), writer, store)
+    assert (answer.status, answer.text) == (status, None)
+
+
+def test_thoughts_and_broken_unicode_are_no_data(server: GeminiServer, store: Store) -> None:
+    writer = WRITERS["gemini"](server.url)
+    prompt = prompt_with("thought", writer)
+    assert ask(prompt, writer, store).text == text_of(prompt)
+    answer = ask(prompt_with("surrogate", writer), writer, store)
+    assert (answer.status, answer.reason) == ("invalid", "the text is not valid Unicode")
+
+
+def test_a_changed_version_stops(writer: Any, store: Store) -> None:
+    ask(f"first {writer.name}", writer, store)
+    with pytest.raises(UserError, match="'test-model-001' so far, and now from 'test-model-002'"):
+        ask(prompt_with("other_version", writer), writer, store)
+
+
+def test_a_request_that_the_server_refuses_is_an_error(writer: Any, server: GeminiServer, store: Store) -> None:
+    prompt = prompt_with("bad_request", writer)
+    answer = ask(prompt, writer, store)
+    assert answer.status == "error"
+    assert "HTTP 400" in str(answer.reason)
+    assert server.requests[prompt] == 1
+    assert store.cost_usd() == 0
+
+
+@pytest.mark.parametrize(("fault", "message"), [("no_model", "no such model"), ("bad_key", "not valid")])
+def test_what_no_request_gets_past_stops_at_once(writer: Any, store: Store, fault: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"takes no request: HTTP 40.*{message}.*Check the key") as caught:
+        ask(prompt_with(fault, writer), writer, store)
+    assert KEY not in str(caught.value)
+    assert store.cost_usd() == 0
+
+
+def test_the_key_is_sent_and_stands_nowhere(
+    writer: Any, server: GeminiServer, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for fault in ("ok", "bad_request", "cut"):
+        ask(prompt_with(fault, writer), writer, store)
+    assert any(KEY in str(key) for key in server.keys)
+    assert KEY not in caplog.text
+    assert KEY not in repr(vars(writer).keys())
+    for path in store.path.parent.iterdir():
+        assert KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_nobody_there_costs_nothing(name: str, store: Store) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        writer = WRITERS[name](f"http://127.0.0.1:{closed.getsockname()[1]}")
+        answer = ask("Anyone?", writer, store, Limits(first_backoff_s=0.01, max_attempts=2, price=PRICE))
+    assert answer.status == "error"
+    assert "connection failed" in str(answer.reason)
+    assert store.cost_usd() == 0
+
+
+def test_a_writer_can_be_used_in_run_after_run(writer: Any, store: Store) -> None:
+    for number in range(3):
+        assert ask(f"run {number} of {writer.name}", writer, store).status == "ok"
+
+
+def test_addresses_and_versions(server: GeminiServer, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.url)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/openai/v1")
+    before = server.paths.copy()
+    ask("by v1", GeminiWriter(MODEL, api_version="v1"), store)
+    ask("by v1beta", GeminiWriter(MODEL), store)
+    ask("by legacy", LegacyGeminiWriter(MODEL), store)
+    ask("by openai", OpenAIWriter(MODEL), store)
+    path = f"models/{MODEL}:generateContent"
+    assert server.paths - before == {f"/v1/{path}": 1, f"/v1beta/{path}": 2, "/openai/v1/chat/completions": 1}
+
+
+def test_generation_settings_arrive(writer: Any, server: GeminiServer, store: Store) -> None:
+    prompt = f"settings of {writer.name}"
+    list(obtain([make_request(prompt, temperature=0.25, max_output_tokens=77)], writer, store, FAST))
+    body = next(body for body in server.bodies if prompt in json.dumps(body))
+    given = body.get("generationConfig", body)
+    assert given["temperature"] == 0.25
+    assert given.get("maxOutputTokens", given.get("max_tokens")) == 77
+
+
+def test_keys_come_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEMINI_API_KEY")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    for make in (GeminiWriter, LegacyGeminiWriter, GeminiBatchWriter):
+        with pytest.raises(UserError, match="GEMINI_API_KEY or GOOGLE_API_KEY"):
+            make(MODEL)
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        OpenAIWriter(MODEL)
+    OpenAIWriter(MODEL, base_url="http://127.0.0.1:1/v1")
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["[]", "{}",
+     '{"candidates": {}}', '{"candidates": [1]}', '{"candidates": [{"finishReason": "STOP", "content": 1}]}',
+     '{"candidates": [{"finishReason": ["STOP"]}]}', '{"promptFeedback": []}',
+     '{"candidates": [{"finishReason": "STOP", "content": {"parts": [{"text": 5}, 7]}}], "usageMetadata": [1]}',
+     '{"choices": [{"message": {"content": 5}, "finish_reason": "stop"}], "usage": 3, "model": 4}', '{"choices": [[]]}',
+     '{"usageMetadata": {"promptTokenCount": 1e99, "totalTokenCount": -5}}'],
+)  # fmt: skip
+@pytest.mark.parametrize("read", [read_answer, read_completion])
+def test_any_json_is_read_and_none_of_it_becomes_data(read: Callable[[str], Answer], body: str) -> None:
+    if body == "[]":
+        with pytest.raises(Wait):
+            read(body)
+        return
+    answer = read(body)
+    assert (answer.text, answer.raw) == (None, body)
+    assert answer.status in ("blocked", "invalid")
+
+
+def test_how_long_to_wait() -> None:
+    info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "13.5s"}
+    assert wait_s({"error": {"details": [{"@type": "x"}, info]}}, {}) == 13.5
+    assert wait_s({"details": [info]}, {"Retry-After": "7"}) == 13.5
+    assert wait_s({"details": "no list"}, {"retry-after": "7"}) == 7
+    assert wait_s("text", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert wait_s(None, {"Retry-After": "soon"}) is None
+    assert wait_s({}, {}) is None
+
+
+class BatchRuns:
+    """Runs of a batch writer on one server and one store; the first may be stopped while it waits."""
+
+    def __init__(self, url: str, store: Store) -> None:
+        self.store = store
+        self.requests = [make_request(f"batch {i}") for i in range(20)]
+        self.writer = GeminiBatchWriter(MODEL, base_url=url, poll_s=0.01)
+
+    def run(self, requests: list[Request] | None = None, **limits: Any) -> list[Answer]:
+        every = Limits(first_backoff_s=0.01, price=PRICE, **limits)
+        return [answer for _, answer in obtain(requests or self.requests, self.writer, self.store, every)]
+
+    def run_and_stop(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+        async def stopped(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GeminiBatchWriter, method, stopped)
+            with pytest.raises(SystemExit):
+                self.run()
+
+
+@pytest.fixture
+def batch(store: Store) -> Iterator[tuple[BatchRuns, GeminiServer]]:
+    with GeminiServer() as server:
+        yield BatchRuns(server.url, store), server
+
+
+JOBS_PATH = f"/v1beta/models/{MODEL}:batchGenerateContent"
+
+
+def test_a_batch_is_joined_by_key_and_asked_once(batch: tuple[BatchRuns, GeminiServer]) -> None:
+    runs, server = batch
+    expected = [text_of(request.prompt) for request in runs.requests]
+    assert [answer.text for answer in runs.run()] == expected  # the server answers in reverse order
+    assert [answer.text for answer in runs.run()] == expected
+    assert set(server.calls.values()) == {1}
+    assert server.paths[JOBS_PATH] == 1
+    assert runs.store.cost_usd() == pytest.approx(20 * 0.0025)
+
+
+def test_lines_that_fail_are_errors_and_asked_again(batch: tuple[BatchRuns, GeminiServer]) -> None:
+    runs, server = batch
+    requests = [make_request(f"{fault} @faults({fault})") for fault in ("500", "missing", "malformed", "safety")]
+    assert [answer.status for answer in runs.run(requests)] == ["error", "error", "error", "blocked"]
+    assert [answer.status for answer in runs.run(requests)] == ["ok", "ok", "ok", "blocked"]
+    assert server.calls["safety @faults(safety)"] == 1
+
+
+@pytest.mark.parametrize("method", ["read", "submit"])
+def test_a_stopped_batch_run_finds_its_jobs_again(
+    batch: tuple[BatchRuns, GeminiServer], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    runs, server = batch
+    runs.run_and_stop(monkeypatch, method)
+    assert runs.store.cost_usd() == pytest.approx(20 * 0.01)
+    assert {answer.status for answer in runs.run()} == {"ok"}
+    assert server.paths[JOBS_PATH] == 1
+    assert runs.store.cost_usd() == pytest.approx(20 * 0.0025)
+
+
+def test_a_job_whose_name_was_lost_is_found_by_its_display_name(
+    batch: tuple[BatchRuns, GeminiServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, server = batch
+    submit = GeminiBatchWriter.submit
+
+    async def killed_after(self: GeminiBatchWriter, display_name: str, requests: dict[str, Request]) -> str:
+        await submit(self, display_name, requests)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GeminiBatchWriter, "submit", killed_after)
+        with pytest.raises(SystemExit):
+            runs.run()
+    assert {answer.status for answer in runs.run()} == {"ok"}
+    assert server.paths[JOBS_PATH] == 1
+
+
+@pytest.mark.parametrize(("fault", "jobs"), [("cut", 1), ("503", 2), ("429_retry_info", 2)])
+def test_a_job_is_made_once_though_the_call_fails(batch: tuple[BatchRuns, GeminiServer], fault: str, jobs: int) -> None:
+    runs, server = batch
+    server.job_faults = [fault]
+    assert {answer.status for answer in runs.run()} == {"ok"}
+    assert server.paths[JOBS_PATH] == jobs
+    assert set(server.calls.values()) == {1}
+
+
+def test_a_failed_job_costs_nothing_and_is_asked_again(batch: tuple[BatchRuns, GeminiServer]) -> None:
+    runs, server = batch
+    server.job_faults = ["job_failed"]
+    answers = runs.run()
+    assert {answer.status for answer in answers} == {"error"}
+    assert "JOB_STATE_FAILED" in str(answers[0].reason)
+    assert runs.store.cost_usd() == 0
+    assert {answer.status for answer in runs.run()} == {"ok"}
+
+
+def test_a_batch_keeps_its_budget_and_goes_on_with_more(batch: tuple[BatchRuns, GeminiServer]) -> None:
+    runs, server = batch
+    with pytest.raises(UserError, match=r"15 requests were not asked.*\$0\.0550.*raise --max-cost-usd"):
+        runs.run(max_cost_usd=0.055)
+    assert sum(server.calls.values()) == 5
+    assert {answer.status for answer in runs.run(max_cost_usd=1)} == {"ok"}
+    assert set(server.calls.values()) == {1}
+
+
+def test_a_wrong_key_stops_a_batch_and_leaves_no_reservation(batch: tuple[BatchRuns, GeminiServer]) -> None:
+    runs, server = batch
+    server.job_faults = ["bad_key"]
+    with pytest.raises(UserError, match="takes no request") as caught:
+        runs.run()
+    assert KEY not in str(caught.value)
+    assert runs.store.cost_usd() == 0
