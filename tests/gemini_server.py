@@ -295,7 +295,7 @@ async def _cut(request: web.Request, text: str) -> web.StreamResponse:
 async def _main(port: int, latency_s: float) -> None:
     server = GeminiServer(latency_s)
     await server.listen(port)
-    print(server.url, flush=True)  # noqa: T201 - whoever started it reads the address
+    print(server.url, flush=True)
     await asyncio.Event().wait()
 
 
