@@ -226,8 +226,7 @@ class Store:
         self._queue.append((statements, future))
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
-        # an answer that arrived is stored even where its task is cancelled
-        return await asyncio.shield(future)
+        return await future
 
     async def _flush(self) -> None:
         loop = asyncio.get_running_loop()

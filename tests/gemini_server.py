@@ -2,7 +2,7 @@
 
 A prompt may hold `@faults(a,b,c)`: the first call with it meets fault a, the second b, the third c, later ones none.
 Answers: blocked_prompt safety recitation max_tokens empty no_finish surrogate thought other_version bad_request bad_key
-no_model. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut malformed malformed_error.
+no_model. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut hangup malformed malformed_error.
 It also answers chat completions as OpenAI does (`/openai/v1`), with the same faults.
 Run: python tests/gemini_server.py --port 0 --latency-s 0.05    (prints its address; GET /calls counts calls by prompt)
 """
@@ -124,8 +124,8 @@ class GeminiServer:
         text = json.dumps(render(prompt, fault))
         if fault == "malformed":
             text = text[: len(text) // 2]
-        if fault == "cut":
-            return await _cut(request, text)
+        if fault in ("cut", "hangup"):
+            return await _cut(request, text if fault == "cut" else "")
         return web.Response(text=text, content_type="application/json")
 
     def _next_fault(self, prompt: str) -> str:
@@ -283,11 +283,14 @@ async def _cancel_all() -> None:
 
 
 async def _cut(request: web.Request, text: str) -> web.StreamResponse:
-    """Half of an answer, then the connection is gone."""
+    """Half of an answer, or nothing of none, then the connection is gone."""
+    assert request.transport is not None
+    if not text:
+        request.transport.abort()
+        return web.Response()
     response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(text))})
     await response.prepare(request)
     await response.write(text[: len(text) // 2].encode())
-    assert request.transport is not None
     request.transport.abort()
     return response
 

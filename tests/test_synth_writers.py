@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import socket
@@ -21,6 +22,7 @@ from sft_probe.synth.writers.http import wait_s
 from sft_probe.synth.writers.openai import OpenAIWriter, read_completion
 
 KEY = "AIza-a-secret-key"
+NUMBERS = itertools.count()
 PRICE = Price(0.0, 100.0)
 FAST = Limits(first_backoff_s=0.01, timeout_s=60, price=PRICE)
 MODEL = "gemini-test"
@@ -57,8 +59,9 @@ def writer(request: pytest.FixtureRequest, server: GeminiServer) -> Any:
     return WRITERS[request.param](server.url)
 
 
-def prompt_with(faults: str, writer: Any) -> str:
-    return f"Say it again, {writer.name} @faults({faults})"
+def prompt_with(faults: str) -> str:
+    """No two are alike, since the server counts the calls of each."""
+    return f"Say number {next(NUMBERS)} again @faults({faults})"
 
 
 def ask(prompt: str, writer: Any, store: Store, limits: Limits = FAST) -> Answer:
@@ -77,19 +80,28 @@ def test_an_answer_has_its_text_version_and_tokens(writer: Any, server: GeminiSe
 
 @pytest.mark.parametrize(
     ("fault", "billed"),
-    [("429", 0), ("429_retry_info", 0), ("500", 0), ("503", 0), ("malformed_error", 0), ("cut", 1), ("malformed", 1)],
+    [
+        ("429", 0),
+        ("429_retry_info", 0),
+        ("500", 0),
+        ("503", 0),
+        ("malformed_error", 0),
+        ("cut", 1),
+        ("hangup", 1),
+        ("malformed", 1),
+    ],
 )
 def test_what_may_pass_is_asked_again_once_and_by_us_alone(
     writer: Any, server: GeminiServer, store: Store, fault: str, billed: int
 ) -> None:
-    prompt = prompt_with(fault, writer)
+    prompt = prompt_with(fault)
     assert ask(prompt, writer, store).text == text_of(prompt)
     assert server.requests[prompt] == 2
     assert store.lost_calls()[0] == billed == server.calls[prompt] - 1
 
 
 def test_a_slow_call_is_given_up(writer: Any, server: GeminiServer, store: Store) -> None:
-    prompt = prompt_with("slow", writer)
+    prompt = prompt_with("slow")
     limits = Limits(first_backoff_s=0.01, timeout_s=2, price=PRICE)
     assert ask(prompt, writer, store, limits).text == text_of(prompt)
     assert store.lost_calls()[0] >= 1
@@ -98,7 +110,7 @@ def test_a_slow_call_is_given_up(writer: Any, server: GeminiServer, store: Store
 def test_retry_after_is_heard(writer: Any, server: GeminiServer, store: Store) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sft_probe.synth.call.backoff_s", lambda *_: pytest.fail("the server said how long"))
-        assert ask(prompt_with("429_retry_after", writer), writer, store).status == "ok"
+        assert ask(prompt_with("429_retry_after"), writer, store).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +129,7 @@ def test_what_is_no_text_is_never_data(
     name: str, server: GeminiServer, store: Store, fault: str, expected: tuple[str, str]
 ) -> None:
     writer = WRITERS[name](server.url)
-    prompt = prompt_with(fault, writer)
+    prompt = prompt_with(fault)
     answer = ask(prompt, writer, store)
     assert (answer.status, answer.reason, answer.text) == (*expected, None)
     assert server.calls[prompt] == 1
@@ -130,26 +142,26 @@ def test_what_is_no_text_is_never_data(
 )
 def test_what_is_no_text_of_an_openai_server(server: GeminiServer, store: Store, fault: str, status: str) -> None:
     writer = WRITERS["openai"](server.url)
-    answer = ask(prompt_with(fault, writer), writer, store)
+    answer = ask(prompt_with(fault), writer, store)
     assert (answer.status, answer.text) == (status, None)
 
 
 def test_thoughts_and_broken_unicode_are_no_data(server: GeminiServer, store: Store) -> None:
     writer = WRITERS["gemini"](server.url)
-    prompt = prompt_with("thought", writer)
+    prompt = prompt_with("thought")
     assert ask(prompt, writer, store).text == text_of(prompt)
-    answer = ask(prompt_with("surrogate", writer), writer, store)
+    answer = ask(prompt_with("surrogate"), writer, store)
     assert (answer.status, answer.reason) == ("invalid", "the text is not valid Unicode")
 
 
 def test_a_changed_version_stops(writer: Any, store: Store) -> None:
     ask(f"first {writer.name}", writer, store)
     with pytest.raises(UserError, match="'test-model-001' so far, and now from 'test-model-002'"):
-        ask(prompt_with("other_version", writer), writer, store)
+        ask(prompt_with("other_version"), writer, store)
 
 
 def test_a_request_that_the_server_refuses_is_an_error(writer: Any, server: GeminiServer, store: Store) -> None:
-    prompt = prompt_with("bad_request", writer)
+    prompt = prompt_with("bad_request")
     answer = ask(prompt, writer, store)
     assert answer.status == "error"
     assert "HTTP 400" in str(answer.reason)
@@ -160,7 +172,7 @@ def test_a_request_that_the_server_refuses_is_an_error(writer: Any, server: Gemi
 @pytest.mark.parametrize(("fault", "message"), [("no_model", "no such model"), ("bad_key", "not valid")])
 def test_what_no_request_gets_past_stops_at_once(writer: Any, store: Store, fault: str, message: str) -> None:
     with pytest.raises(UserError, match=f"takes no request: HTTP 40.*{message}.*Check the key") as caught:
-        ask(prompt_with(fault, writer), writer, store)
+        ask(prompt_with(fault), writer, store)
     assert KEY not in str(caught.value)
     assert store.cost_usd() == 0
 
@@ -170,7 +182,7 @@ def test_the_key_is_sent_and_stands_nowhere(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     for fault in ("ok", "bad_request", "cut"):
-        ask(prompt_with(fault, writer), writer, store)
+        ask(prompt_with(fault), writer, store)
     assert any(KEY in str(key) for key in server.keys)
     assert KEY not in caplog.text
     assert KEY not in repr(vars(writer).keys())
