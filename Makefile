@@ -15,10 +15,10 @@ demo: env
 test test-full: export OMP_NUM_THREADS = 1
 
 test: env
-	$(BIN)/pytest -n 2 -m "not full"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not full"
 
 test-full: env
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: env
 	$(BIN)/ruff check

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 STEPS = 12
-LAUNCHES = ["none", "zero1-2", "zero2-2", "zero3-2"]  # a number: that many ranks
+NAMES = ("none", "zero1-2", "zero2-2", "zero3-2", "none-2")  # a number: that many ranks
+# one process of pytest-xdist for each launch, so that its undisturbed run is made once
+LAUNCHES = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES}
+KILLED = [LAUNCHES[name] for name in NAMES[:4]]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def rows_of_probe(run: Path) -> dict[tuple[Any, ...], float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [*LAUNCHES, "none-2"])
+@pytest.mark.parametrize("launch", LAUNCHES.values())
 def test_snapshots_and_losses_of_each_stage(
     launch: str, flags: list[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -143,7 +146,7 @@ def kill_and_go_on(launch: str, flags: list[str], run: Path, chance: random.Rand
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("launch", KILLED)
 def test_killed_once(launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # to try a failure again
@@ -153,7 +156,7 @@ def test_killed_once(launch: str, flags: list[str], tmp_path: Path, tmp_path_fac
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("launch", KILLED)
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_ten_moments(
     launch: str, seed: int, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -163,6 +166,7 @@ def test_killed_at_ten_moments(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("none")
 def test_half_written_states_and_snapshots_are_redone(
     flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -182,7 +186,7 @@ def test_half_written_states_and_snapshots_are_redone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["none", "zero2-2"])
+@pytest.mark.parametrize("launch", [LAUNCHES["none"], LAUNCHES["zero2-2"]])
 def test_sigterm_stops_with_a_state(
     launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -203,6 +207,7 @@ def test_sigterm_stops_with_a_state(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("none")
 def test_wall_time_in_slices(
     flags: list[str], sft_probe: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
