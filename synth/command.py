@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from sft_probe.synth.batch import BatchWriter
     from sft_probe.synth.build import Obtain, Plan, Written
     from sft_probe.synth.limits import Limits
-    from sft_probe.synth.requests import Writer
+    from sft_probe.synth.requests import Named, Writer
     from sft_probe.synth.store import Store
 
     AnyWriter = Writer | BatchWriter
@@ -90,16 +91,16 @@ def _synth(options: argparse.Namespace) -> None:
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}.")
     check_directory(options.out)
-    writer = _writer(options)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
     plan = make_plan(Settings(kinds=kinds, **{name: getattr(options, name) for name in names}))
     _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
     store = Store(options.out / WORK_DIR / "answers.sqlite")
     try:
         limits = _limits(options)
-        if options.dry_run:
-            _print_estimate(plan, writer, store, limits)
+        if options.dry_run:  # needs neither key nor package
+            _print_estimate(plan, _named(options), store, limits)
             return
+        writer = _writer(options)
         written = write_texts(plan, _obtain(writer, store, limits))
         writers = _written_by(plan, writer)
         if "untrained" in kinds:
@@ -143,12 +144,31 @@ def _status(options: argparse.Namespace) -> None:
     print("\n".join(lines))  # noqa: T201
 
 
-def _writer(options: argparse.Namespace) -> "AnyWriter":
+@dataclass
+class _Unasked:
+    """A remote writer by name alone."""
+
+    name: str
+    model: str
+    api_version: str
+
+
+def _named(options: argparse.Namespace) -> "Named":
+    if options.writer in ("hf", "offline"):
+        return _writer(options)
+    return _Unasked(options.writer, _model(options), "v1" if options.writer == "openai" else "v1beta")
+
+
+def _model(options: argparse.Namespace) -> str:
     model = options.model or _MODELS.get(options.writer)
     if model is None and options.writer != "offline":
         raise UserError(f"--writer {options.writer} needs --model.")
+    return str(model)
+
+
+def _writer(options: argparse.Namespace) -> "AnyWriter":
     try:
-        return _make_writer(options.writer, str(model), options.base_url)
+        return _make_writer(options.writer, _model(options), options.base_url)
     except ImportError as error:
         extra = options.writer.replace("gemini-batch", "gemini")
         raise UserError(
@@ -234,7 +254,7 @@ def _license(options: argparse.Namespace) -> str:
     return str(options.license or ("mit" if is_hh else "unknown"))
 
 
-def _print_estimate(plan: "Plan", writer: "AnyWriter", store: "Store", limits: "Limits") -> None:
+def _print_estimate(plan: "Plan", writer: "Named", store: "Store", limits: "Limits") -> None:
     from sft_probe.synth.run import estimate
 
     guess = estimate(plan.requests(), writer, store, limits.price)

@@ -130,7 +130,9 @@ def test_the_card_has_a_header_and_escapes_what_it_shows(raw: Path, tmp_path: Pa
     assert (tmp_path / "set" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_status_and_dry_run(offline_set: Path, raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_status_and_dry_run(
+    offline_set: Path, raw: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status = sft_probe("synth", "status", offline_set).stdout
     assert "variant" in status
     assert "set: " in status
@@ -140,6 +142,11 @@ def test_status_and_dry_run(offline_set: Path, raw: Path, tmp_path: Path, sft_pr
     assert "calls: 72 (0 texts are stored)" in dry.stdout, dry.stderr
     assert "cost: 0.0" in dry.stdout
     assert "set: not written yet" in sft_probe("synth", "status", tmp_path / "dry").stdout
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+    gemini = ("synth", "--source", raw, "--writer", "gemini", "--out", tmp_path / "gemini")
+    assert " USD, at most " in sft_probe(*gemini, "--dry-run").stdout
+    assert "set the environment variable GEMINI_API_KEY" in user_error(sft_probe(*gemini))
 
 
 # the server answers with what stands before the @: with these prompts a text that passes the checks
