@@ -9,7 +9,6 @@ Run: python tests/gemini_server.py --port 0 --latency-s 0.05    (prints its addr
 
 import argparse
 import asyncio
-import hashlib
 import json
 import re
 import threading
@@ -17,8 +16,7 @@ from collections import Counter, deque
 from typing import Any
 
 from aiohttp import web
-
-from sft_probe.synth.requests import Request
+from synth_fakes import text_of
 
 VERSION = "test-model-001"
 _FAULTS = re.compile(r"@faults\(([a-z0-9_,]+)\)")
@@ -199,20 +197,6 @@ class GeminiServer:
 
     async def _download(self, request: web.Request) -> web.Response:
         return web.Response(body=self._files[request.match_info["file"]])
-
-
-def make_request(prompt: str, **fields: Any) -> Request:
-    """A request for a paraphrase; the doc is named after its prompt."""
-    values: dict[str, Any] = {
-        "doc_id": prompt, "category": "paraphrase", "template": "paraphrase@1", "template_sha256": "0" * 64,
-        "prompt": prompt, "source_text": "", "num_words": 30, "max_output_tokens": 100,
-    }  # fmt: skip
-    return Request(**(values | fields))
-
-
-def text_of(prompt: str) -> str:
-    """What the model writes: the same for the same prompt."""
-    return f"Answer {hashlib.sha256(prompt.encode()).hexdigest()[:16]} to {prompt.split('@', maxsplit=1)[0].strip()}"
 
 
 def _gemini_answer(prompt: str, fault: str) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gemini_server import make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synth_fakes import make_request
 
 from sft_probe.errors import UserError
 from sft_probe.synth.requests import Answer, Request

@@ -1,0 +1,62 @@
+"""What the tests of the synthesis share: requests, and a writer that needs no network."""
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from sft_probe.synth.limits import Limits
+from sft_probe.synth.prices import Price
+from sft_probe.synth.requests import Answer, Request
+
+FAST = Limits(concurrency=8, first_backoff_s=0.001)
+CENT = Price(0.0, 100.0)  # 100 tokens of output cost a cent
+
+
+def make_request(prompt: str, **fields: Any) -> Request:
+    """A request for a paraphrase; the doc is named after its prompt."""
+    values: dict[str, Any] = {
+        "doc_id": prompt, "category": "paraphrase", "template": "paraphrase@1", "template_sha256": "0" * 64,
+        "prompt": prompt, "source_text": "", "num_words": 30, "max_output_tokens": 100,
+    }  # fmt: skip
+    return Request(**(values | fields))
+
+
+def prompts(number: int) -> list[Request]:
+    return [make_request(f"p{i}") for i in range(number)]
+
+
+def text_of(prompt: str) -> str:
+    """What the model writes: the same for the same prompt."""
+    return f"Answer {hashlib.sha256(prompt.encode()).hexdigest()[:16]} to {prompt.split('@', maxsplit=1)[0].strip()}"
+
+
+class FakeWriter:
+    """A writer whose n-th call for a prompt does what `plan` says: raises, or changes the answer."""
+
+    name, model, api_version = "fake", "fake-1", "v1"
+
+    def __init__(self, plan: Callable[[str, int], Exception | dict[str, Any] | None] = lambda *_: None) -> None:
+        self.calls: Counter[str] = Counter()
+        self.most_in_flight = self._in_flight = 0
+        self.times: list[float] = []
+        self.num_closed = 0
+        self._plan = plan
+
+    async def write(self, request: Request) -> Answer:
+        self.calls[request.prompt] += 1
+        self.times.append(time.monotonic())
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        await asyncio.sleep(hash(request.prompt) % 5 / 1000)
+        self._in_flight -= 1
+        planned = self._plan(request.prompt, self.calls[request.prompt])
+        if isinstance(planned, Exception):
+            raise planned
+        fields = {"status": "ok", "raw": "{}", "text": text_of(request.prompt), "model_version": "1"}
+        return Answer(**(fields | {"num_prompt_tokens": 10, "num_output_tokens": 100} | (planned or {})))
+
+    async def close(self) -> None:
+        self.num_closed += 1
