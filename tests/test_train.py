@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sft_probe import ds_configs
+from sft_probe.files import make_dir
+from sft_probe.models import cache_dir
 from sft_probe.train.inputs import disable_dropout
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
@@ -233,6 +235,16 @@ def test_no_compiler_is_said_plainly(tiny_flags: list[str], sft_probe: Run, tmp_
     flags = [*tiny_flags, "--deepspeed", "cpu", "--output_dir", str(tmp_path / "run")]
     message = user_error(sft_probe("train", *flags, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path)))
     assert "--deepspeed none" in message
+
+
+@pytest.mark.slow
+def test_a_build_that_was_killed_does_not_block_the_next(tmp_path: Path) -> None:
+    from filelock import FileLock
+    from torch.utils.cpp_extension import _get_build_directory
+
+    with FileLock(make_dir(cache_dir()) / "extensions.lock"):  # nobody else is building
+        Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock").touch()
+    subprocess.run([sys.executable, "-m", "sft_probe.train.extensions"], check=True, timeout=120)
 
 
 def test_dropout_is_off_in_every_kind_of_model() -> None:

@@ -5,8 +5,10 @@ Run as: python -m sft_probe.train.extensions
 
 import logging
 import shutil
+from pathlib import Path
 
 from filelock import FileLock
+from torch.utils.cpp_extension import _get_build_directory
 
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir
@@ -25,9 +27,12 @@ def build() -> None:
 
     if get_accelerator().device_name() != "cpu":
         return
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     make_dir(cache_dir())
     with FileLock(cache_dir() / "extensions.lock"):
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+        # torch's own lock file outlives a `kill -9`, and torch would wait for it for ever
+        Path(_get_build_directory(builder.name, verbose=False), "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 if __name__ == "__main__":
