@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from sft_probe.analysis.changes import change_table, groups_of_runs, table_over_runs
 from sft_probe.analysis.contrasts import contrast_table
+from sft_probe.analysis.generations import generations_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.rows import write_parquet
 from sft_probe.analysis.verdict import verdict_table
@@ -91,6 +92,8 @@ def verdict_text(analysis: Analysis) -> str:
         own = analysis.verdict[analysis.verdict["run"] == recording.name]
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis.measure))
+        if recording.generations is not None:
+            blocks.append(generations_text(recording.generations))
         blocks.append("\n".join(f"! {note}" for note in notes_of(recording)))
     blocks.append(over_runs_text(analysis.over_runs))
     return "\n\n".join(block for block in blocks if block)

@@ -58,6 +58,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
 
 def _add_simplicity(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    command.add_argument("--kl", action="store_true", help="also KL from the start; loads every snapshot once")
     command.add_argument("--out", type=Path, help="where the tables go as CSV; default: nowhere")
     command.set_defaults(command=_simplicity)
 
@@ -142,7 +143,7 @@ def _report(options: argparse.Namespace) -> None:
 def _simplicity(options: argparse.Namespace) -> None:
     from sft_probe.analysis.simplicity import simplicity, simplicity_text, write_simplicity
 
-    found = simplicity(options.runs)
+    found = simplicity(options.runs, with_kl=options.kl)
     print(simplicity_text(found))  # noqa: T201
     if options.out:
         for path in write_simplicity(found, options.out):

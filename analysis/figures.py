@@ -20,7 +20,7 @@ from sft_probe.analysis.charts import (
 from sft_probe.analysis.doc_figures import data_card, doc_lines, length_figure, token_figure
 from sft_probe.analysis.figure import Figure
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
-from sft_probe.analysis.run_figures import benchmark_figure, code_length_figure
+from sft_probe.analysis.run_figures import benchmark_figure, code_length_figure, generation_figure
 from sft_probe.analysis.style import Style
 from sft_probe.analysis.tables import write_tables
 from sft_probe.errors import UserError
@@ -66,6 +66,7 @@ def figures_of(analysis: Analysis, style: Style) -> Iterator[Figure]:
         for split in recordings[0].splits:
             yield from _of_one(analysis, recordings[0], split, style)
         yield from benchmark_figure(recordings[0], analysis.changes, style)
+        yield from generation_figure(recordings[0], analysis.changes, style)
     yield from code_length_figure(recordings, style)
 
 

@@ -1,6 +1,7 @@
 """Score rows from sweeps done elsewhere: lm-eval's own files, and tables of published means."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ _STEP_COLUMNS = {"step": "optimizer step", "train_examples": "training examples"
 _VALUE_COLUMNS = ("mean_sum_logprob", "mean_logprob", "logprob")
 _SAMPLES_FILE = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.:-]+)\.jsonl")
 _STEP = re.compile(r"(?:step|checkpoint|iter)[-_]?(\d+)", re.IGNORECASE)
+_METRIC = re.compile(r"logps_eval_prob_(train|test)/(.+)")
+_METRIC_SPLITS = {"train": "train", "test": "heldout"}
 _PREFIX = "sft_probe_"
 
 
@@ -52,6 +55,29 @@ def read_means(path: Path) -> tuple[pd.DataFrame, str]:
     table = table.assign(category=table["category"].astype(str), step=table[step].astype("int64"))
     means = table.groupby(["split", "category", "step"], sort=False)[value].mean().rename("value")
     return means.reset_index(), _STEP_COLUMNS[step]
+
+
+def read_metrics(path: Path) -> tuple[pd.DataFrame, str]:
+    """A `prob_train_metrics.json` of Ren & Sutherland (arXiv 2407.10490) as `read_means` gives it.
+
+    Each line is an evaluation; steps count them, since the file tells no more. `prob_train` are prompts trained on,
+    `prob_test` held-out ones.
+
+    Raises:
+        UserError: a line is no JSON object, or holds no finite `logps_eval_prob_train/CATEGORY`; names it.
+    """
+    rows = []
+    for step, metrics in enumerate(_read_samples(path)):
+        found = [(match, value) for name, value in metrics.items() if (match := _METRIC.fullmatch(name))]
+        if not found or not all(isinstance(value, float | int) and math.isfinite(value) for _, value in found):
+            raise UserError(f"{path}, line {step + 1}: no finite numbers named logps_eval_prob_train/CATEGORY.")
+        rows += [
+            {"split": _METRIC_SPLITS[match[1]], "category": match[2], "step": step, "value": float(value)}
+            for match, value in found
+        ]
+    if not rows:
+        raise UserError(f"{path} is empty.")
+    return pd.DataFrame(rows), "evaluation"
 
 
 Texts = dict[str, dict[str, str]]

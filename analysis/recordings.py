@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
-from sft_probe.analysis.imports import read_lm_eval, read_means
+from sft_probe.analysis.imports import read_lm_eval, read_means, read_metrics
 from sft_probe.analysis.measures import Cube, add_measures, cube
 from sft_probe.analysis.rows import SCHEMA, read_rows
 from sft_probe.errors import UserError
@@ -46,6 +46,8 @@ class Recording:
     """Doc id to category to response."""
     prompts: dict[str, str] = field(default_factory=dict)
     benchmarks: pd.DataFrame | None = None
+    generations: pd.DataFrame | None = None
+    """Greedy answers, as in `sft_probe.analysis.generations`."""
     notes: tuple[str, ...] = ()
     """What a reader must know of the numbers."""
 
@@ -100,11 +102,11 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 
 
 def load_recording(path: Path) -> Recording:
-    """Reads a run directory, a parquet file of score rows, a directory of lm-eval's results, or a CSV of means."""
+    """Reads a run directory, a parquet file of score rows, a directory of lm-eval's results, or means."""
     if not path.exists():
         raise UserError(f"{path} does not exist.")
-    if path.suffix == ".csv":
-        means, step_unit = read_means(path)
+    if path.suffix in (".csv", ".json"):
+        means, step_unit = read_means(path) if path.suffix == ".csv" else read_metrics(path)
         note = "means over docs as they were published: no intervals, and the terminator may be in the sums"
         return Recording(
             name=path.stem, path=path, rows=pd.DataFrame(), means=means, step_unit=step_unit, notes=(note,)
@@ -153,7 +155,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
     probe.setdefault("model", frame["model"].iloc[0])
     probe.setdefault("train_category", frame["train_category"].iloc[0])
     probe_set, set_notes = _probe_set_of(manifest, probe)
-    benchmarks = directory / "benchmarks.csv"
+    benchmarks, generations = directory / "benchmarks.csv", directory / "generations.parquet"
     rows = frame[frame["source"] == source]
     return Recording(
         name=str(frame["run"].iloc[0]),
@@ -166,6 +168,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         texts={doc.doc_id: doc.responses for doc in probe_set.docs} if probe_set else {},
         prompts={doc.doc_id: _prompt_text(doc.messages) for doc in probe_set.docs} if probe_set else {},
         benchmarks=pd.read_csv(benchmarks) if benchmarks.is_file() else None,
+        generations=pd.read_parquet(generations) if generations.is_file() else None,
         notes=(*set_notes, *_notes(directory, rows, manifest, probe, source)),
     )
 

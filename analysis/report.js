@@ -64,12 +64,22 @@ function response(run, doc, category) {
   return block;
 }
 
+function answer(item) {
+  const block = element("div");
+  block.append(element("h3", `greedy answer at step ${item.step}: ${item.tokens} tokens, ${item.ended ? "ended" : "cut at the limit"}`));
+  const text = element("div", item.text, "text");
+  text.dir = "auto";
+  block.append(text);
+  return block;
+}
+
 function show() {
   const run = data.docs[document.getElementById("run").value];
   const doc = run.docs[document.getElementById("doc").value];
   document.getElementById("prompt").textContent = doc.prompt;
   curves(run, doc);
   document.getElementById("responses").replaceChildren(...run.categories.map((category) => response(run, doc, category)));
+  document.getElementById("answers").replaceChildren(...doc.answers.map(answer));
 }
 
 function pick() {

@@ -14,6 +14,7 @@ import vl_convert
 
 from sft_probe.analysis.analyze import Analysis, analyze, notes_of, over_runs_text
 from sft_probe.analysis.figures import figures_of
+from sft_probe.analysis.generations import generations_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
 from sft_probe.analysis.report_docs import browser
 from sft_probe.analysis.style import Style
@@ -136,6 +137,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording.name),
         "notes": notes_of(recording),
         "splits": splits,
+        "answers": "" if recording.generations is None else generations_text(recording.generations),
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
 
@@ -197,7 +199,7 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             ]
             lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in part["rows"]]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
-        lines.append("")
+        lines += ["", _md(run["answers"]), ""]
     for figure in figures_of(analysis, style):
         written += figure.save(figures, ["png"], style)
         lines += [f"![{_md(figure.title)}](report_figures/{figure.name}.png)", ""]

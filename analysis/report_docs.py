@@ -60,7 +60,24 @@ def _doc(recording: Recording, split: str, arrays: Cube, number: int, measure: s
             for place, name in enumerate(arrays.categories)
         },
         "tokens": tokens,
+        "answers": _answers(recording, doc_id),
     }
+
+
+def _answers(recording: Recording, doc_id: str) -> list[dict[str, Any]]:
+    """Greedy answers to this prompt by step, where the sweep made some."""
+    if recording.generations is None:
+        return []
+    own = recording.generations[recording.generations["doc_id"] == doc_id].sort_values("step")
+    return [
+        {
+            "step": int(row["step"]),
+            "text": cut(row["text"]),
+            "tokens": int(row["num_tokens"]),
+            "ended": bool(row["ended"]),
+        }
+        for _, row in own.iterrows()
+    ]
 
 
 def cut(text: str) -> str:

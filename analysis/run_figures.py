@@ -1,14 +1,17 @@
 """Figures of whole runs: benchmarks beside probes, code lengths."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import altair as alt
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from sft_probe.analysis.changes import PER_RESPONSE
 from sft_probe.analysis.figure import Figure
+from sft_probe.analysis.generations import on_common_docs
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.simplicity import first_epoch
 from sft_probe.analysis.style import Style, cell_height, cell_width, columns_for, facet, key_colors, step_axis
@@ -28,10 +31,7 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
         high=lambda frame: frame["value"] + 1.96 * frame["stderr"].fillna(0.0),
     )
     own = recording.train_category or "chosen"
-    probe = changes[
-        (changes["run"] == recording.name) & (changes["split"] == "heldout") & (changes["category"] == own)
-        & (changes["measure"] == "logprob") & (changes["unit"] == PER_RESPONSE)
-    ][["step", "change"]].rename(columns={"change": "probe_change"})  # fmt: skip
+    probe = _probe_change(recording, changes, own)[["step", "change"]].rename(columns={"change": "probe_change"})
     table = table.merge(probe, on="step", how="left")
 
     def build(width: float) -> Any:
@@ -54,6 +54,65 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
         "Above by step, with 95 % intervals over questions; below against the probe: points of one run, not independent"
     ]
     yield Figure(name="benchmarks", title="Benchmarks beside probes", subtitle=subtitle, table=table, build=build)
+
+
+def generation_figure(recording: Recording, changes: pd.DataFrame, style: Style) -> Iterator[Figure]:
+    """Length, end and repetition of greedy answers beside the change of the training category, by step."""
+    if recording.generations is None:
+        return
+    answers = on_common_docs(recording.generations)
+    own = recording.train_category or "chosen"
+    measures = {
+        "num_tokens": "length (tokens)", "ended": "share that ended", "repetition": "share of repeated 4-grams"
+    }  # fmt: skip
+    parts = [_means(answers, column).assign(name=name) for column, name in measures.items()]
+    change = _probe_change(recording, changes, own)
+    if len(change):
+        panel = f"change of {own} (nats)"
+        bands = {"change": "value", "band_low": "low", "band_high": "high"}
+        parts.insert(0, change.rename(columns=bands).assign(name=panel))
+    table = pd.concat(parts, ignore_index=True)[["name", "step", "value", "low", "high"]]
+    names = list(dict.fromkeys(table["name"]))
+
+    def build(width: float) -> Any:
+        columns = min(2, columns_for(len(names), style))
+        cell = cell_width(width, columns, style)
+        base = alt.Chart(table).encode(x=step_axis(table["step"].tolist(), "optimizer step (log)"))
+        band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q", title=None), y2="high:Q")
+        line = base.mark_line(point=True).encode(
+            y=alt.Y("value:Q", title=None), tooltip=["name:N", "step:Q", "value:Q", "low:Q", "high:Q"]
+        )
+        layers = alt.layer(band, line, data=table).properties(width=cell, height=cell_height(cell, style))
+        return facet(layers, names, style, columns, column="name")
+
+    subtitle = [
+        f"{answers['doc_id'].nunique()} held-out prompts, at most {answers['max_new_tokens'].max()} tokens; means with "
+        "95 % intervals over prompts (t; shares that ended: Wilson)"
+    ]
+    yield Figure(name="generations", title="Greedy answers", subtitle=subtitle, table=table, build=build)
+
+
+def _means(answers: pd.DataFrame, column: str) -> pd.DataFrame:
+    """`step value low high`: means over prompts with 95 % intervals."""
+    rows = []
+    for step, own in answers.groupby("step"):
+        values = own[column].dropna().to_numpy(dtype=float)
+        low, high = math.nan, math.nan
+        if column == "ended":
+            low, high = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        elif len(values) > 1:
+            half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+            low, high = values.mean() - half, values.mean() + half
+        rows.append({"step": step, "value": values.mean() if len(values) else math.nan, "low": low, "high": high})
+    return pd.DataFrame(rows).dropna()
+
+
+def _probe_change(recording: Recording, changes: pd.DataFrame, category: str) -> pd.DataFrame:
+    """`step change band_low band_high` of a category on held-out prompts, nats per response without terminator."""
+    return changes[
+        (changes["run"] == recording.name) & (changes["split"] == "heldout") & (changes["category"] == category)
+        & (changes["measure"] == "logprob") & (changes["unit"] == PER_RESPONSE)
+    ][["step", "change", "band_low", "band_high"]]  # fmt: skip
 
 
 def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterator[Figure]:

@@ -14,13 +14,14 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from sft_probe.analysis.checkpoints import Checkpoint
+from sft_probe.analysis.generate import generate_answers, generation_docs, max_new_tokens
 from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.results import benchmark_rows, write_results
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, record_max_tokens
 from sft_probe.errors import UserError
 from sft_probe.files import new_dir, write_jsonl
 from sft_probe.models import check_window
-from sft_probe.prompts import first_visible
+from sft_probe.prompts import first_visible, terminator_id
 from sft_probe.rows import score_row
 from sft_probe.tasks.discovery import task_name, write_tasks_dir
 from sft_probe.tasks.lm import NonFiniteError, ProbeLM, ProbeScore
@@ -63,8 +64,10 @@ class Scorer:
         splits = [split for split in self.request.splits if not (folder / split).exists()]
         benchmarks = {spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in self.request.tasks}
         missing = {spec: path for spec, path in benchmarks.items() if not path.exists()}
-        if splits or missing:
-            log.info("step %d: scoring %s", checkpoint.step, ", ".join([*splits, *missing]))
+        answers = folder / f"generate_{self.request.generate}"
+        generating = ["answers"] if self.request.generate and not answers.exists() else []
+        if splits or missing or generating:
+            log.info("step %d: scoring %s", checkpoint.step, ", ".join([*splits, *missing, *generating]))
             checkpoint.verify()
             self._load(checkpoint)
         else:
@@ -77,6 +80,11 @@ class Scorer:
                 self._score_benchmark(checkpoint, spec, path)
             except NonFiniteError as error:
                 problems.append(f"{spec}: {error}")
+        if generating:
+            try:
+                self._generate(checkpoint, answers)
+            except FloatingPointError as error:
+                problems.append(f"--generate: {error}")
         return [*(fault for split in self.request.splits for fault in _faults(folder / split)), *problems]
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -168,6 +176,20 @@ class Scorer:
         with new_dir(folder) as temporary:
             write_jsonl(temporary / "benchmarks.jsonl", rows)
             self._write_results(temporary, results, checkpoint)
+
+    def _generate(self, checkpoint: Checkpoint, folder: Path) -> None:
+        settings = self.settings
+        rows = generate_answers(
+            self.live.model,
+            settings.tokenizer,
+            generation_docs(settings.docs, self.request.generate, settings.max_length),
+            ends=[terminator_id(settings.format_name, settings.tokenizer), settings.tokenizer.eos_token_id],
+            limit=max_new_tokens(settings.max_length),
+            batch_size=self.request.batch_size,
+        )
+        columns = {**settings.run_columns, "step": checkpoint.step, "epoch": checkpoint.epoch}
+        with new_dir(folder) as temporary:
+            write_jsonl(temporary / "generations.jsonl", [{**columns, **row} for row in rows])
 
     def _keep_max_tokens(self) -> None:
         if self.lm is not None and self.lm.scorer.max_tokens != self.max_tokens:

@@ -49,8 +49,10 @@ class SweepRequest:
     apply_chat_template: bool = False
     max_tokens: int | None = None
     """Tokens in one forward pass; default: those of the sweep so far, else by device."""
+    generate: int = 0
+    """Held-out prompts to answer greedily."""
     batch_size: int = 8
-    """Of benchmarks that generate."""
+    """Of what generates."""
     dtype: str = "float32"
     device: str | None = None
     shard: tuple[int, int] = (1, 1)

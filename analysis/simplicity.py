@@ -60,22 +60,23 @@ class Simplicity:
     """What `sft-probe simplicity` found."""
 
     runs: pd.DataFrame
-    """One row per run, `COLUMNS`; lengths in nats unless the name says bits."""
+    """One row per run, `COLUMNS`, with the KL those of `at_matched_gain`; in nats unless the name says bits."""
     contrasts: pd.DataFrame
     """`train_category than num_runs num_texts difference_bits bits_per_byte low high`, on the same texts."""
     notes: list[str]
 
 
-def simplicity(paths: Sequence[Path]) -> Simplicity:
+def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
     """Code lengths of finished runs.
 
     `code_length` is the prequential one, the sum of all first-epoch losses (Blier & Ollivier 2018, arXiv 1802.07044).
     `learned_bits` is what the same texts cost before training less that, where the run has scores of trained prompts at
     step 0. `surplus` is the surplus description length (Whitney et al. 2020, arXiv 2009.07368) against the held-out
-    loss of a converged run, or null with the reason in `surplus_note`.
+    loss of a converged run, or null with the reason in `surplus_note`. `with_kl` adds the forward KL from the start at
+    matched gain (arXiv 2509.04259), for which every snapshot is loaded once.
 
     Raises:
-        UserError: a run has no scores or no `first_epoch.jsonl`.
+        UserError: a run has no scores or no `first_epoch.jsonl`; with the KL, if it has no snapshot of step 0.
     """
     recordings = load_recordings(paths)
     losses: dict[str, pd.DataFrame] = {}
@@ -85,18 +86,19 @@ def simplicity(paths: Sequence[Path]) -> Simplicity:
             raise UserError(f"{recording.path} has no first_epoch.jsonl: it was not trained by this version.")
         losses[recording.name] = table
     limits = _limits(recordings)
-    rows = [_row(recording, losses[recording.name], limits) for recording in recordings]
+    runs = pd.DataFrame([_row(recording, losses[recording.name], limits) for recording in recordings])[COLUMNS]
+    if with_kl:
+        from sft_probe.analysis.divergence import at_matched_gain
+
+        gains = [_gain(recording) for recording in recordings]
+        runs = pd.concat([runs, at_matched_gain([recording.path for recording in recordings], gains)], axis=1)
     notes = [
-        "forward KL at matched gain is not computed: score rows hold the log-probs of given tokens, not whole "
-        "next-token distributions",
         "raw code lengths mostly rank the entropy of the texts: compare categories on the same texts",
     ]
-    most = max(pd.DataFrame(rows).groupby("train_category", dropna=False)["order_seed"].nunique())
+    most = max(runs.groupby("train_category", dropna=False)["order_seed"].nunique())
     if most < MIN_ORDERS:
         notes.append(f"{most} data order(s) per category: a claim needs at least {MIN_ORDERS}")
-    return Simplicity(
-        runs=pd.DataFrame(rows)[COLUMNS], contrasts=_contrasts(recordings, losses, notes), notes=notes
-    )  # fmt: skip
+    return Simplicity(runs=runs, contrasts=_contrasts(recordings, losses, notes), notes=notes)
 
 
 def _row(recording: Recording, losses: pd.DataFrame, limits: dict[str, tuple[float, str]]) -> dict[str, object]:
@@ -105,6 +107,7 @@ def _row(recording: Recording, losses: pd.DataFrame, limits: dict[str, tuple[flo
     own = losses[losses["doc_id"].isin(start)]
     start_length = sum(start.values()) if start else math.nan
     limit, note = limits[str(recording.train_category)]
+    gain = _gain(recording)
     return {
         "run": recording.name,
         "train_category": recording.train_category,
@@ -119,7 +122,7 @@ def _row(recording: Recording, losses: pd.DataFrame, limits: dict[str, tuple[flo
         "num_at_start": len(own),
         "surplus": surplus(losses, limit) if math.isfinite(limit) else math.nan,
         "surplus_note": note,
-        "half_gain_examples": _half_gain(recording),
+        "half_gain_examples": half_step(gain["examples_seen"], gain["gain"]) if gain is not None else math.nan,
     }
 
 
@@ -181,16 +184,17 @@ def surplus(losses: pd.DataFrame, limit: float, block: int = _BLOCK) -> float:
     return float((sums["loss_sum"] - limit * sums["tokens"]).clip(lower=0).sum())
 
 
-def _half_gain(recording: Recording) -> float:
-    """Training examples to half of the last held-out change of body log-prob per token."""
-    if recording.means is not None or "heldout" not in recording.splits or recording.train_category is None:
-        return math.nan
-    if recording.train_category not in recording.categories("heldout"):
-        return math.nan
+def _gain(recording: Recording) -> pd.DataFrame | None:
+    """`step examples_seen gain`: the held-out change of a run's own category in nats per body token, where known."""
+    if recording.means is not None or "heldout" not in recording.splits:
+        return None
+    if recording.train_category is None or recording.train_category not in recording.categories("heldout"):
+        return None
     arrays = recording.cube("heldout", [recording.train_category])
     seen = recording.rows.groupby("step")["examples_seen"].first().reindex(arrays.steps)
-    change = np.nansum(arrays.change("body")[:, 0], axis=0)
-    return half_step(seen.to_numpy(dtype=float).tolist(), change.tolist()) if len(change) > 1 else math.nan
+    num_tokens = np.nansum(arrays.at_start("num_tokens")[:, 0, 0] - 1)
+    gain = np.nansum(arrays.change("body")[:, 0], axis=0) / num_tokens
+    return pd.DataFrame({"step": arrays.steps, "examples_seen": seen.to_numpy(dtype=float), "gain": gain})
 
 
 def _contrasts(
@@ -259,6 +263,10 @@ def simplicity_text(found: Simplicity) -> str:
                 f"! {row['run']}: step-0 scores of {row['num_at_start']} of {row['num_examples']} training texts; "
                 f"`sft-probe sweep RUN --splits heldout,train` gives the rest"
             )
+    if "kl_per_token" in found.runs:
+        from sft_probe.analysis.divergence import kl_text
+
+        lines += kl_text(found.runs)
     for _, row in found.contrasts.iterrows():
         interval = "one order" if math.isnan(row["low"]) else f"[{row['low']:+.0f}, {row['high']:+.0f}] over orders"
         lines.append(

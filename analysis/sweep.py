@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sft_probe.analysis.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
+from sft_probe.analysis.generate import generation_docs
 from sft_probe.analysis.scorer import Scorer
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, fix_settings, resolve_settings
 from sft_probe.analysis.tables import write_tables
@@ -28,6 +29,8 @@ def sweep(request: SweepRequest) -> list[Path]:
     if request.engine == "ray":
         request = _ray_engine().connect(request)
     settings = resolve_settings(request, checkpoints[0])
+    if request.generate:
+        generation_docs(settings.docs, request.generate, settings.max_length)  # refused before anything is scored
     max_tokens = fix_settings(settings, request)
     for drop in settings.dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)

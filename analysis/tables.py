@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 from filelock import FileLock
 
+from sft_probe.analysis.generations import read_generations
 from sft_probe.analysis.rows import read_rows, write_parquet
 from sft_probe.analysis.trajectory import trajectory
 from sft_probe.files import write_text
 
 
 def write_tables(directory: Path) -> list[Path]:
-    """Writes `scores.parquet`, `trajectory.csv` and, with benchmarks, `benchmarks.csv`; returns what was written.
+    """Writes `scores.parquet`, `trajectory.csv`, and `benchmarks.csv` and `generations.parquet` where there are any.
+
+    Returns what was written.
 
     Under a lock, so that of several shards the one that ends last sees the steps of all.
     """
@@ -29,6 +33,9 @@ def write_tables(directory: Path) -> list[Path]:
             for path in sorted(directory.glob("sweep/step_*/*/benchmarks.jsonl"))
             for line in path.read_text("utf-8").splitlines()
         ]
+        if len(answers := read_generations(directory)):
+            write_parquet(directory / "generations.parquet", pa.Table.from_pandas(answers, preserve_index=False))
+            written.append(directory / "generations.parquet")
         if lines:
             table = pd.DataFrame([json.loads(line) for line in lines])
             write_text(directory / "benchmarks.csv", table.to_csv(index=False))

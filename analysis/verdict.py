@@ -9,7 +9,7 @@ from scipy import stats
 
 from sft_probe.analysis.changes import PER_RESPONSE
 from sft_probe.analysis.measures import PARTS
-from sft_probe.analysis.statistics import holm
+from sft_probe.analysis.statistics import Floats, holm
 
 ALPHA = 0.05
 _TURN_SHARE = 0.1  # of the range of a curve without intervals: what counts as a turn
@@ -74,11 +74,15 @@ def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.
     x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
     if math.isnan(y[-1]) or y[-1] == 0:
         return math.nan
-    gain = y / y[-1]
-    after = int(np.argmax(gain >= 0.5))
+    return crossing(x, y / y[-1], 0.5)
+
+
+def crossing(x: Floats, y: Floats, level: float) -> float:
+    """Where a curve, linear between its points, first reaches a level, which one of its points must."""
+    after = int(np.argmax(y >= level))
     if after == 0:
         return float(x[0])
-    share = (0.5 - gain[after - 1]) / (gain[after] - gain[after - 1])
+    share = (level - y[after - 1]) / (y[after] - y[after - 1])
     return float(x[after - 1] + share * (x[after] - x[after - 1]))
 
 

@@ -1,6 +1,7 @@
 """`sft-probe analyze`: numbers that are known beforehand, published ones, imports, and what it refuses."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -187,6 +188,21 @@ def test_live_and_swept_rows_that_differ_are_told(sft_probe: Run, swept_run: Pat
     assert "live probe and sweep differ by up to 0.50 nats" in sft_probe("analyze", own).stdout
 
 
+def test_a_forerunners_metric_file(sft_probe: Run, tmp_path: Path) -> None:
+    values = [(-122.5, -97.0), (-100.0, -80.0), (-79.5, -60.5)]
+    lines = [
+        json.dumps({"logps_eval_prob_train/chosen": a, "p_e": math.nan, "logps_eval_prob_train/reject_gptformat": b})
+        for a, b in values
+    ]
+    path = tmp_path / "prob_train_metrics.json"
+    path.write_text("\n".join(lines) + "\n")
+    result = sft_probe("analyze", path, "--out", tmp_path / "out")
+    assert "from evaluation 0 to 2" in result.stdout, result.stderr
+    verdict = pd.read_csv(tmp_path / "out/verdict.csv").set_index("category")
+    assert verdict["change"].to_dict() == pytest.approx({"chosen": 43.0, "reject_gptformat": 36.5})
+    assert set(verdict["split"]) == {"train"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -194,6 +210,14 @@ def test_live_and_swept_rows_that_differ_are_told(sft_probe: Run, swept_run: Pat
         ("a.csv", "step,category,logprob\n0,chosen,-1\n1,chosen,x\n", "line 3: logprob is 'x'"),
         ("a.csv", "step,category,logprob\n0,chosen,-1\n", "one step only (0)"),
         ("a.csv", "", "cannot be read as CSV"),
+        (
+            "a.json",
+            '{"logps_eval_prob_train/chosen": -1}\n{"logps_eval_prob_train/chosen": NaN}\n',
+            "line 2: no finite",
+        ),
+        ("a.json", '{"loss": 1}\n', "line 1: no finite numbers named logps_eval_prob_train/CATEGORY"),
+        ("a.json", "[]\n", "line 1: not a JSON object"),
+        ("a.json", "", "is empty"),
         ("a.parquet", "not parquet", "no parquet file of score rows"),
         ("results_2026-01-01T00-00-00.json", "{}", "tells no step"),
         ("nothing.txt", "", "holds no scores"),

@@ -38,6 +38,7 @@ def _open(page: Path, script: str, folder: Path) -> tuple[str, str]:
 def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
+    assert sft_probe("sweep", run, "--generate", 4).returncode == 0
     result = sft_probe("report", run)
     assert result.returncode == 0, result.stderr
     page = run / "report.html"
@@ -46,7 +47,19 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     dom, console = _open(page, pick, tmp_path)
     assert console == ""
     figures = re.findall(r'<div class="figure[^"]*" id="(figure-[\w-]+)"', dom)
-    assert len(figures) == 7
+    drawn = {name.removeprefix("figure-0-").removesuffix("_heldout") for name in figures}
+    assert drawn == {
+        "data_card",
+        "changes",
+        "levels",
+        "parts",
+        "docs",
+        "tokens",
+        "length",
+        "code_length",
+        "generations",
+    }
+    assert "greedy answer at step 4: " in dom
     for name in (*figures, "curves"):
         part = dom.partition(f'id="{name}"')[2].partition('<div class="figure')[0]
         marks = re.findall(r'class="mark-(?:line|symbol|rect|rule|area|text)[^"]*mark[^"]*"', part)

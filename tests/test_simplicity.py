@@ -2,16 +2,21 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import Run, user_error
 from score_files import CURVES, NUM_TOKENS, write_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.analysis.simplicity import surplus
+from sft_probe.prompts import PromptFormat, encode
+from sft_probe.records import load_probe_set
 
 NUM_TRAIN = 32
 
@@ -20,7 +25,7 @@ def _losses(run: Path, losses: list[float], category: str = "chosen", **changes:
     rows = [
         {
             "run": run.name, "step": 1 + n // 4, "doc_id": f"d{n}", "category": category, "split": "train",
-            "loss_sum": loss, "num_tokens": NUM_TOKENS, "num_bytes": 160, "order": n, **changes,
+            "loss_sum": loss, "num_tokens": NUM_TOKENS + 1, "num_bytes": 160, "order": n, **changes,
         }
         for n, loss in enumerate(losses)
     ]  # fmt: skip
@@ -46,7 +51,6 @@ def test_code_length_and_half_gain(sft_probe: Run, tmp_path: Path) -> None:
     assert math.isnan(row["surplus"])
     assert "not estimable: no converged run (under two epochs)" in text
     assert "step-0 scores of 0 of 32 training texts" in text
-    assert "forward KL at matched gain is not computed" in text
     assert "a claim needs at least 3" in text
 
 
@@ -80,7 +84,7 @@ def test_the_surplus_needs_a_converged_run(sft_probe: Run, tmp_path: Path, rate:
 def test_surplus_counts_blocks_not_examples() -> None:
     noise = np.random.default_rng(0).normal(0, 20, size=512)
     learned = np.where(np.arange(512) < 64, 50.0, 0.0)
-    losses = pd.DataFrame({"loss_sum": 100 + noise - noise.mean() + learned, "num_tokens": 49})
+    losses = pd.DataFrame({"loss_sum": 100 + noise - noise.mean() + learned, "num_tokens": 50})
     truth = 64 * 50.0
     assert surplus(losses, 2.0) == pytest.approx(truth, rel=0.4)
     assert surplus(losses, 2.0, block=1) > 1.5 * truth, "the floor that single examples have"
@@ -125,3 +129,34 @@ def test_what_is_refused(sft_probe: Run, tmp_path: Path) -> None:
     assert "stands there twice" in user_error(sft_probe("simplicity", run))
     (run / "first_epoch.jsonl").write_text("")
     assert "is empty" in user_error(sft_probe("simplicity", run))
+
+
+def test_the_kl_against_plain_transformers(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(swept_run, run)
+    result = sft_probe("simplicity", run, "--kl", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "out/simplicity.csv").iloc[0]
+    models: list[Any] = [
+        AutoModelForCausalLM.from_pretrained(run / f"weights/step_{step:06d}").double() for step in (0, 4)
+    ]
+    tokenizer: Any = AutoTokenizer.from_pretrained(run / "weights/step_000000")
+    total, count = 0.0, 0
+    for doc in load_probe_set("helpful-mini").of_split("heldout"):
+        prompt = encode(tokenizer, PromptFormat("hh").render(doc.messages).text)
+        ids = [*prompt, *tokenizer.encode(" " + doc.responses["chosen"]), tokenizer.eos_token_id]
+        with torch.no_grad():
+            old, new = (model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1] for model in models)
+        start, last = torch.distributions.Categorical(logits=old), torch.distributions.Categorical(logits=new)
+        total += float(torch.distributions.kl_divergence(start, last).sum())
+        count += len(ids) - len(prompt)
+    assert total > 0
+    assert table["kl_per_token"] == pytest.approx(total / count, rel=1e-4), "one run: at its last step"
+    assert "forward KL of tiny from its start" in result.stdout
+    rows = [json.loads(line) for line in (run / "kl/step_000000.jsonl").read_text().splitlines()]
+    assert max(abs(row["kl_sum"]) for row in rows) == 0.0
+    before = {path: path.stat().st_mtime_ns for path in (run / "kl").iterdir()}
+    assert sft_probe("simplicity", run, "--kl").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (run / "kl").iterdir()} == before, "what is there stays"
+    shutil.rmtree(run / "weights/step_000000")
+    assert "needs every snapshot, and that of step 0" in user_error(sft_probe("simplicity", run, "--kl"))

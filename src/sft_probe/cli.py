@@ -81,11 +81,14 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--engine", default="local", choices=("local", "ray"), help="ray: over a cluster's workers")
     command.add_argument("--ray-address", "--ray_address", help="default: RAY_ADDRESS, else Ray is started here")
+    command.add_argument(
+        "--generate", type=positive, default=0, metavar="N", help="also answer the first N held-out prompts, greedily"
+    )
     benchmarks = command.add_argument_group("benchmarks beside the probes")
     benchmarks.add_argument(
         "--tasks", type=names, default=(), metavar="A,B", help="lm-eval tasks, patterns or YAML files"
     )
-    benchmarks.add_argument("--batch_size", type=positive, default=8, help="of those that generate; default: 8")
+    benchmarks.add_argument("--batch_size", type=positive, default=8, help="of what generates; default: 8")
     benchmarks.add_argument("--num_fewshot", type=int)
     benchmarks.add_argument("--limit", type=float)
     benchmarks.add_argument("--apply_chat_template", action="store_true")
