@@ -84,7 +84,7 @@ function show() {
 
 function pick() {
   const run = data.docs[document.getElementById("run").value];
-  fill(document.getElementById("doc"), run.docs.map((doc) => doc.id));
+  fill(document.getElementById("doc"), run.docs.map((doc) => doc.id + (doc.answers.length ? " (with answers)" : "")));
   document.getElementById("omitted").textContent = run.omitted ? run.omitted + " more docs are left out to keep this file small" : "";
   show();
 }

@@ -43,7 +43,11 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     page = run / "report.html"
     assert page.stat().st_size < 8_000_000
-    pick = "const s = document.getElementById('doc'); s.value = 3; s.dispatchEvent(new Event('change'));"
+    pick = (
+        "const s = document.getElementById('doc'); "
+        "s.value = [...s.options].findLastIndex((option) => option.text.includes('with answers')); "
+        "s.dispatchEvent(new Event('change'));"
+    )
     dom, console = _open(page, pick, tmp_path)
     assert console == ""
     figures = re.findall(r'<div class="figure[^"]*" id="(figure-[\w-]+)"', dom)
