@@ -14,6 +14,7 @@ from sft_probe.analysis.generations import generations_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.rows import write_parquet
 from sft_probe.analysis.verdict import verdict_table
+from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
 _HEAD = (
@@ -50,10 +51,17 @@ def analyze(
     """
     recordings = load_recordings(paths)
     measure = "logprob_with_eos" if include_eos else "logprob"
+    for recording in recordings:
+        if include_eos and recording.means is None and recording.rows["logprob_with_eos"].isna().all():
+            raise UserError(f"{recording.path} has no scores of the terminator: leave out --include-eos.")
     changes = pd.concat([change_table(recording, categories) for recording in recordings], ignore_index=True)
     contrasts = [contrast_table(recording, measure) for recording in recordings]
     groups = [
-        table_over_runs(group, measure, categories).assign(model=group[0].model, train_category=group[0].train_category)
+        table_over_runs(group, measure, categories).assign(
+            model=group[0].model,
+            train_category=group[0].train_category,
+            order_seeds=", ".join(recording.order_seed for recording in group),
+        )
         for group in groups_of_runs(recordings)
     ]
     return Analysis(
@@ -108,7 +116,6 @@ def notes_of(recording: Recording) -> list[str]:
 
 def _block(recording: Recording, split: str, rows: pd.DataFrame, measure: str) -> str:
     first = rows.iloc[0]
-    sums = "with" if measure == "logprob_with_eos" or recording.means is not None else "without"
     docs = f"{first['num_docs']} {SPLIT_NAMES[split]} in {first['num_clusters']} clusters"
     if recording.means is not None:
         docs = "means over an unknown number of prompts"
@@ -116,7 +123,7 @@ def _block(recording: Recording, split: str, rows: pd.DataFrame, measure: str) -
         [
             f"{recording.name}: model {recording.model}, trained on {recording.train_category or '?'}; {docs}",
             f"change of log p(response | prompt) from {recording.step_unit} {first['first_step']} to "
-            f"{first['last_step']}, nats per response {sums} the terminator",
+            f"{first['last_step']}, nats per response {recording.sums(measure)}",
             "",
             _HEAD,
             *(_line(row) for _, row in rows.iterrows()),
@@ -151,8 +158,9 @@ def over_runs_text(table: pd.DataFrame) -> str:
     for (model, trained, split), part in table.groupby(["model", "train_category", "split"], sort=False):
         last = part[part["step"] == part["step"].max()]
         head = (
-            f"mean of {last['num_runs'].iloc[0]} runs of {model} on {trained}, {SPLIT_NAMES[str(split)]}, step "
-            f"{last['step'].iloc[0]}\n{'category':<22}{'change':>8}  {'other runs':<20}other runs and prompts"
+            f"mean of {last['num_runs'].iloc[0]} runs of {model} on {trained} that differ in their order seed alone "
+            f"({last['order_seeds'].iloc[0]}), {SPLIT_NAMES[str(split)]}, step {last['step'].iloc[0]}\n"
+            f"{'category':<22}{'change':>8}  {'other runs':<20}other runs and prompts"
         )
         lines = [
             f"{str(row['category'])[:21]:<22}{row['change']:>+8.1f}  {_interval(row['low'], row['high']):<20}"

@@ -1,6 +1,7 @@
 """Tidy tables of levels and paired changes from the first step, of one run and over runs."""
 
 import itertools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ from sft_probe.analysis.measures import MEASURES, Cube
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import Estimate, estimate, over_runs, over_runs_and_docs
 from sft_probe.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PER_RESPONSE, PER_TOKEN, PER_BYTE = "nats/response", "nats/body token", "nats/byte"
 
@@ -115,12 +118,20 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
 
 
 def groups_of_runs(recordings: Sequence[Recording]) -> list[list[Recording]]:
-    """Runs of one model and one training category that may be averaged, two or more in each group."""
-    groups: dict[tuple[str, str], list[Recording]] = {}
+    """Runs that differ in their order seeds alone, two or more in each group."""
+    groups: dict[str, list[Recording]] = {}
     for recording in recordings:
         if recording.means is None and recording.train_category:
-            groups.setdefault((recording.model, recording.train_category), []).append(recording)
-    return [group for group in groups.values() if len(group) > 1]
+            groups.setdefault(recording.setting, []).append(recording)
+    found = []
+    for group in groups.values():
+        seeds = {recording.order_seed for recording in group}
+        if len(seeds) == len(group) > 1:
+            found.append(group)
+        elif len(group) > 1:
+            names = ", ".join(recording.name for recording in group)
+            log.warning("not averaged, since they have the same order seed and so are no repeats: %s", names)
+    return found
 
 
 def table_over_runs(group: Sequence[Recording], measure: str, categories: Sequence[str] | None = None) -> pd.DataFrame:

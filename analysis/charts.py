@@ -14,6 +14,7 @@ from sft_probe.analysis.style import (
     category_shape,
     cell_height,
     cell_width,
+    colors_of,
     columns_for,
     facet,
     key_colors,
@@ -67,8 +68,9 @@ def levels_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, w
 def runs_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
     """Small multiples by category, a line per run, coloured by what tells runs apart."""
     keys = list(dict.fromkeys(table[style.color].astype(str)))
+    colors = list(colors_of(keys).values()) if style.color == "train_category" else key_colors(keys)
     color = alt.Color(
-        f"{style.color}:N", scale=alt.Scale(domain=keys, range=key_colors(keys)), sort=None,
+        f"{style.color}:N", scale=alt.Scale(domain=keys, range=colors), sort=None,
         legend=alt.Legend(title=style.color.replace("_", " "), columns=legend_columns(keys, style), symbolOpacity=1),
     )  # fmt: skip
     columns = columns_for(len(categories), style)

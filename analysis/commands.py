@@ -67,8 +67,9 @@ def _add_transfer(command: argparse.ArgumentParser) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", nargs="+", metavar="[ROW=]RUN", help="finished runs; those of one row are its seeds")
     source.add_argument(
-        "--rows", type=names, metavar="A,B", help="train these: categories, data files, tagged (a contrast set)"
-    )
+        "--rows", type=names, metavar="A,B",
+        help="train these: categories, data files, tagged (a contrast set), half_1 and half_2 (of chosen)",
+    )  # fmt: skip
     command.add_argument("--recipe", type=Path, help="of the training of --rows")
     command.add_argument("--order-seeds", "--order_seeds", type=positive, default=3, help="data orders; default: 3")
     command.add_argument("--shard", type=shard, default=(1, 1), metavar="i/N", help="train every N-th run; no tables")
@@ -141,7 +142,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _simplicity(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.simplicity import simplicity, simplicity_text, write_simplicity
+    from sft_probe.analysis.simplicity import simplicity, write_simplicity
+    from sft_probe.analysis.simplicity_text import simplicity_text
 
     found = simplicity(options.runs, with_kl=options.kl)
     print(simplicity_text(found))  # noqa: T201
@@ -151,7 +153,8 @@ def _simplicity(options: argparse.Namespace) -> None:
 
 
 def _transfer(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.transfer import transfer, transfer_text, write_transfer
+    from sft_probe.analysis.transfer import transfer, write_transfer
+    from sft_probe.analysis.transfer_text import transfer_text
 
     runs = options.runs or _train_rows(options)
     if options.shard[1] > 1:

@@ -13,8 +13,8 @@ def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFra
 
     `margin`: log-prob of the training category (else `chosen`) less that of `category`, in nats, at that step.
     `margin_change`: the same of changes from the first step. `pmi`: mean of log p(y_n | x_n) - log p(y_n | x_m) in
-    nats, m the doc whose `random` response is y_n; only texts scored under both prompts count; both docs are
-    clustered. `slope`: change from the first step in nats per token of the response.
+    nats, m the doc whose `random` response is y_n; only texts scored under both prompts count, clustered
+    by both docs. `slope`: change from the first step in nats per token of the response.
     """
     tables = []
     for split in recording.splits if recording.means is None else ():
@@ -79,5 +79,6 @@ def _pmi(arrays: Cube, random_doc_ids: dict[str, str | None], measure: str) -> l
     complete = ~np.isnan(difference).any(axis=1)
     if complete.sum() < 2:
         return []
-    found = pair_mean(difference[complete], owner_of[complete], borrower_of[complete])
+    owners, borrowers = arrays.clusters[owner_of[complete]], arrays.clusters[borrower_of[complete]]
+    found = pair_mean(difference[complete], owners, borrowers)
     return [_rows("pmi", "chosen", arrays.steps, found)]

@@ -99,7 +99,7 @@ def kl_text(runs: pd.DataFrame) -> list[str]:
         f"{row['kl_category']} responses, where its own target has gained {row['matched_gain']:.4f} nats per token "
         f"(step {row['kl_step']:.1f})"
         if not math.isnan(row["kl_per_token"])
-        else f"forward KL of {row['run']}: no matched gain, since a run's own target did not gain"
+        else f"forward KL of {row['run']}: no matched gain: a run's own target did not gain, or was not scored"
         for _, row in runs.iterrows()
     ]
 
@@ -114,7 +114,8 @@ def at_matched_gain(runs: Sequence[Path], gains: Sequence[pd.DataFrame | None]) 
         gains: `step gain` of each, nats per body token; `None` where it is not known.
     """
     last = [math.nan if gain is None else float(gain["gain"].iloc[-1]) for gain in gains]
-    matched = min(last) if all(value > 0 for value in last) else math.nan
+    known = [value for value in last if not math.isnan(value)]
+    matched = min(known) if known and min(known) > 0 else math.nan
     rows = []
     for run, gain in zip(runs, gains, strict=True):
         table = divergences(run)

@@ -129,7 +129,9 @@ def doc_lines(split: str, arrays: Cube, measure: str, style: Style) -> Iterator[
             layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns, own_scale=False
         )
 
-    subtitle = [f"Thin: {len(shown)} of {len(arrays.doc_ids)} docs; black: median, dashed: 10 and 90 % of all docs"]
+    subtitle = [
+        f"Thin: {len(shown)} of {len(arrays.doc_ids)} docs; black: median, dashed: 10 and 90 % of all docs; one run"
+    ]
     yield Figure(
         name=f"docs_{split}",
         title=f"Change of single docs, {SPLIT_NAMES[split]}",
@@ -176,7 +178,11 @@ def length_figure(split: str, arrays: Cube, measure: str, style: Style) -> Itera
 
     title = f"Change by step {arrays.steps[-1]} against length, {SPLIT_NAMES[split]}"
     yield Figure(
-        name=f"length_{split}", title=title, subtitle=["A dot is a doc; line: least squares"], table=table, build=build
+        name=f"length_{split}",
+        title=title,
+        subtitle=["A dot is a doc; line: least squares; one run"],
+        table=table,
+        build=build,
     )
 
 
@@ -222,7 +228,7 @@ def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -
         )
         return facet(layers, names, style, 1)
 
-    subtitle = [f"Doc {doc_id}, step {arrays.steps[0]} to {arrays.steps[-1]}; at most {_MAX_TOKENS} tokens"]
+    subtitle = [f"Doc {doc_id}, step {arrays.steps[0]} to {arrays.steps[-1]}; at most {_MAX_TOKENS} tokens; one run"]
     title = f"Change of each token of one doc, {SPLIT_NAMES[split]}"
     yield Figure(name=f"tokens_{split}", title=title, subtitle=subtitle, table=table, build=build)
 

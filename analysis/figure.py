@@ -15,6 +15,7 @@ from sft_probe.analysis.style import POINTS_PER_INCH, Style, finish
 from sft_probe.files import fsync_path, write_text
 
 _PNG_PPI = 200
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _SVG_SIZE = re.compile(r'width="([\d.]+)" height="([\d.]+)"')
 
 
@@ -45,7 +46,8 @@ class Figure:
         with alt.data_transformers.disable_max_rows():
             chart = finish(self.build(max(width, 40.0)), self.title, self.subtitle, style)
             spec: dict[str, Any] = chart.to_dict(validate=False)  # the schema is checked by what renders it
-        return spec
+        shown: dict[str, Any] = printable(spec)
+        return shown
 
     def save(self, folder: Path, formats: Sequence[str], style: Style) -> list[Path]:
         """Writes NAME.csv and a file of each format; returns the paths."""
@@ -58,6 +60,15 @@ class Figure:
             _write(path, render(spec, suffix))
             written.append(path)
         return written
+
+
+def printable(value: Any) -> Any:
+    """The same with U+FFFD for characters that XML 1.0 forbids: one in a text aborts the process that draws an SVG."""
+    if isinstance(value, str):
+        return _NOT_XML.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 def render(spec: dict[str, Any], suffix: str) -> bytes:

@@ -28,6 +28,7 @@ from sft_probe.files import make_dir
 
 FORMATS = ("png", "svg", "pdf", "html")
 DEFAULT_FORMATS = ("png", "svg", "pdf")
+_LEVEL_BANDS = "Around levels: the bands of the paired change, which are narrower than those of a level"
 _BANDS = "Bands: 95 % for all categories and steps at once, over prompts"
 
 
@@ -87,20 +88,21 @@ def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) 
         bottom = levels_chart(table, categories, style, width)
         return alt.vconcat(top, bottom, spacing=24).resolve_scale(color="independent")
 
-    yield Figure(name=f"trajectory_{split}", title=what, subtitle=subtitle, table=table, build=both)
+    about_levels = [*subtitle, _LEVEL_BANDS] if table["band_low"].notna().any() else subtitle
+    yield Figure(name=f"trajectory_{split}", title=what, subtitle=about_levels, table=table, build=both)
     yield Figure(
         name=f"changes_{split}", title=f"Change of {what}", subtitle=subtitle, table=table,
         build=partial(changes_chart, table, categories, marks, style),
     )  # fmt: skip
     yield Figure(
-        name=f"levels_{split}", title=what, subtitle=subtitle, table=table,
+        name=f"levels_{split}", title=what, subtitle=about_levels, table=table,
         build=partial(levels_chart, table, categories, style),
     )  # fmt: skip
     parts = parts_of(analysis.changes, split, style)
     if len(parts):
         yield Figure(
             name=f"parts_{split}", title=f"Where the change comes from, {SPLIT_NAMES[split]}",
-            subtitle=["Stacked: first token, body and terminator; red dot: their sum"], table=parts,
+            subtitle=["Stacked: first token, body and terminator; red dot: their sum; means of one run"], table=parts,
             build=partial(parts_chart, parts, categories, style),
         )  # fmt: skip
     if arrays is not None:
@@ -153,14 +155,14 @@ def boundaries(recording: Recording) -> pd.DataFrame:
 
 
 def _subtitle(recording: Recording, split: str, table: pd.DataFrame) -> list[str]:
-    sums = "with" if table["measure"].iloc[0] == "logprob_with_eos" else "without"
+    sums = recording.sums(str(table["measure"].iloc[0]))
     docs = f"{int(table['num_docs'].max())} {SPLIT_NAMES[split]}"
     if recording.means is not None:
-        return ["Means over prompts as published, summed with the terminator; no intervals"]
+        return ["Means over prompts as published; no intervals"]
     probe = recording.probe
     lines = [
         f"Model {recording.model}; probe set {probe.get('probe_set', '?')}, {docs}; prompt format "
-        f"{probe.get('prompt_format', '?')}; {probe.get('dtype', '?')}; sums {sums} the terminator",
+        f"{probe.get('prompt_format', '?')}; {probe.get('dtype', '?')}; sums {sums}",
         "Too few prompts for intervals"
         if table["stderr"].isna().all()
         else f"{_BANDS} of one run; they say nothing of training noise",

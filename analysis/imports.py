@@ -48,6 +48,8 @@ def read_means(path: Path) -> tuple[pd.DataFrame, str]:
         if numbers.isna().any():
             line = int(numbers.isna().to_numpy().argmax()) + 2
             raise UserError(f"{path}, line {line}: {name} is {table[name].iloc[line - 2]!r}, which is no number.")
+    if "source" in table and table["source"].nunique() > 1:
+        raise UserError(f"{path} holds scores of the live probe and of the sweep; give the directory of the run.")
     if "split" not in table:
         table["split"] = "heldout"
     if unknown := set(table["split"]) - {"heldout", "train"}:
@@ -153,7 +155,10 @@ def _logprob(sample: dict[str, Any]) -> float | None:
     """Of a sample with one loglikelihood request, `[[["-12.3", "False"]]]`; else `None`."""
     answers = sample.get("resps")
     try:
-        (((logprob, _),),) = answers  # type: ignore[misc]
+        ((answer,),) = answers  # type: ignore[misc]
+        if not isinstance(answer, list):  # a generated text
+            return None
+        logprob, _ = answer
         return float(logprob)
     except (TypeError, ValueError):
         return None

@@ -1,5 +1,6 @@
 """What was recorded of a run, from wherever it lies: a run directory, score rows, lm-eval's files, a table of means."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,10 @@ from sft_probe.records import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_pr
 
 _KEY = ["run", "source", "step", "split", "category", "doc_id"]
 _MAX_NAMED = 5
+_SETTING = (
+    "train_data", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "dtype", "bf16",
+    "fp16", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "max_length",
+)  # fmt: skip
 _DISAGREEMENT_NATS = 0.05
 SPLIT_NAMES = {"heldout": "held-out prompts", "train": "prompts trained on"}
 
@@ -56,16 +61,35 @@ class Recording:
         """What the run was trained on, where that is known."""
         return self.manifest.get("train_category") or self.probe.get("train_category")
 
+    def target(self, categories: Sequence[str]) -> str | None:
+        """Which of these categories holds the responses that the run was trained on; `None` where none does."""
+        trained = str(self.train_category)
+        return next((name for name in (trained, trained.removesuffix("_no_prompt")) if name in categories), None)
+
     @property
     def model(self) -> str:
         """Name of the model that was trained."""
         return str(self.manifest.get("model") or self.probe.get("model") or "?")
 
     @property
+    def setting(self) -> str:
+        """What repeats of a run have in common: all that is known of them but the seeds and the length of training."""
+        arguments = self.manifest.get("arguments", {})
+        trained = [arguments.get(name) for name in _SETTING]
+        probed = [self.probe.get(name) for name in ("probe_set_sha256", "prompt_format", "dtype")]
+        return json.dumps([self.model, self.train_category, trained, probed], default=str)
+
+    @property
     def order_seed(self) -> str:
         """Seed of the data order."""
         seed = self.manifest.get("order_seed", self.probe.get("order_seed"))
         return "?" if seed is None else str(seed)
+
+    def sums(self, measure: str) -> str:
+        """What is in the sums of a measure, in words."""
+        if self.means is not None:
+            return "as published"
+        return "with the terminator" if measure == "logprob_with_eos" else "without the terminator"
 
     @property
     def splits(self) -> list[str]:
@@ -143,6 +167,9 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
     if not table.num_rows:
         raise UserError(f"{path} holds no score rows.")
     frame = add_measures(table)
+    for name, known in (("split", {"heldout", "train"}), ("source", {"lm_eval", "live"})):
+        if unknown := set(frame[name].map(str)) - known:
+            raise UserError(f"{path}: the {name} {min(unknown)!r} is none of {', '.join(sorted(known))}.")
     repeated = frame.duplicated(_KEY)
     if repeated.any():
         first = frame[repeated].iloc[0]

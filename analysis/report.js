@@ -49,6 +49,9 @@ function response(run, doc, category) {
   text.dir = "auto";
   const tokens = doc.tokens[category];
   if (tokens) {
+    const plain = element("div", doc.responses[category] ?? "", "text");
+    plain.dir = "auto";
+    block.append(plain);
     tokens.texts.forEach((token, index) => {
       const moved = tokens.changes[index];
       const span = element("span", token, "token");

@@ -54,7 +54,7 @@ def report(
         return _write_markdown(analysis, target)
     text = html_report(analysis)
     if (size := len(text.encode())) > MAX_BYTES:
-        raise UserError(f"the report would take {size / 1e6:.1f} MB, over 8: give fewer runs, or --categories.")
+        raise UserError(f"the report would take {size / 1e6:.1f} MB, over 8: give fewer runs.")
     write_text(target, text)
     return [target]
 
@@ -64,16 +64,18 @@ def html_report(analysis: Analysis) -> str:
     style = Style(width=900, font_size=12)
     specs: dict[str, dict[str, Any]] = {}
     figures: dict[str, list[str]] = {}
+    is_one = len(analysis.recordings) == 1
     for number, recording in enumerate(analysis.recordings):
         one = _of_run(analysis, recording)
         for figure in figures_of(one, style):
-            if not figure.name.startswith("trajectory_"):  # it is changes and levels, which are there
+            # a trajectory is changes and levels, which are there; code lengths are drawn once, of all runs
+            if not figure.name.startswith("trajectory_") and (figure.name != "code_length" or is_one):
                 name = f"figure-{number}-{figure.name}"
                 specs[name] = figure.spec(style, fit=False)
                 figures.setdefault(recording.name, []).append(name)
-    if len(analysis.recordings) > 1:
-        for color in ("category", "run"):
-            for figure in figures_of(analysis, Style(width=900, font_size=12, color=color)):
+    for color in () if is_one else ("category", "run"):
+        for figure in figures_of(analysis, Style(width=900, font_size=12, color=color)):
+            if figure.name != "code_length" or color == "run":
                 name = f"figure-all-{color}-{figure.name}"
                 specs[name] = figure.spec(style, fit=False)
                 figures.setdefault("all runs", []).append(name)
@@ -87,7 +89,7 @@ def html_report(analysis: Analysis) -> str:
         runs=[_run(analysis, recording) for recording in analysis.recordings],
         header=_HEADER,
         over_runs=over_runs_text(analysis.over_runs),
-        sums="with" if analysis.measure == "logprob_with_eos" else "without",
+        sums=", ".join(dict.fromkeys(recording.sums(analysis.measure) for recording in analysis.recordings)),
         figures=figures,
         has_docs=bool(docs),
         vega=_in_script(f"(() => {{{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"),
@@ -134,7 +136,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "name": recording.name,
         "model": recording.model,
         "train_category": recording.train_category or "?",
-        "summary": summary(own, recording.name),
+        "summary": summary(own, recording),
         "notes": notes_of(recording),
         "splits": splits,
         "answers": "" if recording.generations is None else generations_text(recording.generations),
@@ -149,21 +151,27 @@ def _manifest(recording: Recording) -> dict[str, Any]:
     return found | {name: arguments[name] for name in _ARGUMENTS if name in arguments}
 
 
-def summary(verdict: pd.DataFrame, name: str) -> str:
-    """What rose, what fell and what did not, in one sentence, from the verdict on held-out prompts."""
-    rows = verdict[verdict["split"] == verdict["split"].iloc[0]]
+def summary(verdict: pd.DataFrame, recording: Recording) -> str:
+    """What rose, what fell and what did not, in one sentence, from the verdict on held-out prompts if there are any."""
+    split = str(verdict["split"].iloc[0])
+    rows = verdict[verdict["split"] == split]
     parts = []
     for verb, chosen in (
-        ("rose", rows[rows["sign"].isin(["+", "?"]) & (rows["change"] > 0)]),
-        ("fell", rows[rows["sign"].isin(["-", "?"]) & (rows["change"] < 0)]),
-        ("did not move for certain", rows[rows["sign"] == "0"]),
+        ("rose", rows[rows["moved"] & (rows["change"] > 0)]),
+        ("fell", rows[rows["moved"] & (rows["change"] < 0)]),
+        ("did not move for certain", rows[~rows["moved"]]),
     ):
         if len(chosen):
             ordered = chosen.sort_values("change", ascending=False, key=abs)
             names = [f"{row['category']} ({row['change']:+.1f})" for _, row in ordered.iterrows()]
             parts.append(f"{', '.join(names)} {verb}")
-    docs = f"{rows['num_docs'].max()} prompts" if rows["num_docs"].max() else "published means"
-    return f"{name}: by step {rows['last_step'].iloc[0]} {'; '.join(parts)} (nats per response; {docs}, one run)."
+    docs = f"{rows['num_docs'].max()} {SPLIT_NAMES[split]}"
+    if not rows["num_docs"].max():
+        docs = f"published means, {SPLIT_NAMES[split]}"
+    return (
+        f"{recording.name}: by {recording.step_unit} {rows['last_step'].iloc[0]} {'; '.join(parts)} (nats per response "
+        f"{recording.sums(str(verdict['measure'].iloc[0]))}; {docs}, one run)."
+    )
 
 
 def _cells(row: "pd.Series[Any]") -> list[str]:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
+from sft_probe.errors import UserError
 from sft_probe.files import fsync_path
 from sft_probe.rows import COLUMNS
 
@@ -18,9 +19,19 @@ SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in COLUMNS.items()])
 
 
 def read_rows(paths: list[Path]) -> pa.Table:
-    """The rows of many JSONL files, some of them empty, in the order of the files, as one table with `SCHEMA`."""
+    """The rows of many JSONL files, some of them empty, in the order of the files, as one table with `SCHEMA`.
+
+    Raises:
+        UserError: a file is damaged or of another version.
+    """
     options = pyarrow.json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="error")
-    tables = [pyarrow.json.read_json(path, parse_options=options) for path in paths if path.stat().st_size]
+    tables = []
+    for path in paths:
+        try:
+            if path.stat().st_size:
+                tables.append(pyarrow.json.read_json(path, parse_options=options))
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path} holds no score rows of this version: {error}") from error
     return pa.concat_tables([table.select(SCHEMA.names) for table in tables]) if tables else SCHEMA.empty_table()
 
 

@@ -17,6 +17,7 @@ from sft_probe.analysis.simplicity import first_epoch
 from sft_probe.analysis.style import Style, cell_height, cell_width, columns_for, facet, key_colors, step_axis
 
 MAX_PANELS = 12
+MAX_POINTS = 400  # of one curve: a report holds them all
 
 
 def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) -> Iterator[Figure]:
@@ -24,9 +25,11 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
     table = recording.benchmarks
     if table is None or table.empty:
         return
-    table = table.assign(name=table["task"] + ", " + table["metric"])
-    kept = list(dict.fromkeys(table["name"]))[:MAX_PANELS]
-    table = table[table["name"].isin(kept)].assign(
+    own_filter = (", " + table["filter"].astype(str)).where(table["filter"] != "none", "")
+    table = table.assign(name=table["task"] + ", " + table["metric"] + own_filter)
+    names = list(dict.fromkeys(table["name"]))
+    kept = names[:MAX_PANELS]
+    table = table.assign(
         low=lambda frame: frame["value"] - 1.96 * frame["stderr"].fillna(0.0),
         high=lambda frame: frame["value"] + 1.96 * frame["stderr"].fillna(0.0),
     )
@@ -38,21 +41,24 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
         columns = columns_for(len(kept), style)
         size = {"width": cell_width(width, columns, style), "height": 0.6 * cell_width(width, columns, style)}
         y = alt.Y("value:Q", title="value", scale=alt.Scale(zero=False))
-        base = alt.Chart(table).encode(y=y)
+        shown = table[table["name"].isin(kept)]
+        base = alt.Chart(shown).encode(y=y)
         x = step_axis(table["step"].tolist(), "step (log)")
         band = base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="value"), y2="high:Q")
         line = base.mark_line(point=True).encode(x=x, tooltip=["name:N", "step:Q", "value:Q", "stderr:Q", "n:Q"])
         against = base.mark_line(point=True, color="#D55E00").encode(
             x=alt.X("probe_change:Q", title=f"change of {own} (nats)"), order="step:Q", tooltip=["step:Q", "value:Q"]
         )
-        rows = [facet(alt.layer(band, line, data=table).properties(**size), kept, style, columns, column="name")]
-        if table["probe_change"].notna().any():
-            rows.append(facet(alt.layer(against, data=table).properties(**size), kept, style, columns, column="name"))
+        rows = [facet(alt.layer(band, line, data=shown).properties(**size), kept, style, columns, column="name")]
+        if shown["probe_change"].notna().any():
+            rows.append(facet(alt.layer(against, data=shown).properties(**size), kept, style, columns, column="name"))
         return alt.vconcat(*rows)
 
     subtitle = [
         "Above by step, with 95 % intervals over questions; below against the probe: points of one run, not independent"
     ]
+    if len(names) > len(kept):
+        subtitle.append(f"{len(names) - len(kept)} more are in the CSV alone: {', '.join(names[MAX_PANELS:][:5])}, ...")
     yield Figure(name="benchmarks", title="Benchmarks beside probes", subtitle=subtitle, table=table, build=build)
 
 
@@ -86,8 +92,8 @@ def generation_figure(recording: Recording, changes: pd.DataFrame, style: Style)
         return facet(layers, names, style, columns, column="name")
 
     subtitle = [
-        f"{answers['doc_id'].nunique()} held-out prompts, at most {answers['max_new_tokens'].max()} tokens; means with "
-        "95 % intervals over prompts (t; shares that ended: Wilson)"
+        f"{answers['doc_id'].nunique()} held-out prompts, at most {answers['max_new_tokens'].max()} tokens; 95 % over "
+        "prompts, one run: of each mean by itself (t; shares that ended: Wilson), of the change for all steps at once"
     ]
     yield Figure(name="generations", title="Greedy answers", subtitle=subtitle, table=table, build=build)
 
@@ -97,14 +103,14 @@ def _means(answers: pd.DataFrame, column: str) -> pd.DataFrame:
     rows = []
     for step, own in answers.groupby("step"):
         values = own[column].dropna().to_numpy(dtype=float)
-        low, high = math.nan, math.nan
+        low = high = values.mean() if len(values) else math.nan
         if column == "ended":
             low, high = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         elif len(values) > 1:
             half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
             low, high = values.mean() - half, values.mean() + half
         rows.append({"step": step, "value": values.mean() if len(values) else math.nan, "low": low, "high": high})
-    return pd.DataFrame(rows).dropna()
+    return pd.DataFrame(rows).dropna()  # no answer of a step may be long enough for a 4-gram
 
 
 def _probe_change(recording: Recording, changes: pd.DataFrame, category: str) -> pd.DataFrame:
@@ -124,6 +130,7 @@ def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterato
             continue
         bits = losses["loss_sum"].cumsum() / np.log(2)
         window = max(4, len(losses) // 16)
+        kept = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), MAX_POINTS)).round().astype(int))
         running = losses["loss_sum"].rolling(window).sum() / losses["num_bytes"].rolling(window).sum() / np.log(2)
         tables.append(
             pd.DataFrame(
@@ -132,7 +139,7 @@ def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterato
                     "order_seed": recording.order_seed, "example": np.arange(1, len(losses) + 1),
                     "running": running, "so_far": bits / losses["num_bytes"].cumsum(),
                 }
-            )
+            ).iloc[kept]
         )  # fmt: skip
     if not tables:
         return

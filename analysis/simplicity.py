@@ -95,9 +95,9 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
     notes = [
         "raw code lengths mostly rank the entropy of the texts: compare categories on the same texts",
     ]
-    most = max(runs.groupby("train_category", dropna=False)["order_seed"].nunique())
-    if most < MIN_ORDERS:
-        notes.append(f"{most} data order(s) per category: a claim needs at least {MIN_ORDERS}")
+    fewest = min(runs.groupby("train_category", dropna=False)["order_seed"].nunique())
+    if fewest < MIN_ORDERS:
+        notes.append(f"{fewest} data order(s) of a category: a claim needs at least {MIN_ORDERS}")
     return Simplicity(runs=runs, contrasts=_contrasts(recordings, losses, notes), notes=notes)
 
 
@@ -106,7 +106,7 @@ def _row(recording: Recording, losses: pd.DataFrame, limits: dict[str, tuple[flo
     start = _start_losses(recording, losses)
     own = losses[losses["doc_id"].isin(start)]
     start_length = sum(start.values()) if start else math.nan
-    limit, note = limits[str(recording.train_category)]
+    limit, note = limits[recording.setting]
     gain = _gain(recording)
     return {
         "run": recording.name,
@@ -137,14 +137,13 @@ def _start_losses(recording: Recording, losses: pd.DataFrame) -> dict[str, float
 
 
 def _limits(recordings: Sequence[Recording]) -> dict[str, tuple[float, str]]:
-    """Per training category, the held-out loss per token of a converged run, or NaN; and what it is or why not."""
+    """Per setting, the held-out loss per token of a converged run of it, or NaN; and what it is or why not."""
     found: dict[str, tuple[float, str]] = {}
     for recording in recordings:
-        category = str(recording.train_category)
         limit, note = _converged_loss(recording)
-        best, _ = found.get(category, (math.nan, ""))
-        if category not in found or (not math.isnan(limit) and not best <= limit):
-            found[category] = (limit, note)
+        best, _ = found.get(recording.setting, (math.nan, ""))
+        if recording.setting not in found or (not math.isnan(limit) and not best <= limit):
+            found[recording.setting] = (limit, note)
     return found
 
 
@@ -188,9 +187,9 @@ def _gain(recording: Recording) -> pd.DataFrame | None:
     """`step examples_seen gain`: the held-out change of a run's own category in nats per body token, where known."""
     if recording.means is not None or "heldout" not in recording.splits:
         return None
-    if recording.train_category is None or recording.train_category not in recording.categories("heldout"):
+    if (target := recording.target(recording.categories("heldout"))) is None:
         return None
-    arrays = recording.cube("heldout", [recording.train_category])
+    arrays = recording.cube("heldout", [target])
     seen = recording.rows.groupby("step")["examples_seen"].first().reindex(arrays.steps)
     num_tokens = np.nansum(arrays.at_start("num_tokens")[:, 0, 0] - 1)
     gain = np.nansum(arrays.change("body")[:, 0], axis=0) / num_tokens
@@ -200,12 +199,26 @@ def _gain(recording: Recording) -> pd.DataFrame | None:
 def _contrasts(
     recordings: Sequence[Recording], losses: dict[str, pd.DataFrame], notes: list[str]
 ) -> pd.DataFrame:  # fmt: skip
-    """Code lengths of `random` and `chosen_no_prompt` less that of `chosen`, per data order, on the same texts."""
+    """Code lengths of `random` and `chosen_no_prompt` less that of `chosen`, per data order, on the same texts.
+
+    Of runs of one model and probe set; those with a `--train_data` of their own have no texts in common.
+    """
     lengths: dict[str, dict[str, dict[str, float]]] = {}
     sizes: dict[str, int] = {}
-    for recording in recordings:
+    own = [recording for recording in recordings if not recording.manifest.get("train_data")]
+    if len({(recording.model, recording.probe.get("probe_set_sha256")) for recording in own}) > 1:
+        notes.append("no contrast on the same texts: the runs are of several models or probe sets")
+        return pd.DataFrame()
+    for recording in own:
         table = losses[recording.name]
         owners = _owners(recording)
+        if recording.train_category == "random" and not owners:
+            notes.append(
+                f"{recording.name} is not in the contrast: its probe set, which tells whose texts, is not here"
+            )
+            continue
+        if recording.order_seed in lengths.get(str(recording.train_category), {}):
+            raise UserError(f"two runs on {recording.train_category} have order seed {recording.order_seed}: give one.")
         texts = [owners.get(str(name), str(name)) for name in table["doc_id"]]
         sizes |= dict(zip(texts, table["num_bytes"].astype(int), strict=True))
         per_order = lengths.setdefault(str(recording.train_category), {})
@@ -238,46 +251,6 @@ def _owners(recording: Recording) -> dict[str, str]:
     if recording.train_category != "random" or recording.probe_set is None:
         return {}
     return {doc.doc_id: doc.random_doc_id for doc in recording.probe_set.docs if doc.random_doc_id is not None}
-
-
-def simplicity_text(found: Simplicity) -> str:
-    """What `sft-probe simplicity` prints."""
-    head = (
-        f"{'run':<22}{'trained on':<18}{'order':>6}{'examples':>9}{'bits/byte: start':>18}{'prequential':>12}"
-        f"{'nats':>10}{'learned bits':>14}{'half gain at':>14}"
-    )
-    lines = [head]
-    for _, row in found.runs.iterrows():
-        lines.append(
-            f"{str(row['run'])[:21]:<22}{str(row['train_category'])[:17]:<18}{row['order_seed']:>6}"
-            f"{row['num_examples']:>9}{_number(row['start_bits_per_byte'], '.3f'):>18}{row['bits_per_byte']:>12.3f}"
-            f"{row['code_length']:>10.0f}{_number(row['learned_bits'], '.0f'):>14}"
-            f"{_number(row['half_gain_examples'], '.0f'):>14}"
-        )
-    lines.append("")
-    for _, row in found.runs.iterrows():
-        value = "" if math.isnan(row["surplus"]) else f"{row['surplus']:.1f} nats; "
-        lines.append(f"surplus description length of {row['run']}: {value}{row['surplus_note']}")
-        if row["num_at_start"] < row["num_examples"]:
-            lines.append(
-                f"! {row['run']}: step-0 scores of {row['num_at_start']} of {row['num_examples']} training texts; "
-                f"`sft-probe sweep RUN --splits heldout,train` gives the rest"
-            )
-    if "kl_per_token" in found.runs:
-        from sft_probe.analysis.divergence import kl_text
-
-        lines += kl_text(found.runs)
-    for _, row in found.contrasts.iterrows():
-        interval = "one order" if math.isnan(row["low"]) else f"[{row['low']:+.0f}, {row['high']:+.0f}] over orders"
-        lines.append(
-            f"{row['train_category']} costs {row['difference_bits']:+.0f} bits ({row['bits_per_byte']:+.4f} per byte) "
-            f"more than {row['than']} on the same {row['num_texts']} texts, {row['num_runs']} order(s), {interval}"
-        )
-    return "\n".join([*lines, *(f"! {note}" for note in found.notes)])
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
 
 
 def write_simplicity(found: Simplicity, folder: Path) -> list[Path]:

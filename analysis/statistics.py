@@ -265,17 +265,19 @@ def _slope_of(x: Floats, y: Floats, clusters: Ints) -> tuple[float, float, float
 
 
 def pair_mean(values: Floats, first: Ints, second: Ints) -> Estimate:
-    """Mean of quantities that belong to two docs each, both of them clustered.
+    """Mean of quantities that belong to two clusters of docs each.
 
-    Variance: products of the residuals of all pairs of quantities that share a doc in either place (dyadic-robust;
-    Aronow, Samii & Assenova 2015, doi:10.1093/pan/mpv018), times N/(N-1).
+    Variance: products of the residuals of all pairs of quantities that share a cluster in either place (dyadic-robust;
+    Aronow, Samii & Assenova 2015, doi:10.1093/pan/mpv018), times G/(G-1), with G-1 degrees of freedom, where G is the
+    number of clusters or of quantities, whichever is smaller.
 
     Args:
         values: [quantities, points], complete.
-        first: [quantities], number of one doc.
-        second: [quantities], number of the other.
+        first: [quantities], cluster of one doc.
+        second: [quantities], cluster of the other.
     """
     count = len(values)
+    groups = min(count, len(np.union1d(first, second)))
     mean = values.mean(axis=0)
     residuals = values - mean
     shares = (
@@ -285,8 +287,10 @@ def pair_mean(values: Floats, first: Ints, second: Ints) -> Estimate:
         | (second[:, None] == first)
     )
     variance = np.einsum("ik,ij,jk->k", residuals, shares.astype(np.float64), residuals, optimize=True) / count**2
-    stderr = np.sqrt(np.maximum(variance, 0.0) * count / max(count - 1, 1)) if count > 1 else np.full_like(mean, np.nan)
-    degrees = np.full(mean.shape, max(count - 1, 1), dtype=np.float64)
+    stderr = np.full_like(mean, np.nan)
+    if groups > 1:
+        stderr = np.sqrt(np.maximum(variance, 0.0) * groups / (groups - 1))
+    degrees = np.full(mean.shape, max(groups - 1, 1), dtype=np.float64)
     half = stats.t.ppf((1 + LEVEL) / 2, degrees) * stderr
     return Estimate(
         mean=mean, stderr=stderr, low=mean - half, high=mean + half, band_low=mean - half, band_high=mean + half,

@@ -1,6 +1,7 @@
 """What all figures share: colours, the step axis, titles, fonts."""
 
 import textwrap
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,9 +57,13 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def colors_of(names: Sequence[str]) -> dict[str, str]:
-    """Colours by name: the six standard categories fixed, others in their order."""
-    others = iter(_OTHER_COLORS * (1 + len(names) // len(_OTHER_COLORS)))
-    return {name: COLORS.get(name) or next(others) for name in names}
+    """Colours by name: the six standard categories fixed; others by their name, as far as no two fall together."""
+    found = {name: COLORS[name] for name in names if name in COLORS}
+    for name in sorted(set(names) - COLORS.keys()):
+        start = zlib.crc32(name.encode()) % len(_OTHER_COLORS)
+        turned = _OTHER_COLORS[start:] + _OTHER_COLORS[:start]
+        found[name] = next((color for color in turned if color not in found.values()), turned[0])
+    return {name: found[name] for name in names}
 
 
 def key_colors(names: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from sft_probe.analysis.statistics import over_runs
 from sft_probe.analysis.transfer_maths import (
     Gains,
     clusters_of,
+    difference,
     draws_of,
     efficiency,
     interval,
@@ -28,8 +29,8 @@ from sft_probe.analysis.transfer_maths import (
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
-_NO_PROMPT = "_no_prompt"
-_HEADLINE = ("random", f"chosen{_NO_PROMPT}")
+_HEADLINE = ("random", "chosen_no_prompt")
+_HALVES = {"half_1", "half_2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,10 @@ class Transfer:
     selectivity: pd.DataFrame
     """`row selectivity`"""
     omega: pd.DataFrame
-    """`row other omega low high matched_gain matched_omega matched_low matched_high seeds_low seeds_high is_null`"""
+    """`row other omega low high matched_gain matched_omega matched_low matched_high seeds_low seeds_high is_null`, of
+    rows with other targets; `is_null`: the noise floor, of the rows `half_1` and `half_2`"""
+    differences: pd.DataFrame
+    """`row other category difference low high`, of rows with one target: nats per body token"""
     curves: pd.DataFrame
     """`row other step gain omega low high`"""
     shares: pd.DataFrame
@@ -67,10 +71,12 @@ def transfer(sources: Sequence[str]) -> Transfer:
         rows.setdefault(name if given else str(recording.train_category), []).append(recording)
     if len(rows) < 2:
         raise UserError(f"transfer compares at least two rows; there is only {', '.join(rows)}. Name them ROW=RUN.")
+    models = {recording.model for group in rows.values() for recording in group}
+    if len(models) > 1:
+        raise UserError(f"the runs start from several models, {', '.join(sorted(models))}; compare those of one.")
     gains, doc_ids, complete = _gains(rows)
     draws = draws_of(len(gains[0].tokens))
     pairs = list(itertools.combinations(gains, 2))
-    docs = {name: {str(d) for run in group for d in run.manifest.get("doc_ids", [])} for name, group in rows.items()}
     curves = [_curve(one, two, draws) for one, two in pairs if one.target != two.target]
     notes = [f"{len(doc_ids) - complete} docs without all scores are left out"] if complete < len(doc_ids) else []
     if min(len(group) for group in rows.values()) < 3:
@@ -78,7 +84,8 @@ def transfer(sources: Sequence[str]) -> Transfer:
     return Transfer(
         matrix=_matrix(gains, draws),
         selectivity=_selectivity(gains),
-        omega=pd.DataFrame([row for one, two in pairs if (row := _omega(one, two, draws, docs))]),
+        omega=pd.DataFrame([row for one, two in pairs if (row := _omega(one, two, draws))]),
+        differences=pd.DataFrame([_difference(one, two, draws) for one, two in pairs if one.target == two.target]),
         curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
         shares=pd.DataFrame(_shares(gains, draws)),
         step=gains[0].steps[-1],
@@ -115,10 +122,20 @@ def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], in
         gains.append(
             Gains(
                 name=name, target=_target(name, group[0], common), categories=common, steps=steps, change=sums,
-                tokens=clusters_of(tokens[complete], clusters),
+                tokens=clusters_of(tokens[complete], clusters), order_seeds=_order_seeds(name, group),
             )
         )  # fmt: skip
     return gains, doc_ids, int(complete.sum())
+
+
+def _order_seeds(row: str, group: Sequence[Recording]) -> list[str]:
+    """Of the runs of a row; their places where one does not tell its own."""
+    seeds = [run.order_seed for run in group]
+    if "?" in seeds:
+        return [str(place) for place in range(len(seeds))]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"runs of the row {row} are no repeats: their order seeds are {', '.join(seeds)}.")
+    return seeds
 
 
 def _body_change(arrays: Cube, doc_ids: list[str], steps: list[int]) -> np.ndarray:
@@ -129,17 +146,26 @@ def _body_change(arrays: Cube, doc_ids: list[str], steps: list[int]) -> np.ndarr
 
 
 def _target(row: str, recording: Recording, categories: list[str]) -> str:
-    trained = str(recording.train_category)
-    for name in (trained, trained.removesuffix(_NO_PROMPT)):
-        if name in categories:
-            return name
-    raise UserError(f"the row {row} was trained on {trained}, which was not probed; probed: {', '.join(categories)}.")
+    if (target := recording.target(categories)) is None:
+        raise UserError(
+            f"the row {row} was trained on {recording.train_category}, which was not probed; probed: "
+            f"{', '.join(categories)}."
+        )
+    return target
+
+
+def _owners(gains: list[Gains]) -> list[int | None]:
+    """For each category, the row of its name, else the first that has it as its target."""
+    names, targets = [gain.name for gain in gains], [gain.target for gain in gains]
+    return [
+        names.index(name) if name in names else targets.index(name) if name in targets else None
+        for name in gains[0].categories
+    ]
 
 
 def _matrix(gains: list[Gains], draws: np.ndarray) -> pd.DataFrame:
-    own = [gain.column(gain.target) for gain in gains]
     points = np.stack([gain.transfer()[0, :, :, -1].mean(axis=0) for gain in gains])  # [rows, categories]
-    relative = efficiency(points, own)
+    relative = efficiency(points, _owners(gains))
     table = []
     for number, gain in enumerate(gains):
         found = interval(points[number], gain.transfer(draws).mean(axis=1)[:, :, -1])
@@ -162,12 +188,19 @@ def _selectivity(gains: list[Gains]) -> pd.DataFrame:
     return pd.DataFrame({"row": [gain.name for gain in gains], "selectivity": found})
 
 
-def _omega(one: Gains, two: Gains, draws: np.ndarray, docs: dict[str, set[str]]) -> dict[str, object] | None:
-    """Of rows with other targets; of one target only as the null of disjoint training sets."""
+def _difference(one: Gains, two: Gains, draws: np.ndarray) -> dict[str, object]:
+    found = difference(one, two, draws)
+    return {
+        "row": one.name, "other": two.name, "category": one.target, "difference": float(found.value),
+        "low": float(found.low), "high": float(found.high),
+    }  # fmt: skip
+
+
+def _omega(one: Gains, two: Gains, draws: np.ndarray) -> dict[str, object] | None:
+    """Of rows with other targets; of one target only the noise floor, from disjoint halves of its training set."""
     names: dict[str, object] = {"row": one.name, "other": two.name}
     if one.target == two.target:
-        first, second = docs[one.name], docs[two.name]
-        if not first or not second or first & second:
+        if {one.name, two.name} != _HALVES:
             return None
         null = omega_null(one, two, draws)
         return {**names, "omega": float(null.value), "low": float(null.low), "high": float(null.high), "is_null": True}
@@ -176,6 +209,8 @@ def _omega(one: Gains, two: Gains, draws: np.ndarray, docs: dict[str, set[str]])
     matched_gain = float(min(on_target))
     matched = omega_at_matched_gain(one, two, draws, matched_gain)
     _, _, low, high = over_runs(_omega_of_seeds(one, two)[:, None])
+    if math.isnan(curve.value[-1]):
+        low, high = np.full(1, math.nan), np.full(1, math.nan)
     return {
         **names, "omega": curve.value[-1], "low": curve.low[-1], "high": curve.high[-1], "is_null": False,
         "matched_gain": matched_gain, "matched_omega": float(matched.value), "matched_low": float(matched.low),
@@ -184,11 +219,22 @@ def _omega(one: Gains, two: Gains, draws: np.ndarray, docs: dict[str, set[str]])
 
 
 def _omega_of_seeds(one: Gains, two: Gains) -> np.ndarray:
-    """Omega at the last step of each pair of seeds, in order; as many as the row with fewer has."""
-    count = min(len(one.change), len(two.change))
-    of_one, of_two = (gain.transfer()[0, :count, :, -1] for gain in (one, two))
+    """Omega at the last step of each order seed that both rows have."""
+    of_one, of_two = _common_seeds(one, two)
     i, j = one.column(one.target), one.column(two.target)
     return omega(of_one[:, i], of_one[:, j], of_two[:, i], of_two[:, j])
+
+
+def _common_seeds(one: Gains, two: Gains) -> tuple[np.ndarray, np.ndarray]:
+    """T of both rows at the last step, [seeds, categories], by order seeds that both have."""
+    common = [seed for seed in one.order_seeds if seed in two.order_seeds]
+    if not common:
+        nothing = np.full((1, len(one.categories)), np.nan)
+        return nothing, nothing
+    of_one, of_two = (
+        gain.transfer()[0, [gain.order_seeds.index(seed) for seed in common], :, -1] for gain in (one, two)
+    )
+    return of_one, of_two
 
 
 def _curve(one: Gains, two: Gains, draws: np.ndarray) -> pd.DataFrame:
@@ -205,9 +251,9 @@ def _shares(gains: list[Gains], draws: np.ndarray) -> list[dict[str, object]]:
         if name in by_name and "chosen" in by_name:
             one, whole = by_name[name], by_name["chosen"]
             share = share_of(one, whole, "chosen", draws)
-            column, count = whole.column("chosen"), min(len(one.change), len(whole.change))
-            ratios = one.transfer()[0, :count, column, -1] / whole.transfer()[0, :count, column, -1]
-            _, _, low, high = over_runs(ratios[:, None])
+            of_one, of_whole = _common_seeds(one, whole)
+            ratios = (of_one / of_whole)[:, [whole.column("chosen")]]
+            _, _, low, high = over_runs(ratios if math.isfinite(share.value) else np.full((1, 1), math.nan))
             found.append(
                 {
                     "row": name, "of": "chosen", "share": float(share.value), "low": float(share.low),
@@ -220,54 +266,9 @@ def _shares(gains: list[Gains], draws: np.ndarray) -> list[dict[str, object]]:
 def write_transfer(found: Transfer, folder: Path) -> list[Path]:
     """Writes a CSV of each table that is not empty; returns the paths."""
     make_dir(folder)
-    names = ("matrix", "selectivity", "omega", "curves", "shares")
+    names = ("matrix", "selectivity", "omega", "curves", "differences", "shares")
     tables = {folder / f"transfer_{name}.csv": getattr(found, name) for name in names}
     written = [path for path, table in tables.items() if len(table)]
     for path in written:
         write_text(path, tables[path].to_csv(index=False))
     return written
-
-
-def transfer_text(found: Transfer) -> str:
-    """What `sft-probe transfer` prints."""
-    categories = list(dict.fromkeys(found.matrix["category"]))
-    lines = [
-        f"transfer at step {found.step} on {found.num_docs} held-out prompts in {found.num_clusters} clusters: change "
-        "of body log-prob, nats per body token (. : the interval holds 0)",
-        f"{'trained on':<20}{'seeds':>6}" + "".join(f"{name[:13]:>14}" for name in categories) + f"{'selectivity':>13}",
-    ]
-    selective = dict(zip(found.selectivity["row"], found.selectivity["selectivity"], strict=True))
-    for name, part in found.matrix.groupby("row", sort=False):
-        cells = [
-            f"{row['transfer']:>+13.3f}{' ' if row['low'] * row['high'] > 0 else '.'}" for _, row in part.iterrows()
-        ]
-        lines.append(f"{str(name)[:19]:<20}{part['seeds'].iloc[0]:>6}{''.join(cells)}{selective[name]:>13.2f}")
-    lines.append("")
-    for _, row in found.omega.iterrows():
-        if row["is_null"]:
-            lines.append(f"null, {row['row']} and {row['other']}: omega {_range(row, 'omega', 'low', 'high')}")
-            continue
-        matched = _range(row, "matched_omega", "matched_low", "matched_high")
-        lines.append(
-            f"omega({row['row']}, {row['other']}): {_range(row, 'omega', 'low', 'high')}; both at "
-            f"{row['matched_gain']:.3f} nats per token: {matched}"
-            + (
-                ""
-                if math.isnan(row["seeds_low"])
-                else f"; over seeds [{row['seeds_low']:.2f}, {row['seeds_high']:.2f}]"
-            )
-        )
-    for _, row in found.shares.iterrows():
-        seeds = (
-            "" if math.isnan(row["seeds_low"]) else f", over seeds [{row['seeds_low']:.2f}, {row['seeds_high']:.2f}]"
-        )
-        lines.append(
-            f"training on {row['row']} gives {_range(row, 'share', 'low', 'high')} of chosen's held-out gain{seeds}"
-        )
-    return "\n".join([*lines, *(f"! {note}" for note in found.notes)])
-
-
-def _range(row: pd.Series, value: str, low: str, high: str) -> str:
-    if math.isnan(row[value]):
-        return "not defined (an on-target gain is not told apart from 0)"
-    return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"

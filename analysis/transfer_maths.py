@@ -18,6 +18,7 @@ class Gains:
     name: str
     target: str
     """The probe category that the row was trained on."""
+    order_seeds: list[str]
     categories: list[str]
     steps: list[int]
     change: Floats
@@ -40,17 +41,18 @@ class Gains:
         return self.categories.index(category)
 
 
-def efficiency(matrix: Floats, own: Sequence[int]) -> Floats:
-    """T[i, j] / T[j, j], [rows, columns]; NaN in columns that no row has as its target.
+def efficiency(matrix: Floats, owners: Sequence[int | None]) -> Floats:
+    """T[i, j] / T[j, j], [rows, columns]; NaN in columns without an owner.
 
     Args:
         matrix: T, [rows, columns].
-        own: for each row, the column of its target.
+        owners: for each column, the row that was trained on it.
     """
     result = np.full(matrix.shape, np.nan)
-    for row, column in enumerate(own):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            result[:, column] = matrix[:, column] / matrix[row, column]
+    for column, row in enumerate(owners):
+        if row is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                result[:, column] = matrix[:, column] / matrix[row, column]
     return result
 
 
@@ -135,21 +137,31 @@ def _parts(gains: Gains, other: Gains, draws: Floats | None) -> tuple[Floats, Fl
 def omega_at_matched_gain(one: Gains, two: Gains, draws: Floats, gain: float) -> Interval:
     """Omega where both have gained `gain` nats per body token on their own target, linear between steps.
 
-    NaN where one of them never gains that much. The steps are those at which the point estimates reach the gain.
+    NaN where one of them never gains that much, or where the interval of either on-target gain there holds 0. The steps
+    are those at which the point estimates reach the gain.
     """
     values = []
     weights_at: list[tuple[Gains, Gains, Floats]] = []
     for own, other in ((one, two), (two, one)):
         on_target = _parts(own, other, None)[0][0]
         place = crossing(on_target, gain)
-        if place is None:
-            nothing = np.array(np.nan)
-            return Interval(value=nothing, low=nothing, high=nothing)
+        if place is None or not _has_gained(_parts(own, other, draws)[0] @ place):
+            return _undefined()
         weights_at.append((own, other, place))
     for weights in (None, draws):
         t = [tuple(part @ place for part in _parts(own, other, weights)) for own, other, place in weights_at]
         values.append(omega(t[0][0], t[0][1], t[1][1], t[1][0]))
     return interval(values[0][0], values[1])
+
+
+def _has_gained(draws: Floats) -> bool:
+    """The resampled gains, [draws], lie above 0 but for the tail of an interval; so without any, as for one cluster."""
+    return bool(not len(draws) or np.quantile(draws, (1 - LEVEL) / 2) > 0)
+
+
+def _undefined() -> Interval:
+    nothing = np.array(np.nan)
+    return Interval(value=nothing, low=nothing, high=nothing)
 
 
 def crossing(curve: Floats, level: float) -> Floats | None:
@@ -167,12 +179,23 @@ def crossing(curve: Floats, level: float) -> Floats | None:
     return weights
 
 
-def omega_null(one: Gains, two: Gains, draws: Floats, num_splits: int = 200, seed: int = 0) -> Interval:
-    """Omega of two rows of the same target, as two disjoint halves of its training data: 0 within its interval.
+def difference(one: Gains, two: Gains, draws: Floats) -> Interval:
+    """How much more `one` gained than `two` on the target of both: nats per body token, same docs, seeds averaged."""
+    column = one.column(one.target)
+    values = [
+        one.transfer(weights).mean(axis=1)[:, column, -1] - two.transfer(weights).mean(axis=1)[:, column, -1]
+        for weights in (None, draws)
+    ]
+    return interval(values[0][0], values[1])
 
-    The same target for both would give 0 by construction, so the held-out clusters are halved at random, the one half
-    playing the target of the first row, the other that of the second; the value is the mean over `num_splits` halvings,
-    the interval the percentiles of single halvings, each of a resample of clusters.
+
+def omega_null(one: Gains, two: Gains, draws: Floats, num_splits: int = 200, seed: int = 0) -> Interval:
+    """The noise floor of omega, from two rows of one target: what it would be if its true value were 0.
+
+    On one category omega is 0 by its formula, so the held-out clusters are halved at random, the one half playing the
+    target of the first row, the other that of the second. The value is the mean over `num_splits` halvings, near 0
+    whatever the rows are; what counts is the interval, the percentiles of single halvings, each of a resample of
+    clusters. Whether the rows differ is for `difference` to say.
     """
     column = one.column(one.target)
     generator = np.random.default_rng(seed)
@@ -193,8 +216,13 @@ def omega_null(one: Gains, two: Gains, draws: Floats, num_splits: int = 200, see
 
 
 def share_of(one: Gains, whole: Gains, category: str, draws: Floats) -> Interval:
-    """What part of `whole`'s last gain on `category` training on `one` gives too, seeds averaged."""
+    """What part of `whole`'s last gain on `category` training on `one` gives too, seeds averaged.
+
+    NaN where the interval of that gain holds 0.
+    """
     values = []
+    if not _has_gained(whole.transfer(draws).mean(axis=1)[:, whole.column(category), -1]):
+        return _undefined()
     for weights in (None, draws):
         t_one, t_whole = (gains.transfer(weights).mean(axis=1)[:, gains.column(category), -1] for gains in (one, whole))
         with np.errstate(divide="ignore", invalid="ignore"):

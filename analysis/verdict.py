@@ -13,10 +13,11 @@ from sft_probe.analysis.statistics import Floats, holm
 
 ALPHA = 0.05
 _TURN_SHARE = 0.1  # of the range of a curve without intervals: what counts as a turn
+_BY = {"optimizer step": "by step", "training examples": "by example", "evaluation": "by evaluation"}
 COLUMNS = [
     "run", "split", "category", "num_docs", "num_clusters", "first_step", "last_step", "start", "change", "low", "high",
     "stderr", "sign", "p_holm", "body", "peak", "peak_step", "half_step", "share_first", "share_body", "share_eos",
-    "rank", "sentence",
+    "rank", "moved", "measure", "sentence",
 ]  # fmt: skip
 
 
@@ -27,15 +28,16 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
     step, adjusted by Holm over the categories of a run and split (`p_holm`). `peak` is the turn that the sentence tells
     of, else the largest change by size; `half_step` the step at which the curve, linear between steps, first reaches
     half of the last change (only where that has a sign). Shares are those of first token, body and terminator in the
-    change of all three; null where the interval of that holds 0. `rank` 1 rose most. A sentence tells of a turn where
-    the bands exclude that there is none.
+    change of all three; null where the interval of that holds 0. `rank` 1 rose most; `moved` says whether the last
+    change is certain. A sentence tells of a turn where the bands exclude that there is none.
     """
     rows = []
     for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(["run", "split"], sort=False):
         own = part[part["measure"] == (measure if (part["measure"] == measure).any() else "logprob_with_eos")]
         curves = {str(name): curve.sort_values("step") for name, curve in own.groupby("category", sort=False)}
         adjusted = holm([float(curve["p_value"].iloc[-1]) for curve in curves.values()])
-        ranks = dict(zip(curves, stats.rankdata([-curve["change"].iloc[-1] for curve in curves.values()]), strict=True))
+        last = [-curve["change"].iloc[-1] for curve in curves.values()]
+        ranks = dict(zip(curves, stats.rankdata(last, nan_policy="omit"), strict=True))
         for (name, curve), p_holm in zip(curves.items(), adjusted, strict=True):
             row = _row(curve, float(p_holm), part[part["category"] == name])
             rows.append({"run": run, "split": split, "category": name, "rank": ranks[name], **row})
@@ -65,6 +67,8 @@ def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, o
         "peak_step": int(peak["step"]),
         "half_step": half_step(curve["step"], curve["change"]) if sign != "0" else math.nan,
         **_shares(parts, int(last["step"])),
+        "moved": has_moved(curve, sign),
+        "measure": str(curve["measure"].iloc[0]),
         "sentence": sentence(curve, sign),
     }
 
@@ -104,16 +108,16 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
     `sign` is that of the last change, as in `verdict_table`; where it is ?, a tenth of the curve's range counts as
     moved.
     """
+    name = str(curve["category"].iloc[0])
     curve = curve[curve["change"].notna()]
-    name = str(curve["category"].iloc[0]) if len(curve) else "?"
     if len(curve) < 2:
         return f"{name} was scored at one step only"
     x, y = curve["step"].to_numpy(), curve["change"].to_numpy(float)
-    by = "by step" if curve["step_unit"].iloc[0] == "optimizer step" else "by example"
+    by = _BY[curve["step_unit"].iloc[0]]
     scope = "prompts only"
     if curve["stderr"].isna().all():
         scope = "too few prompts for an interval" if curve["num_docs"].any() else "means only"
-    certain = sign in "+-" or (sign == "?" and _is_certain(curve, len(curve) - 1))
+    certain = has_moved(curve, sign)
     turn = _turn(curve)
     if turn is not None:
         verb, back = ("rose", "fell") if y[turn] > 0 else ("fell", "rose")
@@ -128,6 +132,11 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
     )
 
 
+def has_moved(curve: pd.DataFrame, sign: str) -> bool:
+    """Whether the last change is certain: by its sign, or where there is none, by `_is_certain`."""
+    return sign in "+-" or (sign == "?" and _is_certain(curve, len(curve) - 1))
+
+
 def _place(last: float, *, turned: float, certain: bool) -> str:
     if not certain:
         return f"about its start ({last:+.1f})"
@@ -139,7 +148,7 @@ def _is_certain(curve: pd.DataFrame, index: int) -> bool:
     """The band at that step excludes 0; without bands, the change is a tenth of the curve's range."""
     row = curve.iloc[index]
     if math.isnan(row["band_low"]):
-        return bool(abs(row["change"]) >= _TURN_SHARE * np.ptp(curve["change"]))
+        return bool(row["change"] and abs(row["change"]) >= _TURN_SHARE * np.ptp(curve["change"]))
     return bool(row["band_low"] * row["band_high"] > 0)
 
 

@@ -115,6 +115,7 @@ def test_the_results_of_a_plain_lm_eval_give_the_same_changes(sft_probe: Run, sw
     mine, other = _verdict_of(sft_probe, own), _verdict_of(sft_probe, theirs)
     pd.testing.assert_frame_equal(mine[["change", "low", "high"]], other.loc[mine.index, ["change", "low", "high"]])
     assert other["share_body"].isna().all()
+    assert "has no scores of the terminator" in user_error(sft_probe("analyze", theirs, "--include-eos"))
 
 
 def test_margins_slopes_and_pmi_of_a_real_run(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
@@ -227,6 +228,41 @@ def test_what_cannot_be_analyzed(sft_probe: Run, tmp_path: Path, name: str, cont
     (tmp_path / name).write_text(content)
     source = tmp_path / name if name.startswith("a.") else tmp_path
     assert words in user_error(sft_probe("analyze", source))
+
+
+def test_a_curve_that_never_moves(sft_probe: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("step,category,logprob\n0,a,-1\n1,a,-1\n0,b,-1\n1,b,-9\n")
+    result = sft_probe("analyze", tmp_path / "a.csv")
+    assert "a did not move for certain (+0.0 nats by step 1); means only" in result.stdout, result.stderr
+
+
+def test_what_is_no_score_row(sft_probe: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = run / "probe/step_000001.jsonl"
+    lines = path.read_text()
+    path.write_text(lines.replace('"split": "heldout"', '"split": "test"'))
+    assert "the split 'test' is none of heldout, train" in user_error(sft_probe("analyze", run))
+    path.write_text(lines[: len(lines) // 2])
+    assert "step_000001.jsonl holds no score rows of this version" in user_error(sft_probe("analyze", run))
+    path.write_text("".join(line for line in lines.splitlines(keepends=True) if '"chosen"' not in line))
+    first = run / "probe/step_000000.jsonl"
+    rest = [line for line in first.read_text().splitlines(keepends=True) if '"category": "rejected"' not in line]
+    first.write_text("".join(rest))
+    verdict = _verdict_of(sft_probe, run)
+    assert "rejected was scored at one step only" in verdict["sentence"]["rejected"]
+    assert verdict["rank"].drop("rejected").notna().all()
+
+
+def test_runs_of_different_settings_are_not_averaged(sft_probe: Run, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(3)]
+    path = runs[2] / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "arguments": {"learning_rate": 1e-3}}))
+    text = sft_probe("analyze", *runs).stdout
+    assert "mean of 2 runs of made-up on chosen that differ in their order seed alone (0, 1)" in text
+    again = write_run(tmp_path / "again", seed=0)
+    result = sft_probe("analyze", runs[0], again)
+    assert "mean of" not in result.stdout
+    assert "same order seed and so are no repeats: s0, again" in result.stderr
 
 
 def test_refusals_of_runs(sft_probe: Run, tmp_path: Path) -> None:

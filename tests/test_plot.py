@@ -13,6 +13,7 @@ import pytest
 from helpers import SHARED, Run, needs_shared, user_error
 from score_files import CURVES, write_run
 
+from sft_probe.analysis.style import COLORS, colors_of
 from sft_probe.records import CATEGORIES
 
 NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", "trajectory")
@@ -21,8 +22,11 @@ NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", 
 def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
+    tasks = [("t", "none"), ("g", "strict"), ("g", "flexible"), *((f"m{n}", "none") for n in range(10))]
     benchmarks = [
-        {"run": "tiny", "step": step, "task": "t", "metric": "acc", "filter": "none", "value": 0.5} for step in (0, 4)
+        {"run": "tiny", "step": step, "task": task, "metric": "acc", "filter": name, "value": 0.5}
+        for step in (0, 4)
+        for task, name in tasks
     ]
     pd.DataFrame(benchmarks).assign(stderr=0.1, n=9).to_csv(run / "benchmarks.csv", index=False)
     row = {"run": "tiny", "category": "chosen", "split": "train", "num_tokens": 40, "num_bytes": 160}
@@ -43,6 +47,10 @@ def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -
         "training noise",
     ):
         assert words in svg, words
+    assert pd.read_csv(figures / "benchmarks.csv")["name"].nunique() == 13
+    panels = (figures / "benchmarks.svg").read_text()
+    assert "g, acc, strict" in panels
+    assert "1 more are in the CSV alone: m9, acc" in panels
     tokens = pd.read_csv(figures / "tokens_heldout.csv")
     assert tokens["token"].notna().any(), "the run's own tokenizer gives the texts"
     card = pd.read_csv(figures / "data_card_heldout.csv").set_index("category")
@@ -90,6 +98,19 @@ def test_formats_and_width(sft_probe: Run, tmp_path: Path) -> None:
     assert {"change", "band_low", "band_high", "num_docs"} <= set(table.columns)
 
 
+def test_control_characters_are_drawn_as_a_sign(sft_probe: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", train_category="a\x00b\x0cc")
+    result = sft_probe("plot", run, "--format", "svg", process=True)
+    assert result.returncode == 0, result.stderr
+    assert "a\ufffdb" in (run / "figures/changes_heldout.svg").read_text()
+
+
+def test_a_category_keeps_its_colour() -> None:
+    assert colors_of(["random", "mine"])["mine"] == colors_of(["mine", "other", "chosen"])["mine"]
+    assert colors_of(["random"])["random"] == colors_of(["chosen", "random"])["random"]
+    assert len(set(colors_of([f"c{n}" for n in range(12)]).values())) == 12
+
+
 @pytest.mark.parametrize("color", ["run", "order_seed", "train_category", "model"])
 def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None:
     runs = [
@@ -108,6 +129,9 @@ def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None
     }
     for words in (*expected[color], *CURVES, "2 runs"):
         assert words in svg, words
+    if color == "train_category":
+        assert COLORS["random"] in svg
+        assert COLORS["rejected"] not in svg
 
 
 @needs_shared

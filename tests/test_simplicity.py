@@ -118,6 +118,28 @@ def test_the_contrast_is_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> No
     assert "random costs +415 bits" in text
 
 
+def test_runs_without_prompts_gain_on_their_responses(sft_probe: Run, tmp_path: Path) -> None:
+    run = _losses(write_run(tmp_path / "bare", train_category="chosen_no_prompt"), [100.0] * NUM_TRAIN)
+    table, text = _table(sft_probe, tmp_path / "out", run)
+    assert table["half_gain_examples"].notna().all()
+    assert "sweep RUN --splits" not in text, "no sweep scores them without their prompts"
+
+
+def test_texts_of_several_models_are_not_compared(sft_probe: Run, tmp_path: Path) -> None:
+    runs = [
+        _losses(write_run(tmp_path / f"{model}_{name}", model=model, train_category=name), [100.0] * NUM_TRAIN, name)
+        for model in ("a", "b")
+        for name in ("chosen", "chosen_no_prompt")
+    ]
+    _, text = _table(sft_probe, tmp_path / "out", *runs)
+    assert "the runs are of several models or probe sets" in text
+    assert "chosen_no_prompt costs" not in text
+    twice = sft_probe(
+        "simplicity", runs[0], runs[1], _losses(write_run(tmp_path / "two", model="a"), [90.0] * NUM_TRAIN)
+    )
+    assert "two runs on chosen have order seed 0" in user_error(twice)
+
+
 def test_what_is_refused(sft_probe: Run, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert "no first_epoch.jsonl" in user_error(sft_probe("simplicity", run))

@@ -175,6 +175,14 @@ def test_pairs_of_disjoint_docs_are_independent() -> None:
     np.testing.assert_allclose([found.low, found.high], [interval.low, interval.high])
 
 
+def test_pairs_within_clusters_count_once() -> None:
+    means = np.random.default_rng(11).normal(size=(10, 1))
+    clusters = np.repeat(np.arange(10), 3)
+    found = pair_mean(np.repeat(means, 3, axis=0), clusters, clusters)
+    interval = stats.ttest_1samp(means, 0).confidence_interval()
+    np.testing.assert_allclose([found.low, found.high], [interval.low, interval.high])
+
+
 def _pair_stderr(seed: int) -> tuple[float, float]:
     """Quantities a_n - b_m + noise, m a cyclic shift of n: neighbours share a doc. Mean and standard error."""
     generator = np.random.default_rng(seed)

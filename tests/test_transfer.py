@@ -30,7 +30,7 @@ def _tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 def test_closed_forms() -> None:
     matrix = np.array([[4.0, 2.0, -1.0], [1.0, 5.0, 3.0]])
-    np.testing.assert_allclose(efficiency(matrix, [0, 1]), [[1, 0.4, np.nan], [0.25, 1, np.nan]])
+    np.testing.assert_allclose(efficiency(matrix, [0, 1, None]), [[1, 0.4, np.nan], [0.25, 1, np.nan]])
     np.testing.assert_allclose(selectivity(matrix, [0, 1]), [1 - (2 + 0) / 2 / 4, 1 - (1 + 3) / 2 / 5])
     same, apart = np.array(2.0), np.array(0.0)
     assert omega(same, same, same, same) == 0
@@ -82,23 +82,42 @@ def test_omega_at_matched_gain_does_not_depend_on_speed(sft_probe: Run, tmp_path
 
 
 def test_disjoint_halves_are_the_null(sft_probe: Run, tmp_path: Path) -> None:
-    one = _write(tmp_path / "a", "chosen", seed=1, doc_ids=["t1", "t2"])
-    two = _write(tmp_path / "b", "chosen", seed=2, doc_ids=["t3", "t4"])
+    one, two = _write(tmp_path / "a", "chosen", seed=1), _write(tmp_path / "b", "chosen", seed=2)
+    slower = _write(tmp_path / "c", "chosen", seed=2, scale=0.8)
     other = _write(tmp_path, "non_response", seed=3)
-    result = sft_probe("transfer", "--runs", f"half_1={one}", f"half_2={two}", other, "--out", tmp_path / "out")
-    assert "null, half_1 and half_2: omega" in result.stdout, result.stderr
+    rows = (f"half_1={one}", f"half_2={two}", f"slower={slower}")
+    result = sft_probe("transfer", "--runs", *rows, other, "--out", tmp_path / "out")
+    assert "noise floor of omega, from half_1 and half_2: -0.0" in result.stdout, result.stderr
     table = _tables(tmp_path / "out")["omega"]
     null = table[table["is_null"]].iloc[0].to_dict()
     real = table[~table["is_null"]].iloc[0].to_dict()
     assert null["low"] < 0 < null["high"]
     assert null["high"] < 0.1 < real["low"]
+    found = _tables(tmp_path / "out")["differences"].set_index(["row", "other"])
+    assert found["low"].to_dict()["half_1", "half_2"] < 0 < found["high"].to_dict()["half_1", "half_2"]
+    assert found["low"].to_dict()["half_1", "slower"] > 0, "rows of one target that do differ"
+    assert found["difference"].to_dict()["half_1", "slower"] == pytest.approx(0.2 * 4 * 7.2 / 39, abs=0.02)
+
+
+def test_efficiency_is_of_the_row_that_bears_the_name(sft_probe: Run, tmp_path: Path) -> None:
+    bare = _write(tmp_path / "bare", "chosen", seed=4, scale=0.5)
+    rows = (_write(tmp_path, "chosen"), f"chosen_no_prompt={bare}")
+    assert sft_probe("transfer", "--runs", *rows, "--out", tmp_path / "out").returncode == 0
+    table = _tables(tmp_path / "out")["matrix"].query("category == 'chosen'").set_index("row")["efficiency"]
+    assert table["chosen"] == 1.0
+    assert table["chosen_no_prompt"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_omega_without_a_gain_is_not_defined(sft_probe: Run, tmp_path: Path) -> None:
     runs = [_write(tmp_path, "chosen"), _write(tmp_path, "rejected", seed=1, scale=0.0)]
     result = sft_probe("transfer", "--runs", *runs, "--out", tmp_path / "out")
     assert "not defined" in result.stdout, result.stderr
-    assert _tables(tmp_path / "out")["omega"]["omega"].isna().all()
+    table = _tables(tmp_path / "out")["omega"]
+    assert table[["omega", "matched_omega", "seeds_low"]].isna().all(axis=None)
+    still = _write(tmp_path / "still", "chosen", seed=2, scale=0.0)
+    rows = (f"chosen={still}", _write(tmp_path, "random", seed=3))
+    result = sft_probe("transfer", "--runs", *rows, "--out", tmp_path / "share")
+    assert "training on random gives not defined" in result.stdout, result.stderr
 
 
 def test_what_cannot_be_compared(sft_probe: Run, tmp_path: Path) -> None:
@@ -106,5 +125,10 @@ def test_what_cannot_be_compared(sft_probe: Run, tmp_path: Path) -> None:
     assert "at least two rows" in user_error(sft_probe("transfer", "--runs", one))
     far = write_run(tmp_path / "far", curves={"else": float}, train_category="else")
     assert "share no held-out docs" in user_error(sft_probe("transfer", "--runs", one, far))
+    foreign = _write(tmp_path, "rejected", model="another")
+    assert "several models, another, made-up" in user_error(sft_probe("transfer", "--runs", one, foreign))
+    again = _write(tmp_path / "again", "chosen")
+    twice = sft_probe("transfer", "--runs", one, again, _write(tmp_path, "random"))
+    assert "no repeats: their order seeds are 0, 0" in user_error(twice)
     unknown = write_run(tmp_path / "unknown", train_category="something")
     assert "was trained on something, which was not probed" in user_error(sft_probe("transfer", "--runs", one, unknown))

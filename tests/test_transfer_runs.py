@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from helpers import Run, make_docs, user_error
 
-from sft_probe.analysis.transfer_runs import train_rows, write_contrast_set
+from sft_probe.analysis.transfer_runs import HALVES, contrast_rows, half_rows, train_rows
 from sft_probe.errors import UserError
+from sft_probe.records import load_probe_set
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -58,14 +59,31 @@ def test_each_row_is_trained_once_in_each_order(recipe: Path, tmp_path: Path) ->
         train_rows(["nothing"], out, recipe=recipe, num_orders=1, shard=(1, 1), extra=[])
 
 
-def test_the_contrast_set_asks_for_both_responses(write_set: WriteSet, tmp_path: Path) -> None:
+def test_the_contrast_set_asks_for_both_responses(write_set: WriteSet) -> None:
     docs = preference_docs(4)
-    write_contrast_set(str(write_set(docs)), tmp_path / "tagged.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "tagged.jsonl").read_text().splitlines()]
+    rows = contrast_rows(load_probe_set(str(write_set(docs))))
     assert [row["messages"][-1]["content"] for row in rows] == [
         text for doc in docs[1::2] for text in (doc["chosen"], doc["rejected"])
     ]
     assert rows[0]["messages"][0]["content"] == "What is 1 plus 1?\n\nGive the better answer."
     with pytest.raises(UserError, match="needs the category rejected"):
-        write_contrast_set(str(write_set(make_docs())), tmp_path / "other.jsonl")
+        contrast_rows(load_probe_set(str(write_set(make_docs()))))
     assert rows[1]["messages"][0]["content"] == "What is 1 plus 1?\n\nGive the worse answer."
+
+
+def test_halves_share_no_conversation(write_set: WriteSet) -> None:
+    docs = preference_docs(16)
+    for doc in docs[3:8:2]:
+        doc["conversation_id"] = "one"
+    train = {doc["doc_id"]: doc for doc in docs if doc["split"] == "train"}
+    halves = [half_rows(load_probe_set(str(write_set(docs))), number) for number in range(len(HALVES))]
+    ids = [[row["source_doc_id"] for row in half] for half in halves]
+    assert sorted(ids[0] + ids[1]) == sorted(train)
+    assert any({docs[n]["doc_id"] for n in (3, 5, 7)} <= set(half) for half in ids)
+    assert halves[0][0]["messages"][-1] == {"role": "assistant", "content": train[ids[0][0]]["chosen"]}
+
+
+def test_a_mixture_is_no_row(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the mixture chosen:0\.5 has no one category as its target"):
+        train_rows(["chosen", "chosen:0.5"], tmp_path / "out", recipe=recipe, num_orders=1, shard=(1, 1), extra=[])
+    assert not list((tmp_path / "out").glob("chosen*")), "nothing is trained before"
