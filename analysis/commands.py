@@ -59,7 +59,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
 def _add_simplicity(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     command.add_argument("--kl", action="store_true", help="also KL from the start; loads every snapshot once")
-    command.add_argument("--out", type=Path, help="where the tables go as CSV; default: nowhere")
+    command.add_argument("--out", type=Path, help="where tables and a figure go; default: nowhere")
     command.set_defaults(command=_simplicity)
 
 
@@ -148,7 +148,12 @@ def _simplicity(options: argparse.Namespace) -> None:
     found = simplicity(options.runs, with_kl=options.kl)
     print(simplicity_text(found))  # noqa: T201
     if options.out:
-        for path in write_simplicity(found, options.out):
+        written = write_simplicity(found, options.out)
+        try:
+            from sft_probe.analysis.simplicity_figure import plot_simplicity
+        except ImportError as error:
+            raise _needs_report(error) from error
+        for path in [*written, *plot_simplicity(found, options.out)]:
             log.info("wrote %s", path)
 
 

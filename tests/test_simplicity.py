@@ -52,6 +52,8 @@ def test_code_length_and_half_gain(sft_probe: Run, tmp_path: Path) -> None:
     assert "not estimable: no converged run (under two epochs)" in text
     assert "step-0 scores of 0 of 32 training texts" in text
     assert "a claim needs at least 3" in text
+    assert set(pd.read_csv(tmp_path / "out/simplicity_ranks.csv")["what"]) == {"prequential", "half gain"}
+    assert "examples to half gain" in (tmp_path / "out/simplicity_ranks.svg").read_text()
 
 
 def test_learned_bits(sft_probe: Run, tmp_path: Path) -> None:
