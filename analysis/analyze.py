@@ -136,7 +136,7 @@ def _block(recording: Recording, split: str, rows: pd.DataFrame, measure: str) -
 def _line(row: pd.Series) -> str:
     interval = "-" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
     shares = [row[f"share_{part}"] for part in ("first", "body", "eos")]
-    split = "-" if math.isnan(shares[0]) else "/".join(f"{100 * share:.0f}" for share in shares) + " %"
+    split = "-" if math.isnan(shares[0]) else "/".join(str(round(100 * share)) for share in shares) + " %"
     numbers = {name: _number(row[name], "+.1f") for name in ("change", "body", "peak")}
     p_holm = "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.1g}" if row["p_holm"] >= 1e-4 else "<0.0001"
     return (
