@@ -10,6 +10,7 @@ from google import genai
 from google.genai import errors, types
 
 from sft_probe.errors import UserError
+from sft_probe.files import jsonl_lines
 from sft_probe.synth.batch import JobFailedError
 from sft_probe.synth.requests import Answer, Request, Wait, error_answer
 from sft_probe.synth.writers.gemini import GeminiWriter, cut_off, read_answer, refused
@@ -79,7 +80,7 @@ class GeminiBatchWriter:
         if job.dest is None or job.dest.file_name is None:
             raise JobFailedError(f"{job.state.name if job.state else 'no state'}, {job.error or 'no reason given'}")
         content = await self._call(self._client.files.download(file=job.dest.file_name))
-        return dict(_answer(line) for line in content.decode().splitlines() if line.strip())
+        return dict(_answer(line) for line in jsonl_lines(content.decode()) if line.strip())
 
     async def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
