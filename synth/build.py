@@ -112,7 +112,11 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def write_texts(plan: Plan, obtain: Obtain) -> Written:
-    """Has every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`."""
+    """Has every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`.
+
+    Raises:
+        UserError: some texts have no answer.
+    """
     written = Written()
     pairs = {pair.doc_id: pair for pair in plan.pairs}
     indexes = {kind: NearDuplicates() for kind in plan.templates}
@@ -128,15 +132,30 @@ def write_texts(plan: Plan, obtain: Obtain) -> Written:
         return fault
 
     again = []
-    for request, answer in obtain(plan.requests(), plan.num_requests):
+    for request, answer in _answered(obtain(plan.requests(), plan.num_requests)):
         if fault := judge(request, answer):
             written.first_faults[request.category, fault] += 1
             again.append(replace(request, sample_index=1))
-    for request, answer in obtain(iter(again), len(again)):
+    for request, answer in _answered(obtain(iter(again), len(again))):
         if fault := judge(request, answer):
             written.last_faults[request.category, fault] += 1
             plan.rejected.add(pairs[request.doc_id], f"`{request.category}`, written twice: {fault}")
     return written
+
+
+def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Request, Answer]]:
+    """Raises `UserError` at the end where some were never given: a set without them would be another one next time."""
+    missing: Counter[str] = Counter()
+    for request, answer in answers:
+        if answer.status == "error":
+            missing[str(answer.reason)] += 1
+        else:
+            yield request, answer
+    if missing:
+        raise UserError(
+            f"{missing.total()} texts have no answer (most often: {missing.most_common(1)[0][0]}), so the set is not "
+            "written. All others are stored; run the same command again."
+        )
 
 
 def write_untrained(plan: Plan, written: Written, tokenizer: Any, obtain: Obtain) -> None:
@@ -144,7 +163,7 @@ def write_untrained(plan: Plan, written: Written, tokenizer: Any, obtain: Obtain
     prompt_format = PromptFormat(plan.settings.prompt_format, tokenizer)
     pairs = {pair.doc_id: pair for pair in plan.pairs}
     requests = [_untrained_request(pair, prompt_format) for pair in plan.pairs]
-    for request, answer in obtain(iter(requests), len(requests)):
+    for request, answer in _answered(obtain(iter(requests), len(requests))):
         fault = answer.status if answer.status != "ok" else None if (answer.text or "").strip() else "empty"
         if fault:
             written.last_faults["untrained", fault] += 1

@@ -65,9 +65,9 @@ def test_a_batch_is_joined_by_key_and_asked_once(batch: tuple[BatchRuns, GeminiS
 
 def test_lines_that_fail_are_errors_and_asked_again(batch: tuple[BatchRuns, GeminiServer]) -> None:
     runs, server = batch
-    requests = [make_request(f"{fault} @faults({fault})") for fault in ("500", "missing", "malformed", "safety")]
-    assert [answer.status for answer in runs.run(requests)] == ["error", "error", "error", "blocked"]
-    assert [answer.status for answer in runs.run(requests)] == ["ok", "ok", "ok", "blocked"]
+    requests = [make_request(f"{fault} @faults({fault})") for fault in ("500", "missing", "malformed", "safety", "400")]
+    assert [answer.status for answer in runs.run(requests)] == ["error", "error", "error", "blocked", "invalid"]
+    assert [answer.status for answer in runs.run(requests)] == ["ok", "ok", "ok", "blocked", "invalid"]
     assert server.calls["safety @faults(safety)"] == 1
 
 

@@ -12,10 +12,11 @@ from google.genai import errors, types
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines
 from sft_probe.synth.batch import JobFailedError
-from sft_probe.synth.requests import Answer, Request, Wait, error_answer
+from sft_probe.synth.requests import Answer, Request, Wait, error_answer, turned_down
 from sft_probe.synth.writers.gemini import GeminiWriter, cut_off, read_answer, refused
 
 _T = TypeVar("_T")
+_INVALID_ARGUMENT = (3, 400)  # as gRPC and HTTP number it
 
 
 class GeminiBatchWriter:
@@ -123,7 +124,9 @@ def _answer(line: str) -> tuple[str, Answer]:
     except (ValueError, TypeError, KeyError, AttributeError):
         return "", error_answer(f"a line of the job is unreadable: {line[:100]!r}")
     if response is None:
-        return key, error_answer(f"job: {json.dumps(value.get('error'))[:300]}")
+        error = value.get("error")
+        is_final = isinstance(error, dict) and error.get("code") in _INVALID_ARGUMENT
+        return key, (turned_down if is_final else error_answer)(f"job: {json.dumps(error)[:300]}")
     try:
         return key, read_answer(json.dumps(response))
     except Wait as wait:

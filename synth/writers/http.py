@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.synth.requests import Answer, Wait, error_answer
+from sft_probe.synth.requests import Answer, Wait, turned_down
 
 _RETRIED = (408, 409, 425, 429)
 _HOPELESS = (401, 403, 404)
@@ -25,7 +25,7 @@ def key_from_environment(*names: str) -> str:
 
 
 def refused_call(status: int, message: str, error: Any, headers: Mapping[str, str], key: str) -> Answer:
-    """What to make of an HTTP error: an `error` answer for a request that the server will not take as it is.
+    """What to make of an HTTP error: an `invalid` answer for a request that the server will not take as it is.
 
     Args:
         status: HTTP status.
@@ -43,7 +43,7 @@ def refused_call(status: int, message: str, error: Any, headers: Mapping[str, st
         raise Wait(reason, wait_s(error, headers))
     if status in _HOPELESS or _is_bad_key(error):
         raise UserError(f"the server takes no request: {reason}. Check the key, its rights and the name of the model.")
-    return error_answer(reason)
+    return turned_down(reason)
 
 
 def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:
