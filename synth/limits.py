@@ -108,7 +108,11 @@ class Budget:
                 await self._settled.wait()
             self._reserved_usd += cost_usd
             self._num_open += 1
-        return await self._store.reserve(cost_usd)
+        try:
+            return await self._store.reserve(cost_usd)
+        except BaseException:
+            await self.settle(cost_usd, 0.0)  # whoever waits for money must not wait for this one
+            raise
 
     def _fits(self, cost_usd: float) -> bool:
         if self._max_cost_usd is None:

@@ -95,6 +95,10 @@ def obtain(
     """
     with store.exclusive():
         _warn_of_lost_calls(store)
+        if limits.max_cost_usd is not None and (number := store.num_unpriced()):
+            _LOG.warning(
+                "%d answers of earlier runs were asked for without --price: the budget counts them as free", number
+            )
         if isinstance(writer, BatchWriter):
             yield from obtain_batch(requests, writer, store, limits)
             return

@@ -36,7 +36,8 @@ INSERT INTO answers VALUES ({", ".join("?" * 19)})
 ON CONFLICT (key) DO UPDATE SET
     status = excluded.status, raw = excluded.raw, text = excluded.text, reason = excluded.reason,
     model_version = excluded.model_version, num_prompt_tokens = excluded.num_prompt_tokens,
-    num_output_tokens = excluded.num_output_tokens, cost_usd = cost_usd + excluded.cost_usd,
+    num_output_tokens = excluded.num_output_tokens,
+    cost_usd = coalesce(cost_usd + excluded.cost_usd, cost_usd, excluded.cost_usd),
     attempts = attempts + excluded.attempts, answered_at = excluded.answered_at
 """  # noqa: S608 - the one thing put in is a row of question marks
 
@@ -159,6 +160,12 @@ class Store:
         """Calls of which no answer came back (killed, cut, timed out), and their worst-case cost in USD."""
         count, cost = self._reader.execute("SELECT count(*), total(cost_usd) FROM reservations").fetchone()
         return int(count), float(cost)
+
+    def num_unpriced(self) -> int:
+        """Answers that were paid for by runs that knew no price."""
+        is_paid = "status != 'error' AND coalesce(num_prompt_tokens, 1) > 0"
+        sql = f"SELECT count(*) FROM answers WHERE cost_usd IS NULL AND {is_paid}"  # noqa: S608
+        return int(self._reader.execute(sql).fetchone()[0])
 
     def model_version(self, writer: Named) -> str | None:
         """The version that answered so far for this writer and model."""

@@ -13,6 +13,7 @@ from sft_probe.synth.requests import Answer, Wait, turned_down
 _RETRIED = (408, 409, 425, 429)
 _HOPELESS = (401, 403, 404)
 _MAX_TOKENS = 2**31
+_MIN_KEY_CHARS = 8
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)s")
 
 
@@ -22,6 +23,11 @@ def key_from_environment(*names: str) -> str:
         if os.environ.get(name):
             return os.environ[name]
     raise UserError(f"no key: set the environment variable {' or '.join(names)}. (Keys are read from nowhere else.)")
+
+
+def strike(text: str, key: str) -> str:
+    """What a server said, less the key; a shorter one is no secret but a word, such as the `EMPTY` of vLLM."""
+    return text.replace(key, "[key]") if len(key) >= _MIN_KEY_CHARS else text
 
 
 def refused_call(status: int, message: str, error: Any, headers: Mapping[str, str], key: str) -> Answer:
@@ -38,7 +44,7 @@ def refused_call(status: int, message: str, error: Any, headers: Mapping[str, st
         Wait: for what may pass (429, 5xx).
         UserError: for what no request can get past (a wrong key, an unknown model).
     """
-    reason = f"HTTP {status}: {message.replace(key, '[key]')[:300]}"
+    reason = f"HTTP {status}: {strike(message, key)[:300]}"
     if status in _RETRIED or status >= 500:
         raise Wait(reason, wait_s(error, headers))
     if status in _HOPELESS or _is_bad_key(error):
