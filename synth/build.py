@@ -15,7 +15,7 @@ from sft_probe.synth.checks import fault_of
 from sft_probe.synth.from_table import add_random
 from sft_probe.synth.report import NearDuplicates
 from sft_probe.synth.requests import Answer, Request
-from sft_probe.synth.sources import Rejected, SourcePair, read_pairs
+from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
 from sft_probe.synth.splits import check_sizes, conversation_id, split_pairs
 
 UNTRAINED_TEMPLATE = "untrained@1"
@@ -47,6 +47,8 @@ class Plan:
     topics: dict[str, str]
     """By doc_id."""
     rejected: Rejected
+    revision: str | None
+    """Of a hub source."""
     num_rows: int
     """Rows of the source."""
     num_not_drawn: int
@@ -84,18 +86,27 @@ class Written:
         self.model_versions.add(f"{request.category}: {answer.model_version}")
 
 
-def make_plan(settings: Settings) -> Plan:
-    """Reads the source, draws, splits. Raises `UserError` where the source, a template or the splits are unusable."""
-    rejected = Rejected()
+def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> Plan:
+    """Reads the source, draws, splits.
+
+    Args:
+        settings: what is asked for.
+        rejected: gets what is left out.
+        tokenizer: of the untrained model, where its answers are asked for; every prompt must fit its chat template.
+
+    Raises:
+        UserError: the source, a template or the splits are unusable.
+    """
     templates = load_templates(settings.kinds, settings.templates)
-    pairs = read_pairs(settings.source, rejected)
+    revision = hub_revision(settings.source)
+    pairs = read_pairs(settings.source, rejected, revision)
     num_rows = len(pairs) + len(rejected.rows)
-    if settings.prompt_format != "chat":  # which is the model's own, known only later
-        prompt_format = PromptFormat(settings.prompt_format)
+    if settings.prompt_format != "chat" or tokenizer is not None:  # else it is a model's own, known only later
+        prompt_format = PromptFormat(settings.prompt_format, tokenizer)
         pairs = [pair for pair in pairs if _has_format(pair, prompt_format, rejected)]
     if not pairs:
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in _reasons(rejected).most_common(3))
-        raise UserError(f"the source {settings.source} has no usable row of {num_rows}: {reasons or 'it is empty'}.")
+        reasons = rejected.reasons() if num_rows else "it is empty"
+        raise UserError(f"the source {settings.source} has no usable row of {num_rows}: {reasons}.")
     random.Random(settings.seed).shuffle(pairs)  # noqa: S311 - reproducible, not secret
     drawn = pairs[: settings.limit]
     needed = len(drawn) if "non_response" in settings.kinds else 0
@@ -106,6 +117,7 @@ def make_plan(settings: Settings) -> Plan:
         templates=templates,
         topics={pair.doc_id: topic for pair, topic in zip(drawn, names, strict=True)},
         rejected=rejected,
+        revision=revision,
         num_rows=num_rows,
         num_not_drawn=len(pairs) - len(drawn),
     )
@@ -194,7 +206,7 @@ def make_docs(plan: Plan, written: Written) -> list[dict[str, Any]]:
             if pair.split == "train":
                 trained_texts |= responses
             docs.append(_doc(pair, texts, written))
-    check_sizes([doc["split"] for doc in docs])
+    check_sizes([doc["split"] for doc in docs], plan.rejected)
     if "random" in plan.settings.kinds:
         for split in ("train", "heldout"):
             add_random([doc for doc in docs if doc["split"] == split], plan.settings.seed)
@@ -252,7 +264,3 @@ def _untrained_request(pair: SourcePair, prompt_format: PromptFormat) -> Request
         temperature=0.0,
         max_output_tokens=max(1024, 4 * num_words),
     )
-
-
-def _reasons(rejected: Rejected) -> Counter[str]:
-    return Counter(str(row["reason"]) for row in rejected.rows)

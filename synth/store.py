@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import json
+import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,6 +156,12 @@ class Store:
         tables = ("answers", "reservations", "jobs")
         sums = " + ".join(f"(SELECT total(cost_usd) FROM {table})" for table in tables)  # noqa: S608
         return float(self._reader.execute(f"SELECT {sums}").fetchone()[0])
+
+    def cost_of(self, keys: Iterable[str]) -> float:
+        """What the answers of these request keys cost."""
+        sql = "SELECT cost_usd FROM answers WHERE key = ?"
+        rows = (self._reader.execute(sql, (key,)).fetchone() for key in keys)
+        return math.fsum(row[0] or 0.0 for row in rows if row)
 
     def lost_calls(self) -> tuple[int, float]:
         """Calls of which no answer came back (killed, cut, timed out), and their worst-case cost in USD."""

@@ -22,7 +22,7 @@ NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
     "read",
     [
         lambda path: list(_read_samples(path)),
-        lambda path: first_epoch(path.parent).to_dict("records"),
+        lambda path: pd.DataFrame(first_epoch(path.parent)).to_dict("records"),
         lambda path: pd.read_json(path, lines=True, dtype=False).to_dict("records"),
         lambda path: pyarrow.json.read_json(path).to_pylist(),
     ],
