@@ -2,13 +2,13 @@
 
 import argparse
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_probe.errors import UserError
+from sft_probe.synth import flag_types as types
 
 if TYPE_CHECKING:
     from sft_probe.synth.batch import BatchWriter
@@ -50,55 +50,23 @@ def add_synth(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base-url", help="of the server; openai: needed but for OpenAI's own")
     command.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
     contents = command.add_argument_group("what the set holds")
-    contents.add_argument("--categories", type=_names, default=None, metavar="A,B", help="beside chosen and rejected; "
-                          "default: paraphrase,variant,random,non_response; there are also chosen_paraphrase, "
+    contents.add_argument("--categories", type=types.names, default=None, metavar="A,B", help="beside chosen and "
+                          "rejected; default: paraphrase,variant,random,non_response; also chosen_paraphrase, "
                           "format_flip, permuted, untrained")  # fmt: skip
     contents.add_argument("--untrained-model", help="whose own answer `untrained` is; default: the embedded model")
     contents.add_argument("--templates", type=Path, metavar="DIR", help="your prompts, named CATEGORY.txt")
     contents.add_argument("--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh")
-    contents.add_argument("--heldout-frac", type=_fraction, help="default: the source's own splits, else 0.2")
-    contents.add_argument("--limit", type=_positive, help="docs at most, drawn at random")
+    contents.add_argument("--heldout-frac", type=types.fraction, help="default: the source's own splits, else 0.2")
+    contents.add_argument("--limit", type=types.positive, help="docs at most, drawn at random")
     contents.add_argument("--seed", type=int, default=0)
     contents.add_argument("--license", help="of the source, for the card; default: mit for Anthropic/hh-rlhf")
     limits = command.add_argument_group("rates and money")
-    limits.add_argument("--requests-per-minute", type=_rate)
-    limits.add_argument("--tokens-per-minute", type=_rate, help="of prompts")
-    limits.add_argument("--concurrency", type=_positive, default=16, help="calls in flight; default: 16")
-    limits.add_argument("--max-cost-usd", type=_amount, help="of all runs on this directory; never passed")
+    limits.add_argument("--requests-per-minute", type=types.rate)
+    limits.add_argument("--tokens-per-minute", type=types.rate, help="of prompts")
+    limits.add_argument("--concurrency", type=types.positive, default=16, help="calls in flight; default: 16")
+    limits.add_argument("--max-cost-usd", type=types.amount, help="of all runs on this directory; never passed")
     limits.add_argument("--price", metavar="INPUT,OUTPUT", help="USD per million tokens, in place of the price table")
     command.set_defaults(command=_synth)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
-def _rate(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
-def _amount(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no amount of money")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
 
 
 def _synth(options: argparse.Namespace) -> None:
