@@ -16,7 +16,7 @@ from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, resolve_settings
 from sft_probe.analysis.verdict import crossing
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_jsonl
+from sft_probe.files import jsonl_lines, make_dir, write_jsonl
 from sft_probe.prompts import EncodedDoc, terminator_id
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def divergences(run: Path) -> pd.DataFrame:
         for checkpoint in missing:
             log.info("%s, step %d: KL from the start", run, checkpoint.step)
             write_jsonl(paths[checkpoint.step], _rows(settings, start, live, checkpoints[0], checkpoint))
-    lines = [line for path in paths.values() for line in path.read_text("utf-8").splitlines()]
+    lines = [line for path in paths.values() for line in jsonl_lines(path.read_text("utf-8"))]
     return pd.DataFrame([json.loads(line) for line in lines])
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from sft_probe.analysis.rows import SCHEMA
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
+from sft_probe.files import jsonl_lines, read_json
 
 _STEP_COLUMNS = {"step": "optimizer step", "train_examples": "training examples", "examples_seen": "training examples"}
 _VALUE_COLUMNS = ("mean_sum_logprob", "mean_logprob", "logprob")
@@ -141,7 +141,7 @@ def _samples_of(results_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
         try:
             sample = json.loads(line)
         except json.JSONDecodeError as error:

@@ -19,7 +19,7 @@ from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.results import benchmark_rows, write_results
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, record_max_tokens
 from sft_probe.errors import UserError
-from sft_probe.files import new_dir, write_jsonl
+from sft_probe.files import jsonl_lines, new_dir, write_jsonl
 from sft_probe.models import check_window
 from sft_probe.prompts import first_visible, terminator_id
 from sft_probe.rows import score_row
@@ -227,7 +227,7 @@ def _faults(folder: Path) -> list[str]:
     path = folder / "faults.jsonl"
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in jsonl_lines(path.read_text("utf-8"))]
     names = ", ".join(f"{row['doc_id']} {row['category']}" for row in rows[:_MAX_NAMED])
     more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
     return [f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} ({path})"]

@@ -16,7 +16,7 @@ from sft_probe.analysis.recordings import Recording, load_recordings
 from sft_probe.analysis.statistics import over_runs
 from sft_probe.analysis.verdict import half_step
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_text
+from sft_probe.files import jsonl_lines, make_dir, write_text
 
 MIN_ORDERS = 3
 _BLOCK = 16
@@ -38,7 +38,7 @@ def first_epoch(directory: Path) -> pd.DataFrame | None:
     if not path.is_file():
         return None
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
         try:
             row = json.loads(line)
             rows.append({name: row[name] for name in _COLUMNS})

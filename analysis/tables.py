@@ -10,7 +10,7 @@ from filelock import FileLock
 from sft_probe.analysis.generations import read_generations
 from sft_probe.analysis.rows import read_rows, write_parquet
 from sft_probe.analysis.trajectory import trajectory
-from sft_probe.files import write_text
+from sft_probe.files import jsonl_lines, write_text
 
 
 def write_tables(directory: Path) -> list[Path]:
@@ -31,7 +31,7 @@ def write_tables(directory: Path) -> list[Path]:
         lines = [
             line
             for path in sorted(directory.glob("sweep/step_*/*/benchmarks.jsonl"))
-            for line in path.read_text("utf-8").splitlines()
+            for line in jsonl_lines(path.read_text("utf-8"))
         ]
         if len(answers := read_generations(directory)):
             write_parquet(directory / "generations.parquet", pa.Table.from_pandas(answers, preserve_index=False))

@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from sft_probe.files import jsonl_lines
 from sft_probe.packing import Item
 from sft_probe.prompts import EncodedDoc, PromptFormat, encode_doc, terminator_id
 from sft_probe.records import Doc
@@ -37,7 +38,7 @@ def parser(description: str | None, num_docs: int, repeats: int | None = None) -
 def load_docs(path: Path, num_docs: int, num_categories: int, tokenizer: Any) -> list[EncodedDoc]:
     """The first docs whose responses are all there and fit: the columns of `SIX`, or for more the file's first ones."""
     docs: list[EncodedDoc] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
         row = json.loads(line)
         names = SIX if num_categories <= len(SIX) else [name for name in row if name != "prompt"]
         responses = {name: row[name].strip() for name in names[:num_categories]}

@@ -89,7 +89,7 @@ class _BatchRun:
         jobs = self._store.jobs(self._writer)
         _LOG.info("waiting for %d batch jobs with %d requests", len(jobs), sum(len(job.keys) for job in jobs))
         for job in jobs:
-            await self._save_answers(job, await self._finished(job))
+            await self._read(job)
         if self._wrong_version is not None:
             raise UserError(self._version.remedy(self._wrong_version))
         if out_of_budget:
@@ -140,23 +140,24 @@ class _BatchRun:
         return keys, 0
 
     async def _submit(self, job: Job, requests: dict[str, Request]) -> str:
+        """Makes a job. A call that failed may have made it, so from the second on it is looked for first.
+
+        Where the attempts run out the job stays in the store, and the next run looks for it.
+        """
+        is_made_perhaps = False
+
         async def submit() -> str:
+            nonlocal is_made_perhaps
+            if is_made_perhaps and (found := await self._writer.find(job.display_name)) is not None:
+                return found
+            is_made_perhaps = True
             try:
                 return await self._writer.submit(job.display_name, requests)
-            except Wait as wait:
-                if not wait.maybe_billed:
-                    raise
-                # the answer was lost, the job perhaps not
-                found = await self._writer.find(job.display_name)
-                if found is None:
-                    raise
-                return found
+            except UserError:  # refused for good
+                await self._store.close_job(job)
+                raise
 
-        try:
-            return await self._patiently(submit)
-        except UserError:
-            await self._store.close_job(job)
-            raise
+        return await self._patiently(submit)
 
     async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
         for attempt in range(1, self._limits.max_attempts + 1):
@@ -168,22 +169,34 @@ class _BatchRun:
                 await asyncio.sleep(backoff_s(self._limits, attempt) if wait.wait_s is None else wait.wait_s)
         raise AssertionError("max_attempts is positive")
 
-    async def _finished(self, job: Job) -> dict[str, Answer]:
-        """Waits for the end of a job; answers by key."""
-        name = job.name
-        assert name is not None  # noqa: S101 - `_find` and `_submit_missing` have seen to it
+    async def _read(self, job: Job) -> None:
+        """Waits for the end of a job and stores its answers; the job is kept for those of other requests."""
+        keys = [key for key in job.keys if key in self._requests]
+        try:
+            answers = await self._finished(str(job.name))
+        except JobFailedError as error:
+            _LOG.warning("the job %s failed: %s. Its requests are asked again by the next run.", job.name, error)
+            await self._save_answers(keys, dict.fromkeys(keys, error_answer(f"job: {error}")))
+            await self._store.close_job(job)
+            return
+        await self._save_answers(keys, answers)
+        others = tuple(key for key in job.keys if key not in self._requests)
+        if others:
+            _LOG.warning("%d answers of %s belong to other requests; it is kept", len(others), job.name)
+            cost_usd = max(0.0, job.cost_usd - sum(map(self._worst_usd, keys)))
+            await self._store.save_job(self._writer, replace(job, keys=others, cost_usd=cost_usd))
+        else:
+            await self._store.close_job(job)
+
+    async def _finished(self, name: str) -> dict[str, Answer]:
+        """Waits for the end of a job; answers by key. Raises `JobFailedError`."""
         while True:
-            try:
-                answers = await self._patiently(lambda: self._writer.read(name))
-            except JobFailedError as error:
-                _LOG.warning("the job %s failed: %s. Its requests are asked again by the next run.", name, error)
-                return dict.fromkeys(job.keys, error_answer(f"job: {error}"))
+            answers = await self._patiently(lambda: self._writer.read(name))
             if answers is not None:
                 return answers
             await asyncio.sleep(self._writer.poll_s)
 
-    async def _save_answers(self, job: Job, answers: dict[str, Answer]) -> None:
-        keys = [key for key in job.keys if key in self._requests]
+    async def _save_answers(self, keys: list[str], answers: dict[str, Answer]) -> None:
         for start in range(0, len(keys), _SAVED_AT_ONCE):
             await asyncio.gather(
                 *(
@@ -191,15 +204,11 @@ class _BatchRun:
                     for key in keys[start : start + _SAVED_AT_ONCE]
                 )
             )
-        if len(keys) == len(job.keys):
-            await self._store.close_job(job)
-        else:
-            _LOG.warning("%d answers of %s belong to other requests; it is kept", len(job.keys) - len(keys), job.name)
 
     async def _save(self, key: str, answer: Answer) -> None:
         kept = self._version.check(answer)
         stored = self._store.get_key(key)
-        if stored is not None and stored.raw == kept.raw:
+        if stored is not None and (stored.raw == kept.raw or (kept.status == "error" and stored.status != "error")):
             return  # read before, by a run that was stopped before it closed the job
         if kept is not answer:
             self._wrong_version = kept

@@ -15,7 +15,7 @@ from sft_probe.synth.checks import fault_of
 from sft_probe.synth.from_table import add_random
 from sft_probe.synth.report import NearDuplicates
 from sft_probe.synth.requests import Answer, Request
-from sft_probe.synth.sources import Rejected, SourcePair, read_pairs
+from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
 from sft_probe.synth.splits import check_sizes, conversation_id, split_pairs
 
 UNTRAINED_TEMPLATE = "untrained@1"
@@ -47,6 +47,8 @@ class Plan:
     topics: dict[str, str]
     """By doc_id."""
     rejected: Rejected
+    revision: str | None
+    """Of a hub source."""
     num_rows: int
     """Rows of the source."""
     num_not_drawn: int
@@ -84,18 +86,27 @@ class Written:
         self.model_versions.add(f"{request.category}: {answer.model_version}")
 
 
-def make_plan(settings: Settings) -> Plan:
-    """Reads the source, draws, splits. Raises `UserError` where the source, a template or the splits are unusable."""
-    rejected = Rejected()
+def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> Plan:
+    """Reads the source, draws, splits.
+
+    Args:
+        settings: what is asked for.
+        rejected: gets what is left out.
+        tokenizer: of the untrained model, where its answers are asked for; every prompt must fit its chat template.
+
+    Raises:
+        UserError: the source, a template or the splits are unusable.
+    """
     templates = load_templates(settings.kinds, settings.templates)
-    pairs = read_pairs(settings.source, rejected)
+    revision = hub_revision(settings.source)
+    pairs = read_pairs(settings.source, rejected, revision)
     num_rows = len(pairs) + len(rejected.rows)
-    if settings.prompt_format != "chat":  # which is the model's own, known only later
-        prompt_format = PromptFormat(settings.prompt_format)
+    if settings.prompt_format != "chat" or tokenizer is not None:  # else it is a model's own, known only later
+        prompt_format = PromptFormat(settings.prompt_format, tokenizer)
         pairs = [pair for pair in pairs if _has_format(pair, prompt_format, rejected)]
     if not pairs:
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in _reasons(rejected).most_common(3))
-        raise UserError(f"the source {settings.source} has no usable row of {num_rows}: {reasons or 'it is empty'}.")
+        reasons = rejected.reasons() if num_rows else "it is empty"
+        raise UserError(f"the source {settings.source} has no usable row of {num_rows}: {reasons}.")
     random.Random(settings.seed).shuffle(pairs)  # noqa: S311 - reproducible, not secret
     drawn = pairs[: settings.limit]
     needed = len(drawn) if "non_response" in settings.kinds else 0
@@ -106,13 +117,18 @@ def make_plan(settings: Settings) -> Plan:
         templates=templates,
         topics={pair.doc_id: topic for pair, topic in zip(drawn, names, strict=True)},
         rejected=rejected,
+        revision=revision,
         num_rows=num_rows,
         num_not_drawn=len(pairs) - len(drawn),
     )
 
 
 def write_texts(plan: Plan, obtain: Obtain) -> Written:
-    """Has every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`."""
+    """Has every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`.
+
+    Raises:
+        UserError: some texts have no answer.
+    """
     written = Written()
     pairs = {pair.doc_id: pair for pair in plan.pairs}
     indexes = {kind: NearDuplicates() for kind in plan.templates}
@@ -128,15 +144,30 @@ def write_texts(plan: Plan, obtain: Obtain) -> Written:
         return fault
 
     again = []
-    for request, answer in obtain(plan.requests(), plan.num_requests):
+    for request, answer in _answered(obtain(plan.requests(), plan.num_requests)):
         if fault := judge(request, answer):
             written.first_faults[request.category, fault] += 1
             again.append(replace(request, sample_index=1))
-    for request, answer in obtain(iter(again), len(again)):
+    for request, answer in _answered(obtain(iter(again), len(again))):
         if fault := judge(request, answer):
             written.last_faults[request.category, fault] += 1
             plan.rejected.add(pairs[request.doc_id], f"`{request.category}`, written twice: {fault}")
     return written
+
+
+def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Request, Answer]]:
+    """Raises `UserError` at the end where some were never given: a set without them would be another one next time."""
+    missing: Counter[str] = Counter()
+    for request, answer in answers:
+        if answer.status == "error":
+            missing[str(answer.reason)] += 1
+        else:
+            yield request, answer
+    if missing:
+        raise UserError(
+            f"{missing.total()} texts have no answer (most often: {missing.most_common(1)[0][0]}), so the set is not "
+            "written. All others are stored; run the same command again."
+        )
 
 
 def write_untrained(plan: Plan, written: Written, tokenizer: Any, obtain: Obtain) -> None:
@@ -144,7 +175,7 @@ def write_untrained(plan: Plan, written: Written, tokenizer: Any, obtain: Obtain
     prompt_format = PromptFormat(plan.settings.prompt_format, tokenizer)
     pairs = {pair.doc_id: pair for pair in plan.pairs}
     requests = [_untrained_request(pair, prompt_format) for pair in plan.pairs]
-    for request, answer in obtain(iter(requests), len(requests)):
+    for request, answer in _answered(obtain(iter(requests), len(requests))):
         fault = answer.status if answer.status != "ok" else None if (answer.text or "").strip() else "empty"
         if fault:
             written.last_faults["untrained", fault] += 1
@@ -175,7 +206,7 @@ def make_docs(plan: Plan, written: Written) -> list[dict[str, Any]]:
             if pair.split == "train":
                 trained_texts |= responses
             docs.append(_doc(pair, texts, written))
-    check_sizes([doc["split"] for doc in docs])
+    check_sizes([doc["split"] for doc in docs], plan.rejected)
     if "random" in plan.settings.kinds:
         for split in ("train", "heldout"):
             add_random([doc for doc in docs if doc["split"] == split], plan.settings.seed)
@@ -233,7 +264,3 @@ def _untrained_request(pair: SourcePair, prompt_format: PromptFormat) -> Request
         temperature=0.0,
         max_output_tokens=max(1024, 4 * num_words),
     )
-
-
-def _reasons(rejected: Rejected) -> Counter[str]:
-    return Counter(str(row["reason"]) for row in rejected.rows)

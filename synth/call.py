@@ -87,7 +87,11 @@ class Caller:
     async def _take_turn(self, request: Request) -> bool:
         """Waits for a place; False where the run is stopped."""
         delay_s = max(self._requests.book(1), self._tokens.book(expected_prompt_tokens(request)))
-        return await self._sleep(delay_s)
+        while await self._sleep(delay_s):
+            if not self._requests.is_held():
+                return True
+            delay_s = self._requests.book(1)  # the server has asked to wait meanwhile
+        return False
 
     async def _sleep(self, seconds: float) -> bool:
         if seconds > 0 and not self._stopped.is_set():

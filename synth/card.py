@@ -65,7 +65,8 @@ def _lengths(table: pd.DataFrame, writers: dict[str, str]) -> str:
 
 
 def _sections(provenance: dict[str, Any]) -> list[str]:
-    rows = provenance["rows"]
+    rows, revision = provenance["rows"], provenance["source_revision"]
+    revision = f" at revision {revision}" if revision else ""
     reasons = "".join(f"\n- {count}: {_text(reason)}" for reason, count in rows["reasons"].items())
     overlap = ", ".join(
         f"{name.replace('_', ' ')} {number}" for name, number in provenance["overlap_of_splits"].items()
@@ -76,11 +77,14 @@ def _sections(provenance: dict[str, Any]) -> list[str]:
                   for fault, count in faults.items()) or "none"
         for time in ("first", "second")
     )  # fmt: skip
+    note = provenance["note"]
     return [
-        f"Source: {_text(provenance['source'])}, seed {provenance['seed']}. Of {rows['read']} rows {rows['used']} are "
-        f"used, {rows['not_drawn']} were not drawn, {rows['left_out']} left out{':' if reasons else '.'}{reasons}",
+        *([note] if note else []),
+        f"Source: {_text(provenance['source'])}{revision}, seed {provenance['seed']}. Of {rows['read']} rows "
+        f"{rows['used']} are used, {rows['not_drawn']} were not drawn, {rows['left_out']} left out"
+        f"{':' if reasons else '.'}{reasons}",
         f"Overlap of the splits: {overlap}.",
-        f"Prompt templates: {templates or 'none'}.",
+        f"Prompt templates{' (not followed)' if note else ''}: {templates or 'none'}.",
         f"Texts that failed a check and were written again: {first}. Failed twice, doc left out: {second}.",
         f"Cost of the texts: {provenance['cost_usd']:.4f} USD at list prices.",
     ]

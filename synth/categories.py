@@ -5,12 +5,13 @@ import itertools
 import random
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft_probe.errors import UserError
@@ -45,11 +46,15 @@ class Template:
     def render(self, variables: dict[str, Any]) -> str:
         """The prompt. Raises `UserError` where the template asks for what is not given."""
         try:
-            # S701: plain text for a model, not HTML
-            return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(self.text).render(variables)
-        except TemplateError as error:
+            return str(self._compiled.render(variables))
+        except Exception as error:  # whatever its expressions raise
             known = ", ".join(variables)
             raise UserError(f"the template {self.path}: {error}. It is given {known}.") from error
+
+    @cached_property
+    def _compiled(self) -> Any:
+        # S701: plain text for a model, not HTML
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(self.text)
 
 
 def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, Template]:

@@ -2,18 +2,21 @@
 
 import argparse
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_probe.errors import UserError
+from sft_probe.synth import flag_types as types
 
 if TYPE_CHECKING:
     from sft_probe.synth.batch import BatchWriter
-    from sft_probe.synth.build import Obtain, Plan, Written
+    from sft_probe.synth.build import Obtain, Plan
     from sft_probe.synth.limits import Limits
-    from sft_probe.synth.requests import Named, Writer
+    from sft_probe.synth.requests import Answer, Named, Request, Writer
     from sft_probe.synth.store import Store
+    from sft_probe.synth.writers.hf import HfWriter
 
     AnyWriter = Writer | BatchWriter
 
@@ -26,6 +29,11 @@ _MODELS = {
     "gemini-legacy": _GEMINI,
     "gemini-batch": _GEMINI,
 }
+
+_OFFLINE_NOTE = (
+    "The texts of the writer `offline` are sentences of the embedded set, drawn by a hash. They have the length that "
+    "is asked for and do not mean what their category says: this set is for trying things out."
+)
 
 
 def add_synth(command: argparse.ArgumentParser) -> None:
@@ -42,47 +50,37 @@ def add_synth(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base-url", help="of the server; openai: needed but for OpenAI's own")
     command.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
     contents = command.add_argument_group("what the set holds")
-    contents.add_argument("--categories", type=_names, default=None, metavar="A,B", help="beside chosen and rejected; "
-                          "default: paraphrase,variant,random,non_response; there are also chosen_paraphrase, "
+    contents.add_argument("--categories", type=types.names, default=None, metavar="A,B", help="beside chosen and "
+                          "rejected; default: paraphrase,variant,random,non_response; also chosen_paraphrase, "
                           "format_flip, permuted, untrained")  # fmt: skip
     contents.add_argument("--untrained-model", help="whose own answer `untrained` is; default: the embedded model")
     contents.add_argument("--templates", type=Path, metavar="DIR", help="your prompts, named CATEGORY.txt")
     contents.add_argument("--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh")
-    contents.add_argument("--heldout-frac", type=_fraction, help="default: the source's own splits, else 0.2")
-    contents.add_argument("--limit", type=_positive, help="docs at most, drawn at random")
+    contents.add_argument("--heldout-frac", type=types.fraction, help="default: the source's own splits, else 0.2")
+    contents.add_argument("--limit", type=types.positive, help="docs at most, drawn at random")
     contents.add_argument("--seed", type=int, default=0)
     contents.add_argument("--license", help="of the source, for the card; default: mit for Anthropic/hh-rlhf")
     limits = command.add_argument_group("rates and money")
-    limits.add_argument("--requests-per-minute", type=float)
-    limits.add_argument("--tokens-per-minute", type=float, help="of prompts")
-    limits.add_argument("--concurrency", type=_positive, default=16, help="calls in flight; default: 16")
-    limits.add_argument("--max-cost-usd", type=float, help="of all runs on this directory; never passed")
+    limits.add_argument("--requests-per-minute", type=types.rate)
+    limits.add_argument("--tokens-per-minute", type=types.rate, help="of prompts")
+    limits.add_argument("--concurrency", type=types.positive, default=16, help="calls in flight; default: 16")
+    limits.add_argument("--max-cost-usd", type=types.amount, help="of all runs on this directory; never passed")
     limits.add_argument("--price", metavar="INPUT,OUTPUT", help="USD per million tokens, in place of the price table")
     command.set_defaults(command=_synth)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
 def _synth(options: argparse.Namespace) -> None:
-    from sft_probe.synth.build import Settings, make_docs, make_plan, write_texts
+    from sft_probe.synth.build import (
+        UNTRAINED_TEMPLATE,
+        Settings,
+        make_docs,
+        make_plan,
+        write_texts,
+        write_untrained,
+    )
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
-    from sft_probe.synth.output import WORK_DIR, check_directory, write_set
+    from sft_probe.synth.output import STORE, check_directory, write_rejected, write_set
+    from sft_probe.synth.sources import Rejected
     from sft_probe.synth.store import Store
 
     if not options.source or not options.writer or not options.out:
@@ -90,26 +88,39 @@ def _synth(options: argparse.Namespace) -> None:
     kinds = options.categories or DEFAULT_KINDS
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}.")
-    check_directory(options.out)
+    check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
-    plan = make_plan(Settings(kinds=kinds, **{name: getattr(options, name) for name in names}))
-    _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
-    store = Store(options.out / WORK_DIR / "answers.sqlite")
+    settings = Settings(kinds=kinds, **{name: getattr(options, name) for name in names})
+    # made before anything is paid for: it may not be there, or have no place for a prompt
+    untrained = _untrained_writer(options) if "untrained" in kinds and not options.dry_run else None
+    store = Store(options.out / STORE)
+    rejected = Rejected()
     try:
+        plan = make_plan(settings, rejected, untrained.tokenizer if untrained else None)
+        _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
         limits = _limits(options)
         if options.dry_run:  # needs neither key nor package
             _print_estimate(plan, _named(options), store, limits)
             return
         writer = _writer(options)
-        written = write_texts(plan, _obtain(writer, store, limits))
+        keys: set[str] = set()
+        written = write_texts(plan, _obtain(writer, store, limits, keys))
         writers = _written_by(plan, writer)
-        if "untrained" in kinds:
-            writers["untrained"] = _add_untrained(options, plan, written, store)
+        if untrained:
+            write_untrained(plan, written, untrained.tokenizer, _obtain(untrained, store, _local_limits(), keys))
+            writers["untrained"] = f"{untrained.name} {untrained.model}, {UNTRAINED_TEMPLATE}"
         docs = make_docs(plan, written)
-        facts = {"license": _license(options), "cost_usd": round(store.cost_usd(), 6)}
+        # of the texts of this set alone, whatever else was asked or lost: the same set has the same card
+        facts = {
+            "license": _license(options),
+            "cost_usd": round(store.cost_of(keys), 6),
+            "note": _OFFLINE_NOTE if options.writer == "offline" and plan.templates else None,
+        }
         write_set(options.out, docs, plan, written, writers=writers, facts=facts)
     finally:
         store.close()
+        if rejected.rows and not options.dry_run:
+            write_rejected(options.out, rejected)
     _log.info("wrote %s: %d docs; rows left out: %s", options.out, len(docs), _left_out(plan))
 
 
@@ -120,10 +131,10 @@ def _left_out(plan: "Plan") -> str:
 
 def _status(options: argparse.Namespace) -> None:
     from sft_probe.files import read_json
-    from sft_probe.synth.output import WORK_DIR
+    from sft_probe.synth.output import STORE
     from sft_probe.synth.store import Store
 
-    path = options.directory / WORK_DIR / "answers.sqlite"
+    path = options.directory / STORE
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing was written in {options.directory} by `sft-probe synth`.")
     store = Store(path)
@@ -202,10 +213,17 @@ def _make_writer(name: str, model: str, base_url: str | None) -> "AnyWriter":
     return OpenAIWriter(model, base_url=base_url)
 
 
-def _obtain(writer: "AnyWriter", store: "Store", limits: "Limits") -> "Obtain":
+def _obtain(writer: "AnyWriter", store: "Store", limits: "Limits", keys: set[str]) -> "Obtain":
+    """Asks a writer, and notes the key of each answer."""
     from sft_probe.synth.run import obtain
+    from sft_probe.synth.store import request_key
 
-    return lambda requests, total: obtain(requests, writer, store, limits, total=total)
+    def noted(requests: "Iterator[Request]", total: int) -> "Iterator[tuple[Request, Answer]]":
+        for request, answer in obtain(requests, writer, store, limits, total=total):
+            keys.add(request_key(writer, request))
+            yield request, answer
+
+    return noted
 
 
 def _limits(options: argparse.Namespace) -> "Limits":
@@ -231,13 +249,10 @@ def _local_limits() -> "Limits":
     return Limits(concurrency=CONCURRENCY, timeout_s=86400.0)
 
 
-def _add_untrained(options: argparse.Namespace, plan: "Plan", written: "Written", store: "Store") -> str:
-    from sft_probe.synth.build import UNTRAINED_TEMPLATE, write_untrained
+def _untrained_writer(options: argparse.Namespace) -> "HfWriter":
     from sft_probe.synth.writers.hf import HfWriter
 
-    writer = HfWriter(options.untrained_model or _MODELS["hf"], is_chat=False)
-    write_untrained(plan, written, writer.tokenizer, _obtain(writer, store, _local_limits()))
-    return f"{writer.name} {writer.model}, {UNTRAINED_TEMPLATE}"
+    return HfWriter(options.untrained_model or _MODELS["hf"], is_chat=False)
 
 
 def _written_by(plan: "Plan", writer: "AnyWriter") -> dict[str, str]:
@@ -245,7 +260,8 @@ def _written_by(plan: "Plan", writer: "AnyWriter") -> dict[str, str]:
     names = {"chosen": "source", "rejected": "source"}
     for kind in plan.settings.kinds:
         template = plan.templates.get(kind)
-        names[kind] = f"{writer.name} {writer.model}, {template.name}" if template else fixed.get(kind, "")
+        made_by = "sentences of the embedded set" if writer.name == "offline" else template.name if template else ""
+        names[kind] = f"{writer.name} {writer.model}, {made_by}" if template else fixed.get(kind, "")
     return names
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_json, write_jsonl
+from sft_probe.files import jsonl_lines, make_dir, write_json, write_jsonl
 from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import parse_prompt
 
@@ -76,7 +76,7 @@ def write_manifest(out: Path, writers: dict[str, str], prompt_format: str, prove
     """Writes `probe_set.json` for the JSONL files in `out`: last, so that it stands for a complete set."""
     (out / "probe_set.json").unlink(missing_ok=True)
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.jsonl"))}
-    rows = [json.loads(line) for name in files for line in (out / name).read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for name in files for line in jsonl_lines((out / name).read_text("utf-8"))]
     manifest = {
         "name": out.resolve().name,
         "counts": {split: sum(row["split"] == split for row in rows) for split in ("train", "heldout")},

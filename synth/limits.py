@@ -61,7 +61,7 @@ class Pace:
     def __init__(self, per_minute: float | None, clock: Callable[[], float]) -> None:
         self._s_per_unit = 60 / per_minute if per_minute else 0.0
         self._clock = clock
-        self._free_at_s = 0.0
+        self._free_at_s = self._held_until_s = 0.0
 
     def book(self, units: float) -> float:
         """Takes the next free place; returns the seconds until then."""
@@ -72,7 +72,12 @@ class Pace:
 
     def hold(self, seconds: float) -> None:
         """Gives no place for so long."""
-        self._free_at_s = max(self._free_at_s, self._clock() + seconds)
+        self._held_until_s = max(self._held_until_s, self._clock() + seconds)
+        self._free_at_s = max(self._free_at_s, self._held_until_s)
+
+    def is_held(self) -> bool:
+        """Whether it stands still, so that places booked before are void."""
+        return self._clock() < self._held_until_s
 
 
 class BudgetSpentError(UserError):
@@ -108,7 +113,11 @@ class Budget:
                 await self._settled.wait()
             self._reserved_usd += cost_usd
             self._num_open += 1
-        return await self._store.reserve(cost_usd)
+        try:
+            return await self._store.reserve(cost_usd)
+        except BaseException:
+            await self.settle(cost_usd, 0.0)  # whoever waits for money must not wait for this one
+            raise
 
     def _fits(self, cost_usd: float) -> bool:
         if self._max_cost_usd is None:

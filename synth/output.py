@@ -9,17 +9,29 @@ from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_jsonl
 from sft_probe.records import SPLITS
 from sft_probe.synth.build import Plan, Written
-from sft_probe.synth.card import write_card
+from sft_probe.synth.card import FIGURE, write_card
 from sft_probe.synth.from_table import write_manifest
 from sft_probe.synth.report import near_duplicates, prompt_text
-from sft_probe.synth.sources import source_sha256
+from sft_probe.synth.sources import Rejected, source_files, source_sha256
 
 WORK_DIR = "synthesis"
 """Beside the set: the store of answers and the rows left out. No part of the set."""
+STORE = f"{WORK_DIR}/answers.sqlite"
+_WRITTEN = (*(f"{split}.jsonl" for split in SPLITS), "README.md", "probe_set.json", FIGURE)
 
 
-def check_directory(out: Path) -> None:
-    """Raises `UserError` where a set in `out` would take in files that are not its own, or nothing can be written."""
+def check_directory(out: Path, source: str) -> None:
+    """Raises `UserError` where a set in `out` would take in or replace foreign files, or nothing can be written."""
+    path = Path(source).expanduser()
+    written = {(out / name).resolve() for name in _WRITTEN}
+    if path.exists() and not written.isdisjoint(file.resolve() for file in source_files(path)):
+        raise UserError(f"the source {source} would be overwritten by the set in {out}. Choose another --out.")
+    mine = sorted(name for name in _WRITTEN if (out / name).exists())
+    if mine and not (out / STORE).is_file():
+        raise UserError(
+            f"{out} holds {', '.join(mine)}, which sft-probe synth has not written and would replace. Choose another "
+            "--out."
+        )
     foreign = sorted(path.name for path in out.glob("*.jsonl") if path.stem not in SPLITS)
     if foreign:
         raise UserError(
@@ -57,11 +69,15 @@ def write_set(
         )
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
-    write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", plan.rejected.rows)
     for split in SPLITS:
         write_jsonl(out / f"{split}.jsonl", [doc for doc in docs if doc["split"] == split])
     write_card(out, docs, writers, plan.settings.prompt_format, provenance)
     write_manifest(out, writers, plan.settings.prompt_format, provenance)
+
+
+def write_rejected(out: Path, rejected: Rejected) -> None:
+    """Writes what is left out, also where no set comes of it."""
+    write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", rejected.rows)
 
 
 def overlap_of(docs: Sequence[dict[str, Any]], categories: Sequence[str]) -> dict[str, int]:
@@ -89,6 +105,7 @@ def _provenance(plan: Plan, docs: Sequence[dict[str, Any]], written: Written) ->
     return {
         "source": Path(settings.source).name if Path(settings.source).expanduser().exists() else settings.source,
         "source_sha256": source_sha256(settings.source),
+        "source_revision": plan.revision,
         "seed": settings.seed,
         "limit": settings.limit,
         "heldout_frac": settings.heldout_frac,

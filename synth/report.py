@@ -1,15 +1,18 @@
 """What `sft-probe probe-set` prints: counts, lengths, duplicates, overlap of the splits, and each fault."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 
 from sft_probe.records import SPLITS, ProbeSet
 
 NEAR_DUPLICATE_JACCARD = 0.7
 _SHINGLE_WORDS = 3
+_NUM_PERMUTATIONS, _NUM_BANDS, _NUM_ROWS = 128, 14, 9
+# the bands that weigh false and missed pairs alike at a similarity of 0.7
 
 
 def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -23,25 +26,34 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 class NearDuplicates:
-    """An index of texts by the MinHash of their word trigrams."""
+    """An index of texts by the MinHash of their word trigrams: texts with an equal band are near-duplicates.
+
+    It finds what `MinHashLSH` of datasketch finds, which takes a multiple of the memory: a byte string and a set for
+    each band of each text.
+    """
 
     def __init__(self) -> None:
-        self._index = MinHashLSH(threshold=NEAR_DUPLICATE_JACCARD, num_perm=128)
+        self._bands: list[dict[int, tuple[str, ...]]] = [{} for _ in range(_NUM_BANDS)]
 
     def of(self, text: str) -> list[str]:
         """Keys of the texts whose Jaccard similarity to `text` is about 0.7 or more."""
-        return list(self._index.query(self._sketch(text)))
+        found = (band.get(value, ()) for band, value in zip(self._bands, _band_values(text), strict=True))
+        return list(dict.fromkeys(key for keys in found for key in keys))
 
     def add(self, key: str, text: str) -> None:
         """Makes `text` findable."""
-        self._index.insert(key, self._sketch(text))
+        alone = (key,)
+        for band, value in zip(self._bands, _band_values(text), strict=True):
+            band[value] = (*band[value], key) if value in band else alone
 
-    @staticmethod
-    @lru_cache(maxsize=1)
-    def _sketch(text: str) -> MinHash:
-        sketch = MinHash(num_perm=128)
-        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
-        return sketch
+
+@lru_cache(maxsize=1)
+def _band_values(text: str) -> list[int]:
+    """One number for each band of the text's MinHash."""
+    sketch = MinHash(num_perm=_NUM_PERMUTATIONS)
+    sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+    bands = sketch.hashvalues[: _NUM_BANDS * _NUM_ROWS].reshape(_NUM_BANDS, _NUM_ROWS)
+    return [int.from_bytes(hashlib.sha256(band.tobytes()).digest()[:8]) for band in bands]
 
 
 def shingles(text: str) -> set[str]:

@@ -1,7 +1,7 @@
 """What a writer is asked, and what comes back: the one protocol of all writers, remote, local and offline."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 STATUSES = ("ok", "blocked", "truncated", "refused", "invalid", "error")
@@ -46,8 +46,13 @@ class Answer:
 
 
 def error_answer(reason: str) -> Answer:
-    """An answer that is none, with the reason."""
+    """Of a request that got none, with the reason; it may get one later."""
     return Answer(status="error", raw=json.dumps({"error": reason}), reason=reason)
+
+
+def turned_down(reason: str) -> Answer:
+    """Of a request that the server will not take as it is, now or later; it cost nothing."""
+    return replace(error_answer(reason), status="invalid", num_prompt_tokens=0, num_output_tokens=0)
 
 
 class Wait(Exception):  # noqa: N818 - an instruction, not a fault

@@ -78,7 +78,7 @@ def obtain(
 ) -> Generator[tuple[Request, Answer], None, None]:
     """All requests with their answers, in order; what the store lacks is asked for.
 
-    Every answer is on disk before it is given back. An answer of status `error` (out of attempts, or turned down) is
+    Every answer is on disk before it is given back. An answer of status `error` (out of attempts) is
     given back and counted like any other, and asked for again by the next call. SIGINT and SIGTERM end the asking;
     calls in flight are waited for and stored, then `SystemExit` is raised. A second SIGINT does not wait.
 
@@ -95,6 +95,10 @@ def obtain(
     """
     with store.exclusive():
         _warn_of_lost_calls(store)
+        if limits.max_cost_usd is not None and (number := store.num_unpriced()):
+            _LOG.warning(
+                "%d answers of earlier runs were asked for without --price: the budget counts them as free", number
+            )
         if isinstance(writer, BatchWriter):
             yield from obtain_batch(requests, writer, store, limits)
             return
@@ -261,7 +265,9 @@ class _Run:
         return None
 
     def _count_failure(self, answer: Answer) -> None:
-        self._num_failed = self._num_failed + 1 if answer.status == "error" else 0
+        is_turned_down = answer.status == "invalid" and answer.num_prompt_tokens == 0
+        is_failed = answer.status == "error" or is_turned_down
+        self._num_failed = self._num_failed + 1 if is_failed else 0
         if self._num_failed == _MANY_FAILURES:
             raise UserError(
                 f"{_MANY_FAILURES} requests in a row failed, the last with: {answer.reason}. Nothing that was answered "

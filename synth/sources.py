@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import json
+import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.synth.hh import Pair, RowRejectedError, parse_row
 
+_LOG = logging.getLogger(__name__)
 _HH = "Anthropic/hh-rlhf"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
@@ -54,16 +57,21 @@ class Rejected:
         doc_id = {"doc_id": place.doc_id} if isinstance(place, SourcePair) else {}
         self.rows.append({"file": place.file, "line": place.line, **doc_id, "reason": reason, **detail})
 
+    def reasons(self) -> str:
+        """The most common reasons, with how many rows each has cost."""
+        counts = Counter(str(row["reason"]) for row in self.rows)
+        return "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3)) or "nothing"
 
-def read_pairs(source: str, rejected: Rejected) -> list[SourcePair]:
-    """Every usable pair of a source in its order; all other rows go to `rejected`.
+
+def read_pairs(source: str, rejected: Rejected, revision: str | None = None) -> list[SourcePair]:
+    """Every usable pair of a source in its order; all other rows go to `rejected`. `revision` is that of a hub source.
 
     Raises:
         UserError: there is no such source, or a file of it is damaged.
     """
     seen: dict[bytes, str] = {}
     pairs = []
-    for row in read_rows(source):
+    for row in read_rows(source, revision):
         try:
             if row.fault or not isinstance(row.value, dict):
                 raise RowRejectedError(row.fault or "not a JSON object")
@@ -82,7 +90,7 @@ def read_pairs(source: str, rejected: Rejected) -> list[SourcePair]:
     return pairs
 
 
-def read_rows(source: str) -> Iterator[Row]:
+def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
     """The rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, of a directory of them, or of a hub data set.
 
     Raises:
@@ -90,7 +98,7 @@ def read_rows(source: str) -> Iterator[Row]:
     """
     path = Path(source).expanduser()
     if not path.exists():
-        yield from _hub_rows(source)
+        yield from _hub_rows(source, revision)
         return
     for file in source_files(path):
         read = _parquet_rows if file.suffix == ".parquet" else _jsonl_rows
@@ -113,6 +121,19 @@ def source_sha256(source: str) -> dict[str, str]:
     """File name to hash of a local source; empty for the hub, where the name and revision stand for it."""
     path = Path(source).expanduser()
     return {file.name: sha256_file(file) for file in source_files(path)} if path.exists() else {}
+
+
+def hub_revision(source: str) -> str | None:
+    """The commit that a hub source stands at now; None for a local one, and where the hub cannot be asked."""
+    if Path(source).expanduser().exists() or not _HUB_ID.fullmatch(source):
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(source.partition(":")[0]).sha
+    except OSError as error:  # offline the copy in the cache may do; else reading it says what is wrong
+        _LOG.warning("the revision of %s is not known (%s)", source, type(error).__name__)
+        return None
 
 
 def _stem(name: str) -> str:
@@ -159,7 +180,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _hub_rows(source: str) -> Iterator[Row]:
+def _hub_rows(source: str, revision: str | None) -> Iterator[Row]:
     import datasets
 
     if not _HUB_ID.fullmatch(source):
@@ -167,7 +188,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
     name, _, data_dir = source.partition(":")
     data_dir = data_dir or ("helpful-base" if name == _HH else "")
     try:
-        splits = datasets.load_dataset(name, data_dir=data_dir or None)
+        splits = datasets.load_dataset(name, data_dir=data_dir or None, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"no source {source!r}: no file here, and the hub did not give it ({error}).") from error
     for split, rows in splits.items():

@@ -66,17 +66,18 @@ def split_pairs(pairs: list[SourcePair], heldout_frac: float | None, seed: int, 
             rejected.add(pair, "held out, but a response of it is in train")
         else:
             kept.append(replace(pair, split=split))
-    check_sizes([str(pair.split) for pair in kept])
+    check_sizes([str(pair.split) for pair in kept], rejected)
     return kept
 
 
-def check_sizes(splits: Sequence[str]) -> None:
+def check_sizes(splits: Sequence[str], rejected: Rejected) -> None:
     """Raises `UserError` where a split has fewer than the two docs that `random` needs."""
     for split in ("train", "heldout"):
         if splits.count(split) < 2:
             raise UserError(
-                f"the split {split} has {splits.count(split)} usable docs and needs 2 or more: take more rows "
-                "(--limit), or another --heldout-frac."
+                f"the split {split} has {splits.count(split)} usable docs and needs 2 or more. Left out: "
+                f"{rejected.reasons()}. Mend what was left out most, take more rows (--limit), or another "
+                "--heldout-frac."
             )
 
 

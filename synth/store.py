@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import json
+import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ INSERT INTO answers VALUES ({", ".join("?" * 19)})
 ON CONFLICT (key) DO UPDATE SET
     status = excluded.status, raw = excluded.raw, text = excluded.text, reason = excluded.reason,
     model_version = excluded.model_version, num_prompt_tokens = excluded.num_prompt_tokens,
-    num_output_tokens = excluded.num_output_tokens, cost_usd = cost_usd + excluded.cost_usd,
+    num_output_tokens = excluded.num_output_tokens,
+    cost_usd = coalesce(cost_usd + excluded.cost_usd, cost_usd, excluded.cost_usd),
     attempts = attempts + excluded.attempts, answered_at = excluded.answered_at
 """  # noqa: S608 - the one thing put in is a row of question marks
 
@@ -155,10 +157,22 @@ class Store:
         sums = " + ".join(f"(SELECT total(cost_usd) FROM {table})" for table in tables)  # noqa: S608
         return float(self._reader.execute(f"SELECT {sums}").fetchone()[0])
 
+    def cost_of(self, keys: Iterable[str]) -> float:
+        """What the answers of these request keys cost."""
+        sql = "SELECT cost_usd FROM answers WHERE key = ?"
+        rows = (self._reader.execute(sql, (key,)).fetchone() for key in keys)
+        return math.fsum(row[0] or 0.0 for row in rows if row)
+
     def lost_calls(self) -> tuple[int, float]:
         """Calls of which no answer came back (killed, cut, timed out), and their worst-case cost in USD."""
         count, cost = self._reader.execute("SELECT count(*), total(cost_usd) FROM reservations").fetchone()
         return int(count), float(cost)
+
+    def num_unpriced(self) -> int:
+        """Answers that were paid for by runs that knew no price."""
+        is_paid = "status != 'error' AND coalesce(num_prompt_tokens, 1) > 0"
+        sql = f"SELECT count(*) FROM answers WHERE cost_usd IS NULL AND {is_paid}"  # noqa: S608
+        return int(self._reader.execute(sql).fetchone()[0])
 
     def model_version(self, writer: Named) -> str | None:
         """The version that answered so far for this writer and model."""

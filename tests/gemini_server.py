@@ -2,7 +2,7 @@
 
 A prompt may hold `@faults(a,b,c)`: the first call with it meets fault a, the second b, the third c, later ones none.
 Answers: blocked_prompt safety recitation max_tokens empty no_finish surrogate thought other_version bad_request bad_key
-no_model. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut hangup malformed malformed_error.
+no_model echo_key. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut hangup malformed malformed_error.
 It also answers chat completions as OpenAI does (`/openai/v1`), with the same faults.
 Run: python tests/gemini_server.py --port 0 --latency-s 0.05    (prints its address; GET /calls counts calls by prompt)
 """
@@ -39,6 +39,8 @@ class GeminiServer:
         self.polls_needed = 2
         self.in_flight = self.most_in_flight = 0
         self.job_faults: list[str] = []
+        self.list_faults: list[str] = []
+        self.keeps_results = True
         self._files: dict[str, bytes] = {}
         self._jobs: dict[str, dict[str, Any]] = {}
         self._polls: Counter[str] = Counter()
@@ -122,6 +124,8 @@ class GeminiServer:
         text = json.dumps(render(prompt, fault))
         if fault == "malformed":
             text = text[: len(text) // 2]
+        if fault == "echo_key":
+            text = text.replace("Answer ", f"Answer {_key_of(request.headers)} ")
         if fault in ("cut", "hangup"):
             return await _cut(request, text if fault == "cut" else "")
         return web.Response(text=text, content_type="application/json")
@@ -164,6 +168,8 @@ class GeminiServer:
             job["metadata"]["state"] = "BATCH_STATE_FAILED"
         if fault == "cut":
             return await _cut(request, json.dumps(job))
+        if fault == "500_after":
+            return _error(500, "the job was made all the same")
         return web.json_response(job)
 
     def _batch_line(self, line: dict[str, Any]) -> bytes:
@@ -180,7 +186,10 @@ class GeminiServer:
             answer = {"key": line["key"], "response": _gemini_answer(prompt, fault)}
         return json.dumps(answer).encode() + b"\n"
 
-    async def _list_jobs(self, _: web.Request) -> web.Response:
+    async def _list_jobs(self, request: web.Request) -> web.Response:
+        failure = _failure(self.list_faults.pop(0) if self.list_faults else "", request.headers)
+        if failure is not None:
+            return failure
         return web.json_response({"operations": list(self._jobs.values())})
 
     async def _get_job(self, request: web.Request) -> web.Response:
@@ -196,6 +205,8 @@ class GeminiServer:
         return web.json_response(job)
 
     async def _download(self, request: web.Request) -> web.Response:
+        if not self.keeps_results:
+            return _error(404, f"no such file for {_key_of(request.headers)}")
         return web.Response(body=self._files[request.match_info["file"]])
 
 
@@ -236,7 +247,7 @@ def _openai_answer(prompt: str, fault: str) -> dict[str, Any]:
 
 def _failure(fault: str, headers: Any) -> web.Response | None:
     """The HTTP error that a fault stands for."""
-    key = headers.get("x-goog-api-key") or headers.get("Authorization", "").removeprefix("Bearer ")
+    key = _key_of(headers)
     info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{_RETRY_S}s"}
     invalid = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
     if fault in ("429", "500", "503"):
@@ -251,6 +262,10 @@ def _failure(fault: str, headers: Any) -> web.Response | None:
         "no_model": (404, "no such model", [], {}),
     }
     return _error(*errors[fault]) if fault in errors else None
+
+
+def _key_of(headers: Any) -> str:
+    return str(headers.get("x-goog-api-key") or headers.get("Authorization", "").removeprefix("Bearer "))
 
 
 def _error(code: int, message: str, details: Any = (), headers: Any = None) -> web.Response:

@@ -2,11 +2,14 @@
 
 import asyncio
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from sft_probe.records import load_probe_set
 from sft_probe.synth.limits import Limits
 from sft_probe.synth.prices import Price
 from sft_probe.synth.requests import Answer, Request
@@ -31,6 +34,42 @@ def prompts(number: int) -> list[Request]:
 def text_of(prompt: str) -> str:
     """What the model writes: the same for the same prompt."""
     return f"Answer {hashlib.sha256(prompt.encode()).hexdigest()[:16]} to {prompt.split('@', maxsplit=1)[0].strip()}"
+
+
+# the server answers with what stands before the @: with these prompts a text that passes the checks
+ECHOED = "{{ ([topic] * (num_words // 10)) | join(' ') }}."
+TEMPLATES = {
+    "paraphrase.txt": "{# version p #}\n" + ECHOED + "@ {{ rejected }}",
+    "variant.txt": "{# version 7 #}\nNow " + ECHOED + "@ {{ conversation }}",
+    "non_response.txt": "{# version n #}\nThen " + ECHOED + "@",
+}
+
+
+def write_templates(folder: Path) -> Path:
+    folder.mkdir()
+    for name, text in TEMPLATES.items():
+        (folder / name).write_text(text, "utf-8")
+    return folder
+
+
+def raw_rows(num_rows: int) -> list[dict[str, str]]:
+    """HH transcripts with no more than chosen and rejected, made of the embedded set."""
+    docs = load_probe_set("helpful-mini").docs[:num_rows]
+    names = {"user": "Human", "assistant": "Assistant"}
+    prompts = ["".join(f"\n\n{names[t['role']]}: {t['content']}" for t in doc.messages) for doc in docs]
+    return [
+        {side: f"{prompt}\n\nAssistant: {doc.responses[side]}" for side in ("chosen", "rejected")}
+        for prompt, doc in zip(prompts, docs, strict=True)
+    ]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 class FakeWriter:

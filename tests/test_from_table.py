@@ -17,7 +17,7 @@ def table(path: Path, num_rows: int = 12) -> Path:
     rows = [
         {
             "q": f"\n\nHuman: Question {i}?\n\nAssistant: Which?\n\nHuman: That one, {i}.\n\nAssistant:",
-            "good": f" Answer {i}, with a leading space.",
+            "good": f" Answer {i}, with a\u2028leading\x85space.",
             "bad": f"No answer {i}.",
         }
         for i in range(num_rows)
@@ -30,7 +30,7 @@ def table(path: Path, num_rows: int = 12) -> Path:
     elif path.suffix == ".parquet":
         frame.to_parquet(path)
     else:
-        frame.to_json(path, orient="records", lines=True)
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
     return path
 
 
@@ -49,7 +49,7 @@ def test_makes_a_valid_set_of_every_kind_of_table(suffix: str, tmp_path: Path, s
     assert probe_set.categories == ("chosen", "rejected", "random")
     assert (len(probe_set.of_split("train")), len(probe_set.of_split("heldout"))) == (6, 4)
     doc = next(doc for doc in probe_set.docs if doc.doc_id == "t-00002")
-    assert doc.responses["chosen"] == "Answer 1, with a leading space."
+    assert doc.responses["chosen"] == "Answer 1, with a\u2028leading\x85space."
     assert [turn["role"] for turn in doc.messages] == ["user", "assistant", "user"]
     assert doc.messages[-1]["content"] == "That one, 1."
 

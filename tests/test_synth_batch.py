@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from gemini_server import GeminiServer
+from google.genai.files import AsyncFiles
 from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
@@ -65,9 +66,9 @@ def test_a_batch_is_joined_by_key_and_asked_once(batch: tuple[BatchRuns, GeminiS
 
 def test_lines_that_fail_are_errors_and_asked_again(batch: tuple[BatchRuns, GeminiServer]) -> None:
     runs, server = batch
-    requests = [make_request(f"{fault} @faults({fault})") for fault in ("500", "missing", "malformed", "safety")]
-    assert [answer.status for answer in runs.run(requests)] == ["error", "error", "error", "blocked"]
-    assert [answer.status for answer in runs.run(requests)] == ["ok", "ok", "ok", "blocked"]
+    requests = [make_request(f"{fault} @faults({fault})") for fault in ("500", "missing", "malformed", "safety", "400")]
+    assert [answer.status for answer in runs.run(requests)] == ["error", "error", "error", "blocked", "invalid"]
+    assert [answer.status for answer in runs.run(requests)] == ["ok", "ok", "ok", "blocked", "invalid"]
     assert server.calls["safety @faults(safety)"] == 1
 
 
@@ -101,13 +102,68 @@ def test_a_job_whose_name_was_lost_is_found_by_its_display_name(
     assert server.paths[JOBS_PATH] == 1
 
 
-@pytest.mark.parametrize(("fault", "jobs"), [("cut", 1), ("503", 2), ("429_retry_info", 2)])
+@pytest.mark.parametrize(("fault", "jobs"), [("cut", 1), ("500_after", 1), ("503", 2), ("429_retry_info", 2)])
 def test_a_job_is_made_once_though_the_call_fails(batch: tuple[BatchRuns, GeminiServer], fault: str, jobs: int) -> None:
     runs, server = batch
-    server.job_faults = [fault]
+    server.job_faults, server.list_faults = [fault], ["503", "503"]
     assert {answer.status for answer in runs.run()} == {"ok"}
     assert server.paths[JOBS_PATH] == jobs
     assert set(server.calls.values()) == {1}
+
+
+def test_a_job_that_may_exist_is_not_forgotten_when_the_attempts_end(batch: tuple[BatchRuns, GeminiServer]) -> None:
+    runs, server = batch
+    server.job_faults = ["500_after"]
+    with pytest.raises(UserError, match="Run the same command later"):
+        runs.run(max_attempts=1)
+    assert runs.store.cost_usd() == pytest.approx(20 * 0.01)
+    assert {answer.status for answer in runs.run()} == {"ok"}
+    assert server.paths[JOBS_PATH] == 1
+
+
+def test_a_job_whose_results_are_gone_is_asked_for_again(
+    batch: tuple[BatchRuns, GeminiServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    runs, server = batch
+    server.keeps_results = False
+    assert {answer.status for answer in runs.run()} == {"error"}
+    assert "HTTP 404: no such file for [key]" in caplog.text
+    assert KEY not in caplog.text
+    server.keeps_results = True
+    assert {answer.status for answer in runs.run()} == {"ok"}
+    assert server.paths[JOBS_PATH] == 2
+
+
+def test_of_a_job_of_other_requests_too_the_rest_is_kept(
+    batch: tuple[BatchRuns, GeminiServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, server = batch
+    runs.run_and_stop(monkeypatch, "read")
+    some, others = runs.requests[:5], runs.requests[5:]
+    assert {answer.status for answer in runs.run(some)} == {"ok"}
+    assert [len(job.keys) for job in runs.store.jobs(runs.writer)] == [15]
+    assert runs.store.cost_usd() == pytest.approx(5 * 0.0025 + 15 * 0.01)
+    server.keeps_results = False
+    assert {answer.status for answer in runs.run([*some, *others[:1]])} == {"ok", "error"}
+    assert not runs.store.jobs(runs.writer)
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), ValueError("upload status is not finalized")])
+def test_what_the_sdk_raises_of_its_own_is_tried_again(
+    batch: tuple[BatchRuns, GeminiServer], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    runs, server = batch
+    errors = [error]
+    upload = AsyncFiles.upload
+
+    async def flaky(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return await upload(*arguments, **options)
+
+    monkeypatch.setattr(AsyncFiles, "upload", flaky)
+    assert {answer.status for answer in runs.run()} == {"ok"}
+    assert server.paths[JOBS_PATH] == 1
 
 
 def test_a_failed_job_costs_nothing_and_is_asked_again(batch: tuple[BatchRuns, GeminiServer]) -> None:

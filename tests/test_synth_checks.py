@@ -1,15 +1,18 @@
 """Splits share nothing, and faulty texts are seen for what they are."""
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from datasketch import MinHash, MinHashLSH
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
 from sft_probe.synth.categories import KINDS, load_templates, make_requests, permuted, topics
 from sft_probe.synth.checks import fault_of
+from sft_probe.synth.report import near_duplicates, shingles
 from sft_probe.synth.requests import Answer, Request
 from sft_probe.synth.sources import Rejected, SourcePair
 from sft_probe.synth.splits import clusters, conversation_id, split_pairs
@@ -132,6 +135,24 @@ def test_the_offline_writer_keeps_to_the_length_and_repeats_itself() -> None:
     assert len({write(), write(sample_index=1), write(prompt="q"), write(category="paraphrase")}) == 4
 
 
+def test_near_duplicates_are_those_of_datasketch() -> None:
+    generator = random.Random(0)
+    words = [f"w{i}" for i in range(60)]
+    texts = [" ".join(words)]
+    for _ in range(150):  # each one a little further from one before
+        copied = generator.choice(texts).split()
+        copied[generator.randrange(60)] = generator.choice(words)
+        texts.append(" ".join(copied))
+    index, expected = MinHashLSH(threshold=0.7, num_perm=128), []
+    for number, text in enumerate(texts):
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        expected += [(other, number) for other in sorted(index.query(sketch))]
+        index.insert(number, sketch)
+    assert near_duplicates(texts) == expected
+    assert 100 < len(expected) < 150 * 151 / 2
+
+
 def test_clusters_join_conversations_and_near_duplicates_transitively() -> None:
     words = [f"w{i}" for i in range(40)]
     first, second, third = (" ".join(["Tell", "me", *words[i : i + 30]]) for i in (0, 3, 6))
@@ -144,7 +165,7 @@ def test_clusters_join_conversations_and_near_duplicates_transitively() -> None:
 
 @settings(max_examples=25)
 @given(
-    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers(0, 12)), min_size=8, max_size=30),
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 99), st.integers(0, 99)), min_size=12, max_size=30),
     st.integers(0, 5),
     st.sampled_from([0.2, 0.5, None]),
 )
@@ -162,7 +183,7 @@ def test_splits_share_nothing_and_no_pair_is_lost(
     try:
         kept = split_pairs(pairs, heldout_frac, seed, rejected)
     except UserError:  # one of them is empty
-        return
+        reject()
     assert {p.doc_id for p in kept} | {row["doc_id"] for row in rejected.rows} == {p.doc_id for p in pairs}
     assert len(kept) + len(rejected.rows) == len(pairs)
     train, heldout = ([p for p in kept if p.split == split] for split in ("train", "heldout"))

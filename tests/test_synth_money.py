@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,29 @@ def test_a_budget_without_a_price_is_refused_before_any_call(store: Store) -> No
     with pytest.raises(UserError, match=r"price of 'fake-1' is not in the table of .* Give it with --price"):
         list(obtain(prompts(1), writer, store, Limits(max_cost_usd=1)))
     assert not writer.calls
+
+
+def test_money_is_not_forgotten_where_one_run_knew_the_price_and_another_did_not(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = {"status": "error", "text": None}
+    writer = FakeWriter(lambda _, call: error if call < 3 else None)
+    for price in (None, CENT, None):
+        list(obtain(prompts(1), writer, store, Limits(price=price)))
+    assert store.cost_usd() == pytest.approx(0.01)
+    list(obtain(prompts(2), FakeWriter(), store, Limits()))
+    list(obtain(prompts(2), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.05)))
+    assert "1 answers of earlier runs were asked for without --price" in caplog.text
+
+
+def test_a_full_disk_ends_the_run_for_those_who_wait_for_money(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: object) -> int:
+        await asyncio.sleep(0.01)
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(Store, "reserve", full)
+    with pytest.raises(UserError, match="disk is full"):
+        list(obtain(prompts(8), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.015)))
 
 
 def test_an_estimate_counts_what_the_store_lacks(store: Store) -> None:

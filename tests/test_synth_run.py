@@ -94,6 +94,15 @@ def test_nobody_asks_before_the_server_said_so(store: Store) -> None:
     assert sum(gap > 0.35 for gap in gaps) == 1
 
 
+def test_nor_do_those_who_had_a_place_already(store: Store) -> None:
+    def plan(prompt: str, call: int) -> Exception | None:
+        return Wait("HTTP 429", 0.5) if prompt == "p0" and call == 1 else None
+
+    writer = FakeWriter(plan)
+    list(obtain(prompts(12), writer, store, Limits(concurrency=8, requests_per_minute=1200)))  # a place each 0.05 s
+    assert writer.times[1] - writer.times[0] > 0.45
+
+
 def test_a_wait_for_the_quota_of_the_day_is_told_not_slept_through(store: Store) -> None:
     writer = FakeWriter(lambda *_: Wait("HTTP 429: quota of the day", 40_000))
     with pytest.raises(UserError, match=r"asks to wait 40000 s \(HTTP 429: quota of the day\)"):
@@ -121,7 +130,9 @@ def test_a_pace_never_gives_more_than_its_rate(per_minute: float, steps: list[tu
 
 @given(st.integers(1, 60))
 def test_backoff_grows_to_a_minute_at_most(attempt: int) -> None:
-    assert 0 <= backoff_s(Limits(), attempt) <= min(60, 2 ** (attempt - 1))
+    ceiling = min(60, 2 ** (attempt - 1))
+    waits = [backoff_s(Limits(), attempt) for _ in range(200)]
+    assert 0 <= min(waits) < 0.2 * ceiling < 0.8 * ceiling < max(waits) <= ceiling
 
 
 def test_another_version_of_the_model_stops_the_run(store: Store) -> None:

@@ -11,32 +11,13 @@ import pytest
 import yaml
 from gemini_server import GeminiServer
 from helpers import Run, user_error
+from synth_fakes import ECHOED, raw_rows, read_rows, write_rows, write_templates
 
 from sft_probe.records import load_probe_set
 from sft_probe.synth.sources import Rejected, read_pairs
 from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
 
 KEY = "test-key-123"
-
-
-def raw_rows(num_rows: int) -> list[dict[str, str]]:
-    """HH transcripts with no more than chosen and rejected, made of the embedded set."""
-    docs = load_probe_set("helpful-mini").docs[:num_rows]
-    names = {"user": "Human", "assistant": "Assistant"}
-    prompts = ["".join(f"\n\n{names[t['role']]}: {t['content']}" for t in doc.messages) for doc in docs]
-    return [
-        {side: f"{prompt}\n\nAssistant: {doc.responses[side]}" for side in ("chosen", "rejected")}
-        for prompt, doc in zip(prompts, docs, strict=True)
-    ]
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -149,22 +130,9 @@ def test_status_and_dry_run(
     assert "set the environment variable GEMINI_API_KEY" in user_error(sft_probe(*gemini))
 
 
-# the server answers with what stands before the @: with these prompts a text that passes the checks
-ECHOED = "{{ ([topic] * (num_words // 10)) | join(' ') }}."
-TEMPLATES = {
-    "paraphrase.txt": "{# version p #}\n" + ECHOED + "@ {{ rejected }}",
-    "variant.txt": "{# version 7 #}\nNow " + ECHOED + "@ {{ conversation }}",
-    "non_response.txt": "{# version n #}\nThen " + ECHOED + "@",
-}
-
-
 @pytest.fixture
 def templates(tmp_path: Path) -> Path:
-    folder = tmp_path / "templates"
-    folder.mkdir()
-    for name, text in TEMPLATES.items():
-        (folder / name).write_text(text, "utf-8")
-    return folder
+    return write_templates(tmp_path / "templates")
 
 
 @pytest.mark.parametrize("writer", ["gemini", "gemini-batch", "openai"])

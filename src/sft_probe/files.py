@@ -60,6 +60,14 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def jsonl_lines(text: str) -> list[str]:
+    """The lines of a JSONL file: only `\\n` ends one.
+
+    `str.splitlines` also cuts at U+2028, U+0085 and others, which may stand inside a text.
+    """
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises `UserError` naming the file and line of a fault."""
     try:

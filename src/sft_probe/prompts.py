@@ -52,10 +52,15 @@ class PromptFormat:
             return Prompt(_render_hh(messages), " ")
         if self.name == "plain":
             return Prompt("\n\n".join(turn["content"].strip() for turn in messages), "\n\n")
-        if self._template is not None:
-            text = str(self._template.render(messages=list(messages)))
-        else:
-            text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        try:
+            if self._template is not None:
+                text = str(self._template.render(messages=list(messages)))
+            else:
+                text = str(
+                    self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                )
+        except Exception as error:  # templates raise what they like: for a system turn, for turns out of order
+            raise UserError(f"the prompt format {self.name} cannot show these turns: {error}") from error
         stripped = text.rstrip()
         return Prompt(stripped, text[len(stripped) :])
 

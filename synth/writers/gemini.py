@@ -10,7 +10,7 @@ from google import genai
 from google.genai import errors, types
 
 from sft_probe.synth.requests import Answer, Request, Wait
-from sft_probe.synth.writers.http import checked_text, key_from_environment, refused_call, token_count
+from sft_probe.synth.writers.http import checked_text, key_from_environment, refused_call, strike, token_count
 
 _BLOCKED = (
     "SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY", "MODEL_ARMOR",
@@ -51,7 +51,7 @@ class GeminiWriter:
             raise cut_off(error) from None
         except json.JSONDecodeError:
             raise Wait("the body of an HTTP error is no JSON") from None
-        return read_answer(response.sdk_http_response.body or "")
+        return read_answer(strike(response.sdk_http_response.body or "", self.key))
 
     async def close(self) -> None:
         """Closes the connections; the next call opens new ones."""

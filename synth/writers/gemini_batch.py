@@ -1,5 +1,6 @@
 """Gemini's Batch API through `google-genai`: half price, within a day."""
 
+import asyncio
 import io
 import json
 from collections.abc import Awaitable
@@ -10,11 +11,15 @@ from google import genai
 from google.genai import errors, types
 
 from sft_probe.errors import UserError
+from sft_probe.files import jsonl_lines
 from sft_probe.synth.batch import JobFailedError
-from sft_probe.synth.requests import Answer, Request, Wait, error_answer
+from sft_probe.synth.requests import Answer, Request, Wait, error_answer, turned_down
 from sft_probe.synth.writers.gemini import GeminiWriter, cut_off, read_answer, refused
+from sft_probe.synth.writers.http import strike
 
 _T = TypeVar("_T")
+_TIMEOUT_S = 600.0  # of one call: a file of 10,000 requests may be on its way for minutes
+_INVALID_ARGUMENT = (3, 400)  # as gRPC and HTTP number it
 
 
 class GeminiBatchWriter:
@@ -72,14 +77,16 @@ class GeminiBatchWriter:
         """Answers by key of a job that has ended, None before."""
         try:
             job = await self._call(self._client.batches.get(name=job_name))
+            if not job.done:
+                return None
+            if job.dest is None or job.dest.file_name is None:
+                reason = f"{job.state.name if job.state else 'no state'}, {job.error or 'no reason given'}"
+                raise JobFailedError(strike(reason, self._gemini.key))
+            content = await self._call(self._client.files.download(file=job.dest.file_name))
         except _GoneError as error:
             raise JobFailedError(str(error)) from None
-        if not job.done:
-            return None
-        if job.dest is None or job.dest.file_name is None:
-            raise JobFailedError(f"{job.state.name if job.state else 'no state'}, {job.error or 'no reason given'}")
-        content = await self._call(self._client.files.download(file=job.dest.file_name))
-        return dict(_answer(line) for line in content.decode().splitlines() if line.strip())
+        text = strike(content.decode(), self._gemini.key)
+        return dict(_answer(line) for line in jsonl_lines(text) if line.strip())
 
     async def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
@@ -90,17 +97,21 @@ class GeminiBatchWriter:
         return self._gemini.client().aio
 
     async def _call(self, awaitable: Awaitable[_T]) -> _T:
+        """Awaits a call of the SDK. Raises `Wait` for what may pass, else `UserError`."""
         try:
-            return await awaitable
+            async with asyncio.timeout(_TIMEOUT_S):
+                return await awaitable
         except errors.APIError as error:
             if error.code == 404:
-                raise _GoneError(f"HTTP 404: {error.message}") from None
+                raise _GoneError(f"HTTP 404: {strike(str(error.message), self._gemini.key)}") from None
             answer = refused(error, self._gemini.key)
             raise UserError(f"the server refuses a batch job: {answer.reason}.") from None
         except aiohttp.ClientError as error:
             raise cut_off(error) from None
-        except json.JSONDecodeError:
-            raise Wait("the body of an answer is no JSON", maybe_billed=True) from None
+        except TimeoutError:
+            raise Wait(f"no answer in {_TIMEOUT_S:g} s", maybe_billed=True) from None
+        except (ValueError, KeyError) as error:  # what the SDK makes of an answer that it cannot read
+            raise Wait(f"the answer is unreadable ({type(error).__name__})", maybe_billed=True) from None
 
 
 class _GoneError(UserError):
@@ -122,7 +133,9 @@ def _answer(line: str) -> tuple[str, Answer]:
     except (ValueError, TypeError, KeyError, AttributeError):
         return "", error_answer(f"a line of the job is unreadable: {line[:100]!r}")
     if response is None:
-        return key, error_answer(f"job: {json.dumps(value.get('error'))[:300]}")
+        error = value.get("error")
+        is_final = isinstance(error, dict) and error.get("code") in _INVALID_ARGUMENT
+        return key, (turned_down if is_final else error_answer)(f"job: {json.dumps(error)[:300]}")
     try:
         return key, read_answer(json.dumps(response))
     except Wait as wait:

@@ -12,7 +12,7 @@ from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from sft_probe.synth.requests import Answer, Request, Wait
 from sft_probe.synth.writers.gemini import read_answer
-from sft_probe.synth.writers.http import key_from_environment, refused_call
+from sft_probe.synth.writers.http import key_from_environment, refused_call, strike
 
 with warnings.catch_warnings():
     # at each import it says that it is retired, and that Python 3.11 will be
@@ -76,7 +76,7 @@ class LegacyGeminiWriter:
             raise Wait(f"connection failed ({type(error).__name__})", maybe_billed=_was_connected(error)) from None
         except ParseError:
             raise Wait("the answer is no JSON object", maybe_billed=True) from None
-        return read_answer(_to_json(response))
+        return read_answer(strike(_to_json(response), self._key))
 
 
 def _was_connected(error: requests.RequestException) -> bool:

@@ -8,11 +8,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.synth.requests import Answer, Wait, error_answer
+from sft_probe.synth.requests import Answer, Wait, turned_down
 
 _RETRIED = (408, 409, 425, 429)
 _HOPELESS = (401, 403, 404)
 _MAX_TOKENS = 2**31
+_MIN_KEY_CHARS = 8
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)s")
 
 
@@ -24,8 +25,13 @@ def key_from_environment(*names: str) -> str:
     raise UserError(f"no key: set the environment variable {' or '.join(names)}. (Keys are read from nowhere else.)")
 
 
+def strike(text: str, key: str) -> str:
+    """What a server said, less the key; a shorter one is no secret but a word, such as the `EMPTY` of vLLM."""
+    return text.replace(key, "[key]") if len(key) >= _MIN_KEY_CHARS else text
+
+
 def refused_call(status: int, message: str, error: Any, headers: Mapping[str, str], key: str) -> Answer:
-    """What to make of an HTTP error: an `error` answer for a request that the server will not take as it is.
+    """What to make of an HTTP error: an `invalid` answer for a request that the server will not take as it is.
 
     Args:
         status: HTTP status.
@@ -38,12 +44,12 @@ def refused_call(status: int, message: str, error: Any, headers: Mapping[str, st
         Wait: for what may pass (429, 5xx).
         UserError: for what no request can get past (a wrong key, an unknown model).
     """
-    reason = f"HTTP {status}: {message.replace(key, '[key]')[:300]}"
+    reason = f"HTTP {status}: {strike(message, key)[:300]}"
     if status in _RETRIED or status >= 500:
         raise Wait(reason, wait_s(error, headers))
     if status in _HOPELESS or _is_bad_key(error):
         raise UserError(f"the server takes no request: {reason}. Check the key, its rights and the name of the model.")
-    return error_answer(reason)
+    return turned_down(reason)
 
 
 def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:

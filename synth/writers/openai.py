@@ -7,7 +7,7 @@ from typing import Any
 import openai
 
 from sft_probe.synth.requests import Answer, Request, Wait
-from sft_probe.synth.writers.http import checked_text, key_from_environment, refused_call, token_count
+from sft_probe.synth.writers.http import checked_text, key_from_environment, refused_call, strike, token_count
 
 # the package takes httpx or its successor, so its exceptions are known by name
 _NEVER_STOOD = ("ConnectError", "ConnectTimeout")
@@ -56,7 +56,7 @@ class OpenAIWriter:
         except openai.APIConnectionError as error:
             cause = type(error.__cause__ or error).__name__
             raise Wait(f"connection failed ({cause})", maybe_billed=cause not in _NEVER_STOOD) from None
-        return read_completion(response.text)
+        return read_completion(strike(response.text, self._key))
 
     async def close(self) -> None:
         """Closes the connections; the next call opens new ones."""

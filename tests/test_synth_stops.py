@@ -1,0 +1,155 @@
+"""What ends `synth` before its set is written, and what the next run makes of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+from gemini_server import GeminiServer
+from helpers import Run, user_error
+from synth_fakes import ECHOED, raw_rows, read_rows, write_rows, write_templates
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "pairs.jsonl", raw_rows(12))
+
+
+@pytest.fixture
+def templates(tmp_path: Path) -> Path:
+    return write_templates(tmp_path / "templates")
+
+
+def test_a_text_without_an_answer_holds_up_the_set_and_is_not_written_otherwise(
+    raw: Path, templates: Path, tmp_path: Path, sft_probe: Run
+) -> None:
+    faults = ",".join(["503"] * 6)  # as many as there are attempts
+    (templates / "variant.txt").write_text("{# version 9 #}\nNow " + ECHOED + f"@faults({faults})", "utf-8")
+    with GeminiServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sft_probe.synth.call.backoff_s", lambda *_: 0.0)
+        command = ("synth", "--source", raw, "--writer", "openai", "--model", "m", "--limit", 10, "--base-url",
+                   server.url + "/openai/v1", "--templates", templates, "--out", tmp_path / "set")  # fmt: skip
+        assert "10 texts have no answer (most often: HTTP 503: " in user_error(sft_probe(*command))
+        assert not (tmp_path / "set" / "train.jsonl").exists()
+        assert set(server.calls.values()) == {1}
+        again = sft_probe(*command)
+        assert again.returncode == 0, again.stderr
+        assert set(server.calls.values()) == {1}
+    assert {index for doc in read_rows(tmp_path / "set" / "train.jsonl")
+            for index in doc["meta"]["sample_index"].values()} == {0}  # fmt: skip
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    names = ("train.jsonl", "heldout.jsonl", "probe_set.json", "README.md", "synthesis/rejected_rows.jsonl")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def test_a_killed_run_ends_in_the_same_files(
+    raw: Path, templates: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "test-key-123")
+    with GeminiServer(latency_s=0.1) as server:
+        command = ["synth", "--source", raw, "--writer", "gemini", "--model", "m", "--base-url", server.url, "--price",
+                   "1,2", "--concurrency", 4, "--templates", templates, "--out"]  # fmt: skip
+        killed, whole = tmp_path / "a" / "set", tmp_path / "b" / "set"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with subprocess.Popen(
+            [sys.executable, "-m", "sft_probe", *map(str, command), str(killed)],
+            env=environment,
+            stderr=subprocess.PIPE,
+        ) as process:
+            while server.requests.total() < 10 and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        for out in (killed, whole):
+            result = sft_probe(*command, out)
+            assert result.returncode == 0, result.stderr
+    assert "calls without an answer" in sft_probe("synth", "status", killed).stdout
+    assert " for 0 calls" not in sft_probe("synth", "status", killed).stdout
+    assert len(files_of(killed)) >= 4
+    assert files_of(killed) == files_of(whole)
+
+
+def test_files_of_somebody_else_are_not_replaced(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "README.md").write_text("my own")
+    base = ("synth", "--writer", "offline", "--out", out)
+    assert "holds README.md, which sft-probe synth has not written" in user_error(sft_probe(*base, "--source", raw))
+    (out / "README.md").unlink()
+    raw.rename(out / "train.jsonl")
+    for source in (out, out / "train.jsonl"):
+        assert "would be overwritten" in user_error(sft_probe(*base, "--source", source))
+    assert len(read_rows(out / "train.jsonl")) == 12
+
+
+def test_too_few_docs_are_told_with_the_reasons(raw: Path, templates: Path, tmp_path: Path, sft_probe: Run) -> None:
+    (templates / "variant.txt").write_text("{# version 3 #}\n{{ topic }}@faults(safety,safety)", "utf-8")
+    with GeminiServer() as server:
+        message = user_error(
+            sft_probe("synth", "--source", raw, "--writer", "openai", "--model", "m", "--base-url",
+                      server.url + "/openai/v1", "--templates", templates, "--out", tmp_path / "set")
+        )  # fmt: skip
+    assert "Left out: `variant`, written twice: blocked (12)" in message
+    assert len(read_rows(tmp_path / "set" / "synthesis" / "rejected_rows.jsonl")) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [("variant.txt", "{# version 1 #} {{ 1 // 0 }}", "variant.txt: integer"),
+     ("variant.txt", "{# version 1 #} {{ topic + 1 }}", "variant.txt: can only"),
+     ("format.jinja", "{{ messages[0].content.nothing() }}", "cannot show these turns"),
+     ("format.jinja", "{{ 1 // 0 }}", "cannot show these turns")],
+)  # fmt: skip
+def test_whatever_a_template_raises_is_told(  # noqa: PLR0917 - fixtures
+    name: str, text: str, message: str, raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
+    (tmp_path / name).write_text(text)
+    flags = ("--prompt-format", tmp_path / name) if name == "format.jinja" else ("--templates", tmp_path)
+    result = sft_probe("synth", "--source", raw, "--writer", "offline", *flags, "--out", tmp_path / "set")
+    assert message in user_error(result)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "nan", "inf"])
+def test_a_rate_is_a_positive_number(number: str, raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+    base = ("synth", "--source", raw, "--writer", "offline", "--out", tmp_path / "set")
+    assert "is not a positive number" in user_error(sft_probe(*base, f"--requests-per-minute={number}"))
+    if number != "0":
+        assert "is no amount of money" in user_error(sft_probe(*base, f"--max-cost-usd={number}"))
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_is_asked(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+    with GeminiServer() as server:
+        flags = ("--categories", "variant,untrained", "--untrained-model", tmp_path / "none", "--model", "m")
+        user_error(sft_probe("synth", "--source", raw, "--writer", "openai", *flags, "--base-url",
+                             server.url + "/openai/v1", "--out", tmp_path / "set"))  # fmt: skip
+        assert not server.requests
+
+
+def test_the_revision_of_a_hub_source_is_read_once_and_told(
+    tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load(name: str, *, data_dir: str | None, revision: str | None) -> Any:
+        asked.append((name, data_dir, revision))
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(raw_rows(12))})
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: SimpleNamespace(sha="abc123"))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    result = sft_probe("synth", "--source", "me/pairs:x", "--writer", "offline", "--out", tmp_path / "set")
+    assert result.returncode == 0, result.stderr
+    assert asked == [("me/pairs", "x", "abc123")]
+    card = (tmp_path / "set" / "README.md").read_text("utf-8")
+    assert "me/pairs:x at revision abc123" in card
+    assert '"source_revision": "abc123"' in (tmp_path / "set" / "probe_set.json").read_text("utf-8")
+    assert "do not mean what their category says" in card
+    assert "Prompt templates (not followed)" in card
+    assert "variant@" not in card.partition("## Where")[0]
