@@ -170,15 +170,21 @@ def test_bf16_without_masters(tiny_flags: list[str], sft_probe: Run, tmp_path: P
 
 MASTERS = """
 import sys, torch, deepspeed
-from transformers import AutoModelForCausalLM
+from pathlib import Path
+from types import SimpleNamespace
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from transformers.integrations import HfDeepSpeedConfig
 from sft_probe.train.gather import gather_weights, has_masters
+from sft_probe.train.snapshots import SnapshotCallback
 config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
           "zero_optimization": {"stage": int(sys.argv[2])}}
 deepspeed.init_distributed("gloo")
 kept_alive = HfDeepSpeedConfig(config)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+if sys.argv[3] == "lora":
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 ids = torch.arange(20)[None]
 engine.backward(engine(input_ids=ids, labels=ids).loss)
@@ -190,19 +196,30 @@ for name, master in masters.items():
     assert master.dtype == torch.float32 and weights[name].dtype == torch.bfloat16
     assert torch.equal(master.bfloat16(), weights[name])
 assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values())
+losses = SimpleNamespace(totals=dict, loss=None, lr=None)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+snapshots = SnapshotCallback(Path(sys.argv[4]), "0", None, tokenizer, losses)
+snapshots.masters = True
+snapshots._save(TrainerState(is_world_process_zero=True), engine.module)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_float32_masters_of_bf16_training(stage: int, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("stage", "kind"), [(2, "full"), (3, "full"), (2, "lora")])
+def test_float32_masters_of_bf16_training(stage: int, kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Through DeepSpeed itself: on a CPU the Trainer takes no --bf16."""
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     result = subprocess.run(
-        [sys.executable, "-c", MASTERS, str(tiny_model), str(stage)],
+        [sys.executable, "-c", MASTERS, str(tiny_model), str(stage), kind, str(tmp_path / "weights")],
         capture_output=True, text=True, check=False, timeout=200, env={**os.environ, **ranks},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    folder = tmp_path / "weights/step_000000"
+    assert json.loads((folder / "meta.json").read_text())["weights"] == "float32 masters"
+    saved = load_file(folder / ("adapter_model.safetensors" if kind == "lora" else "model.safetensors"))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)  # of an adapter, through PEFT
+    assert model.dtype == torch.float32
 
 
 def free_port() -> str:

@@ -84,7 +84,7 @@ class SnapshotCallback(TrainerCallback):
     def _write(self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float) -> None:
         dtype = "float32" if self.masters else str(model.dtype).removeprefix("torch.")
         model.save_pretrained(folder, state_dict=weights)
-        if self.masters:  # else they would load in the dtype of the model
+        if self.masters and (folder / "config.json").exists():  # else they would load in the dtype of the model
             config = read_json(folder / "config.json")
             write_json(folder / "config.json", {**config, "dtype": "float32"})
         self.tokenizer.save_pretrained(folder)
