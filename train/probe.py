@@ -248,11 +248,20 @@ class _ProbeDoc:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in eval mode for the length of a block, and each as it was afterwards."""
+    """Every module in eval mode for the length of a block, computing in its own dtype, and each as it was afterwards.
+
+    Under mixed precision (`bf16`, `fp16`) accelerate leaves a forward with autocast on the model, which a sweep has not.
+    """
     modes = {module: module.training for module in model.modules()}
+    own = vars(model)
+    forward = own.get("forward")
     model.eval()
+    if "_original_forward" in own:
+        own["forward"] = own["_original_forward"]
     try:
         yield
     finally:
+        if "_original_forward" in own:
+            own["forward"] = forward
         for module, mode in modes.items():
             module.training = mode
