@@ -9,12 +9,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from helpers import Run, make_docs, user_error
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from sft_probe import ProbeCallback
+from sft_probe.errors import UserError
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 KEY = ["step", "split", "category", "doc_id"]
@@ -171,6 +174,17 @@ def test_responses_with_nan_are_named_and_left_out(
     assert json.loads(faults[0]) == {
         "step": 0, "split": "heldout", "category": "chosen", "doc_id": "d0", "reason": "NaN or inf"
     }  # fmt: skip
+
+
+def test_fsdp_is_refused(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = make_trainer(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer, tmp_path / "out", callback)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="does not work under FSDP"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def test_bad_steps_are_told(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
