@@ -52,10 +52,20 @@ class PromptFormat:
             return Prompt(_render_hh(messages), " ")
         if self.name == "plain":
             return Prompt("\n\n".join(turn["content"].strip() for turn in messages), "\n\n")
-        if self._template is not None:
-            text = str(self._template.render(messages=list(messages)))
-        else:
-            text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        from jinja2 import TemplateError
+
+        try:
+            if self._template is not None:
+                text = str(self._template.render(messages=list(messages)))
+            else:
+                text = str(
+                    self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in messages)
+            raise UserError(
+                f"the prompt format {self.name} refuses the turns {roles} ({error}); use hh, plain or a Jinja file."
+            ) from error
         stripped = text.rstrip()
         return Prompt(stripped, text[len(stripped) :])
 
