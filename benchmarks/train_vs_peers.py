@@ -1,6 +1,7 @@
 """Response tokens per second of this driver, of plain `transformers.Trainer` and of TRL's SFTTrainer, in turns.
 
-The same model, docs, order of batches, mask, optimizer and number of steps; snapshots and probe off, no DeepSpeed.
+The same model, docs, order of batches, mask, optimizer and number of steps; snapshots and probe off, no DeepSpeed. This
+driver runs with what a real run adds at each step: the loss log, and the check for an early stop.
 
 Run as: python benchmarks/train_vs_peers.py [--docs 48] [--batch 4] [--repeats 3] [--probe_set SET]
 """
@@ -22,7 +23,9 @@ from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
 from sft_probe.prompts import PromptFormat, terminator_id
 from sft_probe.records import load_probe_set
 from sft_probe.train.data import PadRight, TrainingExamples, build_examples
+from sft_probe.train.losses import LossLog
 from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.resume import ResumeCallback
 from sft_probe.train.trainer import SftTrainer
 
 
@@ -87,11 +90,15 @@ def run(make: Any, options: Any, tokenizer: Any, examples: TrainingExamples) -> 
 
 
 def ours(model: Any, arguments: dict[str, Any], tokenizer: Any, examples: TrainingExamples) -> Trainer:
-    """This driver's trainer."""
-    return SftTrainer(
+    """This driver's trainer, with the callbacks that every run has."""
+    trainer = SftTrainer(
         model=model, args=TrainingArguments(**arguments, remove_unused_columns=False), train_dataset=examples,
         data_collator=PadRight(terminator_id("hh", tokenizer)),
     )  # fmt: skip
+    losses = LossLog(Path(arguments["output_dir"]), trainer, examples, {"run": "benchmark"})
+    trainer.add_callback(losses)
+    trainer.add_callback(ResumeCallback(losses, None, resume_steps=None, max_wall_time_s=None))
+    return trainer
 
 
 def plain(model: Any, arguments: dict[str, Any], tokenizer: Any, examples: TrainingExamples) -> Trainer:

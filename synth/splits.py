@@ -10,13 +10,15 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from sft_probe.errors import UserError
+from sft_probe.records import Doc
+from sft_probe.synth.hh import Pair
 from sft_probe.synth.report import near_duplicates, prompt_text
 from sft_probe.synth.sources import Rejected, SourcePair
 
 DEFAULT_HELDOUT_FRAC = 0.2
 
 
-def conversation_id(pair: SourcePair) -> str:
+def conversation_id(pair: Pair | Doc) -> str:
     """A hash of the conversation's root, its first user turn: HH holds one conversation at several depths."""
     root = next(turn["content"] for turn in pair.messages if turn["role"] == "user")
     return hashlib.sha256(root.encode()).hexdigest()[:12]

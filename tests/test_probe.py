@@ -9,12 +9,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from helpers import Run, make_docs, user_error
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from sft_probe import ProbeCallback
+from sft_probe.errors import UserError
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 KEY = ["step", "split", "category", "doc_id"]
@@ -67,12 +70,12 @@ def test_a_run_that_was_only_probed_is_drawn(probed_run: Path, sft_probe: Run, t
     assert "32 held-out prompts" in (tmp_path / "tiny/figures/trajectory_heldout.svg").read_text()
 
 
-def make_trainer(model: Any, tokenizer: Any, out: Path, callback: ProbeCallback) -> Trainer:
+def make_trainer(model: Any, tokenizer: Any, out: Path, callback: ProbeCallback, **flags: Any) -> Trainer:
     """Somebody else's: plain `transformers.Trainer` on 8 rows."""
     rows = [{"input_ids": (ids := tokenizer.encode(doc["chosen"])), "labels": ids} for doc in make_docs(8)]
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=5, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-        save_strategy="no", learning_rate=1e-2, logging_steps=1,
+        save_strategy="no", learning_rate=1e-2, logging_steps=1, **flags,
     )  # fmt: skip
     data: Any = rows
     return Trainer(
@@ -94,14 +97,12 @@ def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_pat
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
-    frozen = model.base_model.model.model.norm.eval()  # a module that its owner keeps in eval mode
     (tmp_path / "run/probe").mkdir(parents=True)
     (tmp_path / "run/probe/step_000009.jsonl").write_text("of an earlier run\n")
     callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run", steps="log2,last")
     trainer = make_trainer(model, tokenizer, tmp_path / "out", callback)
     callback.trainer = trainer
     trainer.train()
-    assert not frozen.training or trainer.model.training
     rows = live_rows(tmp_path / "run")
     assert sorted(set(rows.index.get_level_values("step"))) == [0, 1, 2, 4, 5]
     assert set(rows.index.get_level_values("split")) == {"heldout"}
@@ -114,6 +115,27 @@ def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_pat
     assert last.loc["d2", "logprob"] == pytest.approx(expected(merged, tokenizer, make_docs()[2]), abs=1e-3)
     manifest = json.loads((tmp_path / "run/probe/manifest.json").read_text())
     assert manifest["doc_ids"] == ["d0", "d2", "d4"]
+
+
+def test_under_mixed_precision_the_probe_computes_in_the_dtype_of_the_weights(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run", steps="0,last")
+    caplog.set_level("INFO")
+    make_trainer(model, tokenizer, tmp_path / "out", callback, bf16=True).train()
+    assert "shared prefixes are computed once" in caplog.text
+    with torch.no_grad():
+        logits = model(torch.arange(9)[None]).logits
+        assert not torch.equal(logits, model._original_forward(torch.arange(9)[None]).logits), "training lost bf16"
+    rows = live_rows(tmp_path / "run")
+    assert set(rows["compute_dtype"]) == {"float32"}
+    plain: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    del model.forward
+    for step, reference in ((0, plain), (5, model)):
+        live = rows.loc[(step, "heldout", "chosen", "d2"), "logprob"]
+        assert live == pytest.approx(expected(reference, tokenizer, make_docs()[2]), abs=2e-3)
 
 
 def test_eval_mode_is_taken_back_module_by_module(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
@@ -152,6 +174,17 @@ def test_responses_with_nan_are_named_and_left_out(
     assert json.loads(faults[0]) == {
         "step": 0, "split": "heldout", "category": "chosen", "doc_id": "d0", "reason": "NaN or inf"
     }  # fmt: skip
+
+
+def test_fsdp_is_refused(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = make_trainer(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer, tmp_path / "out", callback)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="does not work under FSDP"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def test_bad_steps_are_told(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_an_unusable_format_is_a_user_error(name: str) -> None:
         PromptFormat(name)
 
 
+def test_a_template_that_refuses_a_turn_is_a_user_error() -> None:
+    """As Gemma's and Llama-2's refuse a system turn."""
+    tokenizer: Any = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(UserError, match="refuses the turns user, assistant, user \\(System role not supported"):
+        PromptFormat("chat", tokenizer).render(MESSAGES)
+
+
 def test_hh_has_no_system_turn() -> None:
     with pytest.raises(UserError, match="system"):
         PromptFormat("hh").render([{"role": "system", "content": "Be brief."}, *MESSAGES])

@@ -219,6 +219,9 @@ def test_wall_time_in_slices(
         result = sft_probe("train", *arguments, "--max_wall_time_s", limit, process=True, OMP_NUM_THREADS="1")
         codes.append(result.returncode)
     assert codes == [75, 75, 0]
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    metas = [json.loads(path.read_text()) for path in (tmp_path / "run/weights").glob("*/meta.json")]
+    assert manifest["snapshot_save_s"] == pytest.approx(sum(meta["save_s"] for meta in metas), abs=2e-3)
     assert results(tmp_path / "run") == results(whole("none", flags, tmp_path_factory))
 
 

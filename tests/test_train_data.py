@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import SHARED, Run, make_docs, needs_shared, user_error
+from accelerate import Accelerator
+from helpers import Run, make_docs, user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -158,6 +159,16 @@ def test_weights_that_do_not_change_are_an_error(tiny_flags: list[str], sft_prob
     assert metas[1]["lr"] == 0
 
 
+def test_steps_that_fp16_skips_are_no_updates(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
+    lost = ("--dtype", "bfloat16", "--learning_rate", "1e-12", "--output_dir", tmp_path / "run")
+    result = sft_probe("train", *tiny_flags, *lost)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/weights/step_000004/meta.json").read_text())["duplicate_of"] == 1
+
+
 def test_bf16_without_masters(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
     flags = [*tiny_flags, "--dtype", "bfloat16", "--output_dir", str(tmp_path / "run")]
     assert "keeps no float32 weights" in user_error(sft_probe("train", *flags, "--snapshot_dtype", "float32"))
@@ -170,15 +181,21 @@ def test_bf16_without_masters(tiny_flags: list[str], sft_probe: Run, tmp_path: P
 
 MASTERS = """
 import sys, torch, deepspeed
-from transformers import AutoModelForCausalLM
+from pathlib import Path
+from types import SimpleNamespace
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from transformers.integrations import HfDeepSpeedConfig
 from sft_probe.train.gather import gather_weights, has_masters
+from sft_probe.train.snapshots import SnapshotCallback
 config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
           "zero_optimization": {"stage": int(sys.argv[2])}}
 deepspeed.init_distributed("gloo")
 kept_alive = HfDeepSpeedConfig(config)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+if sys.argv[3] == "lora":
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 ids = torch.arange(20)[None]
 engine.backward(engine(input_ids=ids, labels=ids).loss)
@@ -190,19 +207,30 @@ for name, master in masters.items():
     assert master.dtype == torch.float32 and weights[name].dtype == torch.bfloat16
     assert torch.equal(master.bfloat16(), weights[name])
 assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values())
+losses = SimpleNamespace(totals=dict, loss=None, lr=None)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+snapshots = SnapshotCallback(Path(sys.argv[4]), "0", None, tokenizer, losses)
+snapshots.masters = True
+snapshots._save(TrainerState(is_world_process_zero=True), engine.module)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_float32_masters_of_bf16_training(stage: int, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("stage", "kind"), [(2, "full"), (3, "full"), (2, "lora")])
+def test_float32_masters_of_bf16_training(stage: int, kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Through DeepSpeed itself: on a CPU the Trainer takes no --bf16."""
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     result = subprocess.run(
-        [sys.executable, "-c", MASTERS, str(tiny_model), str(stage)],
+        [sys.executable, "-c", MASTERS, str(tiny_model), str(stage), kind, str(tmp_path / "weights")],
         capture_output=True, text=True, check=False, timeout=200, env={**os.environ, **ranks},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    folder = tmp_path / "weights/step_000000"
+    assert json.loads((folder / "meta.json").read_text())["weights"] == "float32 masters"
+    saved = load_file(folder / ("adapter_model.safetensors" if kind == "lora" else "model.safetensors"))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)  # of an adapter, through PEFT
+    assert model.dtype == torch.float32
 
 
 def free_port() -> str:
@@ -252,62 +280,6 @@ def test_recipes_run_dry(recipe: Path, tiny_model: Path, sft_probe: Run, tmp_pat
     assert result.returncode == 0, result.stderr
     assert "64 examples of chosen" in result.stdout
     assert re.search(r"^ +1 .*snapshot", result.stdout, re.MULTILINE)
-
-
-HH = "\n\nHuman: Name a bird, number {i}.\n\nAssistant: {answer}"
-SOURCES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "transcripts": lambda i: {"chosen": HH.format(i=i, answer=f"Wren {i}."), "rejected": HH.format(i=i, answer="No.")},
-    "messages": lambda i: {
-        "messages": [
-            {"role": "user", "content": f"Name a bird, number {i}."}, {"role": "assistant", "content": f"Wren {i}."}
-        ]
-    },
-    "columns": lambda i: {"question": f"Name a bird, number {i}.", "answer": f"Wren {i}."},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", SOURCES)
-def test_own_data_of_any_shape(
-    kind: str, tiny_flags: list[str], write_set: WriteSet, sft_probe: Run, tmp_path: Path
-) -> None:
-    """8 rows, one empty answer, one prompt that is held out."""
-    suffix = "jsonl" if kind == "transcripts" else "parquet"
-    rows: list[dict[str, Any]] = [SOURCES[kind](i) for i in range(8)]
-    rows[2] = json.loads(json.dumps(rows[2]).replace("Wren 2.", ""))
-    path = tmp_path / f"own.{suffix}"
-    if suffix == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pd.DataFrame(rows).to_parquet(path)
-    docs = make_docs()
-    docs[0]["messages"] = [{"role": "user", "content": "Name a bird, number 5."}]
-    flags = ("--probe_set", write_set(docs), "--train_data", path, "--train_category", "chosen:0.5,random:0.5")
-    columns = ("--prompt_column", "question", "--response_column", "answer", "--per_device_train_batch_size", 2)
-    result = sft_probe("train", *tiny_flags, *flags, *columns, "--output_dir", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    dropped = {drop["doc_id"]: drop["reason"] for drop in manifest["dropped"]}
-    assert dropped[f"own.{suffix}-000003"].endswith("line 3: an empty response")
-    assert dropped[f"own.{suffix}-000006"] == "its prompt is that of the held-out doc d0"
-    assert len(dropped) == 2
-    exposure = rows_of(tmp_path / "run/exposure.jsonl")
-    assert Counter(row["category"] for row in exposure) == {"chosen": 3, "random": 3}
-    path.write_bytes(path.read_bytes() + b"\n")
-    result = sft_probe("train", *tiny_flags, *flags, *columns, "--output_dir", tmp_path / "run")
-    assert "the train data has changed" in user_error(result)
-
-
-@needs_shared
-def test_real_hh_rows(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
-    frame = pd.read_json(SHARED / "data/helpful-base/probe_train.jsonl", lines=True)
-    sides = {side: frame["prompt"] + frame[side] for side in ("chosen", "rejected")}
-    path = tmp_path / "train.jsonl.gz"
-    pd.DataFrame(sides).to_json(path, orient="records", lines=True, compression="gzip")
-    result = sft_probe("train", *tiny_flags, "--train_data", path, "--output_dir", tmp_path / "run", "--dry_run")
-    assert result.returncode == 0, result.stderr
-    num_examples, num_dropped = map(int, re.findall(r"(\d+) examples of chosen \((\d+) dropped", result.stdout)[0])
-    assert num_examples + num_dropped == 500
-    assert num_examples > 450
 
 
 def test_probe_means_stand_beside_the_loss(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:

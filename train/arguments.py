@@ -19,6 +19,21 @@ from sft_probe.records import DEFAULT_PROBE_SET
 from sft_probe.train import extensions
 from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 
+_REQUIRED = {
+    "save_only_model": False,  # these three: a resume would not be exact
+    "ignore_data_skip": False,
+    "auto_find_batch_size": False,
+    "average_tokens_across_devices": True,  # these two: the loss would be another than documented
+    "label_smoothing_factor": 0.0,
+    "eval_strategy": "no",  # these three need a data set for evaluation; the probe is the evaluation here
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "resume_from_checkpoint": None,  # the same command goes on by itself
+    "save_on_each_node": False,  # all nodes see one run directory
+    "fsdp": None,  # snapshots are gathered from DeepSpeed's ZeRO
+}
+"""Flags of `TrainingArguments` that would break a promise of this program, and the value that they must keep."""
+
 
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -88,6 +103,9 @@ class SftArguments(TrainingArguments):
             raise UserError(f"--snapshot_dtype {self.snapshot_dtype}: use one of {', '.join(SNAPSHOT_DTYPES)}.")
         if self.save_strategy != "no" or self.save_total_limit < 2:
             raise UserError("resume states are saved at --resume_steps, with --save_total_limit 2 or more.")
+        for name, required in _REQUIRED.items():
+            if (value := getattr(self, name)) != required:
+                raise UserError(f"--{name} {value} does not work here. Leave it out: it must be {required}.")
         self.deepspeed = config = _deepspeed_config(self.deepspeed)
         if self.dry_run:  # neither needs what the training needs
             self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
@@ -99,12 +117,24 @@ class SftArguments(TrainingArguments):
             self.use_cpu = True  # else accelerate takes each rank for a run of its own
         super().__post_init__()
         self.deepspeed = config
+        self._check_single_gpu()
         keeps_float32 = self.dtype == "float32" or (self.deepspeed is not None and (self.bf16 or self.fp16))
         if self.snapshot_dtype == "float32" and not keeps_float32:
             raise UserError(
                 f"--snapshot_dtype float32: training in {self.dtype} keeps no float32 weights. Train with --dtype "
                 "float32 (with --bf16 true for speed), or with DeepSpeed and --bf16 true."
             )
+
+    def _check_single_gpu(self) -> None:
+        """One process on several GPUs would be `torch.nn.DataParallel`, which gathers no loss of each example."""
+        if self.n_gpu <= 1:
+            return
+        if self.deepspeed is None:
+            raise UserError(
+                f"one process sees {self.n_gpu} GPUs. Start one for each (torchrun --nproc_per_node {self.n_gpu} -m "
+                "sft_probe.train.sft ...), or show it a single one (CUDA_VISIBLE_DEVICES=0)."
+            )
+        self._n_gpu = 1  # a dry run, which has left DeepSpeed out
 
     def _join_ranks_on_cpu(self) -> None:
         """Left alone, accelerate sees one process on CPU ranks under DeepSpeed, and with `use_cpu` drops DeepSpeed."""
@@ -145,21 +175,29 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
         UserError: the recipe cannot be read, or a value does not fit.
         SystemExit: an unknown flag (argparse's own message, exit code 2).
     """
-    flags = [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
+    flags = [part for argument in argv for part in _split(argument)]
     if "--config" in flags:
         index = flags.index("--config")
         if index + 1 == len(flags):
             raise UserError("--config needs the path of a recipe.")
         recipe = recipe_flags(Path(flags[index + 1]))
         flags = recipe + flags[:index] + flags[index + 2 :]
-    if "--hub_token" in flags:
-        raise UserError("--hub_token would end up in the manifest; set HF_TOKEN in the environment instead.")
-    parser = HfArgumentParser(SftArguments, prog="sft-probe train", conflict_handler="resolve")
+    parser = HfArgumentParser(SftArguments, prog="sft-probe train", conflict_handler="resolve", allow_abbrev=False)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     except (ValueError, ImportError) as error:
         raise UserError(f"train: {error}") from error
+    if arguments.hub_token is not None:
+        raise UserError("--hub_token would end up in the manifest; set HF_TOKEN in the environment instead.")
     return arguments, _asked(flags)
+
+
+def _split(argument: str) -> list[str]:
+    """`--max-steps=4` as `--max_steps`, `4`: a flag has one spelling, by which it is known in a later attempt."""
+    if argument[:2] != "--":
+        return [argument]
+    name, *value = argument.split("=", 1)
+    return ["--" + name[2:].replace("-", "_"), *value]
 
 
 def recipe_flags(path: Path) -> list[str]:
@@ -172,7 +210,7 @@ def recipe_flags(path: Path) -> list[str]:
         raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} must map flags to values.")
-    return [part for name, value in recipe.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in recipe.items() for part in (*_split(f"--{name}"), str(value))]
 
 
 def _asked(flags: list[str]) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Training examples: the ids that the probes score, plus the terminator, and nothing else, carry a label."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,14 @@ class TrainingExamples:
     examples: list[Example]
     dropped: list[DroppedDoc]
     num_cut_prompts: int
+
+    @property
+    def sha256(self) -> str:
+        """Of all that is trained on: it follows from data, tokenizer, format and flags."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(json.dumps([example.doc_id, example.input_ids, example.labels]).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -19,14 +19,14 @@ def build() -> None:
     """Compiles the extension, or loads it where it is built already.
 
     Raises:
-        UserError: there is no C++ compiler.
+        UserError: there is no C++ compiler, where one is needed: without a GPU.
     """
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        raise UserError("DeepSpeed on CPU needs a C++ compiler (g++). Install one, or train with --deepspeed none.")
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != "cpu":
         return
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        raise UserError("DeepSpeed on CPU needs a C++ compiler (g++). Install one, or train with --deepspeed none.")
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     make_dir(cache_dir())
     with FileLock(cache_dir() / "extensions.lock"):

@@ -1,13 +1,17 @@
 """What a training starts from: examples and model, as the flags say."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
-from sft_probe.models import check_window, load_model, load_tokenizer
+from sft_probe.files import sha256_file
+from sft_probe.models import check_window, load_model, load_tokenizer, model_without_weights, resolve_model
 from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults
 from sft_probe.records import Doc, ProbeSet
 from sft_probe.train.arguments import SftArguments
@@ -17,10 +21,10 @@ from sft_probe.train.mixture import assign, parse_mixture
 from sft_probe.train.schedule import parse_steps
 from sft_probe.train.source import read_docs, with_random, without_heldout
 
+Inputs = tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]
 
-def load_inputs(
-    arguments: SftArguments, probe_set: ProbeSet
-) -> tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]:
+
+def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     """Everything that needs no weights, so that a fault is told before they are loaded."""
     for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
         parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
@@ -52,6 +56,16 @@ def _train_docs(arguments: SftArguments, probe_set: ProbeSet) -> tuple[list[Doc]
     if "random" in arguments.train_category:
         docs = with_random(docs, arguments.seed)
     return docs, tuple(docs[0].responses), [*faulty, *twins]
+
+
+def model_version(name: str) -> str | None:
+    """A hash of the config and weights of a local model; of a hub model the commit. Raises `UserError` for no model."""
+    folder = Path(resolve_model(name))
+    if not folder.is_dir():
+        commit: str | None = model_without_weights(name).config._commit_hash
+        return commit
+    files = {path.name: sha256_file(path) for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"])}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def load_trained_model(arguments: SftArguments) -> Any:

@@ -44,12 +44,12 @@ class LossLog(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Notes the learning rate that is about to be used."""
-        lr = float(optimizer.param_groups[0]["lr"])
-        self.lr = lr
-        self.lr_since_snapshot += lr
+        self.lr = float(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Adds up the step."""
+        if self.lr is not None and not self.trainer.accelerator.optimizer_step_was_skipped:  # as fp16 does on overflow
+            self.lr_since_snapshot += self.lr
         shown = self.trainer.take_shown()
         if args.world_size > 1:
             shown = gather_object(shown)

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer
 
 from sft_probe.errors import UserError
-from sft_probe.models import model_without_weights
+from sft_probe.models import check_window, model_without_weights
 from sft_probe.prompts import PromptFormat, terminator_id
 from sft_probe.train.arguments import SftArguments
 from sft_probe.train.data import IGNORED_LABEL, PadRight, TrainingExamples
@@ -97,6 +97,7 @@ def describe(arguments: SftArguments, tokenizer: Any, prompt_format: PromptForma
         UserError: the model does not exist, or the run does not fit the disk.
     """
     model = model_without_weights(arguments.model_name_or_path)
+    check_window(arguments.max_length, model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if arguments.lora_r:
         model = add_lora(model, arguments)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -53,8 +54,9 @@ class ProbeCallback(TrainerCallback):
         columns: of the score rows, where the trainer knows more: `run`, `model`, `train_category`, `order_seed`.
 
     Raises:
-        UserError: at the start of training: the probe set, the format or the steps are unusable; under ZeRO-3 also
-            where memory runs out, since ranks cannot each choose another budget.
+        UserError: at the start of training: the probe set, the format or the steps are unusable, or FSDP is used, where
+            a rank alone cannot score; under ZeRO-3 also where memory runs out, since ranks cannot each choose another
+            budget.
     """
 
     trainer: "Trainer | None" = None
@@ -89,6 +91,8 @@ class ProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Prepares docs and steps, removes what a resumed run will write again, scores the first step."""
+        if PartialState().distributed_type == DistributedType.FSDP:
+            raise UserError("ProbeCallback does not work under FSDP. Use DDP or DeepSpeed, or sweep the checkpoints.")
         self.steps = resolve_steps(
             self.asked_steps, flag="probe steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
@@ -248,11 +252,20 @@ class _ProbeDoc:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in eval mode for the length of a block, and each as it was afterwards."""
+    """Every module in eval mode for the length of a block, computing in its own dtype, and each as it was afterwards.
+
+    Under mixed precision (`bf16`, `fp16`) accelerate has put an autocast into the model's forward, unlike a sweep's.
+    """
     modes = {module: module.training for module in model.modules()}
+    own = vars(model)
+    forward = own.get("forward")
     model.eval()
+    if "_original_forward" in own:
+        own["forward"] = own["_original_forward"]
     try:
         yield
     finally:
+        if "_original_forward" in own:
+            own["forward"] = forward
         for module, mode in modes.items():
             module.training = mode

@@ -33,9 +33,9 @@ def latest_state(run_dir: Path) -> Path | None:
 
 
 def remove_after(run_dir: Path, state: Path | None) -> None:
-    """Removes half-written states and, of a run that goes on at `state`, what will be written again."""
+    """Removes all other states, of which some may be half-written or half-removed, and what will be written again."""
     for path in run_dir.glob("checkpoint-*"):
-        if not (path / _MARKER).exists():
+        if path != state:
             shutil.rmtree(path)
     if state is None:
         shutil.rmtree(run_dir / "weights", ignore_errors=True)
@@ -49,8 +49,8 @@ def remove_after(run_dir: Path, state: Path | None) -> None:
 
 def remove_states(run_dir: Path) -> None:
     """Of a complete run."""
-    for path in run_dir.glob(f"checkpoint-*/{_MARKER}"):
-        shutil.rmtree(path.parent)
+    for path in run_dir.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def _step_of(path: Path) -> int:
@@ -115,16 +115,20 @@ class ResumeCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Marks the state as whole, once all ranks have written their parts and all of it is on disk."""
-        if args.world_size > 1:
-            torch.distributed.barrier()
-        if not state.is_world_process_zero:
-            return
-        folder = self.run_dir / f"checkpoint-{state.global_step}"
-        for path in [*folder.rglob("*"), folder, *(self.run_dir / name for name in LOG_NAMES)]:
-            fsync_path(path)
-        write_json(folder / _MARKER, {"step": state.global_step, **self.losses.state()})
-        log.info("state of step %d saved", state.global_step)
+        _wait_for_all(args)
+        if state.is_world_process_zero:
+            folder = self.run_dir / f"checkpoint-{state.global_step}"
+            for path in [*folder.rglob("*"), folder, *(self.run_dir / name for name in LOG_NAMES)]:
+                fsync_path(path)
+            write_json(folder / _MARKER, {"step": state.global_step, **self.losses.state()})
+            log.info("state of step %d saved", state.global_step)
+        _wait_for_all(args)  # a launcher ends all ranks soon after the first one that ends, of an early stop with 75
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """SIGTERM is what it was."""
         signal.signal(signal.SIGTERM, self._before)
+
+
+def _wait_for_all(args: TrainingArguments) -> None:
+    if args.world_size > 1:
+        torch.distributed.barrier()

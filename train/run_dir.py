@@ -4,23 +4,44 @@ import hashlib
 import importlib.metadata
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from sft_probe.errors import UserError
 from sft_probe.files import read_json, write_json
-from sft_probe.train.resume import latest_state, remove_after
+from sft_probe.train.resume import latest_state, remove_after, remove_states
 
 _MAY_DIFFER = ("max_wall_time_s", "dry_run", "local_rank")
 """Flags that another attempt at the same run may give differently; the last is what `deepspeed` tells each rank."""
 
 
-def request_of(flags: dict[str, str], world_size: int, **files_sha256: str | None) -> dict[str, Any]:
-    """What makes two attempts the same run: flags as asked, number of processes, content of the files they name."""
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of a run directory; the system lets go of it also after `kill -9`.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        lock = FileLock(run_dir / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise UserError(
+            f"another process is training in {run_dir}. Wait for it, or choose another --output_dir."
+        ) from error
+    with lock:
+        yield
+
+
+def request_of(flags: dict[str, str], world_size: int, **contents: str | None) -> dict[str, Any]:
+    """What makes two attempts the same run: flags as asked, number of processes, content of what they name."""
     return {
         "flags": {name: value for name, value in flags.items() if name not in _MAY_DIFFER},
         "world_size": world_size,
-        **files_sha256,
+        **contents,
     }
 
 
@@ -66,6 +87,12 @@ def claim(run_dir: Path, request: dict[str, Any]) -> str | None:
     return f"an earlier attempt in {run_dir} was cut off; training " + (
         "starts again" if state is None else f"goes on from {state.name}"
     )
+
+
+def clear(run_dir: Path) -> None:
+    """Takes out of a complete run what only an attempt that goes on would need."""
+    (run_dir / "started.json").unlink(missing_ok=True)
+    remove_states(run_dir)
 
 
 def _difference(earlier: dict[str, Any], request: dict[str, Any]) -> str:

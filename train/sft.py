@@ -9,10 +9,12 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from sft_probe.errors import UserError, exit_on_user_error
@@ -23,10 +25,10 @@ from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments
 from sft_probe.train.data import PadRight, TrainingExamples
-from sft_probe.train.inputs import load_inputs, load_trained_model
+from sft_probe.train.inputs import Inputs, load_inputs, load_trained_model, model_version
 from sft_probe.train.losses import LossLog
 from sft_probe.train.probe import ProbeCallback
-from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state, remove_states
+from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.snapshots import SnapshotCallback
 from sft_probe.train.source import sha256_of_source
 from sft_probe.train.trainer import SftTrainer
@@ -45,40 +47,60 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, thousands
     arguments, asked = parse_arguments(argv)
     probe_set = load_probe_set(arguments.probe_set)
+    inputs = load_inputs(arguments, probe_set)
+    _check_launch(arguments, len(inputs[-1]))
     if arguments.dry_run:
-        text = plan.describe(arguments, *load_inputs(arguments, probe_set))
+        text = plan.describe(arguments, *inputs)
         if arguments.should_log:
             print(text)  # noqa: T201
         return
     folder = make_dir(Path(str(arguments.output_dir)))
-    request = run_dir.request_of(
-        asked,
-        arguments.world_size,
-        probe_set_sha256=probe_set.sha256,
-        train_data_sha256=sha256_of_source(arguments.train_data),
-        deepspeed_config_sha256=run_dir.sha256_text(arguments.deepspeed),
-    )
-    if run_dir.is_complete(folder, request):
-        log.info("the run in %s is complete", folder)
-        return
-    manifest = train(arguments, probe_set, folder, request)
-    if manifest is not None and arguments.should_save:
-        write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
-        (folder / "started.json").unlink()
-        remove_states(folder)
+    with run_dir.held(folder) if arguments.should_save else nullcontext():
+        stopped = _train_or_leave(arguments, asked, probe_set, inputs, folder)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if manifest is None:
+    if stopped:
         raise SystemExit(STOPPED_EXIT_CODE)
 
 
-def train(arguments: SftArguments, probe_set: ProbeSet, folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+def _train_or_leave(
+    arguments: SftArguments, asked: dict[str, str], probe_set: ProbeSet, inputs: Inputs, folder: Path
+) -> bool:
+    """True where the run stopped early. The first rank alone looks at what an earlier attempt has left."""
+    request: dict[str, Any] = {}
+    if arguments.should_save:
+        request = run_dir.request_of(
+            asked,
+            arguments.world_size,
+            probe_set_sha256=probe_set.sha256,
+            train_data_sha256=sha256_of_source(arguments.train_data),
+            deepspeed_config_sha256=run_dir.sha256_text(arguments.deepspeed),
+            model_version=model_version(arguments.model_name_or_path),
+            prompt_format=inputs[1].name,
+            encoded_data_sha256=inputs[-1].sha256,
+        )
+    (is_complete,) = broadcast_object_list([arguments.should_save and run_dir.is_complete(folder, request)])
+    if is_complete:
+        log.info("the run in %s is complete", folder)
+    else:
+        manifest = train(arguments, probe_set, inputs, folder, request)
+        if manifest is None:
+            return True
+        if arguments.should_save:
+            write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
+    if arguments.should_save:
+        run_dir.clear(folder)
+    return False
+
+
+def train(
+    arguments: SftArguments, probe_set: ProbeSet, inputs: Inputs, folder: Path, request: dict[str, Any]
+) -> dict[str, Any] | None:
     """Runs the training and returns the manifest's content; `None` where it stopped early."""
     set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    tokenizer, prompt_format, examples = load_inputs(arguments, probe_set)
-    _check_launch(arguments, len(examples))
+    tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
     trainer = SftTrainer(
         model=load_trained_model(arguments), args=arguments, train_dataset=examples, data_collator=PadRight(end_id)
@@ -96,8 +118,9 @@ def train(arguments: SftArguments, probe_set: ProbeSet, folder: Path, request: d
     probes = [_probe(arguments, tokenizer, losses)] if arguments.probe_steps else []
     for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
-    plan.check_disk(plan.make_plan(arguments, trainer, trainer.model), folder)
-    if arguments.should_save:
+    needed = plan.make_plan(arguments, trainer, trainer.model)
+    if arguments.should_save:  # no other rank may walk a directory that this one clears
+        plan.check_disk(needed, folder)
         _log_plan(arguments, examples, run_dir.claim(folder, request))
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
     if resume.stopped:
@@ -105,14 +128,14 @@ def train(arguments: SftArguments, probe_set: ProbeSet, folder: Path, request: d
         return None
     if arguments.should_save:
         losses.write_exposure()
-        log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s)
+        log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
     return {
         **losses.columns,
         "prompt_format": prompt_format.name,
         "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
-        "snapshot_save_s": round(snapshots.save_s, 3),
+        "snapshot_save_s": round(snapshots.save_s(), 3),
         **_about(arguments, examples),
     }
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from sft_probe.errors import UserError
-from sft_probe.files import new_dir, read_json, sha256_file, write_json
+from sft_probe.files import fsync_path, new_dir, read_json, sha256_file, write_json
 from sft_probe.train.gather import gather_weights, has_masters
 from sft_probe.train.losses import LossLog
 from sft_probe.train.schedule import resolve_steps
@@ -33,7 +33,7 @@ class SnapshotCallback(TrainerCallback):
         losses: whose counts go into `meta.json`.
 
     Raises:
-        UserError: the weights of two steps are equal although the learning rate was not 0 in between.
+        UserError: the weights of two steps are equal although there was an update with a learning rate above 0.
     """
 
     def __init__(
@@ -50,8 +50,6 @@ class SnapshotCallback(TrainerCallback):
         self.tokenizer = tokenizer
         self.losses = losses
         self.steps: list[int] = []
-        self.save_s = 0.0
-        """Seconds spent on saving, in this process."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Step 0: the weights as training got them. Only now are the numbers of steps known."""
@@ -79,16 +77,23 @@ class SnapshotCallback(TrainerCallback):
             except (OSError, SafetensorError) as error:
                 raise UserError(f"cannot write {target}: {error}. Mend it, and the same command goes on.") from error
         self.losses.lr_since_snapshot = 0.0
-        self.save_s += time.perf_counter() - start
+
+    def save_s(self) -> float:
+        """Seconds spent on saving, in all attempts at the run."""
+        metas = self.weights_dir.glob("step_*/meta.json")
+        return sum(float(read_json(path)["save_s"]) for path in metas)
 
     def _write(self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float) -> None:
         dtype = "float32" if self.masters else str(model.dtype).removeprefix("torch.")
         model.save_pretrained(folder, state_dict=weights)
-        if self.masters:  # else they would load in the dtype of the model
+        if self.masters and (folder / "config.json").exists():  # else they would load in the dtype of the model
             config = read_json(folder / "config.json")
             write_json(folder / "config.json", {**config, "dtype": "float32"})
         self.tokenizer.save_pretrained(folder)
-        sha256 = {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        files = sorted(folder.glob("*.safetensors"))
+        for path in files:
+            fsync_path(path)  # here, so that `save_s` holds the time
+        sha256 = {path.name: sha256_file(path) for path in files}
         meta = {
             "step": state.global_step,
             **self.losses.totals(),
@@ -104,7 +109,7 @@ class SnapshotCallback(TrainerCallback):
         write_json(folder / "meta.json", meta)
 
     def _duplicate_of(self, step: int, sha256: dict[str, str]) -> int | None:
-        """The snapshot before, where it has the same weights because every learning rate since was 0."""
+        """The snapshot before, where it has the same weights for want of an update (rate 0, or fp16 overflow)."""
         earlier = [other for other in self.steps if other < step]
         if not earlier or read_json(self.weights_dir / f"step_{earlier[-1]:06d}/meta.json")["sha256"] != sha256:
             return None
@@ -113,5 +118,5 @@ class SnapshotCallback(TrainerCallback):
                 f"the weights of step {step} equal those of step {earlier[-1]} although the learning rate was not 0: "
                 "no gradient arrives, or 16-bit weights lose so small an update (--dtype float32 keeps it)."
             )
-        log.warning("the weights of step %d equal those of step %d: the learning rate was 0", step, earlier[-1])
+        log.warning("the weights of step %d equal those of step %d: no update at a rate above 0", step, earlier[-1])
         return earlier[-1]

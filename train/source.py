@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,52 +11,64 @@ from sft_probe.errors import UserError
 from sft_probe.prompts import DroppedDoc
 from sft_probe.records import Doc
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import RowRejectedError, parse_prompt, parse_row
+from sft_probe.synth.hh import Pair, RowRejectedError, parse_prompt, parse_row
 from sft_probe.synth.sources import Row, read_rows, source_sha256
+from sft_probe.synth.splits import conversation_id
 
 
 def read_docs(source: str, *, prompt_column: str, response_column: str) -> tuple[list[Doc], list[DroppedDoc]]:
     """The docs of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory of them, or a hub data set.
 
     A row with `chosen` and `rejected` (HH transcripts, texts or messages) gives both categories; one with `messages`,
-    or with a prompt and a response, gives `chosen`. Rows that give no doc come back with the reason.
+    or with a prompt and a response, gives `chosen`. Rows that give no doc come back with the reason, those that the
+    source itself holds out file by file.
 
     Raises:
         UserError: there is no such source, it is damaged, or the rows do not all have the same categories.
     """
     docs, dropped = [], []
+    seen: dict[str, str] = {}
+    held_out: Counter[str] = Counter()
     for row in read_rows(source):
-        if row.split == "heldout":  # the source's own test split
+        if row.split == "heldout":
+            held_out[row.file] += 1
             continue
         doc_id = f"{row.file}-{row.line:06d}"
         try:
-            messages, responses = _parse(row, prompt_column, response_column)
+            pair, categories = _parse(row, prompt_column, response_column)
+            responses = {category: getattr(pair, category) for category in categories}
+            earlier = seen.setdefault(json.dumps([pair.messages, responses]), doc_id)
+            if earlier != doc_id:
+                raise RowRejectedError(f"the same as an earlier row, {earlier}")
         except RowRejectedError as error:
             dropped.append(DroppedDoc(doc_id=doc_id, reason=f"{row.file}, line {row.line}: {error}"))
             continue
-        root = hashlib.sha256(messages[0]["content"].encode()).hexdigest()[:12]
         docs.append(
             Doc(
                 doc_id=doc_id,
-                conversation_id=root,
+                conversation_id=conversation_id(pair),
                 split="train",
-                messages=tuple(messages),
+                messages=tuple(pair.messages),
                 responses=responses,
                 random_doc_id=None,
             )
         )
+    dropped += [
+        DroppedDoc(doc_id=file, reason=f"all {number} rows: by its name, data that the source holds out")
+        for file, number in held_out.items()
+    ]
     if len({tuple(doc.responses) for doc in docs}) > 1:
         raise UserError(f"{source}: some rows have `rejected`, others have not; train on one kind at a time.")
     return docs, dropped
 
 
-def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[list[dict[str, str]], dict[str, str]]:
+def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tuple[str, ...]]:
+    """The row as a pair, and which of its responses are the row's own."""
     value = row.value
     if row.fault or not isinstance(value, dict):
         raise RowRejectedError(row.fault or "not a JSON object")
     if "chosen" in value and "rejected" in value:
-        pair = parse_row(value)
-        return pair.messages, {"chosen": pair.chosen, "rejected": pair.rejected}
+        return parse_row(value), ("chosen", "rejected")
     messages: Any = value.get("messages")
     if messages is None:
         prompt, response = value.get(prompt_column), value.get(response_column)
@@ -65,7 +78,7 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[list[dic
         messages = [*turns, {"role": "assistant", "content": response}]
     # a preference of nothing over nothing: the checks of turns and texts are those of pairs
     pair = parse_row({"chosen": messages, "rejected": [*messages[:-1], {"role": "assistant", "content": "-"}]})
-    return pair.messages, {"chosen": pair.chosen}
+    return pair, ("chosen",)
 
 
 def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
@@ -82,11 +95,11 @@ def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
 
 
 def without_heldout(docs: Sequence[Doc], heldout: Sequence[Doc]) -> tuple[list[Doc], list[DroppedDoc]]:
-    """Takes out the docs whose prompt is probed as held out."""
-    held = {json.dumps(doc.messages): doc.doc_id for doc in heldout}
-    twins = {doc.doc_id: held.get(json.dumps(doc.messages)) for doc in docs}
+    """Takes out the docs whose conversation, known by its first user turn, is probed as held out."""
+    held = {conversation_id(doc): doc.doc_id for doc in heldout}
+    twins = {doc.doc_id: held.get(doc.conversation_id) for doc in docs}
     dropped = [
-        DroppedDoc(doc_id=doc_id, reason=f"its prompt is that of the held-out doc {twin}")
+        DroppedDoc(doc_id=doc_id, reason=f"its conversation is that of the held-out doc {twin}")
         for doc_id, twin in twins.items()
         if twin
     ]

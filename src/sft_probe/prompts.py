@@ -60,7 +60,10 @@ class PromptFormat:
                     self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
                 )
         except Exception as error:  # templates raise what they like: for a system turn, for turns out of order
-            raise UserError(f"the prompt format {self.name} cannot show these turns: {error}") from error
+            roles = ", ".join(turn["role"] for turn in messages)
+            raise UserError(
+                f"the prompt format {self.name} refuses the turns {roles} ({error}); use hh, plain or a Jinja file."
+            ) from error
         stripped = text.rstrip()
         return Prompt(stripped, text[len(stripped) :])
 
