@@ -105,8 +105,8 @@ def test_too_few_docs_are_told_with_the_reasons(raw: Path, templates: Path, tmp_
     ("name", "text", "message"),
     [("variant.txt", "{# version 1 #} {{ 1 // 0 }}", "variant.txt: integer"),
      ("variant.txt", "{# version 1 #} {{ topic + 1 }}", "variant.txt: can only"),
-     ("format.jinja", "{{ messages[0].content.nothing() }}", "cannot show these turns"),
-     ("format.jinja", "{{ 1 // 0 }}", "cannot show these turns")],
+     ("format.jinja", "{{ messages[0].content.nothing() }}", "refuses the turns user"),
+     ("format.jinja", "{{ 1 // 0 }}", "refuses the turns user")],
 )  # fmt: skip
 def test_whatever_a_template_raises_is_told(  # noqa: PLR0917 - fixtures
     name: str, text: str, message: str, raw: Path, tmp_path: Path, sft_probe: Run
