@@ -22,7 +22,7 @@ def checkpoints(tiny_run: Path, tmp_path: Path) -> Path:
 
 
 def kill_a_worker_in_mid_step(process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
             if child.cmdline()[:1] == ["ray::StepWorker.score"]:
