@@ -93,7 +93,7 @@ def generation_figure(recording: Recording, changes: pd.DataFrame, style: Style)
 
     subtitle = [
         f"Answers to {answers['doc_id'].nunique()} held-out prompts, at most {answers['max_new_tokens'].max()} tokens; "
-        "95 % over prompts, one run: of each mean alone (t; shares that ended: Wilson), of the change for all steps at once"
+        "95 % over prompts, one run: each mean alone (t; shares that ended: Wilson), the change for all steps at once"
     ]
     yield Figure(name="generations", title="Greedy answers", subtitle=subtitle, table=table, build=build)
 
