@@ -19,7 +19,7 @@ def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFra
     tables = []
     for split in recording.splits if recording.means is None else ():
         arrays = recording.cube(split)
-        parts = [*_margins(arrays, recording.train_category or "chosen", measure), *_slopes(arrays, measure)]
+        parts = [*_margins(arrays, recording.target(arrays.categories) or "chosen", measure), *_slopes(arrays, measure)]
         if recording.probe_set is not None:
             parts += _pmi(arrays, {doc.doc_id: doc.random_doc_id for doc in recording.probe_set.docs}, measure)
         tables += [part.assign(run=recording.name, split=split) for part in parts]

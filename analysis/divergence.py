@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from sft_probe.analysis.checkpoints import Checkpoint, of_run
+from sft_probe.analysis.curves import crossing
 from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, resolve_settings
-from sft_probe.analysis.verdict import crossing
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_jsonl
 from sft_probe.prompts import EncodedDoc, terminator_id
@@ -120,11 +120,8 @@ def at_matched_gain(runs: Sequence[Path], gains: Sequence[pd.DataFrame | None]) 
     for run, gain in zip(runs, gains, strict=True):
         table = divergences(run)
         sums = table.groupby("step")[["kl_sum", "num_tokens"]].sum()
-        step = (
-            crossing(gain["step"].to_numpy(), gain["gain"].to_numpy(), matched)
-            if gain is not None and matched > 0
-            else math.nan
-        )
+        place = None if gain is None or math.isnan(matched) else crossing(gain["gain"].to_numpy(), matched)
+        step = math.nan if place is None or gain is None else float(place @ gain["step"].to_numpy(dtype=float))
         curve = sums["kl_sum"] / sums["num_tokens"]
         rows.append(
             {

@@ -54,12 +54,12 @@ def plot(
     analysis = analyze(paths, include_eos=include_eos, categories=categories)
     own = paths[0] / "figures" if len(paths) == 1 and paths[0].is_dir() else Path("figures")
     folder = make_dir(out or own)
-    for figure in figures_of(analysis, style):
+    for figure in (*figures_of(analysis, style), *code_length_figure(analysis.recordings, style)):
         yield from figure.save(folder, formats, style)
 
 
 def figures_of(analysis: Analysis, style: Style) -> Iterator[Figure]:
-    """The figures that these tables and rows allow, the data card first."""
+    """The figures that these tables and rows allow, the data card first; all but `code_length_figure`."""
     recordings = analysis.recordings
     if len(recordings) > 1 or style.color != "category":
         yield from _of_several(analysis, style)
@@ -68,7 +68,6 @@ def figures_of(analysis: Analysis, style: Style) -> Iterator[Figure]:
             yield from _of_one(analysis, recordings[0], split, style)
         yield from benchmark_figure(recordings[0], analysis.changes, style)
         yield from generation_figure(recordings[0], analysis.changes, style)
-    yield from code_length_figure(recordings, style)
 
 
 def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) -> Iterator[Figure]:

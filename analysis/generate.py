@@ -44,7 +44,7 @@ def generate_answers(
     model: Any, tokenizer: "PreTrainedTokenizerBase", docs: Sequence[EncodedDoc], *, ends: Sequence[int], limit: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row `doc_id split text num_tokens num_bytes ended repetition max_new_tokens` per doc, in their order.
+    """A row per doc: `doc_id conversation_id split text num_tokens num_bytes ended repetition max_new_tokens`.
 
     `num_tokens` does not count the terminator; `ended` says whether one of `ends` came within `limit` tokens. The text
     stands as it was decoded, special tokens included.
@@ -102,7 +102,8 @@ def _row(
     answer = ids[:end]
     text = str(tokenizer.decode(answer))
     return {
-        "doc_id": doc.doc.doc_id, "split": doc.doc.split, "text": text, "num_tokens": len(answer),
+        "doc_id": doc.doc.doc_id, "conversation_id": doc.doc.conversation_id, "split": doc.doc.split,
+        "text": text, "num_tokens": len(answer),
         "num_bytes": len(text.encode()), "ended": end is not None, "repetition": repetition(answer),
         "max_new_tokens": limit,
     }  # fmt: skip

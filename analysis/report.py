@@ -17,6 +17,7 @@ from sft_probe.analysis.figures import figures_of
 from sft_probe.analysis.generations import generations_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
 from sft_probe.analysis.report_docs import browser
+from sft_probe.analysis.run_figures import code_length_figure
 from sft_probe.analysis.style import Style
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
@@ -64,21 +65,23 @@ def html_report(analysis: Analysis) -> str:
     style = Style(width=900, font_size=12)
     specs: dict[str, dict[str, Any]] = {}
     figures: dict[str, list[str]] = {}
-    is_one = len(analysis.recordings) == 1
     for number, recording in enumerate(analysis.recordings):
         one = _of_run(analysis, recording)
         for figure in figures_of(one, style):
-            # a trajectory is changes and levels, which are there; code lengths are drawn once, of all runs
-            if not figure.name.startswith("trajectory_") and (figure.name != "code_length" or is_one):
+            if not figure.name.startswith("trajectory_"):  # it is changes and levels, which are there
                 name = f"figure-{number}-{figure.name}"
                 specs[name] = figure.spec(style, fit=False)
                 figures.setdefault(recording.name, []).append(name)
-    for color in () if is_one else ("category", "run"):
-        for figure in figures_of(analysis, Style(width=900, font_size=12, color=color)):
-            if figure.name != "code_length" or color == "run":
+    if len(analysis.recordings) > 1:
+        for color in ("category", "run"):
+            for figure in figures_of(analysis, Style(width=900, font_size=12, color=color)):
                 name = f"figure-all-{color}-{figure.name}"
                 specs[name] = figure.spec(style, fit=False)
                 figures.setdefault("all runs", []).append(name)
+    for figure in code_length_figure(analysis.recordings, style):
+        name = f"figure-all-{figure.name}"
+        specs[name] = figure.spec(style, fit=False)
+        figures.setdefault("all runs", []).append(name)
     with_docs = [recording for recording in analysis.recordings if recording.means is None]
     docs = [browser(recording, analysis.measure, _DOC_BYTES // len(with_docs)) for recording in with_docs]
     folder = resources.files("sft_probe.analysis")
@@ -159,7 +162,8 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     for verb, chosen in (
         ("rose", rows[rows["moved"] & (rows["change"] > 0)]),
         ("fell", rows[rows["moved"] & (rows["change"] < 0)]),
-        ("did not move for certain", rows[~rows["moved"]]),
+        ("did not move for certain", rows[~rows["moved"] & rows["change"].notna()]),
+        ("lacks a score at an end", rows[rows["change"].isna()]),
     ):
         if len(chosen):
             ordered = chosen.sort_values("change", ascending=False, key=abs)
@@ -208,7 +212,7 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in part["rows"]]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
         lines += ["", _md(run["answers"]), ""]
-    for figure in figures_of(analysis, style):
+    for figure in (*figures_of(analysis, style), *code_length_figure(analysis.recordings, style)):
         written += figure.save(figures, ["png"], style)
         lines += [f"![{_md(figure.title)}](report_figures/{figure.name}.png)", ""]
     write_text(target, "\n".join(lines) + "\n")

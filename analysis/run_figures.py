@@ -15,6 +15,7 @@ from sft_probe.analysis.generations import on_common_docs
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.simplicity import first_epoch
 from sft_probe.analysis.style import Style, cell_height, cell_width, columns_for, facet, key_colors, step_axis
+from sft_probe.analysis.trajectory import mean_interval
 
 MAX_PANELS = 12
 MAX_POINTS = 400  # of one curve: a report holds them all
@@ -33,7 +34,7 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
         low=lambda frame: frame["value"] - 1.96 * frame["stderr"].fillna(0.0),
         high=lambda frame: frame["value"] + 1.96 * frame["stderr"].fillna(0.0),
     )
-    own = recording.train_category or "chosen"
+    own = recording.target(recording.categories("heldout")) or "chosen"
     probe = _probe_change(recording, changes, own)[["step", "change"]].rename(columns={"change": "probe_change"})
     table = table.merge(probe, on="step", how="left")
 
@@ -67,7 +68,7 @@ def generation_figure(recording: Recording, changes: pd.DataFrame, style: Style)
     if recording.generations is None:
         return
     answers = on_common_docs(recording.generations)
-    own = recording.train_category or "chosen"
+    own = recording.target(recording.categories("heldout")) or "chosen"
     measures = {
         "num_tokens": "length (tokens)", "ended": "share that ended", "repetition": "share of repeated 4-grams"
     }  # fmt: skip
@@ -99,18 +100,20 @@ def generation_figure(recording: Recording, changes: pd.DataFrame, style: Style)
 
 
 def _means(answers: pd.DataFrame, column: str) -> pd.DataFrame:
-    """`step value low high`: means over prompts with 95 % intervals."""
+    """`step value low high`: means over prompts with 95 % intervals, of no width where one conversation is all."""
     rows = []
     for step, own in answers.groupby("step"):
         values = own[column].dropna().to_numpy(dtype=float)
-        low = high = values.mean() if len(values) else math.nan
-        if column == "ended":
+        if not len(values):
+            continue  # no answer of this step is long enough for a 4-gram
+        if column == "ended":  # a t-interval of a share near 0 or 1 has no width
             low, high = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        elif len(values) > 1:
-            half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-            low, high = values.mean() - half, values.mean() + half
-        rows.append({"step": step, "value": values.mean() if len(values) else math.nan, "low": low, "high": high})
-    return pd.DataFrame(rows).dropna()  # no answer of a step may be long enough for a 4-gram
+        else:
+            low, high = mean_interval(own[column].to_numpy(dtype=float), own["conversation_id"].to_numpy())
+        mean = float(values.mean())
+        known = not math.isnan(low)
+        rows.append({"step": step, "value": mean, "low": low if known else mean, "high": high if known else mean})
+    return pd.DataFrame(rows)
 
 
 def _probe_change(recording: Recording, changes: pd.DataFrame, category: str) -> pd.DataFrame:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sft_probe.analysis.curves import half_step
 from sft_probe.analysis.recordings import Recording, load_recordings
 from sft_probe.analysis.statistics import over_runs
-from sft_probe.analysis.verdict import half_step
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 

@@ -33,7 +33,7 @@ def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
         table[name] = groups[name].mean()
     for name, prefix in (("logprob", ""), ("delta", "delta_")):
         for key, group in groups:
-            low, high = _interval(group[name].to_numpy(float), group["conversation_id"].to_numpy())
+            low, high = mean_interval(group[name].to_numpy(float), group["conversation_id"].to_numpy())
             table.loc[key, [f"{prefix}ci_low", f"{prefix}ci_high"]] = low, high
     columns = [
         *KEY, "examples_seen", "epoch", "n", "num_tokens", "logprob", "ci_low", "ci_high", "delta", "delta_ci_low",
@@ -42,7 +42,7 @@ def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()[columns].round(4)
 
 
-def _interval(values: np.ndarray, conversations: np.ndarray) -> tuple[float, float]:
+def mean_interval(values: np.ndarray, conversations: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of `values` [n], NaN below 2 clusters.
 
     A NaN, the change of a doc that the first step could not score, is left out.

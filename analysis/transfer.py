@@ -26,11 +26,11 @@ from sft_probe.analysis.transfer_maths import (
     selectivity,
     share_of,
 )
+from sft_probe.analysis.transfer_runs import HALVES
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
 _HEADLINE = ("random", "chosen_no_prompt")
-_HALVES = {"half_1", "half_2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ def _omega(one: Gains, two: Gains, draws: np.ndarray) -> dict[str, object] | Non
     """Of rows with other targets; of one target only the noise floor, from disjoint halves of its training set."""
     names: dict[str, object] = {"row": one.name, "other": two.name}
     if one.target == two.target:
-        if {one.name, two.name} != _HALVES:
+        if {one.name, two.name} != set(HALVES):
             return None
         null = omega_null(one, two, draws)
         return {**names, "omega": float(null.value), "low": float(null.low), "high": float(null.high), "is_null": True}

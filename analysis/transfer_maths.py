@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sft_probe.analysis.curves import crossing
 from sft_probe.analysis.statistics import LEVEL, NUM_RESAMPLES, Floats, Ints, resamples
 
 
@@ -162,21 +163,6 @@ def _has_gained(draws: Floats) -> bool:
 def _undefined() -> Interval:
     nothing = np.array(np.nan)
     return Interval(value=nothing, low=nothing, high=nothing)
-
-
-def crossing(curve: Floats, level: float) -> Floats | None:
-    """Weights over the points of `curve` that give its first crossing of `level`; `None` where it stays below."""
-    above = np.flatnonzero(curve >= level)
-    if not len(above):
-        return None
-    weights = np.zeros(len(curve))
-    after = int(above[0])
-    if after == 0:
-        weights[0] = 1.0
-        return weights
-    share = (level - curve[after - 1]) / (curve[after] - curve[after - 1])
-    weights[after], weights[after - 1] = share, 1 - share
-    return weights
 
 
 def difference(one: Gains, two: Gains, draws: Floats) -> Interval:

@@ -1,15 +1,15 @@
 """The verdict on each category: how much it moved, when, in which part, and one sentence."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from sft_probe.analysis.changes import PER_RESPONSE
+from sft_probe.analysis.curves import half_step
 from sft_probe.analysis.measures import PARTS
-from sft_probe.analysis.statistics import Floats, holm
+from sft_probe.analysis.statistics import holm
 
 ALPHA = 0.05
 _TURN_SHARE = 0.1  # of the range of a curve without intervals: what counts as a turn
@@ -71,23 +71,6 @@ def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, o
         "measure": str(curve["measure"].iloc[0]),
         "sentence": sentence(curve, sign),
     }
-
-
-def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> float:
-    """Where a curve, linear between its points, first reaches half of its last value; NaN where that is 0."""
-    x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
-    if math.isnan(y[-1]) or y[-1] == 0:
-        return math.nan
-    return crossing(x, y / y[-1], 0.5)
-
-
-def crossing(x: Floats, y: Floats, level: float) -> float:
-    """Where a curve, linear between its points, first reaches a level, which one of its points must."""
-    after = int(np.argmax(y >= level))
-    if after == 0:
-        return float(x[0])
-    share = (level - y[after - 1]) / (y[after] - y[after - 1])
-    return float(x[after - 1] + share * (x[after] - x[after - 1]))
 
 
 def _shares(parts: pd.DataFrame, step: int) -> dict[str, float]:

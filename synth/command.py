@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_probe import flags
 from sft_probe.errors import UserError
-from sft_probe.synth import flag_types as types
 
 if TYPE_CHECKING:
     from sft_probe.synth.batch import BatchWriter
@@ -50,21 +50,21 @@ def add_synth(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base-url", help="of the server; openai: needed but for OpenAI's own")
     command.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
     contents = command.add_argument_group("what the set holds")
-    contents.add_argument("--categories", type=types.names, default=None, metavar="A,B", help="beside chosen and "
+    contents.add_argument("--categories", type=flags.names, default=None, metavar="A,B", help="beside chosen and "
                           "rejected; default: paraphrase,variant,random,non_response; also chosen_paraphrase, "
                           "format_flip, permuted, untrained")  # fmt: skip
     contents.add_argument("--untrained-model", help="whose own answer `untrained` is; default: the embedded model")
     contents.add_argument("--templates", type=Path, metavar="DIR", help="your prompts, named CATEGORY.txt")
     contents.add_argument("--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh")
-    contents.add_argument("--heldout-frac", type=types.fraction, help="default: the source's own splits, else 0.2")
-    contents.add_argument("--limit", type=types.positive, help="docs at most, drawn at random")
+    contents.add_argument("--heldout-frac", type=flags.fraction, help="default: the source's own splits, else 0.2")
+    contents.add_argument("--limit", type=flags.positive, help="docs at most, drawn at random")
     contents.add_argument("--seed", type=int, default=0)
     contents.add_argument("--license", help="of the source, for the card; default: mit for Anthropic/hh-rlhf")
     limits = command.add_argument_group("rates and money")
-    limits.add_argument("--requests-per-minute", type=types.rate)
-    limits.add_argument("--tokens-per-minute", type=types.rate, help="of prompts")
-    limits.add_argument("--concurrency", type=types.positive, default=16, help="calls in flight; default: 16")
-    limits.add_argument("--max-cost-usd", type=types.amount, help="of all runs on this directory; never passed")
+    limits.add_argument("--requests-per-minute", type=flags.rate)
+    limits.add_argument("--tokens-per-minute", type=flags.rate, help="of prompts")
+    limits.add_argument("--concurrency", type=flags.positive, default=16, help="calls in flight; default: 16")
+    limits.add_argument("--max-cost-usd", type=flags.amount, help="of all runs on this directory; never passed")
     limits.add_argument("--price", metavar="INPUT,OUTPUT", help="USD per million tokens, in place of the price table")
     command.set_defaults(command=_synth)
 

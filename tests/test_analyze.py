@@ -11,7 +11,7 @@ import pytest
 from helpers import SHARED, Run, needs_shared, user_error
 from score_files import CURVES, NUM_TOKENS, STEPS, write_run
 
-from sft_probe.analysis.verdict import half_step
+from sft_probe.analysis.curves import half_step
 
 REFERENCE = SHARED / "reference/qwen1.5-1.8b_sft_extend.csv"
 

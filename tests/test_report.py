@@ -51,7 +51,7 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     dom, console = _open(page, pick, tmp_path)
     assert console == ""
     figures = re.findall(r'<div class="figure[^"]*" id="(figure-[\w-]+)"', dom)
-    drawn = {name.removeprefix("figure-0-").removesuffix("_heldout") for name in figures}
+    drawn = {name.removeprefix("figure-0-").removeprefix("figure-all-").removesuffix("_heldout") for name in figures}
     assert drawn == {
         "data_card",
         "changes",

@@ -8,6 +8,7 @@ import pytest
 from helpers import Run, user_error
 from safetensors.torch import load_file, save_file
 
+from sft_probe.errors import UserError
 from sft_probe.train import extensions
 from sft_probe.train.arguments import SftArguments
 
@@ -57,9 +58,14 @@ def test_one_process_on_several_gpus_is_refused(
 def test_a_gpu_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from deepspeed.accelerator import get_accelerator
 
-    monkeypatch.setattr(type(get_accelerator()), "device_name", lambda *_: "cuda")
     monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        extensions.build()
+    compiled: list[str] = []
+    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda _, name: compiled.append(name))
+    monkeypatch.setattr(type(get_accelerator()), "device_name", lambda *_: "cuda")
     extensions.build()
+    assert compiled == []
 
 
 def test_recipe_and_overrides(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:

@@ -9,7 +9,8 @@ import pytest
 from helpers import Run, user_error
 from score_files import NUM_TOKENS, write_run
 
-from sft_probe.analysis.transfer_maths import crossing, efficiency, omega, selectivity
+from sft_probe.analysis.curves import crossing
+from sft_probe.analysis.transfer_maths import efficiency, omega, selectivity
 
 RATES = {  # nats per response and step: row to probe category
     "chosen": {"chosen": 4.0, "rejected": 3.0, "random": 3.6, "non_response": -1.0},

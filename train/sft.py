@@ -67,6 +67,7 @@ def _train_or_leave(
     arguments: SftArguments, asked: dict[str, str], probe_set: ProbeSet, inputs: Inputs, folder: Path
 ) -> bool:
     """True where the run stopped early. The first rank alone looks at what an earlier attempt has left."""
+    _, prompt_format, examples = inputs
     request: dict[str, Any] = {}
     if arguments.should_save:
         request = run_dir.request_of(
@@ -76,8 +77,8 @@ def _train_or_leave(
             train_data_sha256=sha256_of_source(arguments.train_data),
             deepspeed_config_sha256=run_dir.sha256_text(arguments.deepspeed),
             model_version=model_version(arguments.model_name_or_path),
-            prompt_format=inputs[1].name,
-            encoded_data_sha256=inputs[-1].sha256,
+            prompt_format=prompt_format.name,
+            encoded_data_sha256=examples.sha256,
         )
     (is_complete,) = broadcast_object_list([arguments.should_save and run_dir.is_complete(folder, request)])
     if is_complete:

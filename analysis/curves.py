@@ -1,0 +1,36 @@
+"""Where a curve, linear between its points, reaches a level."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from sft_probe.analysis.statistics import Floats
+
+
+def crossing(curve: Floats, level: float) -> Floats | None:
+    """Weights over the points of `curve`, linear between them, that give where it first reaches `level`.
+
+    `None` where it stays below.
+    """
+    above = np.flatnonzero(curve >= level)
+    if not len(above):
+        return None
+    weights = np.zeros(len(curve))
+    after = int(above[0])
+    if after == 0:
+        weights[0] = 1.0
+        return weights
+    share = (level - curve[after - 1]) / (curve[after] - curve[after - 1])
+    weights[after], weights[after - 1] = share, 1 - share
+    return weights
+
+
+def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> float:
+    """Where a curve, linear between its points, first reaches half of its last value; NaN where that is 0."""
+    x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
+    if math.isnan(y[-1]) or y[-1] == 0:
+        return math.nan
+    weights = crossing(y / y[-1], 0.5)
+    return math.nan if weights is None else float(weights @ x)
