@@ -85,7 +85,7 @@ def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) 
     def both(width: float) -> Any:
         top = changes_chart(table, categories, marks, style, width)
         bottom = levels_chart(table, categories, style, width)
-        return alt.vconcat(top, bottom, spacing=24).resolve_scale(color="independent")
+        return alt.vconcat(top, bottom, spacing=24).resolve_scale(color="independent", shape="independent")
 
     about_levels = [*subtitle, _LEVEL_BANDS] if table["band_low"].notna().any() else subtitle
     yield Figure(name=f"trajectory_{split}", title=what, subtitle=about_levels, table=table, build=both)
