@@ -34,3 +34,15 @@ def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.
         return math.nan
     weights = crossing(y / y[-1], 0.5)
     return math.nan if weights is None else float(weights @ x)
+
+
+def half_bracket(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> tuple[float, float]:
+    """Return the two neighbouring points between which a curve first reaches half of its last value.
+
+    Both are the first point where the curve starts there, and NaN where the last value is 0 or NaN.
+    """
+    x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
+    if math.isnan(y[-1]) or y[-1] == 0:
+        return math.nan, math.nan
+    reached = int(np.flatnonzero(y / y[-1] >= 0.5)[0])
+    return float(x[max(reached - 1, 0)]), float(x[reached])

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 
 from sft_probe.analysis.checkpoints import Checkpoint, of_run
-from sft_probe.analysis.curves import crossing
 from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, resolve_settings
 from sft_probe.errors import UserError
@@ -93,21 +92,28 @@ def kl_sum(start: Any, model: Any, doc: EncodedDoc, category: str, end: int) -> 
 
 
 def kl_text(runs: pd.DataFrame) -> list[str]:
-    """A line per run of `sft-probe simplicity --kl`."""
-    return [
-        f"forward KL of {row['run']} from its start: {row['kl_per_token']:.4f} nats per token of held-out "
-        f"{row['kl_category']} responses, where its own target has gained {row['matched_gain']:.4f} nats per token "
-        f"(step {row['kl_step']:.1f})"
-        if not math.isnan(row["kl_per_token"])
-        else f"forward KL of {row['run']}: no matched gain: a run's own target did not gain, or was not scored"
-        for _, row in runs.iterrows()
-    ]
+    """Return a line per run of `sft-probe simplicity --kl`."""
+    lines = []
+    for _, row in runs.iterrows():
+        head = f"forward KL of {row['run']} from its start, nats per token of held-out {row['kl_category']} responses"
+        if math.isnan(row["kl_at"]):
+            lines.append(f"{head}: no matched gain (a run's own target did not gain, or was not scored at a snapshot)")
+            continue
+        before = f"{row['kl_before']:.4f} at step {row['kl_step_before']:.0f} (gain {row['kl_gain_before']:.4f}), "
+        lines.append(
+            f"{head}: {before if row['kl_step_before'] < row['kl_step_at'] else ''}{row['kl_at']:.4f} at step "
+            f"{row['kl_step_at']:.0f} (gain {row['kl_gain_at']:.4f}); matched gain {row['matched_gain']:.4f}, half of "
+            "the least last gain of the runs"
+        )
+    return lines
 
 
 def at_matched_gain(runs: Sequence[Path], gains: Sequence[pd.DataFrame | None]) -> pd.DataFrame:
-    """`matched_gain kl_step kl_per_token kl_category` of each run, where all have gained the same on their own target.
+    """Return the KL of each run at the two snapshots between which its own target reaches the matched gain.
 
-    The gain is the least of the runs' last ones; curves are linear between steps.
+    The matched gain is half of the least last gain of the runs. Nothing is interpolated: the curve between two
+    snapshots is not known. Columns: `matched_gain kl_category`, and `kl_step kl_gain kl` each with `_before` and `_at`;
+    both are the first snapshot where the gain is there from the start, NaN where there is no matched gain.
 
     Args:
         runs: their directories.
@@ -115,18 +121,18 @@ def at_matched_gain(runs: Sequence[Path], gains: Sequence[pd.DataFrame | None]) 
     """
     last = [math.nan if gain is None else float(gain["gain"].iloc[-1]) for gain in gains]
     known = [value for value in last if not math.isnan(value)]
-    matched = min(known) if known and min(known) > 0 else math.nan
+    matched = min(known) / 2 if known and min(known) > 0 else math.nan
     rows = []
     for run, gain in zip(runs, gains, strict=True):
         table = divergences(run)
         sums = table.groupby("step")[["kl_sum", "num_tokens"]].sum()
-        place = None if gain is None or math.isnan(matched) else crossing(gain["gain"].to_numpy(), matched)
-        step = math.nan if place is None or gain is None else float(place @ gain["step"].to_numpy(dtype=float))
-        curve = sums["kl_sum"] / sums["num_tokens"]
-        rows.append(
-            {
-                "matched_gain": matched, "kl_step": step, "kl_category": table["category"].iloc[0],
-                "kl_per_token": float(np.interp(step, curve.index, curve)) if not math.isnan(step) else math.nan,
-            }
-        )  # fmt: skip
+        gain_at = pd.Series(math.nan, sums.index) if gain is None else gain.set_index("step")["gain"]
+        curve = pd.DataFrame({"kl": sums["kl_sum"] / sums["num_tokens"], "kl_gain": gain_at}).dropna()
+        curve = curve.rename_axis("kl_step").reset_index()
+        reached = np.flatnonzero(curve["kl_gain"] >= matched)
+        row: dict[str, object] = {"matched_gain": matched, "kl_category": table["category"].iloc[0]}
+        for name, back in (("before", 1), ("at", 0)):
+            place = curve.iloc[max(int(reached[0]) - back, 0)] if len(reached) else pd.Series(dtype=float)
+            row |= {f"{column}_{name}": place.get(column, math.nan) for column in ("kl_step", "kl_gain", "kl")}
+        rows.append(row)
     return pd.DataFrame(rows)

@@ -130,11 +130,9 @@ def load_recording(path: Path) -> Recording:
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     if path.suffix in (".csv", ".json"):
-        means, step_unit = read_means(path) if path.suffix == ".csv" else read_metrics(path)
-        note = "means over docs as they were published: no intervals, and the terminator may be in the sums"
-        return Recording(
-            name=path.stem, path=path, rows=pd.DataFrame(), means=means, step_unit=step_unit, notes=(note,)
-        )  # fmt: skip
+        means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
+        notes = ("means over docs as they were published: no intervals, and the terminator may be in the sums", *notes)
+        return Recording(name=path.stem, path=path, rows=pd.DataFrame(), means=means, step_unit=step_unit, notes=notes)
     if path.is_file():
         return _of_rows(path, path.parent, _read_parquet(path))
     rows = sorted(path.glob("sweep/step_*/*/rows.jsonl")) or sorted(path.glob("probe/step_*.jsonl"))
@@ -210,7 +208,7 @@ def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
 
 def _probe_set_of(manifest: dict[str, Any], probe: dict[str, Any]) -> tuple[ProbeSet | None, list[str]]:
     """The texts behind the rows, where they are still there and the same."""
-    for source in (manifest.get("probe_set"), probe.get("probe_set")):
+    for source in (manifest.get("probe_set"), probe.get("probe_set_source"), probe.get("probe_set")):
         if isinstance(source, str) and (source in EMBEDDED_PROBE_SETS or Path(source).exists()):
             probe_set = load_probe_set(source)
             if probe_set.sha256 == probe.get("probe_set_sha256", probe_set.sha256):

@@ -169,6 +169,7 @@ def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
     manifest = {
         **settings.run_columns,
         "probe_set": settings.probe_set.name,
+        "probe_set_source": settings.probe_set.absolute_source,
         "probe_set_sha256": settings.probe_set.sha256,
         "prompt_format": settings.format_name,
         "tokenizer_sha256": _tokenizer_sha256(settings.tokenizer),

@@ -141,6 +141,7 @@ class ProbeCallback(TrainerCallback):
         manifest = {
             **self.columns,
             "probe_set": self.probe_set.name,
+            "probe_set_source": self.probe_set.absolute_source,
             "probe_set_sha256": self.probe_set.sha256,
             "prompt_format": prompt_format.name,
             "terminator_id": end_id,

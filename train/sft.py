@@ -137,13 +137,13 @@ def train(
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
-        **_about(arguments, examples),
+        **_about(arguments, probe_set, examples),
     }
 
 
-def _about(arguments: SftArguments, examples: TrainingExamples) -> dict[str, Any]:
+def _about(arguments: SftArguments, probe_set: ProbeSet, examples: TrainingExamples) -> dict[str, Any]:
     return {
-        "probe_set": _absolute(arguments.probe_set),
+        "probe_set": probe_set.absolute_source,
         "train_data": arguments.train_data,
         "max_length": arguments.max_length,
         "num_examples": len(examples),
@@ -207,10 +207,6 @@ def _log_plan(arguments: SftArguments, examples: TrainingExamples, taken_up: str
         examples.num_cut_prompts,
         arguments.snapshot_steps,
     )
-
-
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 if __name__ == "__main__":

@@ -72,6 +72,13 @@ class ProbeSet:
         """The docs of `train` or `heldout`, in file order."""
         return [doc for doc in self.docs if doc.split == split]
 
+    @property
+    def absolute_source(self) -> str:
+        """What finds the set again from any directory: its absolute path, else its embedded name or hub id."""
+        path = Path(self.source).expanduser()
+        is_file = self.source not in EMBEDDED_PROBE_SETS and path.exists()
+        return str(path.resolve()) if is_file else self.source
+
 
 def load_probe_set(source: str) -> ProbeSet:
     """Reads and validates a probe set.
