@@ -3,6 +3,7 @@
 NaN marks what was not measured and is left out of that point alone. Measured coverage: docs/claims.md.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,9 @@ MIN_CLUSTERS = 10
 """Effective clusters below which there is no bootstrap and so no band, and a warning beside the interval."""
 MAX_CLUSTER_SHARE = 0.1
 """Share of the docs above which one cluster alone is worth a warning."""
+SKEWNESS_STRETCH = 1.5
+"""Factor of what the bootstrap quantile has over that of t, since few docs show less skewness than there is; from
+simulations of 12 to 250 clusters (1: .93 for 24 lognormal docs, 1.5: .95, and at most .97 for exponential ones)"""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -156,8 +160,8 @@ def estimate(
 
     The standard error is the cluster-robust one of a ratio of sums (Taylor expansion; for a plain mean that of an OLS
     constant with clustered errors and the factor G / (G - 1)). An interval is that of a t distribution whose degrees of
-    freedom are the effective clusters less 1, widened at either end to the quantile of a studentised bootstrap of
-    whole clusters, which follows skewness (Hall 1992). The band is mean +- c x standard error, c the quantile of the
+    freedom are the effective clusters less 1, widened at either end towards the quantile of a studentised bootstrap of
+    whole clusters, which follows skewness (Hall 1992), see `SKEWNESS_STRETCH`. The band is mean +- c x standard error, c the quantile of the
     largest |t| over all points (Montiel Olea & Plagborg-Moller 2019, doi:10.1002/jae.2656), drawn from the clusters
     that join those of every category with a band. Points with under `MIN_CLUSTERS` effective clusters have no band and
     stay out of the maximum; so do those whose change is made of so few docs that the bootstrap has no variance.
@@ -255,8 +259,11 @@ def _degrees(fit: _Fit, resampled: Floats) -> Floats:
     if resampled.shape[1]:
         quantile = np.quantile(resampled, _UPPER, axis=0, method="higher")
         usual = degrees[fit.can_bootstrap]
-        quantile = np.clip(quantile, stats.t.ppf(_UPPER, usual), stats.t.ppf(_UPPER, 1.0))
-        degrees[fit.can_bootstrap] = np.clip(special.stdtridf(_UPPER, quantile), 1.0, usual)
+        least = stats.t.ppf(_UPPER, usual)
+        wider = least + SKEWNESS_STRETCH * np.maximum(quantile - least, 0.0)
+        degrees[fit.can_bootstrap] = np.clip(
+            special.stdtridf(_UPPER, np.minimum(wider, stats.t.ppf(_UPPER, 1.0))), 1.0, usual
+        )
     return degrees
 
 
@@ -296,11 +303,14 @@ def _with_band(found: Estimate, critical: float, usable: Bools) -> Estimate:
     )
 
 
+@functools.lru_cache(maxsize=4)  # all measures and categories of a run are resampled alike
 def resamples(num_clusters: int, num_resamples: int, seed: int) -> Floats:
     """Return [num_resamples, num_clusters], how often each cluster is drawn."""
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples)
-    return counts.astype(np.float64)
+    draws = counts.astype(np.float64)
+    draws.flags.writeable = False
+    return draws
 
 
 def holm(p_values: Sequence[float] | Floats) -> Floats:
