@@ -11,7 +11,7 @@ from sft_probe.analysis.statistics import Estimate, estimate, pair_mean, slope
 
 
 def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFrame:
-    """Rows `run split contrast category step value stderr low high num_docs`, with 95 % intervals over prompts.
+    """Rows `run split contrast category step value stderr low high num_docs effective_clusters`, with 95 % intervals over prompts.
 
     `margin`: log-prob of the training category (else `chosen`) less that of `category`, in nats, at that step.
     `margin_change`: the same of changes from the first step. `pmi`: mean of log p(y_n | x_n) - log p(y_n | x_m) in
@@ -29,7 +29,7 @@ def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFra
     if not tables:
         return pd.DataFrame()
     table = pd.concat(tables, ignore_index=True)
-    return table[["run", "split", "contrast", "category", "step", "value", "stderr", "low", "high", "num_docs"]]
+    return table[["run", "split", *(name for name in table if name not in {"run", "split"})]]
 
 
 def _rows(contrast: str, category: str, steps: list[int], found: Estimate) -> pd.DataFrame:
@@ -37,6 +37,7 @@ def _rows(contrast: str, category: str, steps: list[int], found: Estimate) -> pd
         {
             "contrast": contrast, "category": category, "step": steps, "value": found.mean, "stderr": found.stderr,
             "low": found.low, "high": found.high, "num_docs": found.num_docs,
+            "effective_clusters": found.effective_clusters,
         }
     )  # fmt: skip
 

@@ -161,10 +161,11 @@ def estimate(
     The standard error is the cluster-robust one of a ratio of sums (Taylor expansion; for a plain mean that of an OLS
     constant with clustered errors and the factor G / (G - 1)). An interval is that of a t distribution whose degrees of
     freedom are the effective clusters less 1, widened at either end towards the quantile of a studentised bootstrap of
-    whole clusters, which follows skewness (Hall 1992), see `SKEWNESS_STRETCH`. The band is mean +- c x standard error, c the quantile of the
-    largest |t| over all points (Montiel Olea & Plagborg-Moller 2019, doi:10.1002/jae.2656), drawn from the clusters
-    that join those of every category with a band. Points with under `MIN_CLUSTERS` effective clusters have no band and
-    stay out of the maximum; so do those whose change is made of so few docs that the bootstrap has no variance.
+    whole clusters, which follows skewness (Hall 1992), see `SKEWNESS_STRETCH`. The band is mean +- c x standard error,
+    c the quantile of the largest |t| over all points (Montiel Olea & Plagborg-Moller 2019, doi:10.1002/jae.2656), drawn
+    from the clusters that join those of every category with a band. Points with under `MIN_CLUSTERS` effective clusters
+    have no band and stay out of the maximum; so do those whose change is made of so few docs that the bootstrap has no
+    variance.
 
     Args:
         values: [docs, points], or [docs, categories, points].

@@ -34,11 +34,8 @@ def transfer_text(found: Transfer) -> str:
             matched = f"both at {row['matched_gain']:.3f} nats per token: {_range(row, 'matched_omega', 'matched_')}"
         lines.append(f"omega({row['row']}, {row['other']}): {_range(row, 'omega')}; {matched}")
     for _, row in found.differences.iterrows():
-        interval = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        lines.append(
-            f"training on {row['row']} gained {interval} nats per body token more on {row['category']} than training on "
-            f"{row['other']}"
-        )
+        more = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] nats per body token more"
+        lines.append(f"training on {row['row']} gained {more} on {row['category']} than training on {row['other']}")
     for _, row in found.shares.iterrows():
         lines.append(f"training on {row['row']} gives {_range(row, 'share')} of chosen's held-out gain")
     return "\n".join([*lines, *(f"! {note}" for note in found.notes)])

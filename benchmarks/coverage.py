@@ -2,8 +2,8 @@
 
     python benchmarks/coverage.py [--sets 1000] [--only means,bands,...] [--csv coverage.csv]
 
-A set is one simulated experiment. Docs carry noise of variance 1, half of which their cluster shares. A cell is coverage
-in percent, `w` behind it where most sets carry a printed warning, `-` where the band is withheld in most.
+A set is one simulated experiment. Docs carry noise of variance 1, half of which their cluster shares. A cell is the
+coverage in percent, `w` behind it where most sets carry a printed warning, `-` where the band is withheld in most.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def recording_of(values: Floats, clusters: Ints) -> Recording:
 
 
 def sentences(design: Design, num_sets: int, generator: np.random.Generator, truth: str) -> dict[str, float]:
-    """Share of experiments of 3 categories and 10 steps in which any sentence tells of a move or a turn that is none."""
+    """Share of experiments (3 categories, 10 steps) in which any sentence tells of a move or a turn that is none."""
     wrong_turn, wrong_move = 0, 0
     curve = TRUTHS[truth](np.arange(10.0))
     for number in range(num_sets):

@@ -19,7 +19,6 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from sft_probe.analysis.statistics import (
-    Estimate,
     cluster_ids,
     estimate,
     holm,
