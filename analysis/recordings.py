@@ -151,6 +151,11 @@ def load_recording(path: Path) -> Recording:
     )
 
 
+def recording_of_rows(directory: Path, table: pa.Table) -> Recording:
+    """Return what score rows of a run directory record; with the texts of its probe set, where that is there."""
+    return _of_rows(directory, directory, table)
+
+
 def _read_parquet(path: Path) -> pa.Table:
     try:
         table = pyarrow.parquet.read_table(path)

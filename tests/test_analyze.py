@@ -179,7 +179,15 @@ def test_repeated_responses_are_one_cluster(sft_probe: Run, tmp_path: Path) -> N
     for doc in docs[:5]:
         doc["non_response"] = "the same for five"
     (run / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    assert "24 held-out prompts in 20 clusters" in sft_probe("analyze", run).stdout
+    text = sft_probe("analyze", run).stdout
+    assert "24 held-out prompts in 20 to 24 clusters" in text
+    assert "one cluster holds over 10% of the docs: non_response (21%)" in text
+    _, verdict, _ = _tables(run / "analysis")
+    assert verdict["num_clusters"].to_dict() == {"chosen": 24, "rejected": 24, "non_response": 20}
+    assert sft_probe("plot", run, "--format", "svg").returncode == 0
+    trajectory = pd.read_csv(run / "trajectory.csv").query("step == 8").set_index("category")
+    ends = trajectory.loc[verdict.index, ["delta_ci_low", "delta_ci_high"]]
+    np.testing.assert_allclose(ends, verdict[["low", "high"]], atol=6e-5, err_msg="one mean has one interval")
 
 
 def test_a_foreign_sweep_finds_its_probe_set_from_any_directory(
