@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from sft_probe.analysis.rows import SCHEMA
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, read_json
+from sft_probe.files import find, jsonl_lines, read_object
 
 _STEP_COLUMNS = {"step": "optimizer step", "train_examples": "training examples", "examples_seen": "training examples"}
 _VALUE_COLUMNS = ("mean_sum_logprob", "mean_logprob", "logprob")
@@ -100,8 +100,8 @@ def read_lm_eval(directory: Path) -> tuple[pa.Table, Texts, dict[str, str], tupl
     skipped: set[str] = set()
     texts: Texts = {}
     prompts: dict[str, str] = {}
-    for results_path in sorted(directory.rglob("results_*.json")):
-        results = read_json(results_path)
+    for results_path in find(directory, "**/results_*.json"):
+        results = read_object(results_path)
         step = _step_of(results, results_path, directory)
         for task, path in _samples_of(results_path):
             samples = [sample for sample in _read_samples(path) if _logprob(sample) is not None]
@@ -135,7 +135,7 @@ def _step_of(results: dict[str, Any], path: Path, root: Path) -> int:
 
 def _samples_of(results_path: Path) -> Iterator[tuple[str, Path]]:
     date = results_path.stem.removeprefix("results_")
-    for path in sorted(results_path.parent.glob(f"samples_*_{date}.jsonl")):
+    for path in find(results_path.parent, f"samples_*_{date}.jsonl"):
         if match := _SAMPLES_FILE.fullmatch(path.name):
             yield match[1], path
 

@@ -15,7 +15,7 @@ from sft_probe.analysis.imports import read_lm_eval, read_means, read_metrics
 from sft_probe.analysis.measures import Cube, add_measures, cube
 from sft_probe.analysis.rows import SCHEMA, read_rows
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
+from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.records import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
 
@@ -137,12 +137,12 @@ def load_recording(path: Path) -> Recording:
         )  # fmt: skip
     if path.is_file():
         return _of_rows(path, path.parent, _read_parquet(path))
-    rows = sorted(path.glob("sweep/step_*/*/rows.jsonl")) or sorted(path.glob("probe/step_*.jsonl"))
+    rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
     if rows:
         return _of_rows(path, path, read_rows(rows))
     if (path / "scores.parquet").is_file():
         return _of_rows(path, path, _read_parquet(path / "scores.parquet"))
-    if any(path.rglob("results_*.json")):
+    if find(path, "**/results_*.json"):
         table, texts, prompts, notes = read_lm_eval(path)
         return Recording(
             name=path.resolve().name, path=path, rows=add_measures(table), texts=texts, prompts=prompts, notes=notes
@@ -201,7 +201,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
 
 
 def _json_of(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
@@ -238,7 +238,7 @@ def _notes(
         notes.append("the model is instruction-tuned already, by its name")
     if probe.get("probe_set") in EMBEDDED_PROBE_SETS:
         notes.append("the texts were written for the demo: it demonstrates the tool, it is no evidence")
-    if source == "lm_eval" and (live := sorted(directory.glob("probe/step_*.jsonl"))):
+    if source == "lm_eval" and (live := find(directory, "probe/step_*.jsonl")):
         notes += _disagreement(rows, live)
     return notes
 

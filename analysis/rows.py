@@ -1,6 +1,5 @@
 """The parquet file of all score rows."""
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +7,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from sft_probe.errors import UserError
-from sft_probe.files import fsync_path
+from sft_probe.files import new_file
 from sft_probe.rows import COLUMNS
 
 _TYPES = {
@@ -37,7 +36,5 @@ def read_rows(paths: list[Path]) -> pa.Table:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Writes a parquet file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pyarrow.parquet.write_table(table, temporary)
-    fsync_path(temporary)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
