@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from sft_probe.analysis.checkpoints import OWN_SNAPSHOTS, Checkpoint
 from sft_probe.analysis.identity import Identity, differences, identify, parts_of, recorded, recorded_of_step
 from sft_probe.analysis.settings import sweep_manifest
+from sft_probe.analysis.tables import tables_lock
 from sft_probe.errors import UserError
 from sft_probe.files import find, remove_leftovers, write_json
 
@@ -24,11 +25,6 @@ class StepBusyError(Exception):
 def step_folder(directory: Path, step: int) -> Path:
     """Return where the parts of a step lie."""
     return directory / "sweep" / f"step_{step:06d}"
-
-
-def tables_lock(directory: Path) -> FileLock:
-    """Return the lock of the tables: while it is held, no part disappears."""
-    return FileLock(directory / ".tables.lock")
 
 
 @contextmanager

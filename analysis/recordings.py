@@ -20,6 +20,10 @@ from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.records import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
 
 _KEY = ["run", "source", "step", "split", "category", "doc_id"]
+_KINDS = {
+    "model": str | None, "train_category": str | None, "arguments": dict, "categories": list, "dropped": list,
+    "step_unit": str, "probe_set": str | None, "probe_set_sha256": str | None,
+}  # fmt: skip
 _MAX_NAMED = 5
 _SETTING = (
     "train_data", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "dtype", "bf16",
@@ -188,6 +192,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         name=str(frame["run"].iloc[0]),
         path=path,
         rows=rows,
+        step_unit=probe.get("step_unit", "optimizer step"),
         tokens=table["token_logprobs"].combine_chunks(),
         manifest=manifest,
         probe=probe,
@@ -201,7 +206,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
 
 
 def _json_of(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+    return read_object(path, optional=_KINDS) if path.is_file() else {}
 
 
 def _prompt_text(messages: Sequence[dict[str, str]]) -> str:

@@ -29,6 +29,8 @@ def read_rows(paths: list[Path]) -> pa.Table:
         try:
             if path.stat().st_size:
                 tables.append(pyarrow.json.read_json(path, parse_options=options))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}.") from error
         except pa.ArrowInvalid as error:
             raise UserError(f"{path} holds no score rows of this version: {error}") from error
     return pa.concat_tables([table.select(SCHEMA.names) for table in tables]) if tables else SCHEMA.empty_table()

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+from filelock import FileLock
 
 from sft_probe.analysis.generations import read_generations
-from sft_probe.analysis.ownership import tables_lock
 from sft_probe.analysis.rows import read_rows, write_parquet
 from sft_probe.analysis.trajectory import trajectory
 from sft_probe.files import find, jsonl_lines, write_text
+
+
+def tables_lock(directory: Path) -> FileLock:
+    """Return the lock of the tables. While it is held, no part of a sweep disappears."""
+    return FileLock(directory / ".tables.lock")
 
 
 def write_tables(directory: Path) -> list[Path]:
