@@ -151,9 +151,8 @@ def _status(options: argparse.Namespace) -> None:
         store.close()
     manifest = options.directory / "probe_set.json"
     counts = read_object(manifest, {"counts": dict})["counts"] if manifest.is_file() else None
-    lines.append(
-        f"set: {counts.get('train', 0)} train, {counts.get('heldout', 0)} heldout" if counts else "set: not written yet"
-    )
+    sizes = [f"{counts.get(split, 0)} {split}" for split in ("train", "heldout")] if counts else ["not written yet"]
+    lines.append(f"set: {', '.join(sizes)}")
     print("\n".join(lines))  # noqa: T201
 
 

@@ -111,10 +111,10 @@ class SnapshotCallback(TrainerCallback):
     def _duplicate_of(self, step: int, sha256: dict[str, str]) -> int | None:
         """The snapshot before, where it has the same weights for want of an update (rate 0, or fp16 overflow)."""
         earlier = [other for other in self.steps if other < step]
-        if (
-            not earlier
-            or read_object(self.weights_dir / f"step_{earlier[-1]:06d}/meta.json", {"sha256": dict})["sha256"] != sha256
-        ):
+        if not earlier:
+            return None
+        meta = self.weights_dir / f"step_{earlier[-1]:06d}/meta.json"
+        if read_object(meta, {"sha256": dict})["sha256"] != sha256:
             return None
         if self.losses.lr_since_snapshot:
             raise UserError(
