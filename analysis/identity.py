@@ -124,7 +124,8 @@ def check_unchanged(checkpoint: Checkpoint, identity: Identity) -> None:
 
 
 def _sha256(identity: Identity, name: str) -> str | None:
-    return identity["files"].get(name, {}).get("sha256")
+    described: dict[str, Any] = identity["files"].get(name, {})
+    return described.get("sha256")
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,11 +25,11 @@ class NamedStep:
     """`STEP` or `EPOCH`; `None` where the user has given the number."""
 
 
-def step_in(name: str) -> NamedStep:
+def find_step(name: str) -> NamedStep | None:
     """Return the number after step, checkpoint, ckpt, iter or global_step; without one, that after epoch.
 
     Raises:
-        UserError: the name tells no step, several, or one that is no plain number, such as 1e3, 10k or a date.
+        UserError: the name tells several steps, or one that is no plain number, such as 1e3, 10k or a date.
     """
     for unit in (STEP, EPOCH):
         numbers = {_plain_number(name, match) for match in _pattern(unit).finditer(name)}
@@ -37,6 +37,13 @@ def step_in(name: str) -> NamedStep:
             raise UserError(f"{name!r} tells several steps: {', '.join(map(str, sorted(numbers)))}.")
         if numbers:
             return NamedStep(numbers.pop(), unit)
+    return None
+
+
+def step_in(name: str) -> NamedStep:
+    """Return what `find_step` finds. Raises `UserError` also where a name tells no step."""
+    if found := find_step(name):
+        return found
     seen = ", ".join(_ANY_NUMBER.findall(name)) or "no number"
     raise UserError(
         f"{name!r} tells no step: there must be a number after step, checkpoint, ckpt, iter or global_step (seen: "

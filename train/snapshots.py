@@ -81,7 +81,7 @@ class SnapshotCallback(TrainerCallback):
     def save_s(self) -> float:
         """Seconds spent on saving, in all attempts at the run."""
         metas = self.weights_dir.glob("step_*/meta.json")
-        return sum(read_object(path, {"save_s": float})["save_s"] for path in metas)
+        return float(sum(read_object(path, {"save_s": float})["save_s"] for path in metas))
 
     def _write(self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float) -> None:
         dtype = "float32" if self.masters else str(model.dtype).removeprefix("torch.")

@@ -155,7 +155,7 @@ def read_object(path: Path, required: Kinds | None = None, optional: Kinds | Non
 
 
 def _fits(value: Any, kind: type | UnionType) -> bool:
-    kinds = getattr(kind, "__args__", (kind,))
+    kinds = _alternatives(kind)
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
@@ -166,8 +166,11 @@ def _shown(value: Any) -> str:
 
 def _named(kind: type | UnionType) -> str:
     names = {"int": "a whole number", "float": "a number", "str": "a text", "dict": "an object", "list": "a list"}
-    kinds = getattr(kind, "__args__", (kind,))
-    return " or ".join(names.get(part.__name__, "null") for part in kinds)
+    return " or ".join(names.get(part.__name__, "null") for part in _alternatives(kind))
+
+
+def _alternatives(kind: type | UnionType) -> tuple[type, ...]:
+    return kind.__args__ if isinstance(kind, UnionType) else (kind,)
 
 
 @contextmanager
