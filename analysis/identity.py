@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sft_probe.analysis.checkpoints import Checkpoint
+from sft_probe.analysis.checkpoints import OWN_SNAPSHOTS, Checkpoint
 from sft_probe.analysis.live_model import base_of, local_folder
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_object, sha256_file
@@ -47,7 +47,10 @@ def identify(checkpoint: Checkpoint, known: Identity | None = None) -> Identity:
     Raises:
         UserError: files are missing.
     """
-    return _identify(checkpoint.model, checkpoint.revision, known)
+    identity = _identify(checkpoint.model, checkpoint.revision, known)
+    if checkpoint.source == OWN_SNAPSHOTS:  # a run that is moved as a whole keeps its places
+        identity["place"] = f"{OWN_SNAPSHOTS}/{Path(checkpoint.model).name}"
+    return identity
 
 
 def _identify(name: str, revision: str, known: Identity | None) -> Identity:
