@@ -1,5 +1,6 @@
 """How far a run has moved from its start: forward KL of next-token distributions, teacher-forced on held-out texts."""
 
+import hashlib
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import pandas as pd
 import torch
 
 from sft_probe.analysis.checkpoints import Checkpoint, of_run
+from sft_probe.analysis.identity import check_undamaged, identify
 from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, resolve_settings
 from sft_probe.errors import UserError
@@ -24,10 +26,11 @@ _CHUNK = 64
 
 
 def divergences(run: Path) -> pd.DataFrame:
-    """Rows `run step doc_id category split kl_sum num_tokens` of every snapshot, scored where `RUN/kl` has none yet.
+    """Rows `run step doc_id category split kl_sum num_tokens weights` of every snapshot, kept in `RUN/kl`.
 
     `kl_sum` is KL(start || step) in nats, summed over the `num_tokens` positions that predict a held-out response (the
-    `chosen` one, or of the first category where a set has none) and its terminator, in float32 weights.
+    `chosen` one, or of the first category where a set has none) and its terminator, in float32 weights. What is there
+    is scored again only where the weights of the snapshot or of the start have changed.
 
     Raises:
         UserError: a snapshot is damaged, or there is none of step 0.
@@ -36,10 +39,10 @@ def divergences(run: Path) -> pd.DataFrame:
     if problems or checkpoints[0].step != 0:
         raise UserError("\n".join([f"{run}: the KL needs every snapshot, and that of step 0.", *problems]))
     paths = {item.step: make_dir(run / "kl") / f"step_{item.step:06d}.jsonl" for item in checkpoints}
-    missing = [item for item in checkpoints if not paths[item.step].exists()]
+    missing = [item for item in checkpoints if not _is_scored(paths[item.step], checkpoints[0], item)]
     if missing:
         request = SweepRequest(directory=run)
-        settings = resolve_settings(request, checkpoints[0])
+        settings = resolve_settings(request, checkpoints)
         start, live = (
             LiveModel("float32", request.resolved_device, settings.model_config, settings.tokenizer) for _ in range(2)
         )
@@ -50,12 +53,25 @@ def divergences(run: Path) -> pd.DataFrame:
     return pd.DataFrame([json.loads(line) for line in lines])
 
 
+def _is_scored(path: Path, first: Checkpoint, checkpoint: Checkpoint) -> bool:
+    if not path.exists():
+        return False
+    weights = {json.loads(line).get("weights") for line in jsonl_lines(path.read_text("utf-8"))}
+    return weights <= {None, _weights_of(first, checkpoint)}  # an earlier version did not record them
+
+
+def _weights_of(first: Checkpoint, checkpoint: Checkpoint) -> str:
+    """Return a hash of the weights of both snapshots."""
+    weights = json.dumps([first.sha256, checkpoint.sha256], sort_keys=True)
+    return hashlib.sha256(weights.encode()).hexdigest()[:16]
+
+
 def _rows(
     settings: SweepSettings, start: LiveModel, live: LiveModel, first: Checkpoint, checkpoint: Checkpoint
 ) -> list[dict[str, Any]]:
-    checkpoint.verify()
+    check_undamaged(checkpoint, identify(checkpoint))
     if start.model is None:
-        first.verify()
+        check_undamaged(first, identify(first))
         start.load(first)
     live.load(checkpoint)
     categories = settings.probe_set.categories
@@ -72,7 +88,7 @@ def _rows(
             {
                 "run": settings.run_columns["run"], "step": checkpoint.step, "doc_id": doc.doc.doc_id,
                 "category": category, "split": "heldout", "kl_sum": kl,
-                "num_tokens": len(doc.continuation_ids[category]) + 1,
+                "num_tokens": len(doc.continuation_ids[category]) + 1, "weights": _weights_of(first, checkpoint),
             }
         )  # fmt: skip
     return rows

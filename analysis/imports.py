@@ -12,13 +12,13 @@ import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.rows import SCHEMA
+from sft_probe.analysis.steps import STEP, find_step
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, read_json
+from sft_probe.files import find, jsonl_lines, read_object
 
 _STEP_COLUMNS = {"step": "optimizer step", "train_examples": "training examples", "examples_seen": "training examples"}
 _VALUE_COLUMNS = ("mean_sum_logprob", "mean_logprob", "logprob")
 _SAMPLES_FILE = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.:-]+)\.jsonl")
-_STEP = re.compile(r"(?:step|checkpoint|iter)[-_]?(\d+)", re.IGNORECASE)
 _METRIC = re.compile(r"logps_eval_prob_(train|test)/(.+)")
 _METRIC_SPLITS = {"train": "train", "test": "heldout"}
 _REPEAT_TOLERANCE = 1e-3
@@ -134,8 +134,8 @@ def read_lm_eval(directory: Path) -> tuple[pa.Table, Texts, dict[str, str], tupl
     skipped: set[str] = set()
     texts: Texts = {}
     prompts: dict[str, str] = {}
-    for results_path in sorted(directory.rglob("results_*.json")):
-        results = read_json(results_path)
+    for results_path in find(directory, "**/results_*.json"):
+        results = read_object(results_path, optional={"config": dict, "model_name": str | None})
         step = _step_of(results, results_path, directory)
         for task, path in _samples_of(results_path):
             samples = [sample for sample in _read_samples(path) if _logprob(sample) is not None]
@@ -160,16 +160,21 @@ def _step_of(results: dict[str, Any], path: Path, root: Path) -> int:
     arguments = results.get("config", {}).get("model_args") or {}
     if isinstance(arguments, str):
         arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
-    places = [arguments.get("revision"), arguments.get("pretrained"), *reversed(path.relative_to(root).parts[:-1])]
-    for place in places:
-        if found := _STEP.search(str(place)):
-            return int(found[1])
-    raise UserError(f"{path} tells no step: put it in a directory named like step1000 or checkpoint-500.")
+    folders = "/".join(path.relative_to(root).parts[:-1]).replace("__", "/")  # as lm-eval writes the / of a model
+    names = [str(arguments.get("revision")), *f"{folders}/{arguments.get('pretrained')}".split("/")[::-1]]
+    try:
+        steps = (find_step(name) for name in names)
+        return next(found.step for found in steps if found and found.unit == STEP)
+    except StopIteration:
+        reason = f"{path} tells no step"
+    except UserError as error:
+        reason = f"{path}: {error}"
+    raise UserError(f"{reason.rstrip('.')}. Put it in a directory named like step1000 or checkpoint-500.")
 
 
 def _samples_of(results_path: Path) -> Iterator[tuple[str, Path]]:
     date = results_path.stem.removeprefix("results_")
-    for path in sorted(results_path.parent.glob(f"samples_*_{date}.jsonl")):
+    for path in find(results_path.parent, f"samples_*_{date}.jsonl"):
         if match := _SAMPLES_FILE.fullmatch(path.name):
             yield match[1], path
 
@@ -204,7 +209,7 @@ def _row(sample: dict[str, Any], task: str, step: int, directory: Path, results:
     is_train = task.startswith(f"{_PREFIX}train_")
     return dict.fromkeys(SCHEMA.names) | {
         "run": directory.resolve().name,
-        "model": results.get("model_name"),
+        "model": results.get("model_name") or directory.resolve().name,
         "step": step,
         "category": str(doc.get("category", name.removeprefix("train_") if is_train else name)),
         "split": "train" if is_train or doc.get("split") == "train" else "heldout",

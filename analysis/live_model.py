@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_probe.analysis.checkpoints import Checkpoint
 from sft_probe.errors import UserError
-from sft_probe.files import read_json, sha256_file
+from sft_probe.files import read_object, sha256_file
 from sft_probe.models import load_model, load_tokenizer, resolve_model
 from sft_probe.weights import ADAPTER_CONFIG, copy_adapter, copy_weights
 
@@ -50,7 +50,9 @@ def base_of(folder: Path, revision: str) -> tuple[str, str]:
     """Name and revision of the whole model: the folder itself, or the base of the adapter that it holds."""
     if not (folder / ADAPTER_CONFIG).exists():
         return str(folder), revision
-    adapter = read_json(folder / ADAPTER_CONFIG)
+    adapter = read_object(
+        folder / ADAPTER_CONFIG, {"base_model_name_or_path": str}, {"revision": str | None, "peft_type": str}
+    )
     return adapter["base_model_name_or_path"], adapter.get("revision") or "main"
 
 
@@ -130,7 +132,7 @@ class LiveModel:
     def _load_adapter(self, folder: Path) -> None:
         from peft import PeftConfig, get_peft_model
 
-        adapter = read_json(folder / ADAPTER_CONFIG)
+        adapter = read_object(folder / ADAPTER_CONFIG)
         if self.model is None or self.adapter != adapter:
             self.model, self.adapter = None, None
             config = PeftConfig.from_pretrained(str(folder))

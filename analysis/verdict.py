@@ -13,7 +13,12 @@ from sft_probe.analysis.statistics import MAX_CLUSTER_SHARE, MIN_CLUSTERS, holm
 
 ALPHA = 0.05
 _TURN_SHARE = 0.1  # of the range of a curve without intervals: what counts as a turn
-_BY = {"optimizer step": "by step", "training examples": "by example", "evaluation": "by evaluation"}
+_BY = {
+    "optimizer step": "by step",
+    "training examples": "by example",
+    "evaluation": "by evaluation",
+    "epoch": "by epoch",
+}
 COLUMNS = [
     "run", "split", "category", "num_docs", "num_clusters", "first_step", "last_step", "start", "change", "low", "high",
     "stderr", "effective_clusters", "largest_cluster", "sign", "p_holm", "body", "peak", "peak_step", "half_step",

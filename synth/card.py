@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from sft_probe.files import write_text
+from sft_probe.files import new_file, write_text
 from sft_probe.records import SPLITS
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,6 @@ def _write_figure(path: Path, table: pd.DataFrame) -> bool:
         base.mark_bar(height=14, color="#56B4E9").encode(x="p25:Q", x2="p75:Q"),
         base.mark_tick(color="black", thickness=2, height=14).encode(x="p50:Q"),
     ).properties(width=480)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    chart.save(str(temporary), ppi=144)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        chart.save(str(temporary), format="png", ppi=144)
     return True

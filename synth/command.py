@@ -130,7 +130,7 @@ def _left_out(plan: "Plan") -> str:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from sft_probe.files import read_json
+    from sft_probe.files import read_object
     from sft_probe.synth.output import STORE
     from sft_probe.synth.store import Store
 
@@ -150,8 +150,9 @@ def _status(options: argparse.Namespace) -> None:
     finally:
         store.close()
     manifest = options.directory / "probe_set.json"
-    counts = read_json(manifest)["counts"] if manifest.is_file() else None
-    lines.append(f"set: {counts['train']} train, {counts['heldout']} heldout" if counts else "set: not written yet")
+    counts = read_object(manifest, {"counts": dict})["counts"] if manifest.is_file() else None
+    sizes = [f"{counts.get(split, 0)} {split}" for split in ("train", "heldout")] if counts else ["not written yet"]
+    lines.append(f"set: {', '.join(sizes)}")
     print("\n".join(lines))  # noqa: T201
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, make_dir, write_json, write_jsonl
+from sft_probe.files import find, jsonl_lines, make_dir, write_json, write_jsonl
 from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import parse_prompt
 
@@ -75,7 +75,7 @@ def add_random(docs: list[dict[str, Any]], seed: int) -> None:
 def write_manifest(out: Path, writers: dict[str, str], prompt_format: str, provenance: dict[str, Any]) -> None:
     """Writes `probe_set.json` for the JSONL files in `out`: last, so that it stands for a complete set."""
     (out / "probe_set.json").unlink(missing_ok=True)
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.jsonl"))}
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in find(out, "*.jsonl")}
     rows = [json.loads(line) for name in files for line in jsonl_lines((out / name).read_text("utf-8"))]
     manifest = {
         "name": out.resolve().name,

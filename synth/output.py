@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_jsonl
+from sft_probe.files import find, make_dir, remove_leftovers, write_jsonl
 from sft_probe.records import SPLITS
 from sft_probe.synth.build import Plan, Written
 from sft_probe.synth.card import FIGURE, write_card
@@ -32,7 +32,7 @@ def check_directory(out: Path, source: str) -> None:
             f"{out} holds {', '.join(mine)}, which sft-probe synth has not written and would replace. Choose another "
             "--out."
         )
-    foreign = sorted(path.name for path in out.glob("*.jsonl") if path.stem not in SPLITS)
+    foreign = [path.name for path in find(out, "*.jsonl") if path.stem not in SPLITS]
     if foreign:
         raise UserError(
             f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose another --out."
@@ -67,6 +67,7 @@ def write_set(
         raise UserError(
             f"the splits overlap ({overlap}), so the set was not written. This is a defect; please report it."
         )
+    remove_leftovers(out)  # the store's lock is held
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
     for split in SPLITS:

@@ -17,6 +17,7 @@ from sft_probe.malloc import keep_freed_memory
 from sft_probe.packing import Item
 from sft_probe.prompts import terminator_id
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.tasks.cache import bind_cache
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,11 @@ class ProbeLM(HFLM):
             if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
                 log.warning("this CPU multiplies no 16-bit matrices: expect %s to be slow", self.model.dtype)
         self._ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take a cache of answers (`--use_cache`). Raises `UserError` where it holds those of another model."""
+        bind_cache(cache_hook.dbdict, self.model, max_length=self.max_length)
+        super().set_cache_hook(cache_hook)
 
     def use(self, model: Any) -> None:
         """Replaces the model by another one of the same architecture; token ids stay cached."""

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_json, write_jsonl
+from sft_probe.files import make_dir, remove_leftovers, write_json, write_jsonl
 from sft_probe.models import check_window
 from sft_probe.packing import Item
 from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, terminator_id
@@ -109,6 +109,7 @@ class ProbeCallback(TrainerCallback):
             may_shrink=not is_deepspeed_zero3_enabled(),
         )
         if state.is_world_process_zero:
+            remove_leftovers(self.folder)
             for path in self.folder.glob("*_*.jsonl"):  # steps and their faults
                 if int(path.stem.rpartition("_")[2]) > state.global_step or state.global_step == 0:
                     path.unlink()

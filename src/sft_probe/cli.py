@@ -66,9 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=Path, help="a run, or where the results of foreign checkpoints go")
-    command.add_argument("--checkpoints", nargs="+", default=[], metavar="GLOB", help="Hugging Face model directories")
+    command.add_argument(
+        "--checkpoints", nargs="+", default=[], metavar="GLOB",
+        help="Hugging Face model directories; PATH=STEP where the name tells no step",
+    )  # fmt: skip
     command.add_argument("--model", help="a model on the hub, with --revisions")
-    command.add_argument("--revisions", type=names, default=(), metavar="A,B", help="e.g. step0,step1000")
+    command.add_argument("--revisions", type=names, default=(), metavar="A,B", help="e.g. step0,step1000,main=2000")
     command.add_argument("--splits", type=names, default=("heldout",), help="heldout, train or both; default: heldout")
     command.add_argument("--probe_set", "--probe-set", help="default: the one of the run")
     command.add_argument("--prompt_format", "--prompt-format", help="default: that of the run or probe set")
@@ -91,7 +94,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     benchmarks.add_argument("--batch_size", type=positive, default=8, help="of what generates; default: 8")
     benchmarks.add_argument("--num_fewshot", type=int)
     benchmarks.add_argument("--limit", type=float)
-    benchmarks.add_argument("--apply_chat_template", action="store_true")
+    benchmarks.add_argument("--apply_chat_template", action="store_true", help="to the prompts of --tasks")
     command.set_defaults(command=_sweep)
 
 
@@ -137,6 +140,11 @@ def _sweep(options: argparse.Namespace) -> None:
         raise UserError("--model and --revisions go together.")
     if unknown := set(options.splits) - {"heldout", "train"}:
         raise UserError(f"--splits: {', '.join(sorted(unknown))} is no split; use heldout, train or heldout,train.")
+    idle = [name for name in ("num_fewshot", "limit", "apply_chat_template") if getattr(options, name)]
+    if idle and not options.tasks:
+        raise UserError(
+            f"--{idle[0]} is for benchmarks (--tasks): probe texts are rendered by the prompt format alone."
+        )
     fields = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     for path in sweep(SweepRequest(directory=options.run, **fields)):
         logging.getLogger(__name__).info("wrote %s", path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
+from sft_probe.files import find, read_object
 
 CATEGORIES = ("chosen", "rejected", "paraphrase", "variant", "random", "non_response")
 SPLITS = ("train", "heldout")
@@ -22,6 +22,7 @@ EMBEDDED_PROBE_SETS = ("helpful-mini",)
 DEFAULT_PROBE_SET = "helpful-mini"
 DEFAULT_PROMPT_FORMAT = "hh"
 RESERVED_COLUMNS = ("doc_id", "conversation_id", "split", "messages", "random_doc_id", "meta")
+_MANIFEST = {"name": str, "prompt_format": str, "categories": dict}
 _CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
 
 
@@ -106,7 +107,7 @@ def read_probe_set(source: str) -> ProbeSet:
     """
     files = _files_of(source)
     manifest_path = files[0].parent / "probe_set.json"
-    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    manifest = read_object(manifest_path, optional=_MANIFEST) if manifest_path.exists() else {}
     faults: list[Fault] = []
     rows = list(_parse_lines(files, faults))
     categories = _categories(manifest, manifest_path, rows)
@@ -148,7 +149,7 @@ def _files_of(source: str) -> list[Path]:
         path = Path(source).expanduser()
     if not path.exists():
         path = _hub_snapshot(source)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = find(path, "*.jsonl") if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .jsonl file, so it is no probe set.")
     return files

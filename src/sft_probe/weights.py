@@ -10,13 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
+from sft_probe.files import read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+_INDEX = {"weight_map": dict, "metadata": dict}
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -57,7 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise UserError(f"{folder} holds no model.safetensors; weights of other kinds are not read.")
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [folder / name for name in sorted(set(read_object(index, _INDEX)["weight_map"].values()))]
 
 
 def _tied_groups(model: "PreTrainedModel") -> dict[tuple[str, ...], torch.Tensor]:
