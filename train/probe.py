@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sft_probe.adapters import inner_model, num_virtual_tokens, score_adapted
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_json, write_jsonl
 from sft_probe.models import check_window
@@ -24,10 +25,9 @@ from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.rows import score_row
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
 from sft_probe.train.schedule import resolve_steps
-from sft_probe.train.trainer import causal_lm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class ProbeCallback(TrainerCallback):
             budget.
     """
 
-    trainer: "Trainer | None" = None
+    trainer: Trainer | None = None
     totals: "Callable[[], dict[str, int]] | None" = None
     """Gives `examples_seen` and `tokens_seen`, where somebody counts."""
 
@@ -96,8 +96,9 @@ class ProbeCallback(TrainerCallback):
         self.steps = resolve_steps(
             self.asked_steps, flag="probe steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
-        model = causal_lm(kwargs["model"])
-        check_window(self.max_length, model)
+        whole = kwargs["model"]
+        model = inner_model(whole)
+        check_window(self.max_length + num_virtual_tokens(whole), model)
         tokenizer = self.tokenizer or kwargs["processing_class"]
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
@@ -113,12 +114,12 @@ class ProbeCallback(TrainerCallback):
                 if int(path.stem.rpartition("_")[2]) > state.global_step or state.global_step == 0:
                     path.unlink()
         if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
-            self._probe(args, state, model)
+            self._probe(args, state, whole)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Scores if this step is asked for."""
         if state.global_step in self.steps:
-            self._probe(args, state, causal_lm(kwargs["model"]))
+            self._probe(args, state, kwargs["model"])
 
     def _path(self, state: TrainerState) -> Path:
         return self.folder / f"step_{state.global_step:06d}.jsonl"
@@ -153,7 +154,7 @@ class ProbeCallback(TrainerCallback):
         }
         write_json(self.folder / "manifest.json", manifest)
 
-    def _probe(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> None:
+    def _probe(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Each rank scores its share of the docs; the first one writes.
 
         Under ZeRO-3 a forward pass is a collective, so each rank scores all docs: the same passes in the same order.
@@ -161,9 +162,9 @@ class ProbeCallback(TrainerCallback):
         is_shared = not is_deepspeed_zero3_enabled()
         mine = self.docs[args.process_index :: args.world_size] if is_shared else self.docs
         with _evaluating(model):
-            found = dict(self.scorer.score(model, [item for doc in mine for item in doc.items]))
+            found = dict(score_adapted(self.scorer, model, [item for doc in mine for item in doc.items]))
         scores = iter([found[index] for index in range(len(found))])
-        columns = self._step_columns(args, state, model)
+        columns = self._step_columns(args, state, inner_model(model))
         rows = [row for doc in mine for row in doc.rows(columns, scores)]
         rows = gather_object(rows) if is_shared else rows
         if not state.is_world_process_zero:
@@ -206,9 +207,10 @@ class ProbeCallback(TrainerCallback):
             / sum(row["category"] == category for row in heldout)
             for category in dict.fromkeys(row["category"] for row in heldout)
         }
-        if self.trainer is not None:
+        if self.trainer is not None and means:
             should_log = self.trainer.control.should_log
-            self.trainer.log({f"probe/{category}": round(mean, 4) for category, mean in means.items()})
+            # not the trainer's own `log`: TRL's averages its metrics there and starts them again from nothing
+            Trainer.log(self.trainer, {f"probe/{category}": round(mean, 4) for category, mean in means.items()})
             self.trainer.control.should_log = should_log  # else the loss of this step, a collective, is left out
 
 
