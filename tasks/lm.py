@@ -12,7 +12,6 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tqdm import tqdm
 
-from sft_probe.adapters import score_adapted
 from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.packing import Item
@@ -166,7 +165,8 @@ class ProbeLM(HFLM):
 
     def _score(self, items: list[Item], disable_tqdm: bool) -> Iterator[tuple[int, ProbeScore]]:
         """Scores of `items` by index."""
-        scores = score_adapted(self.scorer, self.model, items)
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        scores = self.scorer.score(model, items)
         for index, result in tqdm(scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0):
             yield index, ProbeScore.of(result)
 

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType, gather_object
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sft_probe.adapters import inner_model, num_virtual_tokens, score_adapted
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_json, write_jsonl
 from sft_probe.models import check_window
@@ -24,6 +23,7 @@ from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_
 from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.rows import score_row
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.train.adapted import inner_model, num_virtual_tokens, score_adapted
 from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:
