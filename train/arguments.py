@@ -1,5 +1,6 @@
 """The flags of `sft-probe train`: every flag of `transformers.TrainingArguments`, and ours."""
 
+import math
 import os
 import socket
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ _REQUIRED = {
     "load_best_model_at_end": False,
     "resume_from_checkpoint": None,  # the same command goes on by itself
     "save_on_each_node": False,  # all nodes see one run directory
+    "logging_nan_inf_filter": False,  # the console would show another loss than the files
     "fsdp": None,  # snapshots are gathered from DeepSpeed's ZeRO
 }
 """Flags of `TrainingArguments` that would break a promise of this program, and the value that they must keep."""
@@ -92,6 +94,7 @@ class SftArguments(TrainingArguments):
     save_total_limit: int = _flag(2, "Resume states kept, at least 2: the last one may be half-written.")
     report_to: str = _flag("none", "none, wandb, tensorboard, trackio.")
     logging_steps: float = _flag(1, "Steps between two log lines.")
+    logging_nan_inf_filter: bool = _flag(False, "Leave it: what is logged is what the files say.")
     remove_unused_columns: bool = _flag(False, "The examples hold exactly what the model takes.")
 
     def __post_init__(self) -> None:
@@ -103,6 +106,9 @@ class SftArguments(TrainingArguments):
             raise UserError(f"--snapshot_dtype {self.snapshot_dtype}: use one of {', '.join(SNAPSHOT_DTYPES)}.")
         if self.save_strategy != "no" or self.save_total_limit < 2:
             raise UserError("resume states are saved at --resume_steps, with --save_total_limit 2 or more.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name} {value}: a finite number is needed.")
         for name, required in _REQUIRED.items():
             if (value := getattr(self, name)) != required:
                 raise UserError(f"--{name} {value} does not work here. Leave it out: it must be {required}.")

@@ -25,13 +25,13 @@ from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments
 from sft_probe.train.data import PadRight, TrainingExamples
+from sft_probe.train.finite import FiniteTrainer, NonFiniteLossError, save_last_good_step, weights_are_finite
 from sft_probe.train.inputs import Inputs, load_inputs, load_trained_model, model_version
 from sft_probe.train.losses import LossLog
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.snapshots import SnapshotCallback
 from sft_probe.train.source import sha256_of_source
-from sft_probe.train.trainer import SftTrainer
 
 log = logging.getLogger("sft_probe.train")
 
@@ -103,7 +103,7 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    trainer = SftTrainer(
+    trainer = FiniteTrainer(
         model=load_trained_model(arguments), args=arguments, train_dataset=examples, data_collator=PadRight(end_id)
     )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
@@ -123,7 +123,7 @@ def train(
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
         _log_plan(arguments, examples, run_dir.claim(folder, request))
-    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    _run(trainer, losses, state)
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
         return None
@@ -139,6 +139,20 @@ def train(
         "snapshot_save_s": round(snapshots.save_s(), 3),
         **_about(arguments, examples),
     }
+
+
+def _run(trainer: FiniteTrainer, losses: LossLog, state: Path | None) -> None:
+    """Train to the end or to an early stop. Raises `UserError` where a loss or a weight is no longer finite."""
+    started_finite = weights_are_finite(trainer.model, trainer.args.device)
+    try:
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    except NonFiniteLossError as error:
+        raise save_last_good_step(trainer, losses, state) from error
+    if started_finite and not weights_are_finite(trainer.model, trainer.args.device):
+        raise UserError(
+            f"after step {trainer.state.global_step} some weights are NaN or infinite: the last update diverged. Lower "
+            "--learning_rate."
+        )
 
 
 def _about(arguments: SftArguments, examples: TrainingExamples) -> dict[str, Any]:
