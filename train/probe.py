@@ -24,10 +24,11 @@ from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.rows import score_row
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
 from sft_probe.train.adapted import inner_model, num_virtual_tokens, score_adapted
+from sft_probe.train.precision import name_of, weights_dtype
 from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class ProbeCallback(TrainerCallback):
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
         self.columns["model"] = self.columns["model"] or model.config._name_or_path or None
-        self._encode(tokenizer, str(model.dtype).removeprefix("torch."), state.is_world_process_zero)
+        self._encode(tokenizer, name_of(model.dtype), state.is_world_process_zero)
         self.scorer = FittingScorer(
             self.max_tokens or default_max_tokens(str(model.device)),
             self.max_length,
@@ -164,7 +165,7 @@ class ProbeCallback(TrainerCallback):
         with _evaluating(model):
             found = dict(score_adapted(self.scorer, model, [item for doc in mine for item in doc.items]))
         scores = iter([found[index] for index in range(len(found))])
-        columns = self._step_columns(args, state, inner_model(model))
+        columns = self._step_columns(args, state, model)
         rows = [row for doc in mine for row in doc.rows(columns, scores)]
         rows = gather_object(rows) if is_shared else rows
         if not state.is_world_process_zero:
@@ -184,19 +185,18 @@ class ProbeCallback(TrainerCallback):
         write_jsonl(self._path(state), scored)
         self._report(scored)
 
-    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> dict[str, Any]:
+    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seen: dict[str, Any] = {"examples_seen": state.global_step * per_step, "tokens_seen": None}
         if self.totals is not None:
             seen |= self.totals()
-        dtype = str(model.dtype).removeprefix("torch.")
         return {
             **self.columns,
             **seen,
             "step": state.global_step,
             "epoch": state.epoch or 0.0,
-            "weights_dtype": dtype,
-            "compute_dtype": dtype,
+            "weights_dtype": weights_dtype(model),
+            "compute_dtype": name_of(inner_model(model).dtype),
             "source": "live",
         }
 

@@ -20,14 +20,15 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
-from sft_probe.prompts import terminator_id
+from sft_probe.prompts import DroppedDoc, terminator_id
 from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
-from sft_probe.train.arguments import SftArguments, parse_arguments
+from sft_probe.train.arguments import SftArguments, parse_arguments, told_plainly
 from sft_probe.train.data import PadRight, TrainingExamples
 from sft_probe.train.finite import FiniteTrainer, NonFiniteLossError, save_last_good_step, weights_are_finite
 from sft_probe.train.inputs import Inputs, load_inputs, load_trained_model, model_version
 from sft_probe.train.losses import LossLog
+from sft_probe.train.precision import PrecisionCallback
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.snapshots import SnapshotCallback
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     inputs = load_inputs(arguments, probe_set)
     _check_launch(arguments, len(inputs[-1]))
     if arguments.dry_run:
-        text = plan.describe(arguments, *inputs)
+        text = plan.describe(arguments, probe_set, *inputs)
         if arguments.should_log:
             print(text)  # noqa: T201
         return
@@ -103,9 +104,9 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    trainer = FiniteTrainer(
-        model=load_trained_model(arguments), args=arguments, train_dataset=examples, data_collator=PadRight(end_id)
-    )
+    model = load_trained_model(arguments)
+    with told_plainly():
+        trainer = FiniteTrainer(model=model, args=arguments, train_dataset=examples, data_collator=PadRight(end_id))
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
     state = latest_state(folder)
@@ -117,13 +118,16 @@ def train(
         losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
     )
     probes = [_probe(arguments, tokenizer, losses)] if arguments.probe_steps else []
-    for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
+    precision = PrecisionCallback(arguments.dtype)
+    for callback in (precision, losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
-    needed = plan.make_plan(arguments, trainer, trainer.model)
+    with told_plainly():
+        needed = plan.make_plan(arguments, trainer, trainer.model)
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
-        _log_plan(arguments, examples, run_dir.claim(folder, request))
-    _run(trainer, losses, state)
+        unscorable = plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length)
+        _log_plan(arguments, examples, unscorable, run_dir.claim(folder, request))
+    _run(trainer, losses, precision, state)
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
         return None
@@ -137,17 +141,27 @@ def train(
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
+        **precision.columns,
         **_about(arguments, examples),
     }
 
 
-def _run(trainer: FiniteTrainer, losses: LossLog, state: Path | None) -> None:
-    """Train to the end or to an early stop. Raises `UserError` where a loss or a weight is no longer finite."""
+def _run(trainer: FiniteTrainer, losses: LossLog, precision: PrecisionCallback, state: Path | None) -> None:
+    """Train to the end or to an early stop.
+
+    Raises:
+        UserError: the Trainer cannot be set up with these flags; or a loss or a weight is no longer finite.
+    """
     started_finite = weights_are_finite(trainer.model, trainer.args.device)
     try:
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     except NonFiniteLossError as error:
         raise save_last_good_step(trainer, losses, state) from error
+    except Exception:
+        if precision.columns:  # training had begun, so that no flag is to blame
+            raise
+        with told_plainly():
+            raise
     if started_finite and not weights_are_finite(trainer.model, trainer.args.device):
         raise UserError(
             f"after step {trainer.state.global_step} some weights are NaN or infinite: the last update diverged. Lower "
@@ -208,11 +222,15 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
         )
 
 
-def _log_plan(arguments: SftArguments, examples: TrainingExamples, taken_up: str | None) -> None:
+def _log_plan(
+    arguments: SftArguments, examples: TrainingExamples, unscorable: list[DroppedDoc], taken_up: str | None
+) -> None:
     if taken_up:
         log.info(taken_up)
     for drop in examples.dropped:
         log.warning("not trained on: %s: %s", drop.doc_id, drop.reason)
+    for drop in unscorable:
+        log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
     log.info(
         "training on %d examples of `%s` (%d dropped, %d prompts cut); snapshots at steps %s",
         len(examples),
