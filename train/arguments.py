@@ -46,6 +46,7 @@ _REQUIRED = {
     "enable_jit_checkpoint": False,  # it would answer SIGTERM in its own way
     "push_to_hub": False,
     "parallelism_config": None,
+    "fsdp_config": None,
     "fsdp": None,  # snapshots are gathered from DeepSpeed's ZeRO
 }
 """Flags of `TrainingArguments` that would break a promise of this program, and the value that they must keep."""
