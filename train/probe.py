@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError
@@ -28,7 +28,7 @@ from sft_probe.train.precision import name_of, weights_dtype
 from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class ProbeCallback(TrainerCallback):
             budget.
     """
 
-    trainer: Trainer | None = None
+    trainer: "Trainer | None" = None
     totals: "Callable[[], dict[str, int]] | None" = None
     """Gives `examples_seen` and `tokens_seen`, where somebody counts."""
 
@@ -104,7 +104,7 @@ class ProbeCallback(TrainerCallback):
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
         self.columns["model"] = self.columns["model"] or model.config._name_or_path or None
-        self._encode(tokenizer, name_of(model.dtype), state.is_world_process_zero)
+        self._encode(tokenizer, str(model.dtype).removeprefix("torch."), state.is_world_process_zero)
         self.scorer = FittingScorer(
             self.max_tokens or default_max_tokens(str(model.device)),
             self.max_length,
@@ -208,6 +208,8 @@ class ProbeCallback(TrainerCallback):
             for category in dict.fromkeys(row["category"] for row in heldout)
         }
         if self.trainer is not None and means:
+            from transformers import Trainer
+
             should_log = self.trainer.control.should_log
             # not the trainer's own `log`: TRL's averages its metrics there and starts them again from nothing
             Trainer.log(self.trainer, {f"probe/{category}": round(mean, 4) for category, mean in means.items()})

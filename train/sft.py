@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
-from sft_probe.prompts import DroppedDoc, terminator_id
+from sft_probe.prompts import terminator_id
 from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments, told_plainly
@@ -68,7 +68,7 @@ def _train_or_leave(
     arguments: SftArguments, asked: dict[str, str], probe_set: ProbeSet, inputs: Inputs, folder: Path
 ) -> bool:
     """True where the run stopped early. The first rank alone looks at what an earlier attempt has left."""
-    _, prompt_format, examples = inputs
+    tokenizer, prompt_format, examples = inputs
     request: dict[str, Any] = {}
     if arguments.should_save:
         request = run_dir.request_of(
@@ -85,6 +85,9 @@ def _train_or_leave(
     if is_complete:
         log.info("the run in %s is complete", folder)
     else:
+        if arguments.should_save:
+            for drop in plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length):
+                log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
         manifest = train(arguments, probe_set, inputs, folder, request)
         if manifest is None:
             return True
@@ -104,9 +107,15 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    model = load_trained_model(arguments)
+    model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
     with told_plainly():
-        trainer = FiniteTrainer(model=model, args=arguments, train_dataset=examples, data_collator=PadRight(end_id))
+        trainer = FiniteTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=PadRight(end_id),
+            callbacks=[precision],
+        )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
     state = latest_state(folder)
@@ -118,15 +127,13 @@ def train(
         losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
     )
     probes = [_probe(arguments, tokenizer, losses)] if arguments.probe_steps else []
-    precision = PrecisionCallback(arguments.dtype)
-    for callback in (precision, losses, snapshots, *probes, resume):  # in this order at the end of each step
+    for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
     with told_plainly():
         needed = plan.make_plan(arguments, trainer, trainer.model)
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
-        unscorable = plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length)
-        _log_plan(arguments, examples, unscorable, run_dir.claim(folder, request))
+        _log_plan(arguments, examples, run_dir.claim(folder, request))
     _run(trainer, losses, precision, state)
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
@@ -135,13 +142,13 @@ def train(
         losses.write_exposure()
         log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
     return {
+        **precision.columns,
         **losses.columns,
         "prompt_format": prompt_format.name,
         "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
-        **precision.columns,
         **_about(arguments, examples),
     }
 
@@ -222,15 +229,11 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
         )
 
 
-def _log_plan(
-    arguments: SftArguments, examples: TrainingExamples, unscorable: list[DroppedDoc], taken_up: str | None
-) -> None:
+def _log_plan(arguments: SftArguments, examples: TrainingExamples, taken_up: str | None) -> None:
     if taken_up:
         log.info(taken_up)
     for drop in examples.dropped:
         log.warning("not trained on: %s: %s", drop.doc_id, drop.reason)
-    for drop in unscorable:
-        log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
     log.info(
         "training on %d examples of `%s` (%d dropped, %d prompts cut); snapshots at steps %s",
         len(examples),
