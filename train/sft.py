@@ -82,12 +82,12 @@ def _train_or_leave(
             encoded_data_sha256=examples.sha256,
         )
     (is_complete,) = broadcast_object_list([arguments.should_save and run_dir.is_complete(folder, request)])
+    if arguments.should_save and not is_complete:
+        for drop in plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length):
+            log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
     if is_complete:
         log.info("the run in %s is complete", folder)
     else:
-        if arguments.should_save:
-            for drop in plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length):
-                log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
         manifest = train(arguments, probe_set, inputs, folder, request)
         if manifest is None:
             return True
