@@ -23,11 +23,12 @@ from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_
 from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.rows import score_row
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.train.adapted import inner_model, num_virtual_tokens, score_adapted
+from sft_probe.train.precision import name_of, weights_dtype
 from sft_probe.train.schedule import resolve_steps
-from sft_probe.train.trainer import causal_lm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,9 @@ class ProbeCallback(TrainerCallback):
         self.steps = resolve_steps(
             self.asked_steps, flag="probe steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
-        model = causal_lm(kwargs["model"])
-        check_window(self.max_length, model)
+        whole = kwargs["model"]
+        model = inner_model(whole)
+        check_window(self.max_length + num_virtual_tokens(whole), model)
         tokenizer = self.tokenizer or kwargs["processing_class"]
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
@@ -114,12 +116,12 @@ class ProbeCallback(TrainerCallback):
                 if int(path.stem.rpartition("_")[2]) > state.global_step or state.global_step == 0:
                     path.unlink()
         if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
-            self._probe(args, state, model)
+            self._probe(args, state, whole)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Scores if this step is asked for."""
         if state.global_step in self.steps:
-            self._probe(args, state, causal_lm(kwargs["model"]))
+            self._probe(args, state, kwargs["model"])
 
     def _path(self, state: TrainerState) -> Path:
         return self.folder / f"step_{state.global_step:06d}.jsonl"
@@ -155,7 +157,7 @@ class ProbeCallback(TrainerCallback):
         }
         write_json(self.folder / "manifest.json", manifest)
 
-    def _probe(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> None:
+    def _probe(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Each rank scores its share of the docs; the first one writes.
 
         Under ZeRO-3 a forward pass is a collective, so each rank scores all docs: the same passes in the same order.
@@ -163,7 +165,7 @@ class ProbeCallback(TrainerCallback):
         is_shared = not is_deepspeed_zero3_enabled()
         mine = self.docs[args.process_index :: args.world_size] if is_shared else self.docs
         with _evaluating(model):
-            found = dict(self.scorer.score(model, [item for doc in mine for item in doc.items]))
+            found = dict(score_adapted(self.scorer, model, [item for doc in mine for item in doc.items]))
         scores = iter([found[index] for index in range(len(found))])
         columns = self._step_columns(args, state, model)
         rows = [row for doc in mine for row in doc.rows(columns, scores)]
@@ -185,19 +187,18 @@ class ProbeCallback(TrainerCallback):
         write_jsonl(self._path(state), scored)
         self._report(scored)
 
-    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> dict[str, Any]:
+    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seen: dict[str, Any] = {"examples_seen": state.global_step * per_step, "tokens_seen": None}
         if self.totals is not None:
             seen |= self.totals()
-        dtype = str(model.dtype).removeprefix("torch.")
         return {
             **self.columns,
             **seen,
             "step": state.global_step,
             "epoch": state.epoch or 0.0,
-            "weights_dtype": dtype,
-            "compute_dtype": dtype,
+            "weights_dtype": weights_dtype(model),
+            "compute_dtype": name_of(inner_model(model).dtype),
             "source": "live",
         }
 
@@ -208,9 +209,12 @@ class ProbeCallback(TrainerCallback):
             / sum(row["category"] == category for row in heldout)
             for category in dict.fromkeys(row["category"] for row in heldout)
         }
-        if self.trainer is not None:
+        if self.trainer is not None and means:
+            from transformers import Trainer
+
             should_log = self.trainer.control.should_log
-            self.trainer.log({f"probe/{category}": round(mean, 4) for category, mean in means.items()})
+            # not the trainer's own `log`: TRL's averages its metrics there and starts them again from nothing
+            Trainer.log(self.trainer, {f"probe/{category}": round(mean, 4) for category, mean in means.items()})
             self.trainer.control.should_log = should_log  # else the loss of this step, a collective, is left out
 
 

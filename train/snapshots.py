@@ -12,6 +12,7 @@ from sft_probe.errors import UserError
 from sft_probe.files import fsync_path, new_dir, read_object, sha256_file, write_json
 from sft_probe.train.gather import gather_weights, has_masters
 from sft_probe.train.losses import LossLog
+from sft_probe.train.precision import most_common_dtype, name_of
 from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class SnapshotCallback(TrainerCallback):
         return float(sum(read_object(path, {"save_s": float})["save_s"] for path in metas))
 
     def _write(self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float) -> None:
-        dtype = "float32" if self.masters else str(model.dtype).removeprefix("torch.")
+        dtype = name_of(most_common_dtype(weights.values()))
         model.save_pretrained(folder, state_dict=weights)
         if self.masters and (folder / "config.json").exists():  # else they would load in the dtype of the model
             config = read_object(folder / "config.json")
