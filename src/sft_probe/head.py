@@ -5,7 +5,7 @@ modules a model calls its body. What stands between body and logits, soft-cappin
 """
 
 import inspect
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,7 @@ def _replayed(calls: dict[torch.nn.Module, list[Any]]) -> Iterator[None]:
     """Each of the modules returns what it returned, in the same order, whatever it is called with."""
     originals = {module: vars(module).get("forward") for module in calls}  # accelerate's hooks stand there
     for module, outputs in calls.items():
-        vars(module)["forward"] = lambda *_, _outputs=cycle(outputs), **__: next(_outputs)
+        vars(module)["forward"] = _returning(outputs)
     try:
         yield
     finally:
@@ -158,3 +158,8 @@ def _replayed(calls: dict[torch.nn.Module, list[Any]]) -> Iterator[None]:
                 del vars(module)["forward"]
             else:
                 vars(module)["forward"] = original
+
+
+def _returning(outputs: list[Any]) -> Callable[..., Any]:
+    turns = cycle(outputs)
+    return lambda *_, **__: next(turns)

@@ -119,12 +119,12 @@ def choose_way(model: "PreTrainedModel", longest: int) -> Way:
     Raises:
         UserError: the model is no causal LM, or no way gives what its plain forward gives.
     """
-    check_language_model(model)
+    check_language_model(model, model.dtype)
     items = made_up_items(model, longest)
     expected = np.concatenate([plain_logprobs(model, item) for item in items])
     if not np.isfinite(expected).all():  # nothing can be compared; whoever scores counts and names them
         return PLAIN
-    limit = tolerance(model, expected)
+    limit = tolerance(model.dtype, expected)
     attention = model.config._attn_implementation
     reason = f"its attention, {attention!r}, takes no mask of ours"
     for way in (*candidates(model), PLAIN, ALONE):

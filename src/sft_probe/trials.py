@@ -1,4 +1,4 @@
-"""What is tried on a model before its numbers are believed: made-up docs through its own forward, with nothing of ours."""
+"""What is tried on a model before its numbers are believed: made-up docs through its own forward pass."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,11 @@ _CAUSAL_LENGTH = 32
 _NO_LANGUAGE_MODEL = "sft-probe scores and trains decoder-only (causal) language models"
 
 
-def check_language_model(model: "PreTrainedModel") -> None:
+def check_language_model(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Raise `UserError` where a model is no causal LM: encoder-decoder, without a head, or one that reads ahead.
 
     The last is tried, as `is_decoder` and its like are not to be trusted: the later half of a made-up text is replaced,
-    and the logits of the earlier half must stay.
+    and the logits of the earlier half must stay, but for the rounding of `dtype`.
     """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
@@ -37,10 +37,10 @@ def check_language_model(model: "PreTrainedModel") -> None:
     start, *ends = (_token_ids(model, half, random) for _ in range(3))
     before, after = (plain_logits(model, start + end)[:half].log_softmax(dim=-1) for end in ends)
     leak = (before - after).abs().mean()
-    if leak > _relative_tolerance(model) * before.std(dim=0).mean() + 1e-6:
+    if leak > (0.05 if dtype.itemsize < 4 else 1e-4) * before.std(dim=0).mean() + 1e-6:
         raise UserError(
             f"{name} reads ahead: a later token changes the logits of earlier ones (by {leak:.2g} nats). "
-            f"{_NO_LANGUAGE_MODEL}. BERT and its like need \"is_decoder\": true in config.json, and to be trained so."
+            f'{_NO_LANGUAGE_MODEL}. BERT and its like need "is_decoder": true in config.json, and to be trained so.'
         )
 
 
@@ -82,23 +82,19 @@ def plain_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
             f"{type(model).__name__} cannot read a text of {len(token_ids)} tokens: {type(error).__name__}: {error}"
         ) from error
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (1, len(token_ids)):
-        raise UserError(f"{type(model).__name__} gives logits of the shape {list(logits.shape)}, not one row per token.")
+        raise UserError(f"{type(model).__name__} gives logits {list(logits.shape)}, not one row per token.")
     return logits[0].float()
 
 
-def tolerance(model: "PreTrainedModel", logprobs: npt.NDArray[np.float32]) -> float:
+def tolerance(dtype: torch.dtype, logprobs: npt.NDArray[np.float32]) -> float:
     """How far two ways to compute the same log-probs may be apart, in the mean, in nats.
 
     In 16 bits they round differently, but a wrong mask is off by far more. In 32 bits less than a thousandth of what
     differs from token to token.
     """
-    if model.dtype.itemsize < 4:
+    if dtype.itemsize < 4:
         return 0.05
     return float(np.clip(3e-4 * logprobs.std(), 1e-5, 1e-3))
-
-
-def _relative_tolerance(model: "PreTrainedModel") -> float:
-    return 0.05 if model.dtype.itemsize < 4 else 1e-4
 
 
 def _token_ids(model: "PreTrainedModel", num_tokens: int, random: np.random.Generator) -> list[int]:
