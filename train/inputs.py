@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
@@ -79,9 +79,21 @@ def load_trained_model(arguments: SftArguments) -> Any:
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Sets every dropout probability to zero, so that a run depends on its data order alone."""
+    """Set everything that makes a training pass random to zero, so that a run depends on its data order alone.
+
+    Dropout modules are not all: models keep probabilities as numbers of their own, under names with "drop" in them
+    (`attention_dropout`, `layerdrop`, `resid_pdrop`), routers add jitter, and some read the config in each pass. The
+    config that is saved with a snapshot says so too. What this leaves noisy is found when training begins
+    (`SftTrainer.try_model`).
+    """
+    owners: list[Any] = [model.config, model.config.get_text_config()]
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        owners.append(module)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):  # the base of Dropout, Dropout1d, AlphaDropout, ...
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+            owners.append(config)
+    for owner in owners:
+        for name, value in vars(owner).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool):
+                vars(owner)[name] = 0.0

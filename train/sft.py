@@ -149,6 +149,7 @@ def train(
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
+        "noise_nats": trainer.noise_nats,
         **_about(arguments, probe_set, examples),
     }
 
