@@ -6,13 +6,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
-from sft_probe.prompts import Prompt, PromptFormat, encode_probe_set
-from sft_probe.records import DEFAULT_PROBE_SET, Doc, load_probe_set
+from sft_probe.prompts import DroppedDoc, Prompt, PromptFormat, dropped_by_faults, encode_probe_set, resolve_format
+from sft_probe.records import DEFAULT_PROBE_SET, Doc, ProbeSet, load_probe_set
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger(__name__)
+
+_Rendered = tuple[Doc, Prompt, dict[str, list[int]]]
 
 
 def load_docs(
@@ -37,7 +39,8 @@ def load_docs(
         category: a category of the probe set.
         split: `train` or `heldout`.
         probe_set: path or id; default: the environment's SFT_PROBE_SET, else the embedded set.
-        prompt_format: default: the probe set's own.
+        prompt_format: default: the probe set's own. What the name leaves open (see `PromptFormat`) is chosen by a test
+            on all docs, where the tokenizer is known.
         tokenizer: name or path; default: `pretrained`.
         pretrained: the model's name or path.
         revision: of the tokenizer on the hub.
@@ -62,7 +65,9 @@ def load_docs(
     )
     rows = [row for row in all_rows if row["split"] == split and row["category"] == category]
     if not rows:
-        raise UserError(f"the probe set {source} has no usable doc in the split {split}.")
+        raise UserError(
+            f"the probe set {source} has no usable doc in the split {split}; the log names what was left out."
+        )
     return {split: datasets.Dataset.from_list(rows)}
 
 
@@ -80,19 +85,17 @@ def _rows(
     if tokenizer_name is None:
         log.warning("no tokenizer is known, so the length of the docs is not checked")
         prompt_format = PromptFormat(format_name)
-        pairs: list[tuple[Doc, Prompt, dict[str, list[int]]]] = [
-            (doc, prompt_format.render(doc.messages), {}) for doc in probe_set.docs
-        ]
+        pairs, dropped = _render(probe_set, prompt_format)
     else:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, revision=revision)
-        prompt_format = PromptFormat(format_name, tokenizer)
+        prompt_format = resolve_format(format_name, tokenizer, probe_set.docs)
         window = max_length or _window(tokenizer_name, revision)
         kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, window)
-        for drop in dropped:
-            log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
         pairs = [(item.doc, item.prompt, item.continuation_ids) for item in kept]
+    for drop in dropped:
+        log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
     return [
         {
             "doc_id": doc.doc_id,
@@ -108,6 +111,18 @@ def _rows(
         for doc, prompt, ids in pairs
         for category, response in doc.responses.items()
     ]
+
+
+def _render(probe_set: ProbeSet, prompt_format: PromptFormat) -> tuple[list[_Rendered], list[DroppedDoc]]:
+    """All docs without token ids, and those that the format refuses."""
+    pairs: list[_Rendered] = []
+    dropped = dropped_by_faults(probe_set)
+    for doc in probe_set.docs:
+        try:
+            pairs.append((doc, prompt_format.render(doc.messages), {}))
+        except UserError as error:
+            dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=str(error)))
+    return pairs, dropped
 
 
 def _window(model_name: str, revision: str) -> int:

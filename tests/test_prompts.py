@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
-from sft_probe.prompts import PromptFormat, encode_pair, encode_probe_set
+from sft_probe.prompts import Prompt, PromptFormat, encode_pair, encode_probe_set
 from sft_probe.records import load_probe_set
 from sft_probe.train.data import IGNORED_LABEL, Example, PadRight, TrainingExamples, build_examples
 from sft_probe.train.mixture import assign, parse_mixture
@@ -82,16 +82,16 @@ def test_ids_are_those_of_lm_eval(bos: bool, tiny_model: Path) -> None:
     @settings(max_examples=150, deadline=None)
     @given(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
     def check(question: str, response: str) -> None:
-        prompt, separator = PromptFormat("hh").render([{"role": "user", "content": question}])
-        pair = encode_pair(tokenizer, prompt, separator + response)
-        assert pair == lm._encode_pair(prompt, separator + response)
+        prompt = PromptFormat("hh").render([{"role": "user", "content": question}])
+        pair = encode_pair(tokenizer, prompt, response)
+        assert pair == lm._encode_pair(prompt.text, prompt.separator + response)
 
     check()
 
 
 def test_chat_prompts_get_no_second_bos(tiny_model: Path) -> None:
     tokenizer = make_tokenizer(bos=True)
-    pair = encode_pair(tokenizer, "<|bos|>Hello", " there")
+    pair = encode_pair(tokenizer, Prompt("<|bos|>Hello", " "), "there")
     assert pair is not None
     assert pair[0].count(tokenizer.bos_token_id) == 1
     assert pair == harness(tokenizer, tiny_model)._encode_pair("<|bos|>Hello", " there")
@@ -100,8 +100,8 @@ def test_chat_prompts_get_no_second_bos(tiny_model: Path) -> None:
 def test_a_token_that_spans_the_join_is_found() -> None:
     tokenizer = make_tokenizer()
     (whole,) = tokenizer.encode(" water")
-    assert encode_pair(tokenizer, "some wa", "ter") is None
-    assert encode_pair(tokenizer, "some", " water") == (tokenizer.encode("some"), [whole])
+    assert encode_pair(tokenizer, Prompt("some wa", ""), "ter") is None
+    assert encode_pair(tokenizer, Prompt("some", " "), "water") == (tokenizer.encode("some"), [whole])
 
 
 def train_examples(

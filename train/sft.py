@@ -84,7 +84,7 @@ def _train_or_leave(
     if is_complete:
         log.info("the run in %s is complete", folder)
     else:
-        manifest = train(arguments, probe_set, inputs, folder, request)
+        manifest = train(arguments, inputs, folder, request)
         if manifest is None:
             return True
         if arguments.should_save:
@@ -94,9 +94,7 @@ def _train_or_leave(
     return False
 
 
-def train(
-    arguments: SftArguments, probe_set: ProbeSet, inputs: Inputs, folder: Path, request: dict[str, Any]
-) -> dict[str, Any] | None:
+def train(arguments: SftArguments, inputs: Inputs, folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """Runs the training and returns the manifest's content; `None` where it stopped early."""
     set_seed(arguments.seed)
     if not torch.cuda.is_available():
@@ -116,7 +114,7 @@ def train(
     resume = ResumeCallback(
         losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
     )
-    probes = [_probe(arguments, tokenizer, losses)] if arguments.probe_steps else []
+    probes = [_probe(arguments, tokenizer, prompt_format.source, losses)] if arguments.probe_steps else []
     for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
     needed = plan.make_plan(arguments, trainer, trainer.model)
@@ -133,7 +131,7 @@ def train(
     return {
         **losses.columns,
         "prompt_format": prompt_format.name,
-        "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
+        "prompt_format_source": prompt_format.source,
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
@@ -165,13 +163,15 @@ def _run_columns(arguments: SftArguments, folder: Path) -> dict[str, Any]:
     }
 
 
-def _probe(arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, losses: LossLog) -> ProbeCallback:
+def _probe(
+    arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, format_source: str, losses: LossLog
+) -> ProbeCallback:
     probe = ProbeCallback(
         arguments.probe_set,
         out=losses.run_dir,
         steps=str(arguments.probe_steps),
         num_train=arguments.probe_train,
-        prompt_format=arguments.prompt_format,
+        prompt_format=format_source,
         max_length=arguments.max_length,
         tokenizer=tokenizer,
         max_tokens=arguments.probe_max_tokens,
