@@ -6,15 +6,21 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
-from sft_probe.prompts import DroppedDoc, Prompt, PromptFormat, dropped_by_faults, encode_probe_set, resolve_format
+from sft_probe.prompts import (
+    DroppedDoc,
+    Prompt,
+    PromptFormat,
+    dropped_by_faults,
+    encode_probe_set,
+    refused_docs,
+    resolve_format,
+)
 from sft_probe.records import DEFAULT_PROBE_SET, Doc, ProbeSet, load_probe_set
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger(__name__)
-
-_Rendered = tuple[Doc, Prompt, dict[str, list[int]]]
 
 
 def load_docs(
@@ -82,18 +88,7 @@ def _rows(
     max_length: int | None,
 ) -> list[dict[str, Any]]:
     probe_set = load_probe_set(source)
-    if tokenizer_name is None:
-        log.warning("no tokenizer is known, so the length of the docs is not checked")
-        prompt_format = PromptFormat(format_name)
-        pairs, dropped = _render(probe_set, prompt_format)
-    else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, revision=revision)
-        prompt_format = resolve_format(format_name, tokenizer, probe_set.docs)
-        window = max_length or _window(tokenizer_name, revision)
-        kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, window)
-        pairs = [(item.doc, item.prompt, item.continuation_ids) for item in kept]
+    prompt_format, pairs, dropped = _usable_docs(probe_set, format_name, tokenizer_name, revision, max_length)
     for drop in dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
     return [
@@ -113,16 +108,26 @@ def _rows(
     ]
 
 
-def _render(probe_set: ProbeSet, prompt_format: PromptFormat) -> tuple[list[_Rendered], list[DroppedDoc]]:
-    """All docs without token ids, and those that the format refuses."""
-    pairs: list[_Rendered] = []
-    dropped = dropped_by_faults(probe_set)
-    for doc in probe_set.docs:
-        try:
-            pairs.append((doc, prompt_format.render(doc.messages), {}))
-        except UserError as error:
-            dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=str(error)))
-    return pairs, dropped
+def _usable_docs(
+    probe_set: ProbeSet, format_name: str, tokenizer_name: str | None, revision: str, max_length: int | None
+) -> tuple[PromptFormat, list[tuple[Doc, Prompt, dict[str, list[int]]]], list[DroppedDoc]]:
+    """Docs with prompts and, where the tokenizer is known, the ids of their responses; and what is left out."""
+    if tokenizer_name is None:
+        log.warning("no tokenizer is known, so the length of the docs is not checked")
+        prompt_format = PromptFormat(format_name)
+        refused = refused_docs(prompt_format, probe_set.docs)
+        names = {drop.doc_id for drop in refused}
+        docs = [doc for doc in probe_set.docs if doc.doc_id not in names]
+        dropped = dropped_by_faults(probe_set) + refused
+        return prompt_format, [(doc, prompt_format.render(doc.messages), {}) for doc in docs], dropped
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, revision=revision)
+    prompt_format = resolve_format(format_name, tokenizer, probe_set.docs)
+    kept, dropped = encode_probe_set(
+        probe_set, prompt_format, tokenizer, max_length or _window(tokenizer_name, revision)
+    )
+    return prompt_format, [(item.doc, item.prompt, item.continuation_ids) for item in kept], dropped
 
 
 def _window(model_name: str, revision: str) -> int:

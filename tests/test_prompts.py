@@ -8,11 +8,12 @@ from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
+from tokenizer_matrix import make
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
-from sft_probe.prompts import Prompt, PromptFormat, encode_pair, encode_probe_set
+from sft_probe.prompts import Prompt, PromptFormat, encode, encode_after, encode_pair, encode_probe_set
 from sft_probe.records import load_probe_set
 from sft_probe.train.data import IGNORED_LABEL, Example, PadRight, TrainingExamples, build_examples
 from sft_probe.train.mixture import assign, parse_mixture
@@ -102,6 +103,26 @@ def test_a_token_that_spans_the_join_is_found() -> None:
     (whole,) = tokenizer.encode(" water")
     assert encode_pair(tokenizer, Prompt("some wa", ""), "ter") is None
     assert encode_pair(tokenizer, Prompt("some", " "), "water") == (tokenizer.encode("some"), [whole])
+
+
+def test_what_a_tokenizer_adds_is_added_once() -> None:
+    """As GLM-4's `[gMASK]<sop>`, which its template writes too; and EOS after a text is no part of a prompt."""
+    tokenizer = make("llama3", bos=None, eos="</s>", adds="[gMASK] <sop> A </s>")
+    start = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    plain = tokenizer.encode("Hello there", add_special_tokens=False)
+    assert encode(tokenizer, "Hello there") == start + plain
+    assert encode(tokenizer, "[gMASK]<sop>Hello there") == start + plain
+    assert encode(tokenizer, "Hello there</s>") == [*start, *plain, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "gemma", "llama3"])
+def test_a_response_alone_has_no_space_before_it(kind: str) -> None:
+    """Where a token spans even the join of prompt with separator and response: SentencePiece would write ` Well`."""
+    tokenizer = make(kind, eos="</s>")
+    after = tokenizer.encode("so:\nWell, then", add_special_tokens=False)
+    ids = encode_after(tokenizer, "Well, then")
+    assert after[-len(ids) :] == ids
+    assert str(tokenizer.decode(after)).endswith("\nWell, then")
 
 
 def train_examples(

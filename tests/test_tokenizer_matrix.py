@@ -79,7 +79,7 @@ def check_against_template(encoded: EncodedDoc, tokenizer: Any, terminator: int)
             continue
         assert rendered[: len(ours)] == ours
         after = [token for token in rendered[len(ours) :] if tokenizer.decode([token]).strip()]
-        assert after[:1] == [terminator]
+        assert after[:1] in ([terminator], [])  # nothing where a template ends only turns that others follow
 
 
 @all_members

@@ -131,7 +131,8 @@ def _empty_prompt_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 def describe_first(dropped: Sequence[DroppedDoc]) -> str:
     """Why the first few docs were dropped, for a message."""
-    return "; ".join(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3])
+    more = [f"and {len(dropped) - 3} more"] if len(dropped) > 3 else []
+    return "; ".join([*(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3]), *more])
 
 
 def _cut_turns(

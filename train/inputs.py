@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.models import check_window, load_model, load_tokenizer, model_without_weights, resolve_model
-from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, resolve_format
+from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, refused_docs, resolve_format
 from sft_probe.records import Doc, ProbeSet
 from sft_probe.train.arguments import SftArguments
 from sft_probe.train.data import TrainingExamples, build_examples, describe_first
@@ -22,6 +23,8 @@ from sft_probe.train.mixture import assign, parse_mixture
 from sft_probe.train.run_dir import recorded_format
 from sft_probe.train.schedule import parse_steps
 from sft_probe.train.source import read_docs, with_random, without_heldout
+
+log = logging.getLogger(__name__)
 
 Inputs = tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]
 
@@ -33,6 +36,9 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     docs, categories, dropped = _train_docs(arguments, probe_set)
     prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
+    refused = refused_docs(prompt_format, probe_set.of_split("heldout"))
+    if refused and arguments.should_log:
+        log.warning("%d held-out docs can never be scored: %s", len(refused), describe_first(refused))
     parts = parse_mixture(arguments.train_category, categories, arguments.train_data or arguments.probe_set)
     examples = build_examples(
         assign(docs, parts, arguments.seed),

@@ -319,6 +319,17 @@ def dropped_by_faults(probe_set: ProbeSet) -> list[DroppedDoc]:
     return [DroppedDoc(doc_id=fault.doc_id or "?", reason=str(fault)) for fault in probe_set.faults]
 
 
+def refused_docs(prompt_format: PromptFormat, docs: Sequence[Doc]) -> list[DroppedDoc]:
+    """The docs whose turns the format cannot render, with the template's own words."""
+    refused = []
+    for doc in docs:
+        try:
+            prompt_format.render(doc.messages)
+        except UserError as error:
+            refused.append(DroppedDoc(doc_id=doc.doc_id, reason=str(error)))
+    return refused
+
+
 def encode_doc(
     doc: Doc, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> EncodedDoc | DroppedDoc:

@@ -232,15 +232,23 @@ def find_lone_surrogate(value: Any, name: str = "") -> str | None:
     JSON can write it (`"\\ud83d"`), but it is no Unicode text: no file and no tokenizer takes it, and what replaces it
     is another text.
     """
-    if isinstance(value, str):
-        return name if _printable(value) != value else None
-    parts: Iterable[tuple[str, Any]] = ()
+    if _is_unicode(value):
+        return None
+    parts: list[tuple[str, Any]] = []
     if isinstance(value, dict):
-        parts = ((f"{name}.{_printable(key)}".lstrip("."), [key, part]) for key, part in value.items())
-        parts = ((place, item) for place, pair in parts for item in pair)
+        named = [(f"{name}.{_printable(str(key))}".lstrip("."), key, part) for key, part in value.items()]
+        parts = [(place, item) for place, key, part in named for item in (key, part)]
     elif isinstance(value, list):
-        parts = ((f"{name}[{number}]", part) for number, part in enumerate(value))
-    return next((place for part_name, part in parts if (place := find_lone_surrogate(part, part_name))), None)
+        parts = [(f"{name}[{number}]", part) for number, part in enumerate(value)]
+    return next((find_lone_surrogate(part, place) for place, part in parts if not _is_unicode(part)), name)
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=repr).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _printable(text: str) -> str:

@@ -50,8 +50,15 @@ class ChatTemplate:
         return day.date().isoformat() if shows_day_only else self._time.isoformat(timespec="seconds")
 
     def generation_prompt(self, messages: Messages) -> str:
-        """What the template gives to a model that is to answer. Raises `UserError` where it refuses the messages."""
-        return self._render(messages, add_generation_prompt=True)
+        """What the template gives to a model that is to answer.
+
+        Raises:
+            UserError: the template refuses the messages, or leaves the question out, as one does that expects images.
+        """
+        text = self._render(messages, add_generation_prompt=True)
+        if messages[-1]["content"].strip() not in text:
+            raise refusal("chat", messages, "the template does not write the text of the last turn")
+        return text
 
     def answer_prompt(self, messages: Messages) -> str:
         """What stands before an answer in a conversation that holds it.
@@ -103,11 +110,11 @@ class ChatTemplate:
         return self._time.strftime(text)
 
 
-def refusal(format_name: str, messages: Messages, error: Exception) -> UserError:
+def refusal(format_name: str, messages: Messages, reason: Exception | str) -> UserError:
     """What is told of messages that a format cannot render, in the template's own words."""
     roles = ", ".join(turn["role"] for turn in messages)
     return UserError(
-        f"the prompt format {format_name} refuses the turns {roles} ({error}); use hh, plain or a Jinja file."
+        f"the prompt format {format_name} refuses the turns {roles} ({reason}); use hh, plain or a Jinja file."
     )
 
 
