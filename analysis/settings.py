@@ -17,7 +17,15 @@ from sft_probe.analysis.live_model import base_of, local_folder, model_config
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import load_tokenizer
-from sft_probe.prompts import DroppedDoc, EncodedDoc, PromptFormat, encode_probe_set, terminator_id
+from sft_probe.prompts import (
+    DroppedDoc,
+    EncodedDoc,
+    PromptFormat,
+    encode_probe_set,
+    resolve_format,
+    same_format,
+    terminator_id,
+)
 from sft_probe.records import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
 from sft_probe.scoring import default_max_tokens
 
@@ -85,7 +93,7 @@ class SweepSettings:
     """`run model train_category order_seed compute_dtype` of every row."""
     probe_set: ProbeSet
     prompt_format: str
-    """As given by the user: a name or a path."""
+    """What gives the format again: a name or a path, with all that was chosen for the run."""
     format_name: str
     """As it stands in rows."""
     tokenizer: "PreTrainedTokenizerBase"
@@ -118,7 +126,8 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
     probe_set = load_probe_set(source)
     decided_by, tokenizer_source, tokenizer, config = _first_readable(checkpoints)
     given = request.prompt_format or (probe_set.prompt_format if foreign else manifest["prompt_format_source"])
-    prompt_format = PromptFormat(given, tokenizer)
+    recorded = manifest.get("prompt_format_source") or _recorded_format(request.directory)
+    prompt_format = resolve_format(given, tokenizer, probe_set.docs, recorded)
     _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
     max_length = request.max_length or manifest.get("max_length") or DEFAULT_MAX_LENGTH
     docs, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, max_length)
@@ -133,7 +142,7 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
             "compute_dtype": request.dtype,
         },
         probe_set=probe_set,
-        prompt_format=given,
+        prompt_format=prompt_format.source,
         format_name=prompt_format.name,
         tokenizer=tokenizer,
         decided_by=decided_by,
@@ -159,6 +168,10 @@ def _first_readable(
             faults.append(f"step {checkpoint.step}: {name}{textwrap.shorten(str(error), 300)}")
     more = [f"and {len(faults) - _MAX_NAMED} more"] if len(faults) > _MAX_NAMED else []
     raise UserError("\n".join(["no checkpoint can be scored:", *faults[:_MAX_NAMED], *more]))
+def _recorded_format(directory: Path) -> str | None:
+    """The format of an earlier sweep into this directory, so that a clock or a rule in it stays what it was."""
+    earlier = sweep_manifest(directory) or {}
+    return earlier.get("prompt_format_source") or earlier.get("prompt_format")
 
 
 def _run_manifest(directory: Path) -> dict[str, Any]:
@@ -185,9 +198,11 @@ def _check_against_run(
 ) -> None:
     if not manifest:
         return
-    own_format = PromptFormat(probe_set.prompt_format, tokenizer) if request.probe_set else prompt_format
+    own_format = prompt_format
+    if request.probe_set:
+        own_format = resolve_format(probe_set.prompt_format, tokenizer, probe_set.docs, prompt_format.source)
     for name in (prompt_format.name, own_format.name):
-        if name != manifest["prompt_format"]:
+        if not same_format(manifest["prompt_format"], name):
             raise UserError(
                 f"the prompt format differs: the run was trained with {manifest['prompt_format']!r}, the sweep would "
                 f"score {name!r}. One run has one format; use a probe set and a --prompt_format that match."
@@ -231,6 +246,7 @@ def _manifest(settings: SweepSettings, request: SweepRequest) -> dict[str, Any]:
         "probe_set_source": settings.probe_set.absolute_source,
         "probe_set_sha256": settings.probe_set.sha256,
         "prompt_format": settings.format_name,
+        "prompt_format_source": settings.prompt_format,
         "tokenizer_sha256": _tokenizer_sha256(settings.tokenizer),
         "terminator_id": terminator_id(settings.format_name, settings.tokenizer),
         "items_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, remove_leftovers, write_json, write_jsonl
+from sft_probe.files import make_dir, read_object, remove_leftovers, write_json, write_jsonl
 from sft_probe.models import check_window
 from sft_probe.packing import Item
-from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, terminator_id
+from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, resolve_format, terminator_id
 from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.rows import score_row
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
@@ -104,7 +104,12 @@ class ProbeCallback(TrainerCallback):
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
         self.columns["model"] = self.columns["model"] or model.config._name_or_path or None
-        self._encode(tokenizer, str(model.dtype).removeprefix("torch."), state.is_world_process_zero)
+        self._encode(
+            tokenizer,
+            str(model.dtype).removeprefix("torch."),
+            is_main=state.is_world_process_zero,
+            is_resumed=state.global_step > 0,
+        )
         self.scorer = FittingScorer(
             self.max_tokens or default_max_tokens(str(model.device)),
             self.max_length,
@@ -126,9 +131,13 @@ class ProbeCallback(TrainerCallback):
     def _path(self, state: TrainerState) -> Path:
         return self.folder / f"step_{state.global_step:06d}.jsonl"
 
-    def _encode(self, tokenizer: "PreTrainedTokenizerBase", dtype: str, is_main: bool) -> None:
+    def _encode(self, tokenizer: "PreTrainedTokenizerBase", dtype: str, *, is_main: bool, is_resumed: bool) -> None:
         """Token ids of all docs; what is left out is named and, with the rest, noted in `probe/manifest.json`."""
-        prompt_format = PromptFormat(self.prompt_format_name, tokenizer)
+        path = self.folder / "manifest.json"
+        recorded = read_object(path).get("prompt_format_source") if path.exists() and is_resumed else None
+        found = resolve_format(self.prompt_format_name, tokenizer, self.probe_set.docs, recorded)
+        (source,) = broadcast_object_list([found.source])  # each rank may have read another time
+        prompt_format = PromptFormat(source, tokenizer)
         kept, dropped = encode_probe_set(self.probe_set, prompt_format, tokenizer, self.max_length)
         train = [doc for doc in kept if doc.doc.split == "train"]
         sample = random.Random(_SAMPLE_SEED).sample(train, min(self.num_train, len(train)))  # noqa: S311
@@ -147,6 +156,7 @@ class ProbeCallback(TrainerCallback):
             "probe_set_source": self.probe_set.absolute_source,
             "probe_set_sha256": self.probe_set.sha256,
             "prompt_format": prompt_format.name,
+            "prompt_format_source": prompt_format.source,
             "terminator_id": end_id,
             "max_length": self.max_length,
             "dtype": dtype,
@@ -155,7 +165,7 @@ class ProbeCallback(TrainerCallback):
             "doc_ids": [doc.doc_id for doc in self.docs],
             "dropped": [vars(drop) for drop in dropped],
         }
-        write_json(self.folder / "manifest.json", manifest)
+        write_json(path, manifest)
 
     def _probe(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Each rank scores its share of the docs; the first one writes.

@@ -75,6 +75,18 @@ def is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
     return False
 
 
+def recorded_format(run_dir: Path) -> str | None:
+    """The prompt format of an earlier attempt in this directory, finished or not; `None` where there was none."""
+    for name in ("manifest.json", "started.json"):
+        if (run_dir / name).exists():
+            earlier = read_object(run_dir / name)
+            found: str | None = (earlier.get("request", {}) if name == "manifest.json" else earlier).get(
+                "prompt_format"
+            )
+            return found
+    return None
+
+
 def claim(run_dir: Path, request: dict[str, Any]) -> str | None:
     """Notes the request once all of it is known to be sound, and clears what a cut-off attempt will write again.
 

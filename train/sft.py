@@ -126,7 +126,7 @@ def train(
     resume = ResumeCallback(
         losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
     )
-    probes = [_probe(arguments, tokenizer, losses)] if arguments.probe_steps else []
+    probes = [_probe(arguments, tokenizer, prompt_format.source, losses)] if arguments.probe_steps else []
     for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
     with told_plainly():
@@ -145,7 +145,7 @@ def train(
         **precision.columns,
         **losses.columns,
         "prompt_format": prompt_format.name,
-        "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
+        "prompt_format_source": prompt_format.source,
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
@@ -201,13 +201,15 @@ def _run_columns(arguments: SftArguments, folder: Path) -> dict[str, Any]:
     }
 
 
-def _probe(arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, losses: LossLog) -> ProbeCallback:
+def _probe(
+    arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, format_source: str, losses: LossLog
+) -> ProbeCallback:
     probe = ProbeCallback(
         arguments.probe_set,
         out=losses.run_dir,
         steps=str(arguments.probe_steps),
         num_train=arguments.probe_train,
-        prompt_format=arguments.prompt_format,
+        prompt_format=format_source,
         max_length=arguments.max_length,
         tokenizer=tokenizer,
         max_tokens=arguments.probe_max_tokens,

@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import DroppedDoc
-from sft_probe.records import Doc
+from sft_probe.records import LONE_SURROGATE, Doc, find_lone_surrogate
 from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import Pair, RowRejectedError, parse_prompt, parse_row
 from sft_probe.synth.sources import Row, read_rows, source_sha256
@@ -67,6 +67,8 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
     value = row.value
     if row.fault or not isinstance(value, dict):
         raise RowRejectedError(row.fault or "not a JSON object")
+    if place := find_lone_surrogate(value):
+        raise RowRejectedError(f"`{place}` holds {LONE_SURROGATE}")
     if "chosen" in value and "rejected" in value:
         return parse_row(value), ("chosen", "rejected")
     messages: Any = value.get("messages")

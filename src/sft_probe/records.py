@@ -23,6 +23,7 @@ DEFAULT_PROBE_SET = "helpful-mini"
 DEFAULT_PROMPT_FORMAT = "hh"
 RESERVED_COLUMNS = ("doc_id", "conversation_id", "split", "messages", "random_doc_id", "meta")
 _MANIFEST = {"name": str, "prompt_format": str, "categories": dict}
+LONE_SURROGATE = "half a surrogate pair, which is no Unicode text"
 _CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
 
 
@@ -49,7 +50,7 @@ class Fault:
     doc_id: str | None
     message: str
     skippable: bool
-    """True where leaving the doc out of every category repairs the set (an empty response)."""
+    """True where leaving the doc out of every category repairs the set (an empty response, half a character)."""
 
     def __str__(self) -> str:
         name = f" ({self.doc_id})" if self.doc_id else ""
@@ -84,7 +85,7 @@ class ProbeSet:
 def load_probe_set(source: str) -> ProbeSet:
     """Reads and validates a probe set.
 
-    Docs with an empty response are left out and stay listed in `faults`.
+    Docs with an empty response or half a surrogate pair are left out and stay listed in `faults`.
 
     Raises:
         UserError: the set does not exist, or has a fault that leaving out a doc cannot repair; names file and line.
@@ -108,6 +109,8 @@ def read_probe_set(source: str) -> ProbeSet:
     files = _files_of(source)
     manifest_path = files[0].parent / "probe_set.json"
     manifest = read_object(manifest_path, optional=_MANIFEST) if manifest_path.exists() else {}
+    if place := find_lone_surrogate(manifest):
+        raise UserError(f"{manifest_path}: `{place}` holds {LONE_SURROGATE}.")
     faults: list[Fault] = []
     rows = list(_parse_lines(files, faults))
     categories = _categories(manifest, manifest_path, rows)
@@ -136,7 +139,7 @@ class _Row:
         return Fault(
             path=self.path,
             line=self.line,
-            doc_id=doc_id if isinstance(doc_id, str) else None,
+            doc_id=_printable(doc_id) if isinstance(doc_id, str) else None,
             message=message,
             skippable=skippable,
         )
@@ -231,8 +234,41 @@ def _check_docs(rows: Iterable[_Row], categories: tuple[str, ...], faults: list[
     return docs
 
 
+def find_lone_surrogate(value: Any, name: str = "") -> str | None:
+    """Return where a JSON value holds half of a surrogate pair, as in `messages[0].content`; `None` where it does not.
+
+    JSON can write it (`"\\ud83d"`), but it is no Unicode text: no file and no tokenizer takes it, and what replaces it
+    is another text.
+    """
+    if _is_unicode(value):
+        return None
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        named = [(f"{name}.{_printable(str(key))}".lstrip("."), key, part) for key, part in value.items()]
+        parts = [(place, item) for place, key, part in named for item in (key, part)]
+    elif isinstance(value, list):
+        parts = [(f"{name}[{number}]", part) for number, part in enumerate(value)]
+    return next((find_lone_surrogate(part, place) for place, part in parts if not _is_unicode(part)), name)
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=repr).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    """The text, with `\\ud83d` for what is half of a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _row_faults(row: _Row, categories: tuple[str, ...]) -> Iterator[Fault]:
     value = row.value
+    if place := find_lone_surrogate(value):
+        yield row.fault(f"`{place}` holds {LONE_SURROGATE}: the doc is left out of all categories", skippable=True)
+        return
     for name in ("doc_id", "conversation_id"):
         if not isinstance(value.get(name), str) or not value[name]:
             yield row.fault(f"`{name}` must be a non-empty string")
