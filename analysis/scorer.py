@@ -44,7 +44,7 @@ class Scorer:
         self.request = request
         self.settings = settings
         self.max_tokens = max_tokens
-        self.live = LiveModel(request.dtype, request.resolved_device, settings.model_config, settings.tokenizer)
+        self.live = LiveModel(request.dtype, request.resolved_device, settings)
         self.lm: ProbeLM | None = None
         self.probe_tasks: dict[str, Any] = {}
         self.benchmarks: dict[str, list[Any]] = {}

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
+from sft_probe.models import load_config, load_tokenizer
 from sft_probe.prompts import Prompt, PromptFormat, encode_probe_set
 from sft_probe.records import DEFAULT_PROBE_SET, Doc, load_probe_set
 
@@ -84,9 +85,7 @@ def _rows(
             (doc, prompt_format.render(doc.messages), {}) for doc in probe_set.docs
         ]
     else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, revision=revision)
+        tokenizer = load_tokenizer(tokenizer_name, revision)
         prompt_format = PromptFormat(format_name, tokenizer)
         window = max_length or _window(tokenizer_name, revision)
         kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, window)
@@ -112,9 +111,8 @@ def _rows(
 
 def _window(model_name: str, revision: str) -> int:
     from lm_eval.models.utils import resolve_max_length
-    from transformers import AutoConfig
 
-    return int(resolve_max_length(AutoConfig.from_pretrained(model_name, revision=revision)))
+    return int(resolve_max_length(load_config(model_name, revision)))
 
 
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""A PEFT adapter on its base, as `PeftModel.from_pretrained` puts it there, or the reason why it cannot be scored."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft_probe.errors import UserError
+from sft_probe.models import load_model, local_folder, one_line
+from sft_probe.weights import ADAPTER_CONFIG, base_of, check_safetensors, read_object
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_NUM_TRIAL_TOKENS = 16
+
+
+def load_adapter(folder: Path, dtype: str) -> "PeftModel":
+    """Load an adapter and its base afresh, on the CPU, in eval mode.
+
+    The base is never one that held another adapter: adapters leave tensors, wrappers and untied heads behind.
+
+    Raises:
+        UserError: as `attach_adapter`; or the base cannot be loaded.
+    """
+    _check_config(folder)
+    return attach_adapter(load_model(str(local_folder(*base_of(folder, "main"))), dtype), folder)
+
+
+def attach_adapter(base: Any, folder: Path) -> "PeftModel":
+    """Put an adapter on its base, a model that holds no other one.
+
+    Raises:
+        UserError: config or tensors have a fault, or the adapter is of a kind that does more than change layers.
+    """
+    from peft import PeftModel
+
+    path = folder / _ADAPTER_WEIGHTS
+    kind = _check_config(folder)
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {_ADAPTER_WEIGHTS}; weights of other kinds are not read.")
+    check_safetensors(path)
+    device = str(base.device)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error of ours, below
+            model: PeftModel = PeftModel.from_pretrained(base, str(folder), torch_device=device)
+            loaded = model.load_adapter(str(folder), "default", torch_device=device)  # once more, for what did not fit
+    except KeyError as error:
+        raise UserError(f"{path} lacks tensors of the adapter: {error}") from error
+    except Exception as error:  # PEFT raises errors of any kind for configs and tensors of another shape
+        raise UserError(f"cannot load the {kind} adapter {folder}: {one_line(error)}") from error
+    if missing := _not_stored(model, loaded.missing_keys):
+        raise UserError(f"{path} lacks tensors of the adapter: {missing[:5]}")
+    if loaded.unexpected_keys:
+        raise UserError(f"{path} has tensors that the adapter has no place for: {sorted(loaded.unexpected_keys)[:5]}")
+    check_adapter(model, str(folder))
+    return model
+
+
+def _check_config(folder: Path) -> str:
+    """Return the adapter's type. Raise `UserError` where PEFT cannot read the config, or it cannot be scored."""
+    from peft import PeftConfig, PeftType
+
+    path = folder / ADAPTER_CONFIG
+    kind = read_object(path).get("peft_type")
+    if kind not in list(PeftType):
+        raise UserError(f"{path}: `peft_type` is {kind!r}, which is no adapter type that the installed peft knows.")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT raises errors of any kind for values of another type
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    _check_kind(config, str(folder))
+    return str(kind)
+
+
+def _check_kind(config: Any, name: str) -> None:
+    """Raise `UserError` where the type of an adapter, or an option of it, rules out that its scores would be right."""
+    if config.is_prompt_learning:
+        raise UserError(f"{name}: adapters that learn a prompt cannot be scored ({config.peft_type.value}).")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise UserError(f"{name}: activated LoRA (`alora_invocation_tokens`) cannot be scored.")
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and "niter" in init:
+        raise UserError(
+            f"{name}: `init_lora_weights` {init!r} changes the base by a random approximation, so that no two "
+            "loads are equal. Convert it to a plain LoRA (save_pretrained, path_initial_model_for_weight_conversion)."
+        )
+
+
+def _not_stored(model: "PeftModel", missing: list[str]) -> list[str]:
+    """Return those of the names that share no memory with a tensor that was loaded."""
+    state = model.state_dict()
+    loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+    return sorted(name.replace(".default", "") for name in missing if state[name].data_ptr() not in loaded)
+
+
+def check_adapter(model: "PeftModel", name: str) -> None:
+    """Check that the base with the adapter in its layers, which is what is scored, computes what the PEFT model does.
+
+    Raises:
+        UserError: it does not, as for learned prompts and for hooks around the model; or no two passes are equal.
+    """
+    _check_kind(model.active_peft_config, name)
+    kind = model.active_peft_config.peft_type.value
+    base = model.get_base_model()
+    ids = torch.arange(_NUM_TRIAL_TOKENS, device=model.device)[None] % base.config.get_text_config().vocab_size
+    try:
+        with torch.no_grad():
+            expected, *others = (run(input_ids=ids).logits for run in (model, base, base))
+    except Exception as error:  # what an adapter's own forward raises
+        raise UserError(f"{name}: a model with this {kind} adapter does not run: {one_line(error)}") from error
+    tolerance = 0 if model.device.type == "cpu" else 1e-2  # sums on a GPU may come in any order
+    if not all(torch.allclose(expected, other, rtol=0, atol=tolerance, equal_nan=True) for other in others):
+        raise UserError(
+            f"adapters of the type {kind} with this config do more than change layers; they cannot be scored."
+        )
