@@ -132,11 +132,11 @@ def save_adapter(form: str, base: Path, folder: Path, *, seed: int = 0, **option
         model.save_pretrained(str(folder), **options)
 
 
-def load_reference(base: Path, folder: Path) -> Any:
+def load_reference(base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return what PEFT's own loader gives for an adapter alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 

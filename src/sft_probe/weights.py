@@ -52,7 +52,7 @@ def base_of(folder: Path, revision: str) -> tuple[str, str]:
     """Return name and revision of the whole model: the directory itself, or the base of the adapter that it holds.
 
     Raises:
-        UserError: the adapter's config names no base.
+        UserError: the adapter's config names no base, or another adapter.
     """
     path = folder / ADAPTER_CONFIG
     if not path.exists():
@@ -62,6 +62,8 @@ def base_of(folder: Path, revision: str) -> tuple[str, str]:
     if not isinstance(base, str) or not base:
         state = f"is {json.dumps(base)}" if "base_model_name_or_path" in adapter else "is missing"
         raise UserError(f"{path}: `base_model_name_or_path` {state}; it must name the model the adapter was made for.")
+    if (Path(base) / ADAPTER_CONFIG).exists():
+        raise UserError(f"{path}: the base, {base}, is an adapter itself; merge that one into its own base first.")
     if not isinstance(base_revision, str):
         raise UserError(f"{path}: `revision` is {base_revision!r}; it must be the name of a revision of {base}.")
     return base, base_revision
