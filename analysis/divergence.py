@@ -43,9 +43,7 @@ def divergences(run: Path) -> pd.DataFrame:
     if missing:
         request = SweepRequest(directory=run)
         settings = resolve_settings(request, checkpoints)
-        start, live = (
-            LiveModel("float32", request.resolved_device, settings.model_config, settings.tokenizer) for _ in range(2)
-        )
+        start, live = (LiveModel("float32", request.resolved_device, settings) for _ in range(2))
         for checkpoint in missing:
             log.info("%s, step %d: KL from the start", run, checkpoint.step)
             write_jsonl(paths[checkpoint.step], _rows(settings, start, live, checkpoints[0], checkpoint))

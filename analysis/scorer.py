@@ -70,7 +70,7 @@ class Scorer:
 
     def _reset(self) -> None:
         request, settings = self.request, self.settings
-        self.live = LiveModel(request.dtype, request.resolved_device, settings.model_config, settings.tokenizer)
+        self.live = LiveModel(request.dtype, request.resolved_device, settings)
         self.lm: ProbeLM | None = None
 
     def score(self, checkpoint: Checkpoint, *, wait: bool = True) -> list[str]:

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from sft_probe import __version__
 from sft_probe.analysis.checkpoints import Checkpoint
-from sft_probe.analysis.live_model import base_of, local_folder, model_config
+from sft_probe.analysis.live_model import model_config, tokenizer_of
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import load_tokenizer
@@ -267,14 +267,6 @@ def record(directory: Path, **values: Any) -> None:
     path = directory / "sweep" / "manifest.json"
     with FileLock(path.with_name(".lock")):
         write_json(path, {**(sweep_manifest(directory) or {}), **values})
-
-
-def tokenizer_of(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Name and revision of a checkpoint's tokenizer; that of the base model for an adapter that is stored without."""
-    folder = local_folder(checkpoint.model, checkpoint.revision)
-    if (folder / "tokenizer_config.json").exists():
-        return str(folder), "main"
-    return base_of(folder, checkpoint.revision)
 
 
 def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:

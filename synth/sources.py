@@ -188,7 +188,7 @@ def _hub_rows(source: str, revision: str | None) -> Iterator[Row]:
     name, _, data_dir = source.partition(":")
     data_dir = data_dir or ("helpful-base" if name == _HH else "")
     try:
-        splits = datasets.load_dataset(name, data_dir=data_dir or None, revision=revision)
+        splits = datasets.load_dataset(name, data_dir=data_dir or None, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"no source {source!r}: no file here, and the hub did not give it ({error}).") from error
     for split, rows in splits.items():

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
+from sft_probe.models import load_config, load_tokenizer
 from sft_probe.prompts import (
     DroppedDoc,
     Prompt,
@@ -120,9 +121,7 @@ def _usable_docs(
         docs = [doc for doc in probe_set.docs if doc.doc_id not in names]
         dropped = dropped_by_faults(probe_set) + refused
         return prompt_format, [(doc, prompt_format.render(doc.messages), {}) for doc in docs], dropped
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, revision=revision)
+    tokenizer = load_tokenizer(tokenizer_name, revision)
     prompt_format = resolve_format(format_name, tokenizer, probe_set.docs)
     kept, dropped = encode_probe_set(
         probe_set, prompt_format, tokenizer, max_length or _window(tokenizer_name, revision)
@@ -132,9 +131,8 @@ def _usable_docs(
 
 def _window(model_name: str, revision: str) -> int:
     from lm_eval.models.utils import resolve_max_length
-    from transformers import AutoConfig
 
-    return int(resolve_max_length(AutoConfig.from_pretrained(model_name, revision=revision)))
+    return int(resolve_max_length(load_config(model_name, revision)))
 
 
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
