@@ -49,7 +49,8 @@ def fault_of(request: Request, answer: Answer, pair: SourcePair, template: Templ
     text = (answer.text or "").strip()
     if answer.status != "ok" or not text:
         return answer.status if answer.status != "ok" else "empty"
-    others = (request.source_text, pair.chosen, pair.rejected)
+    # a non-response speaks of its topic, in the words of it where the writer likes
+    others = {pair.chosen, pair.rejected} | ({request.source_text} if request.category != "non_response" else set())
     faults = {
         "leak": _is_leak(text, template),
         "refusal": _is_refusal(text, request.source_text),
