@@ -44,7 +44,8 @@ def write_card(
         "## Where it comes from",
         *_sections(provenance),
         "`probe_set.json` holds all of this with hashes. Words are split at white space, and are characters where a "
-        "script has none. The ratio is to the chosen response of the same doc; `meta.length_ratio` has it for each text.",
+        "script has none. The ratio is to the chosen response of the same doc; "
+        "`meta.length_ratio` has it for each text.",
     ]
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
 

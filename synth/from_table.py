@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, new_dir, sha256_file, write_json, write_jsonl
+from sft_probe.files import jsonl_lines, make_dir, new_dir, sha256_file, write_json, write_jsonl
 from sft_probe.records import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import RowRejectedError, check_texts, kind_of, parse_turns, stripped
+from sft_probe.synth.hh import RowRejectedError, check_texts, clean_response, kind_of, parse_turns
 from sft_probe.synth.sources import Row, read_table, stem
-from sft_probe.synth.splits import RULE, choose_threshold, draw_key, root_id, split_of
+from sft_probe.synth.splits import MIN_DOCS, RULE, choose_threshold, draw_key, root_id, split_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,16 +55,15 @@ def write_probe_set(
     left_out: list[str] = []
     docs = list(_docs(table, prompt_column, categories, left_out))
     if not docs:
-        reasons = Counter(line.partition(": ")[2] for line in left_out).most_common(3)
-        why = "; ".join(f"{reason} ({count})" for reason, count in reasons) or "it has no rows"
-        raise UserError(f"{table} has no usable row: {why}.")
+        raise UserError(f"{table} has no usable row: {_summary(left_out)}.")
     docs, threshold = _split(docs, heldout, limit, seed)
-    names = list(categories)
-    if "chosen" in categories and "random" not in categories:
-        names.append("random")
+    writers = {name: f"column {column!r}" for name, column in categories.items()}
+    is_random_drawn = "chosen" in categories and "random" not in categories
+    _check_sizes(docs, MIN_DOCS if is_random_drawn else 1, heldout)
+    if is_random_drawn:
+        writers["random"] = "derangement"
         for split in SPLITS:
             add_random([doc for doc in docs if doc["split"] == split], seed)
-    writers = {name: f"column {categories[name]!r}" if name in categories else "derangement" for name in names}
     provenance = {
         "source": table.name,
         "source_sha256": sha256_file(table),
@@ -72,18 +71,36 @@ def write_probe_set(
         "left_out": len(left_out),
         "split": {"rule": RULE, "threshold": threshold},
     }
-    if out.is_dir():
-        out.rmdir()  # it is empty; the new directory takes its name in one step
-    with new_dir(out) as temporary:
-        for split in SPLITS:
-            write_jsonl(temporary / f"{split}.jsonl", [doc for doc in docs if doc["split"] == split])
-        write_manifest(temporary, writers, prompt_format, provenance, name=out.resolve().name)
+    _write(out.resolve(), docs, writers, prompt_format, provenance)
     num_held = sum(doc["split"] == "heldout" for doc in docs)
     _LOG.info(
         "%d of %d docs are held out. --heldout %s keeps each in its split when rows are added or taken away.",
         num_held, len(docs), threshold,
     )  # fmt: skip
     return left_out
+
+
+def _write(
+    out: Path, docs: list[dict[str, Any]], writers: dict[str, str], prompt_format: str, provenance: dict[str, Any]
+) -> None:
+    """Writes the set under another name and renames it: `out` is complete, or what it was."""
+    make_dir(out.parent)
+    with new_dir(out) as temporary:
+        for split in SPLITS:
+            write_jsonl(temporary / f"{split}.jsonl", [doc for doc in docs if doc["split"] == split])
+        write_manifest(temporary, writers, prompt_format, provenance, name=out.name)
+
+
+def _summary(left_out: list[str]) -> str:
+    """The most common reasons, with how many rows each has cost and where the first one is."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for line in left_out:
+        place, _, reason = line.partition(": ")
+        first.setdefault(reason, place)
+        counts[reason] += 1
+    common = (f"{reason} ({count} rows, the first in {first[reason]})" for reason, count in counts.most_common(3))
+    return "; ".join(common) or "it has no rows"
 
 
 def check_new_directory(out: Path) -> None:
@@ -122,7 +139,10 @@ def _docs(table: Path, prompt_column: str, categories: dict[str, str], left_out:
             continue
         yield {"doc_id": f"{stem(table.name)}-{number:05d}", **fields}
     if seen and (missing := [column for column in columns if column not in seen]):
-        raise UserError(f"{table} has no column {', '.join(missing)}; it has {', '.join(seen)}.")
+        raise UserError(
+            f"{table} has no column {', '.join(missing)}; it has {', '.join(seen)}. Name yours with "
+            "--prompt COLUMN and --category NAME=COLUMN."
+        )
 
 
 def _doc(row: Row, prompt_column: str, categories: dict[str, str]) -> dict[str, Any]:
@@ -134,8 +154,8 @@ def _doc(row: Row, prompt_column: str, categories: dict[str, str]) -> dict[str, 
     if faults := [f"{name} is {kind_of(text)}, not text" for name, text in values.items() if not isinstance(text, str)]:
         raise RowRejectedError(", ".join(faults))
     prompt = row.value.get(prompt_column)
-    messages = parse_turns(prompt) if prompt is not None and prompt != "" else []
-    texts = {name: stripped(str(text)) for name, text in values.items()}
+    messages = parse_turns(prompt) if prompt != "" else []
+    texts = {name: clean_response(str(text)) for name, text in values.items()}
     check_texts(messages, list(texts.values()))
     return {"conversation_id": root_id(messages), "split": "", "messages": messages, **texts}
 
@@ -158,14 +178,7 @@ def _split(
     docs = sorted(docs, key=lambda doc: draw_key(_content(doc), seed))
     if heldout >= 1:  # the docs that a limit costs are those of train, so that none changes its split
         docs.sort(key=lambda doc: doc["split"] == "train")
-    docs = docs[:limit]
-    if {doc["split"] for doc in docs} != set(SPLITS):
-        num_conversations = len({doc["conversation_id"] for doc in docs})
-        raise UserError(
-            f"--heldout {heldout:g} leaves one of the splits empty: whole conversations are held out, and the "
-            f"{len(docs)} docs are of {num_conversations}. Give more rows, or another --heldout or --seed."
-        )
-    return docs, threshold
+    return docs[:limit], threshold
 
 
 def add_random(docs: list[dict[str, Any]], seed: int) -> None:
@@ -191,3 +204,14 @@ def write_manifest(
         "provenance": provenance,
     }
     write_json(out / "probe_set.json", manifest)
+
+
+def _check_sizes(docs: list[dict[str, Any]], needed: int, heldout: float) -> None:
+    counts = Counter(doc["split"] for doc in docs)
+    if any(counts[split] < needed for split in SPLITS):
+        num_conversations = len({doc["conversation_id"] for doc in docs})
+        raise UserError(
+            f"--heldout {heldout:g} gives {counts['train']} docs for train and {counts['heldout']} held out, and each "
+            f"split needs {needed}. Whole conversations are held out, and the {len(docs)} docs are of "
+            f"{num_conversations}. Give more rows, or another --heldout or --seed."
+        )

@@ -64,7 +64,7 @@ def parse_row(row: dict[str, Any]) -> Pair:
         raise RowRejectedError(
             "no `prompt`, and the sides are no HH transcripts (`\\n\\nHuman: ... \\n\\nAssistant: ...`)"
         )
-    return _pair(parse_turns(prompt), *(_LABEL.sub("", side, count=1) for side in (chosen, rejected)))
+    return _pair(parse_turns(prompt), clean_response(chosen), clean_response(rejected))
 
 
 def parse_messages(messages: Any) -> tuple[Messages, str]:
@@ -132,9 +132,9 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def stripped(text: str) -> str:
-    """The text with Unix line ends and without white space around it, as every response is stored."""
-    return _unix(text).strip()
+def clean_response(text: str) -> str:
+    """The text of a response column: Unix line ends, no white space around it, no label `Assistant:` before it."""
+    return _LABEL.sub("", _unix(text), count=1).strip()
 
 
 def _unix(text: str) -> str:
@@ -219,7 +219,7 @@ def _content(content: Any) -> str | None:
 
 
 def _pair(messages: Messages, chosen: str, rejected: str) -> Pair:
-    pair = Pair(messages=messages, chosen=stripped(chosen), rejected=stripped(rejected))
+    pair = Pair(messages=messages, chosen=_unix(chosen).strip(), rejected=_unix(rejected).strip())
     check_texts(messages, [pair.chosen, pair.rejected])
     if pair.chosen == pair.rejected:
         raise RowRejectedError("both responses are the same")

@@ -64,20 +64,17 @@ def choose_threshold(conversations: Sequence[str], heldout: float, seed: int) ->
     """
     sizes = Counter(conversations)
     hashes = sorted((_unit_hash(conversation, seed), size) for conversation, size in sizes.items())
-    ends = [value for value, _ in hashes] + [1.0]
     totals = list(itertools.accumulate(size for _, size in hashes))
-
-    def below(num_docs: float) -> float:
-        """A threshold below which stand so many docs, or a few more."""
-        last = next((number for number, total in enumerate(totals) if total >= num_docs), len(totals) - 1)
-        return _shortest_above(ends[last], ends[last + 1])
-
     if heldout >= 1:
-        return below(heldout)
-    num_below = sum(size for value, size in hashes if value < heldout)
-    if MIN_DOCS <= num_below <= len(conversations) - MIN_DOCS:
-        return heldout
-    return below(min(max(num_below, MIN_DOCS), len(conversations) - MIN_DOCS))
+        last = next((number for number, total in enumerate(totals) if total >= heldout), len(totals) - 1)
+    else:
+        num_below = sum(size for value, size in hashes if value < heldout)
+        allowed = [i for i, total in enumerate(totals) if MIN_DOCS <= total <= len(conversations) - MIN_DOCS]
+        if not allowed or num_below in (totals[i] for i in allowed):
+            return heldout
+        last = min(allowed, key=lambda i: abs(totals[i] - num_below))
+    following = hashes[last + 1][0] if last + 1 < len(hashes) else 1.0
+    return _shortest_above(hashes[last][0], following)
 
 
 def _unit_hash(conversation: str, seed: int) -> float:

@@ -11,7 +11,7 @@ from sft_probe.errors import UserError
 from sft_probe.prompts import DroppedDoc
 from sft_probe.records import Doc
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import Pair, RowRejectedError, kind_of, parse_messages, parse_row, parse_turns
+from sft_probe.synth.hh import Pair, RowRejectedError, clean_response, kind_of, parse_messages, parse_row, parse_turns
 from sft_probe.synth.sources import Row, read_rows, source_sha256
 from sft_probe.synth.splits import conversation_id
 
@@ -79,7 +79,7 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
         response = value[response_column]
         if not isinstance(response, str):
             raise RowRejectedError(f"`{response_column}` is {kind_of(response)}, not text")
-        messages = [*parse_turns(value[prompt_column]), {"role": "assistant", "content": response}]
+        messages = [*parse_turns(value[prompt_column]), {"role": "assistant", "content": clean_response(response)}]
     turns, response = parse_messages(messages)
     return Pair(messages=turns, chosen=response, rejected=""), ("chosen",)
 
