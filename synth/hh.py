@@ -112,13 +112,13 @@ def check_texts(messages: Messages, responses: list[str]) -> None:
         raise RowRejectedError("the prompt does not end with a user's turn that says something")
     if not all(response.strip() for response in responses):
         raise RowRejectedError("an empty response")
-    contents = [turn["content"] for turn in messages]
-    if any(_TURN.search(text) for text in (*contents, *responses)):
-        raise RowRejectedError("more turns follow inside a text (a blank line and `Human:` or `Assistant:`)")
     for turn in messages:
         content = turn["content"].strip()
         if turn["role"] == "user" and (content.startswith("Human:") or content.endswith("Assistant:")):
             raise RowRejectedError("a user's turn still starts with `Human:` or ends with `Assistant:`")
+    contents = [turn["content"] for turn in messages]
+    if any(_TURN.search(text) for text in (*contents, *responses)):
+        raise RowRejectedError("more turns follow inside a text (a blank line and `Human:` or `Assistant:`)")
     if any(has_lone_surrogate(text) for text in (*contents, *responses)):
         raise RowRejectedError("half a surrogate pair, which is no Unicode text")
 

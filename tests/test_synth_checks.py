@@ -253,10 +253,11 @@ def test_a_share_keeps_every_doc_in_its_split(rows: list[str], appended: list[st
 
     before, after = splits(rows), splits([*rows, *appended])
     assert splits(rows[::-1]) == before
-    if choose_threshold(rows, share, seed) == share:  # but for sets so small that a split would have fewer than two
+    is_split = set(before.values()) == {"train", "heldout"}
+    if is_split and choose_threshold(rows, share, seed) == share:  # a split of fewer than two docs is mended
         assert before.items() <= after.items()
-    elif len(set(rows)) >= 4:
-        assert set(before.values()) == {"train", "heldout"}
+    elif len(set(rows)) == len(rows) >= 4:
+        assert is_split
 
 
 @given(conversations, st.integers(1, 30), st.integers(0, 9))
