@@ -79,7 +79,7 @@ def _synth(options: argparse.Namespace) -> None:
         write_untrained,
     )
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
-    from sft_probe.synth.output import STORE, check_directory, write_rejected, write_set
+    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_rejected, write_set
     from sft_probe.synth.sources import Rejected
     from sft_probe.synth.store import Store
 
@@ -90,7 +90,8 @@ def _synth(options: argparse.Namespace) -> None:
         raise UserError(f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}.")
     check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
-    settings = Settings(kinds=kinds, **{name: getattr(options, name) for name in names})
+    rule = rule_of(options.out) if options.dry_run else begin_set(options.out)
+    settings = Settings(kinds=kinds, rule=rule, **{name: getattr(options, name) for name in names})
     # made before anything is paid for: it may not be there, or have no place for a prompt
     untrained = _untrained_writer(options) if "untrained" in kinds and not options.dry_run else None
     store = Store(options.out / STORE)
