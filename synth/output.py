@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_jsonl
+from sft_probe.files import write_jsonl
 from sft_probe.records import SPLITS
 from sft_probe.synth.build import Plan, Written
 from sft_probe.synth.card import FIGURE, write_card
@@ -37,7 +37,6 @@ def check_directory(out: Path, source: str) -> None:
         raise UserError(
             f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose another --out."
         )
-    make_dir(out / WORK_DIR)
 
 
 def write_set(
