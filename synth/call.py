@@ -50,7 +50,7 @@ class Caller:
         return None if self._price is None else self._budget.spent_usd
 
     async def ask(self, request: Request) -> Answer | None:
-        """Return the stored answer: `error` after the last attempt, None where the run was stopped before there was one.
+        """Return the stored answer: `error` after the last attempt, None where the run was stopped before it.
 
         Raises:
             UserError: the budget is spent, the writer cannot work, or another version of the model answered.

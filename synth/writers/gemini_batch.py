@@ -15,11 +15,12 @@ from sft_probe.errors import UserError
 from sft_probe.synth.batch import JobFailedError
 from sft_probe.synth.requests import Answer, Request, Wait, error_answer, turned_down
 from sft_probe.synth.writers.gemini import gemini_client, gemini_connection, generation_config, read_answer
-from sft_probe.synth.writers.http import Connection
+from sft_probe.synth.writers.http import Connection, message_of
 from sft_probe.synth.writers.thinking import key_version, least_thinking
 
 _T = TypeVar("_T")
 _TIMEOUT_S = 600.0  # of one call: a file of 10,000 requests may be on its way for minutes
+_MAX_CALL_BYTES = 5_000_000
 _MAX_FILE_BYTES = 2**29  # of the answers of a job
 _INVALID_ARGUMENT = (3, 400)  # as gRPC and HTTP number it
 _JOB_NAME = re.compile(r"batches/[\w.-]{1,200}", re.ASCII)
@@ -48,7 +49,7 @@ class GeminiBatchWriter:
         self.api_version = key_version(api_version, self.name, model)
         self.poll_s = poll_s
         self._rest_version = api_version
-        self._connection = gemini_connection(base_url, max_body_bytes=_MAX_FILE_BYTES, is_body_shown=True)
+        self._connection = gemini_connection(base_url, is_body_shown=True)
         self._client: genai.Client | None = None
 
     async def submit(self, display_name: str, requests: dict[str, Request]) -> str:
@@ -90,7 +91,7 @@ class GeminiBatchWriter:
             if job.dest is None or job.dest.file_name is None:
                 reason = f"{job.state.name if job.state else 'no state'}, {job.error or 'no reason given'}"
                 raise JobFailedError(self._connection.clean(reason))
-            content = await self._call(self._sdk().files.download(file=job.dest.file_name))
+            content = await self._call(self._sdk().files.download(file=job.dest.file_name), _MAX_FILE_BYTES)
         except _GoneError as error:
             raise JobFailedError(str(error)) from None
         return dict(_answer(line, self._connection) for line in content.split(b"\n") if line.strip())
@@ -111,16 +112,16 @@ class GeminiBatchWriter:
             "generationConfig": generation_config(request, self.thinking.config),
         }
 
-    async def _call(self, awaitable: Awaitable[_T]) -> _T:
+    async def _call(self, awaitable: Awaitable[_T], max_body_bytes: int = _MAX_CALL_BYTES) -> _T:
         """Await a call of the SDK. Raise `Wait` for what may pass, else `UserError`."""
         try:
             async with asyncio.timeout(_TIMEOUT_S):
-                called = await self._connection.call(awaitable)
+                called = await self._connection.call(awaitable, max_body_bytes)
         except TimeoutError:
             raise Wait(f"no answer in {_TIMEOUT_S:g} s", maybe_billed=True) from None
         reply = called.reply
         if reply.status == 404:
-            raise _GoneError(f"HTTP 404: {self._connection.clean(reply.body.decode(errors='replace'))}")
+            raise _GoneError(f"HTTP 404: {self._connection.clean(message_of(reply.json()) or 'no reason given')}")
         if not 200 <= reply.status < 300:
             answer = self._connection.failed(reply, reply.json())
             raise UserError(f"the server refuses a batch job: {answer.reason}.")

@@ -17,8 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 from sft_probe.errors import UserError
 from sft_probe.synth.requests import Answer, Wait, error_answer, turned_down
 
-MAX_BODY_BYTES = 5_000_000
-"""Of one answer; a text of 1,000 tokens takes a thousandth of it."""
+_MAX_BODY_BYTES = 5_000_000  # of one answer; a text of 1,000 tokens takes a thousandth of it
 _RETRIED = (408, 409, 425, 429)
 _HOPELESS = (401, 402, 403, 404, 405, 407, 451)
 _HOPELESS_STATES = ("FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -114,6 +113,7 @@ class Reply:
 class Exchange:
     """What went over the wire in the call of an SDK, whatever the SDK made of it."""
 
+    max_body_bytes: int
     is_sent: bool = False
     reply: Reply | None = None
     """The last one."""
@@ -146,7 +146,6 @@ class Connection:
     Args:
         key: sent by the SDK.
         base_url: of the server.
-        max_body_bytes: more of a body is not read.
         is_body_shown: whether the SDK reads what the server sends. Otherwise it is given an empty object, and nothing
             that a server sends can break it.
 
@@ -154,14 +153,12 @@ class Connection:
         UserError: `base_url` is no address.
     """
 
-    def __init__(
-        self, key: Secret, base_url: str, *, max_body_bytes: int = MAX_BODY_BYTES, is_body_shown: bool = False
-    ) -> None:
+    def __init__(self, key: Secret, base_url: str, *, is_body_shown: bool = False) -> None:
         origin = _origin(base_url)
         if origin is None:
             raise UserError(f"{base_url!r} is no address of a server. Give one like https://host/v1.")
-        self.key, self.max_body_bytes, self._is_body_shown = key, max_body_bytes, is_body_shown
-        self._origin, self.base_url = origin, base_url
+        self.key, self.base_url = key, base_url
+        self._origin, self._is_body_shown = origin, is_body_shown
 
     def proxy(self) -> str | None:
         """Return the proxy of the environment: a tunnel for TLS. Plain HTTP goes without, or the proxy has the key."""
@@ -191,18 +188,23 @@ class Connection:
     def add_chunk(self, body: bytearray, chunk: bytes) -> None:
         """Append to a body. Raises `StoppedError` where it grows too long."""
         body += chunk
-        if len(body) > self.max_body_bytes:
-            self.note_problem(f"the answer is longer than {self.max_body_bytes / 1e6:g} MB")
+        limit = _exchange.get().max_body_bytes
+        if len(body) > limit:
+            self.note_problem(f"the answer is longer than {limit / 1e6:g} MB")
             raise StoppedError
 
-    async def call(self, awaitable: Awaitable[_T]) -> Called[_T]:
+    async def call(self, awaitable: Awaitable[_T], max_body_bytes: int = _MAX_BODY_BYTES) -> Called[_T]:
         """Await a call of an SDK; return what the server sent, whatever the SDK made of it.
+
+        Args:
+            awaitable: the call.
+            max_body_bytes: of an answer; more is not read.
 
         Raises:
             Wait: there is no reply.
             UserError: the call leads to another origin.
         """
-        exchange, value, problem = _begin_exchange(), None, None
+        exchange, value, problem = _begin_exchange(max_body_bytes), None, None
         try:
             value = await awaitable
         except Exception as error:  # an SDK raises all sorts; only what was on the wire counts
@@ -211,7 +213,7 @@ class Connection:
 
     def call_blocking(self, function: Callable[[], _T]) -> Called[_T]:
         """Make a call of an SDK that blocks; see `call`."""
-        exchange, value, problem = _begin_exchange(), None, None
+        exchange, value, problem = _begin_exchange(_MAX_BODY_BYTES), None, None
         try:
             value = function()
         except Exception as error:  # see above
@@ -292,7 +294,7 @@ class Connection:
         if 300 <= reply.status < 400:
             target = self.show_url(reply.headers.get("location", "nowhere"))
             raise self.refusal(f"the server redirects (HTTP {reply.status}) to {target}")
-        reason = f"HTTP {reply.status}: {self.clean(_message(value) or 'no reason given')}"
+        reason = f"HTTP {reply.status}: {self.clean(message_of(value) or 'no reason given')}"
         if reply.status == 429 and (quota := _daily_quota(value)):
             raise UserError(
                 f"the quota of the day is used up: {self.clean(quota)} ({reason}). All answers so far are stored; run "
@@ -311,14 +313,14 @@ class Connection:
         """An error inside a success: what it cost is not known, so it counts as paid."""
         error = value["error"]
         code = error.get("code") if isinstance(error, dict) else None
-        reason = f"HTTP {reply.status} with an error: {self.clean(_message(value) or 'no reason given')}"
+        reason = f"HTTP {reply.status} with an error: {self.clean(message_of(value) or 'no reason given')}"
         if isinstance(code, int) and (code in _RETRIED or 500 <= code < 600):
             raise Wait(reason, wait_s(value, reply.headers), maybe_billed=True, raw=raw)
         return replace(error_answer(reason), raw=raw, num_prompt_tokens=None, num_output_tokens=None)
 
 
-def _begin_exchange() -> Exchange:
-    exchange = Exchange()
+def _begin_exchange(max_body_bytes: int) -> Exchange:
+    exchange = Exchange(max_body_bytes)
     _exchange.set(exchange)
     return exchange
 
@@ -369,7 +371,8 @@ def _inner(value: Any) -> Any:
     return value.get("error", value) if isinstance(value, dict) else None
 
 
-def _message(value: Any) -> str | None:
+def message_of(value: Any) -> str | None:
+    """Return what a server says in the JSON of an error."""
     inner = _inner(value)
     message = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
     return None if not message else str(message)
