@@ -17,11 +17,16 @@ from sft_probe.synth.report import NearDuplicates
 from sft_probe.synth.requests import Answer, Request
 from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
 from sft_probe.synth.splits import RULE, check_sizes, conversation_id, draw_key, split_pairs
+from sft_probe.synth.trial import Trial
 from sft_probe.synth.words import count_words
 
 UNTRAINED_TEMPLATE = "untrained@1"
 Obtain = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
 """Gives every request, of which the number is told, its answer, in order."""
+
+
+def _ignore(_: str) -> None:
+    """Note nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,8 @@ class Settings:
     seed: int
     rule: int = RULE
     """Version of the rule by which docs are drawn, split and given topics."""
+    thinking_tokens: int = 0
+    """Room for a model's thoughts, on top of the output limit of each text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +70,11 @@ class Plan:
         return len(self.pairs) * len(self.templates)
 
     def requests(self) -> Iterator[Request]:
-        """What the writer is asked, doc by doc."""
+        """Yield what the writer is asked, doc by doc."""
+        extra = self.settings.thinking_tokens
         for pair in self.pairs:
-            yield from make_requests(pair, self.templates, self.topics[pair.doc_id])
+            for request in make_requests(pair, self.templates, self.topics[pair.doc_id]):
+                yield replace(request, max_output_tokens=request.max_output_tokens + extra)
 
 
 @dataclass(kw_only=True)
@@ -146,13 +155,18 @@ def _topics(drawn: list[SourcePair], settings: Settings) -> dict[str, str]:
     return {pair.doc_id: topic_of(parts, _key(pair, settings.seed)) for pair in drawn}
 
 
-def write_texts(plan: Plan, obtain: Obtain) -> Written:
-    """Has every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`.
+def write_texts(plan: Plan, obtain: Obtain, note_fault: Callable[[str], None] = _ignore) -> Written:
+    """Have every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`.
+
+    Args:
+        plan: what is written.
+        obtain: gives the answers.
+        note_fault: is told what is wrong with a text, for the live line.
 
     Raises:
-        UserError: some texts have no answer.
+        UserError: some texts have no answer, or nothing that comes back can be used.
     """
-    written = Written()
+    written, trial = Written(), Trial()
     pairs = {pair.doc_id: pair for pair in plan.pairs}
     indexes = {kind: NearDuplicates() for kind in plan.templates}
 
@@ -164,11 +178,18 @@ def write_texts(plan: Plan, obtain: Obtain) -> Written:
         if fault is None:
             index.first_of(str(answer.text), 0)
             written.accept(request, answer)
+        elif answer.status == "ok":
+            note_fault(fault)
         return fault
 
     again = []
     for request, answer in _answered(obtain(plan.requests(), plan.num_requests)):
-        if fault := judge(request, answer):
+        fault = judge(request, answer)
+        trial.note(request.category, answer, fault)
+        if fault and answer.is_turned_down:  # a second try would be the same request
+            written.last_faults[request.category, fault] += 1
+            plan.rejected.add(pairs[request.doc_id], f"`{request.category}`: not taken by the server: {answer.reason}")
+        elif fault:
             written.first_faults[request.category, fault] += 1
             again.append(replace(request, sample_index=1))
     for request, answer in _answered(obtain(iter(again), len(again))):

@@ -35,6 +35,7 @@ KINDS = (*DEFAULT_KINDS, "chosen_paraphrase", "format_flip", "permuted", "untrai
 TOPIC_LISTS = ("subjects", "places", "angles")
 _DETAILS = "details"
 """A fourth list, which may be missing: it makes it unlikely that two docs have one topic."""
+_TEMPLATE_SUFFIXES = (".txt", ".jinja", ".jinja2", ".j2", ".yaml", ".yml")
 _VERSION = re.compile(r"\{#-?\s*version\s+([\w.-]+)\s*-?#\}")
 
 
@@ -70,7 +71,18 @@ def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, 
     """
     if directory is not None and not directory.is_dir():
         raise UserError(f"--templates {directory}: no such directory.")
+    _check_names(directory)
     return {kind: _load_template(kind, directory) for kind in kinds if kind in SOURCE_OF}
+
+
+def _check_names(directory: Path | None) -> None:
+    """Raise `UserError` where a file looks like a template and has no name of one: it would be passed over."""
+    known = [*(f"{kind}.txt" for kind in SOURCE_OF), "topics.yaml"]
+    files = directory.iterdir() if directory else ()
+    unknown = sorted(file.name for file in files if file.suffix in _TEMPLATE_SUFFIXES and file.name not in known)
+    if unknown:
+        raise UserError(f"--templates {directory}: no category has a template {', '.join(unknown)}; there are "
+                        f"{', '.join(known)}.")  # fmt: skip
 
 
 def _load_template(kind: str, directory: Path | None) -> Template:

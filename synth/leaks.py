@@ -48,7 +48,9 @@ _THOUGHT = regex.compile(
     rf"|let me (?:think|try to|start by|{_REWRITE})|let's {_REWRITE}|we need to {_REWRITE})",
     regex.IGNORECASE,
 )
-_AS_ASKED = regex.compile(r"\W*(?:as (?:you )?(?:requested|asked)|per your request|in other words, as)\b", regex.IGNORECASE)
+_AS_ASKED = regex.compile(
+    r"\W*(?:as (?:you )?(?:requested|asked)|per your request|in other words, as)\b", regex.IGNORECASE
+)
 _PREAMBLE = regex.compile(rf"\W*(?:{_YES}\b\W*)*{_HERE}", regex.IGNORECASE)
 _FIRST_PERSON = regex.compile(r"\b(?:I|I've|I'll|we|let me|let's|my|below)\b", regex.IGNORECASE)
 _NOTE = regex.compile(
@@ -63,7 +65,8 @@ _ACCOUNT = regex.compile(
 )
 _ON_TEXT = regex.compile(
     r"\b(?:meaning|tone|structure|wording|length|style|mistakes?|errors?|source text|meant|words)\b|original|原文|原意|语气|語気|意味|元の|원문"
-    r"|оригинал|исходн|смысл|\bsens\b|\bsinn\b|\bton\b|\btono\b|\bsentido\b|\bsignificado\b|\bsenso\b|\btom\b|" + _REWRITE,
+    r"|оригинал|исходн|смысл|\bsens\b|\bsinn\b|\bton\b|\btono\b|\bsentido\b|\bsignificado\b|\bsenso\b|\btom\b|"
+    + _REWRITE,
     regex.IGNORECASE,
 )
 _DID = regex.compile(

@@ -153,11 +153,16 @@ _MACHINE = re.compile("|".join(language.machine for language in _LANGUAGES), re.
 _CANNOT = re.compile("|".join(language.cannot for language in _LANGUAGES), re.IGNORECASE)
 _SORRY = re.compile("|".join(language.sorry for language in _LANGUAGES), re.IGNORECASE)
 _TASKS = [
-    (re.compile(language.cannot, re.IGNORECASE), re.compile(language.sorry, re.IGNORECASE), re.compile(language.task, re.IGNORECASE))
+    (
+        re.compile(language.cannot, re.IGNORECASE),
+        re.compile(language.sorry, re.IGNORECASE),
+        re.compile(language.task, re.IGNORECASE),
+    )
     for language in _LANGUAGES
 ]
 _CONDITION = re.compile(
-    r"\b(?:without|until|unless|before|sans|ohne|sin|senza|sem|zonder|bez|без|не зная|olmadan)\b|如果不|不知道|分からないと|모르면", re.IGNORECASE
+    r"\b(?:without|until|unless|before|sans|ohne|sin|senza|sem|zonder|bez|без|не зная|olmadan)\b|如果不|不知道|分からないと|모르면",
+    re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f\u0964])\s*|\n+")
 _APOLOGY = re.compile(r"\b(sorry|apolog\w+)\b", re.IGNORECASE)

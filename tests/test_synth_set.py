@@ -127,7 +127,7 @@ def test_status_and_dry_run(
                     "http://127.0.0.1:9/v1", "--price", "1,2", "--out", tmp_path / "dry", "--dry-run")  # fmt: skip
     assert "calls: 72 (0 texts are stored)" in dry.stdout, dry.stderr
     assert "cost: 0.0" in dry.stdout
-    assert "set: not written yet" in sft_probe("synth", "status", tmp_path / "dry").stdout
+    assert not (tmp_path / "dry").exists()
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     gemini = ("synth", "--source", raw, "--writer", "gemini", "--out", tmp_path / "gemini")
