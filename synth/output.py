@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-<<<<<<< HEAD
 from sft_probe.files import find, make_dir, read_json, remove_leftovers, write_json, write_jsonl
-=======
-from sft_probe.files import write_jsonl
->>>>>>> keys
 from sft_probe.records import SPLITS
 from sft_probe.synth.build import Plan, Written
 from sft_probe.synth.card import FIGURE, write_card
@@ -43,7 +39,6 @@ def check_directory(out: Path, source: str) -> None:
         raise UserError(
             f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose another --out."
         )
-<<<<<<< HEAD
 
 
 def rule_of(out: Path) -> int:
@@ -58,8 +53,6 @@ def begin_set(out: Path) -> None:
     rule = rule_of(out)
     make_dir(out / WORK_DIR)
     write_json(out / _RULE_FILE, {"rule": rule})
-=======
->>>>>>> keys
 
 
 def write_set(
