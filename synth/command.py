@@ -77,11 +77,7 @@ def add_synth(command: argparse.ArgumentParser) -> None:
 def _synth(options: argparse.Namespace) -> None:
     from sft_probe.synth.build import Settings, make_plan
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
-<<<<<<< HEAD
-    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_rejected, write_set
-=======
-    from sft_probe.synth.output import STORE, check_directory, write_rejected
->>>>>>> keys
+    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_rejected
     from sft_probe.synth.sources import Rejected
     from sft_probe.synth.store import Store
 
@@ -92,16 +88,9 @@ def _synth(options: argparse.Namespace) -> None:
         raise UserError(f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}.")
     check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
-<<<<<<< HEAD
-    rule = rule_of(options.out) if options.dry_run else begin_set(options.out)
-    settings = Settings(kinds=kinds, rule=rule, **{name: getattr(options, name) for name in names})
-    # made before anything is paid for: it may not be there, or have no place for a prompt
-    untrained = _untrained_writer(options) if "untrained" in kinds and not options.dry_run else None
-    store = Store(options.out / STORE)
-=======
     fields = {name: getattr(options, name) for name in names}
-    settings = Settings(kinds=kinds, thinking_tokens=_thinking_tokens(options), **fields)
->>>>>>> keys
+    thinking_tokens = _thinking_tokens(options)
+    settings = Settings(kinds=kinds, rule=rule_of(options.out), thinking_tokens=thinking_tokens, **fields)
     rejected = Rejected()
     if options.dry_run:  # needs neither key nor package, and writes nothing
         _print_estimate(options, make_plan(settings, rejected))
@@ -109,6 +98,7 @@ def _synth(options: argparse.Namespace) -> None:
     # made before anything is paid for: it may not be there, or have no place for a prompt
     untrained = _untrained_writer(options) if "untrained" in kinds else None
     writer = _writer(options)
+    begin_set(options.out)
     try:
         with Store(options.out / STORE) as store:
             plan = make_plan(settings, rejected, untrained.tokenizer if untrained else None)
@@ -154,10 +144,6 @@ def _left_out(plan: "Plan") -> str:
 
 
 def _status(options: argparse.Namespace) -> None:
-<<<<<<< HEAD
-    from sft_probe.files import read_object
-=======
->>>>>>> keys
     from sft_probe.synth.output import STORE
     from sft_probe.synth.store import open_copy
 
@@ -173,29 +159,17 @@ def _status(options: argparse.Namespace) -> None:
             )
         num_lost, lost_usd = store.lost_calls()
         lines.append(f"spent: {store.cost_usd():.4f} USD, of it {lost_usd:.4f} for {num_lost} calls without an answer")
-<<<<<<< HEAD
-    finally:
-        store.close()
-    manifest = options.directory / "probe_set.json"
-    counts = read_object(manifest, {"counts": dict})["counts"] if manifest.is_file() else None
-    sizes = [f"{counts.get(split, 0)} {split}" for split in ("train", "heldout")] if counts else ["not written yet"]
-    lines.append(f"set: {', '.join(sizes)}")
-=======
     lines.append(_set_line(options.directory / "probe_set.json"))
->>>>>>> keys
     print("\n".join(lines))  # noqa: T201
 
 
 def _set_line(manifest: Path) -> str:
-    from sft_probe.files import read_json
+    from sft_probe.files import read_object
 
     if not manifest.is_file():
         return "set: not written yet"
-    value = read_json(manifest)
-    counts = value.get("counts") if isinstance(value, dict) else None
-    if not isinstance(counts, dict) or not {"train", "heldout"} <= counts.keys():
-        raise UserError(f"{manifest} has no counts of the splits; run the synth command again to write the set.")
-    return f"set: {counts['train']} train, {counts['heldout']} heldout"
+    counts = read_object(manifest, {"counts": dict})["counts"]
+    return f"set: {counts.get('train', 0)} train, {counts.get('heldout', 0)} heldout"
 
 
 @dataclass
