@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.analysis.checkpoints import OWN_SNAPSHOTS, Checkpoint
-from sft_probe.analysis.live_model import base_of, local_folder
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_object, sha256_file
-from sft_probe.models import resolve_model
-from sft_probe.weights import ADAPTER_CONFIG, weight_files
+from sft_probe.models import local_folder, resolve_model
+from sft_probe.weights import ADAPTER_CONFIG, base_of, weight_files
 
 RECORD = "checkpoint.json"
 Identity = dict[str, Any]

@@ -61,7 +61,8 @@ class Simplicity:
     """One row per run, `COLUMNS`, with the KL those of `at_matched_gain`; in nats unless the name says bits."""
     contrasts: pd.DataFrame
     """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders low high`, each
-    row on the same texts; `low` and `high` end the 95 % interval over data orders and texts, in bits."""
+    row on the same texts; `low` and `high` end the 95 % interval over data orders and texts, in bits (of one order: over
+    texts alone)."""
     notes: list[str]
 
 
@@ -219,7 +220,7 @@ def _difference(nats: Floats, clusters: Ints, num_bytes: int) -> dict[str, objec
     bits = nats / math.log(2)
     num_texts = bits.shape[1]
     mean, _, low_orders, high_orders = over_runs(bits.sum(axis=1, keepdims=True))
-    _, low, high = over_runs_and_docs(bits[:, :, None], clusters)
+    joint = over_runs_and_docs(bits[:, :, None], clusters)
     return {
         "num_runs": len(bits),
         "num_texts": num_texts,
@@ -227,8 +228,8 @@ def _difference(nats: Floats, clusters: Ints, num_bytes: int) -> dict[str, objec
         "bits_per_byte": mean[0] / num_bytes,
         "low_orders": low_orders[0],
         "high_orders": high_orders[0],
-        "low": low[0] * num_texts,
-        "high": high[0] * num_texts,
+        "low": joint.low[0] * num_texts,
+        "high": joint.high[0] * num_texts,
     }
 
 

@@ -31,9 +31,8 @@ def simplicity_text(found: Simplicity) -> str:
 
         lines += kl_text(found.runs)
     for _, row in found.contrasts.iterrows():
-        interval = "one order: no interval"
-        if not math.isnan(row["low"]):
-            interval = f"[{row['low']:+.0f}, {row['high']:+.0f}] for other orders and texts"
+        scope = "for other texts; one order" if row["num_runs"] == 1 else "for other orders and texts"
+        interval = f"[{row['low']:+.0f}, {row['high']:+.0f}] {scope}" if not math.isnan(row["low"]) else "no interval"
         lines.append(
             f"{row['train_category']} costs {row['difference_bits']:+.0f} bits ({row['bits_per_byte']:+.4f} per byte) "
             f"more than {row['than']} on the same {row['num_texts']} texts, {row['num_runs']} order(s), {interval}"

@@ -20,8 +20,17 @@ def check_weight_files(folder: Path) -> None:
         UserError: there is neither, a file is missing or damaged, or the index has another shape than transformers
             reads.
     """
-    for path in [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else _indexed_files(folder):
+    for path in weight_files(folder):
         check_safetensors(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return `model.safetensors`, or all the files that its index names.
+
+    Raises:
+        UserError: there is neither, or the index has another shape than transformers reads.
+    """
+    return [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else _indexed_files(folder)
 
 
 def check_safetensors(path: Path) -> None:
