@@ -61,8 +61,8 @@ class Simplicity:
     """One row per run, `COLUMNS`, with the KL those of `at_matched_gain`; in nats unless the name says bits."""
     contrasts: pd.DataFrame
     """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders low high`, each
-    row on the same texts; `low` and `high` end the 95 % interval over data orders and texts, in bits (of one order: over
-    texts alone)."""
+    row on the same texts; `low` and `high` end the 95 % interval over data orders and texts, in bits (of one order:
+    over texts alone)."""
     notes: list[str]
 
 
