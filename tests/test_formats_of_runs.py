@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers import CHATML, Run, make_docs, make_tokenizer, needs_shared, user_error
+from helpers import CHATML, SHARED, Run, make_docs, make_tokenizer, needs_shared, user_error
 from test_tokenizer_matrix import save_model, write_mixed_set
 from tokenizer_matrix import MEMBERS
 
@@ -243,8 +243,48 @@ def test_where_half_a_surrogate_pair_stands() -> None:
 
 
 @needs_shared
+@pytest.mark.parametrize(("template", "expected"), [("think", -160.4847), ("channel", -141.3956)])
+def test_an_answer_is_scored_where_it_stands(template: str, expected: float, sft_probe: Run, tmp_path: Path) -> None:
+    """Not inside the thought, or without the channel, that the template's generation prompt leads to."""
+    cases = SHARED / "cases"
+    shutil.copytree(
+        cases / "clock_in_template/ck/checkpoint-1", tmp_path / "checkpoint-1", copy_function=shutil.copyfile
+    )
+    text = (cases / f"generation_prompt_opens_thought/{template}.jinja").read_text()
+    (tmp_path / "checkpoint-1/chat_template.jinja").write_text(text)
+    result = sft_probe(
+        "sweep", tmp_path / "out", "--checkpoints", tmp_path / "checkpoint-1", "--prompt_format", "chat",
+        "--probe_set", cases / "clock_in_template/set.jsonl",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    scores = pd.read_parquet(tmp_path / "out/scores.parquet").set_index(["doc_id", "category"])
+    assert scores.loc[("d0", "chosen"), "logprob"] == pytest.approx(expected, abs=1e-3)
+    assert set(scores["prompt_format"]) == {"chat+full_render"}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["set", "mix"])
+@pytest.mark.parametrize("spec", ["chat", "plain", "hh", "alpaca.j2"])
+@pytest.mark.parametrize("model", ["ck", "eos_bos"])
+def test_no_shared_case_loses_a_doc_to_its_join(model: str, spec: str, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    case = SHARED / "cases/token_spans_the_join"
+    tokenizer = AutoTokenizer.from_pretrained(case / model / "checkpoint-1")
+    probe_set = load_probe_set(str(case / f"{name}.jsonl"))
+    if spec == "chat" and not tokenizer.chat_template:
+        with pytest.raises(UserError, match="needs a tokenizer with a chat template"):
+            resolve_format(spec, tokenizer, probe_set.docs)
+        return
+    given = str(case / spec) if spec.endswith(".j2") else spec
+    prompt_format = resolve_format(given, tokenizer, probe_set.docs)
+    assert prompt_format.in_use == (spec != "hh")
+    kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, 512)
+    assert (len(kept), dropped) == (8, [])
+
+
+@needs_shared
 def test_the_terminator_needs_no_registration_as_extra() -> None:
-    from helpers import SHARED
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "cases/end_of_turn_not_extra_special/model")

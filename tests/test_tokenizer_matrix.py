@@ -14,7 +14,7 @@ from fetch_tokenizers import NAMES, FetchError, fetch
 from helpers import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_matrix import FILES, MEMBERS, Member, spec_of, tokenizer_rows
+from tokenizer_matrix import FILES, MEMBERS, TEMPLATES, Member, spec_of, tokenizer_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sft_probe.prompts import (
@@ -190,8 +190,9 @@ def test_live_probe_sweep_and_training_agree(member: Member, sft_probe: Run, tmp
     assert (live["logprob_eos"] - swept["logprob_eos"]).abs().max() < 1e-3
     rows = [json.loads(line) for line in (tmp_path / "run/first_epoch.jsonl").read_text().splitlines()]
     assert len(rows) == 4
+    trained = live.reset_index().query("step == 0 and split == 'train' and category == 'chosen'").set_index("doc_id")
     for row in rows:
-        scored = live.loc[(0, "train", "chosen", row["doc_id"])]
+        scored: Any = trained.loc[str(row["doc_id"])]
         assert row["num_tokens"] == scored["num_tokens"] + 1
         assert row["loss_sum"] == pytest.approx(-(scored["logprob"] + scored["logprob_eos"]), abs=2e-3)
 
@@ -212,19 +213,23 @@ def real_tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 REAL_END = {
-    "llama2": None, "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "qwen3": "<|im_end|>",
-    "deepseek_v3": "<｜end▁of▁sentence｜>", "gptoss": None, "gemma": None, "gemma3": "<end_of_turn>",
+    "llama2": "</s>", "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "qwen3": "<|im_end|>",
+    "deepseek_v3": "<｜end▁of▁sentence｜>", "gptoss": "<|return|>", "gemma": "<end_of_turn>", "gemma3": "<end_of_turn>",
+    "mistral_v3": "</s>", "tekken": "</s>",
 }  # fmt: skip
-"""The terminator of the chat template; `None` where the package holds no template."""
+OWN_TEMPLATES = {
+    "llama2": "llama2", "gptoss": "harmony", "gemma": "gemma", "mistral_v3": "mistral", "tekken": "mistral"
+}  # fmt: skip
+"""For packages without a chat template: the one of their family in the matrix."""
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("format_name", ["plain", "hh", "chat", "alpaca"])
 def test_real_tokenizers(format_name: str, real_tokenizer: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     name = request.node.callspec.params["real_tokenizer"]
-    if format_name == "chat" and REAL_END[name] is None:
+    if name in OWN_TEMPLATES:
         assert not real_tokenizer.chat_template
-        pytest.skip("the package holds no chat template")
+        real_tokenizer.chat_template = TEMPLATES[OWN_TEMPLATES[name]]
     spec = format_name
     if format_name == "alpaca":
         spec = str(tmp_path / "alpaca.j2")
@@ -233,7 +238,7 @@ def test_real_tokenizers(format_name: str, real_tokenizer: Any, request: pytest.
     prompt_format = resolve_format(spec, real_tokenizer, probe_set.docs)
     kept, dropped = encode_probe_set(probe_set, prompt_format, real_tokenizer, 2048)
     assert (len(kept), dropped) == (96, [])
-    spans = name in ("llama3", "llama3_1", "qwen3", "deepseek_v3", "gptoss")
+    spans = name not in ("llama2", "mistral_v3", "gemma", "gemma3")
     assert prompt_format.in_use == (spans and format_name in ("plain", "alpaca"))
     terminator = terminator_id(prompt_format.name, real_tokenizer)
     for doc in probe_set.docs[::6]:

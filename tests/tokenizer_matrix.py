@@ -284,11 +284,15 @@ def _member(
     )
 
 
-_GPT = {"eos": "<|endoftext|>"}
-_TEXT = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "adds": "<|begin_of_text|> A"}
-_DEEP = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "adds": "<｜begin▁of▁sentence｜> A"}
-_SPM = {"bos": "<s>", "adds": "<s> A"}
-_THINK = {"markers": _MARKERS["think"], **_GPT}
+_GPT: dict[str, Any] = {"eos": "<|endoftext|>"}
+_TEXT: dict[str, Any] = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "adds": "<|begin_of_text|> A"}
+_DEEP: dict[str, Any] = {
+    "bos": "<｜begin▁of▁sentence｜>",
+    "eos": "<｜end▁of▁sentence｜>",
+    "adds": "<｜begin▁of▁sentence｜> A",
+}
+_SPM: dict[str, Any] = {"bos": "<s>", "adds": "<s> A"}
+_THINK: dict[str, Any] = {"markers": _MARKERS["think"], **_GPT}
 MEMBERS = [
     _member("gpt2", "", "<|endoftext|>", format_name="hh", **_GPT),
     _member("gpt2", "", "<|endoftext|>", format_name="plain", **_GPT),
