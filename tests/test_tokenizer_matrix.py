@@ -214,9 +214,10 @@ def real_tokenizer(request: pytest.FixtureRequest) -> Any:
 
 REAL_END = {
     "llama2": "</s>", "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "qwen3": "<|im_end|>",
-    "deepseek_v3": "<｜end▁of▁sentence｜>", "gptoss": "<|return|>", "gemma": "<end_of_turn>", "gemma3": "<end_of_turn>",
+    "deepseek_v3": "<｜end▁of▁sentence｜>", "gptoss": "<|return|>", "gemma": "<eos>", "gemma3": "<end_of_turn>",
     "mistral_v3": "</s>", "tekken": "</s>",
 }  # fmt: skip
+"""What ends an answer in a chat; the package of the first Gemma spells `<end_of_turn>` out, so that EOS does."""
 OWN_TEMPLATES = {
     "llama2": "llama2", "gptoss": "harmony", "gemma": "gemma", "mistral_v3": "mistral", "tekken": "mistral"
 }  # fmt: skip
