@@ -242,6 +242,26 @@ def test_where_half_a_surrogate_pair_stands() -> None:
     assert find_lone_surrogate("\udfff") == ""
 
 
+def test_a_template_that_leaves_the_question_out_is_refused() -> None:
+    """As those of models that see: they look for parts of a turn, where the turn is a text."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endfor %}<|im_start|>"
+    )
+    probe_set = load_probe_set("helpful-mini")
+    prompt_format = resolve_format("chat", tokenizer, probe_set.docs)
+    kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, 512)
+    assert not kept
+    assert "does not write the text of the last turn" in dropped[0].reason
+
+
+@pytest.mark.parametrize("spec", ["hh@2026-01-01", "plain+full_render"])
+def test_only_a_chat_has_a_time(spec: str) -> None:
+    with pytest.raises(UserError, match="only chat takes a time"):
+        PromptFormat(spec)
+
+
 @needs_shared
 @pytest.mark.parametrize(("template", "expected"), [("think", -160.4847), ("channel", -141.3956)])
 def test_an_answer_is_scored_where_it_stands(template: str, expected: float, sft_probe: Run, tmp_path: Path) -> None:

@@ -198,8 +198,8 @@ def test_live_probe_sweep_and_training_agree(member: Member, sft_probe: Run, tmp
 
 
 @pytest.mark.full
-def test_every_row_for_the_docs_is_right(tmp_path: Path) -> None:
-    rows = list(tokenizer_rows(tmp_path))
+def test_every_row_for_the_docs_is_right() -> None:
+    rows = tokenizer_rows()
     assert [result for _, result, _ in rows] == ["right"] * len(MEMBERS)
 
 

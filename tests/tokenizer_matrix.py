@@ -5,6 +5,7 @@ and which token must end a response; `tokenizer_rows` runs them for docs/models.
 """
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,8 +352,13 @@ def spec_of(member: Member, folder: Path) -> str:
     return str(path)
 
 
-def tokenizer_rows(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, result and note of each member, as run on the embedded set; `folder` is for scratch."""
+def tokenizer_rows() -> list[tuple[str, str, str]]:
+    """Name, result and note of each member, as run on the embedded set."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(_rows(Path(folder)))
+
+
+def _rows(folder: Path) -> Iterator[tuple[str, str, str]]:
     probe_set = load_probe_set("helpful-mini")
     for member in MEMBERS:
         tokenizer = member.make()
