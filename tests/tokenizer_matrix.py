@@ -51,9 +51,11 @@ def _texts() -> list[str]:
 
 
 def _byte_level(kind: str) -> Tokenizer:
-    """As GPT-2 (`gpt2`), or with the split rule of a later family."""
+    """As GPT-2 (`gpt2`), with the split rule of a later family, or with none, so that tokens span words (`super`)."""
     tokenizer = Tokenizer(models.BPE())
-    if kind == "gpt2":
+    if kind == "super":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    elif kind == "gpt2":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         splits = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in _SPLITS[kind]]
@@ -121,7 +123,7 @@ def _unigram() -> Tokenizer:
 
 
 _MAKERS: dict[str, Callable[[], Tokenizer]] = {
-    **{kind: functools.partial(_byte_level, kind) for kind in ("gpt2", *_SPLITS)},
+    **{kind: functools.partial(_byte_level, kind) for kind in ("gpt2", "super", *_SPLITS)},
     **{kind: functools.partial(_sentencepiece, kind) for kind in ("prepend", "first", "gemma")},
     "wordpiece": _wordpiece,
     "unigram": _unigram,
@@ -303,6 +305,8 @@ MEMBERS = [
     _member("gpt2 instruction", "", "<|endoftext|>", **_GPT),
     _member("gpt2 open_end", "", "<|end|>", markers=_MARKERS["phi3"], **_GPT),
     _member("gpt2 chatml", "", "<|im_end|>", special=False, adds="<|begin|> A", bos="<|begin|>", **_GPT),
+    _member("super", "", "<|endoftext|>", format_name="hh", **_GPT),
+    _member("super", "+in_use", "<|endoftext|>", format_name="plain", **_GPT),
     _member("llama3", "", "<|end_of_text|>", format_name="hh", **_TEXT),
     _member("llama3", "+in_use", "<|end_of_text|>", format_name="plain", **_TEXT),
     _member("llama3", "+in_use", "<|end_of_text|>", format_name="alpaca", **_TEXT),
