@@ -124,7 +124,7 @@ def resolve_format(
         spec = base + (f"@{pinned}" if pinned else "") + (full or ("+full_render" if opened else ""))
         found = PromptFormat(spec, tokenizer)
         prompts = [(doc, found.render(doc.messages)) for doc, _ in prompts]
-    is_split = all(_splits(tokenizer, prompt, text) for doc, prompt in prompts for text in doc.responses.values())
+    is_split = all(_splits(tokenizer, prompt, doc) for doc, prompt in prompts)
     return PromptFormat(spec + (rule or ("+prefix" if is_split else "+in_use")), tokenizer)
 
 
@@ -177,9 +177,11 @@ def _render_or_none(prompt_format: PromptFormat, doc: Doc) -> Prompt | None:
         return None
 
 
-def _splits(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str) -> bool:
-    prompt_ids = encode(tokenizer, prompt.text)
-    return encode(tokenizer, "".join(prompt) + response)[: len(prompt_ids)] == prompt_ids
+def _splits(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, doc: Doc) -> bool:
+    """True where the prompt's ids are a prefix of the joint ids with every response."""
+    ids = encode(tokenizer, prompt.text)
+    joint = (encode(tokenizer, "".join(prompt) + response) for response in doc.responses.values())
+    return all(found[: len(ids)] == ids for found in joint)
 
 
 def _check_suffix(tokenizer: "PreTrainedTokenizerBase") -> None:
