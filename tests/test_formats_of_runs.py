@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from helpers import CHATML, SHARED, Run, make_docs, make_tokenizer, needs_shared, user_error
-from test_tokenizer_matrix import save_model, write_mixed_set
-from tokenizer_matrix import MEMBERS
+from tokenizer_matrix import MEMBERS, make, save_model, write_mixed_set
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import PromptFormat, encode_probe_set, resolve_format, terminator_id
@@ -313,8 +312,6 @@ def test_the_terminator_needs_no_registration_as_extra() -> None:
 
 
 def test_what_a_tokenizer_puts_after_a_text_is_eos_or_named() -> None:
-    from tokenizer_matrix import make
-
     docs = load_probe_set("helpful-mini").docs[:2]
     tokenizer = make("llama3", eos="</s>", adds="<s> A <sep>")
     with pytest.raises(UserError, match="the tokenizer puts '<sep>' after every text"):

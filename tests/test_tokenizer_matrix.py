@@ -9,13 +9,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from fetch_tokenizers import NAMES, FetchError, fetch
 from helpers import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_matrix import FILES, MEMBERS, TEMPLATES, Member, spec_of, tokenizer_rows
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizer_matrix import FILES, MEMBERS, TEMPLATES, Member, save_model, spec_of, tokenizer_rows, write_mixed_set
+from transformers import AutoTokenizer
 
 from sft_probe.prompts import (
     EncodedDoc,
@@ -138,33 +137,6 @@ def test_training_labels_are_the_scored_ids(member: Member, tmp_path: Path) -> N
         assert [label for label in example.labels if label != IGNORED_LABEL] == example.input_ids[
             len(encoded.prompt_ids) :
         ]
-
-
-def save_model(tokenizer: Any, folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_mixed_set(path: Path) -> Path:
-    """Half of the prompts end in a question mark, half in nothing."""
-    docs = [
-        {
-            "doc_id": f"d{i}", "conversation_id": f"c{i}", "split": "train" if i % 4 < 2 else "heldout",
-            "messages": [{"role": "user", "content": f"What is {i} plus {i}?" if i % 2 else f"Tell me about {i}"}],
-            "chosen": f"I think that is {2 * i}, or so my teacher told me.",
-            "other": f"The number {i} has always been a friend of mine.",
-        }
-        for i in range(8)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    return path
 
 
 @slice_of_members

@@ -5,14 +5,16 @@ and which token must end a response; `tokenizer_rows` runs them for docs/models.
 """
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import encode_probe_set, resolve_format, terminator_id
@@ -354,6 +356,34 @@ def spec_of(member: Member, folder: Path) -> str:
     path = folder / f"{member.format}.j2"
     path.write_text(FILES[member.format])
     return str(path)
+
+
+def save_model(tokenizer: Any, folder: Path) -> Path:
+    """Write a tiny Llama with random weights and this tokenizer; returns its directory."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_mixed_set(path: Path) -> Path:
+    """Half of the prompts end in a question mark, half in nothing."""
+    docs = [
+        {
+            "doc_id": f"d{i}", "conversation_id": f"c{i}", "split": "train" if i % 4 < 2 else "heldout",
+            "messages": [{"role": "user", "content": f"What is {i} plus {i}?" if i % 2 else f"Tell me about {i}"}],
+            "chosen": f"I think that is {2 * i}, or so my teacher told me.",
+            "other": f"The number {i} has always been a friend of mine.",
+        }
+        for i in range(8)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    return path
 
 
 def tokenizer_rows() -> list[tuple[str, str, str]]:
