@@ -8,9 +8,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers import CHATML, Run, make_docs, make_tokenizer, needs_shared, user_error
-from test_tokenizer_matrix import save_model, write_mixed_set
-from tokenizer_matrix import MEMBERS
+from helpers import CHATML, SHARED, Run, make_docs, make_tokenizer, needs_shared, user_error
+from tokenizer_matrix import MEMBERS, make, save_model, write_mixed_set
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import PromptFormat, encode_probe_set, resolve_format, terminator_id
@@ -240,9 +239,69 @@ def test_where_half_a_surrogate_pair_stands() -> None:
     assert find_lone_surrogate("\udfff") == ""
 
 
+def test_a_template_that_leaves_the_question_out_is_refused() -> None:
+    """As those of models that see: they look for parts of a turn, where the turn is a text."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endfor %}<|im_start|>"
+    )
+    probe_set = load_probe_set("helpful-mini")
+    prompt_format = resolve_format("chat", tokenizer, probe_set.docs)
+    kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, 512)
+    assert not kept
+    assert "does not write the text of the last turn" in dropped[0].reason
+
+
+@pytest.mark.parametrize("spec", ["hh@2026-01-01", "plain+full_render"])
+def test_only_a_chat_has_a_time(spec: str) -> None:
+    with pytest.raises(UserError, match="only chat takes a time"):
+        PromptFormat(spec)
+
+
+@needs_shared
+@pytest.mark.parametrize(("template", "expected"), [("think", -160.4847), ("channel", -141.3956)])
+def test_an_answer_is_scored_where_it_stands(template: str, expected: float, sft_probe: Run, tmp_path: Path) -> None:
+    """Not inside the thought, or without the channel, that the template's generation prompt leads to."""
+    cases = SHARED / "cases"
+    shutil.copytree(
+        cases / "clock_in_template/ck/checkpoint-1", tmp_path / "checkpoint-1", copy_function=shutil.copyfile
+    )
+    text = (cases / f"generation_prompt_opens_thought/{template}.jinja").read_text()
+    (tmp_path / "checkpoint-1/chat_template.jinja").write_text(text)
+    result = sft_probe(
+        "sweep", tmp_path / "out", "--checkpoints", tmp_path / "checkpoint-1", "--prompt_format", "chat",
+        "--probe_set", cases / "clock_in_template/set.jsonl",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    scores = pd.read_parquet(tmp_path / "out/scores.parquet").set_index(["doc_id", "category"])
+    assert scores.loc[("d0", "chosen"), "logprob"] == pytest.approx(expected, abs=1e-3)
+    assert set(scores["prompt_format"]) == {"chat+full_render"}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["set", "mix"])
+@pytest.mark.parametrize("spec", ["chat", "plain", "hh", "alpaca.j2"])
+@pytest.mark.parametrize("model", ["ck", "eos_bos"])
+def test_no_shared_case_loses_a_doc_to_its_join(model: str, spec: str, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    case = SHARED / "cases/token_spans_the_join"
+    tokenizer = AutoTokenizer.from_pretrained(case / model / "checkpoint-1")
+    probe_set = load_probe_set(str(case / f"{name}.jsonl"))
+    if spec == "chat" and not tokenizer.chat_template:
+        with pytest.raises(UserError, match="needs a tokenizer with a chat template"):
+            resolve_format(spec, tokenizer, probe_set.docs)
+        return
+    given = str(case / spec) if spec.endswith(".j2") else spec
+    prompt_format = resolve_format(given, tokenizer, probe_set.docs)
+    assert prompt_format.in_use == (spec != "hh")
+    kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, 512)
+    assert (len(kept), dropped) == (8, [])
+
+
 @needs_shared
 def test_the_terminator_needs_no_registration_as_extra() -> None:
-    from helpers import SHARED
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "cases/end_of_turn_not_extra_special/model")
@@ -251,8 +310,6 @@ def test_the_terminator_needs_no_registration_as_extra() -> None:
 
 
 def test_what_a_tokenizer_puts_after_a_text_is_eos_or_named() -> None:
-    from tokenizer_matrix import make
-
     docs = load_probe_set("helpful-mini").docs[:2]
     tokenizer = make("llama3", eos="</s>", adds="<s> A <sep>")
     with pytest.raises(UserError, match="the tokenizer puts '<sep>' after every text"):

@@ -13,8 +13,7 @@ import torch
 from helpers import Run, make_docs, user_error
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
-from test_tokenizer_matrix import save_model, write_mixed_set
-from tokenizer_matrix import MEMBERS
+from tokenizer_matrix import MEMBERS, save_model, write_mixed_set
 from transformers import AutoModelForCausalLM
 
 from sft_probe.errors import UserError

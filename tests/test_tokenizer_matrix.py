@@ -9,13 +9,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from fetch_tokenizers import NAMES, FetchError, fetch
 from helpers import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_matrix import FILES, MEMBERS, Member, spec_of, tokenizer_rows
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizer_matrix import FILES, MEMBERS, TEMPLATES, Member, save_model, spec_of, tokenizer_rows, write_mixed_set
+from transformers import AutoTokenizer
 
 from sft_probe.prompts import (
     EncodedDoc,
@@ -140,33 +139,6 @@ def test_training_labels_are_the_scored_ids(member: Member, tmp_path: Path) -> N
         ]
 
 
-def save_model(tokenizer: Any, folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_mixed_set(path: Path) -> Path:
-    """Half of the prompts end in a question mark, half in nothing."""
-    docs = [
-        {
-            "doc_id": f"d{i}", "conversation_id": f"c{i}", "split": "train" if i % 4 < 2 else "heldout",
-            "messages": [{"role": "user", "content": f"What is {i} plus {i}?" if i % 2 else f"Tell me about {i}"}],
-            "chosen": f"I think that is {2 * i}, or so my teacher told me.",
-            "other": f"The number {i} has always been a friend of mine.",
-        }
-        for i in range(8)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    return path
-
-
 @slice_of_members
 def test_live_probe_sweep_and_training_agree(member: Member, sft_probe: Run, tmp_path: Path) -> None:
     """Rows and losses of real runs: the loss before the first update is that of the scored ids."""
@@ -190,15 +162,16 @@ def test_live_probe_sweep_and_training_agree(member: Member, sft_probe: Run, tmp
     assert (live["logprob_eos"] - swept["logprob_eos"]).abs().max() < 1e-3
     rows = [json.loads(line) for line in (tmp_path / "run/first_epoch.jsonl").read_text().splitlines()]
     assert len(rows) == 4
+    trained = live.reset_index().query("step == 0 and split == 'train' and category == 'chosen'").set_index("doc_id")
     for row in rows:
-        scored = live.loc[(0, "train", "chosen", row["doc_id"])]
+        scored: Any = trained.loc[str(row["doc_id"])]
         assert row["num_tokens"] == scored["num_tokens"] + 1
         assert row["loss_sum"] == pytest.approx(-(scored["logprob"] + scored["logprob_eos"]), abs=2e-3)
 
 
 @pytest.mark.full
-def test_every_row_for_the_docs_is_right(tmp_path: Path) -> None:
-    rows = list(tokenizer_rows(tmp_path))
+def test_every_row_for_the_docs_is_right() -> None:
+    rows = tokenizer_rows()
     assert [result for _, result, _ in rows] == ["right"] * len(MEMBERS)
 
 
@@ -212,19 +185,24 @@ def real_tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 REAL_END = {
-    "llama2": None, "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "qwen3": "<|im_end|>",
-    "deepseek_v3": "<｜end▁of▁sentence｜>", "gptoss": None, "gemma": None, "gemma3": "<end_of_turn>",
+    "llama2": "</s>", "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "qwen3": "<|im_end|>",
+    "deepseek_v3": "<｜end▁of▁sentence｜>", "gptoss": "<|return|>", "gemma": "<eos>", "gemma3": "<end_of_turn>",
+    "mistral_v3": "</s>", "tekken": "</s>",
 }  # fmt: skip
-"""The terminator of the chat template; `None` where the package holds no template."""
+"""What ends an answer in a chat; the package of the first Gemma spells `<end_of_turn>` out, so that EOS does."""
+OWN_TEMPLATES = {
+    "llama2": "llama2", "gptoss": "harmony", "gemma": "gemma", "mistral_v3": "mistral", "tekken": "mistral"
+}  # fmt: skip
+"""For packages without a chat template: the one of their family in the matrix."""
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("format_name", ["plain", "hh", "chat", "alpaca"])
 def test_real_tokenizers(format_name: str, real_tokenizer: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     name = request.node.callspec.params["real_tokenizer"]
-    if format_name == "chat" and REAL_END[name] is None:
+    if name in OWN_TEMPLATES:
         assert not real_tokenizer.chat_template
-        pytest.skip("the package holds no chat template")
+        real_tokenizer.chat_template = TEMPLATES[OWN_TEMPLATES[name]]
     spec = format_name
     if format_name == "alpaca":
         spec = str(tmp_path / "alpaca.j2")
@@ -233,7 +211,7 @@ def test_real_tokenizers(format_name: str, real_tokenizer: Any, request: pytest.
     prompt_format = resolve_format(spec, real_tokenizer, probe_set.docs)
     kept, dropped = encode_probe_set(probe_set, prompt_format, real_tokenizer, 2048)
     assert (len(kept), dropped) == (96, [])
-    spans = name in ("llama3", "llama3_1", "qwen3", "deepseek_v3", "gptoss")
+    spans = name not in ("llama2", "mistral_v3", "gemma", "gemma3")
     assert prompt_format.in_use == (spans and format_name in ("plain", "alpaca"))
     terminator = terminator_id(prompt_format.name, real_tokenizer)
     for doc in probe_set.docs[::6]:

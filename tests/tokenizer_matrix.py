@@ -5,13 +5,16 @@ and which token must end a response; `tokenizer_rows` runs them for docs/models.
 """
 
 import functools
+import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import encode_probe_set, resolve_format, terminator_id
@@ -50,9 +53,11 @@ def _texts() -> list[str]:
 
 
 def _byte_level(kind: str) -> Tokenizer:
-    """As GPT-2 (`gpt2`), or with the split rule of a later family."""
+    """As GPT-2 (`gpt2`), with the split rule of a later family, or with none, so that tokens span words (`super`)."""
     tokenizer = Tokenizer(models.BPE())
-    if kind == "gpt2":
+    if kind == "super":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    elif kind == "gpt2":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         splits = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in _SPLITS[kind]]
@@ -120,7 +125,7 @@ def _unigram() -> Tokenizer:
 
 
 _MAKERS: dict[str, Callable[[], Tokenizer]] = {
-    **{kind: functools.partial(_byte_level, kind) for kind in ("gpt2", *_SPLITS)},
+    **{kind: functools.partial(_byte_level, kind) for kind in ("gpt2", "super", *_SPLITS)},
     **{kind: functools.partial(_sentencepiece, kind) for kind in ("prepend", "first", "gemma")},
     "wordpiece": _wordpiece,
     "unigram": _unigram,
@@ -284,11 +289,15 @@ def _member(
     )
 
 
-_GPT = {"eos": "<|endoftext|>"}
-_TEXT = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "adds": "<|begin_of_text|> A"}
-_DEEP = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "adds": "<｜begin▁of▁sentence｜> A"}
-_SPM = {"bos": "<s>", "adds": "<s> A"}
-_THINK = {"markers": _MARKERS["think"], **_GPT}
+_GPT: dict[str, Any] = {"eos": "<|endoftext|>"}
+_TEXT: dict[str, Any] = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "adds": "<|begin_of_text|> A"}
+_DEEP: dict[str, Any] = {
+    "bos": "<｜begin▁of▁sentence｜>",
+    "eos": "<｜end▁of▁sentence｜>",
+    "adds": "<｜begin▁of▁sentence｜> A",
+}
+_SPM: dict[str, Any] = {"bos": "<s>", "adds": "<s> A"}
+_THINK: dict[str, Any] = {"markers": _MARKERS["think"], **_GPT}
 MEMBERS = [
     _member("gpt2", "", "<|endoftext|>", format_name="hh", **_GPT),
     _member("gpt2", "", "<|endoftext|>", format_name="plain", **_GPT),
@@ -298,6 +307,8 @@ MEMBERS = [
     _member("gpt2 instruction", "", "<|endoftext|>", **_GPT),
     _member("gpt2 open_end", "", "<|end|>", markers=_MARKERS["phi3"], **_GPT),
     _member("gpt2 chatml", "", "<|im_end|>", special=False, adds="<|begin|> A", bos="<|begin|>", **_GPT),
+    _member("super", "", "<|endoftext|>", format_name="hh", **_GPT),
+    _member("super", "+in_use", "<|endoftext|>", format_name="plain", **_GPT),
     _member("llama3", "", "<|end_of_text|>", format_name="hh", **_TEXT),
     _member("llama3", "+in_use", "<|end_of_text|>", format_name="plain", **_TEXT),
     _member("llama3", "+in_use", "<|end_of_text|>", format_name="alpaca", **_TEXT),
@@ -347,8 +358,41 @@ def spec_of(member: Member, folder: Path) -> str:
     return str(path)
 
 
-def tokenizer_rows(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, result and note of each member, as run on the embedded set; `folder` is for scratch."""
+def save_model(tokenizer: Any, folder: Path) -> Path:
+    """Write a tiny Llama with random weights and this tokenizer; returns its directory."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_mixed_set(path: Path) -> Path:
+    """Half of the prompts end in a question mark, half in nothing."""
+    docs = [
+        {
+            "doc_id": f"d{i}", "conversation_id": f"c{i}", "split": "train" if i % 4 < 2 else "heldout",
+            "messages": [{"role": "user", "content": f"What is {i} plus {i}?" if i % 2 else f"Tell me about {i}"}],
+            "chosen": f"I think that is {2 * i}, or so my teacher told me.",
+            "other": f"The number {i} has always been a friend of mine.",
+        }
+        for i in range(8)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    return path
+
+
+def tokenizer_rows() -> list[tuple[str, str, str]]:
+    """Name, result and note of each member, as run on the embedded set."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(_rows(Path(folder)))
+
+
+def _rows(folder: Path) -> Iterator[tuple[str, str, str]]:
     probe_set = load_probe_set("helpful-mini")
     for member in MEMBERS:
         tokenizer = member.make()

@@ -143,7 +143,7 @@ def _cut_turns(
         return doc.messages
     starts = [0, *(i for i, turn in enumerate(doc.messages) if i and turn["role"] == "user")]
     for start in starts:
-        text = prompt_format.render(doc.messages[start:]).text
+        text = prompt_format.render(doc.messages[start:]).context(in_use=prompt_format.in_use)
         if len(encode(tokenizer, text)) <= max_prompt_tokens:
             return doc.messages[start:]
     raise UserError(f"the last turn alone is over max_prompt_tokens {max_prompt_tokens}")

@@ -34,6 +34,10 @@ class Prompt(NamedTuple):
     text: str
     separator: str
 
+    def context(self, *, in_use: bool) -> str:
+        """What the join rule takes as the context: the separator belongs to it by the rule `+in_use` alone."""
+        return self.text + self.separator if in_use else self.text
+
 
 class PromptFormat:
     """`hh`, `chat` (the tokenizer's own template), `plain`, or the path of a Jinja file that is given `messages`.
@@ -58,9 +62,12 @@ class PromptFormat:
             if tokenizer is None or not tokenizer.chat_template:
                 raise UserError("the prompt format `chat` needs a tokenizer with a chat template; use hh or plain.")
             self.chat = ChatTemplate(tokenizer, _time(time))
+        elif time or full:
+            raise UserError(f"{spec!r} is no prompt format: only chat takes a time or +full_render.")
         elif base not in BUILT_IN_FORMATS:
-            self._template = _read_template(base)
-            name = f"jinja:{Path(base).name}@{hashlib.sha256(Path(base).read_bytes()).hexdigest()[:12]}"
+            path = Path(base).expanduser()
+            self._template = _read_template(path)
+            name = f"jinja:{path.name}@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
         chosen = (f"@{time}" if time else "") + full
         self.name = name + chosen + (rule if self.in_use else "")
         """As it stands in rows and manifests; nothing stands there for the ordinary rule."""
@@ -117,7 +124,7 @@ def resolve_format(
         spec = base + (f"@{pinned}" if pinned else "") + (full or ("+full_render" if opened else ""))
         found = PromptFormat(spec, tokenizer)
         prompts = [(doc, found.render(doc.messages)) for doc, _ in prompts]
-    is_split = all(_splits(tokenizer, prompt, text) for doc, prompt in prompts for text in doc.responses.values())
+    is_split = all(_splits(tokenizer, prompt, doc) for doc, prompt in prompts)
     return PromptFormat(spec + (rule or ("+prefix" if is_split else "+in_use")), tokenizer)
 
 
@@ -170,9 +177,11 @@ def _render_or_none(prompt_format: PromptFormat, doc: Doc) -> Prompt | None:
         return None
 
 
-def _splits(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str) -> bool:
-    prompt_ids = encode(tokenizer, prompt.text)
-    return encode(tokenizer, "".join(prompt) + response)[: len(prompt_ids)] == prompt_ids
+def _splits(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, doc: Doc) -> bool:
+    """True where the prompt's ids are a prefix of the joint ids with every response."""
+    ids = encode(tokenizer, prompt.text)
+    joint = (encode(tokenizer, "".join(prompt) + response) for response in doc.responses.values())
+    return all(found[: len(ids)] == ids for found in joint)
 
 
 def _check_suffix(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -203,14 +212,17 @@ def terminator_id(format_name: str, tokenizer: "PreTrainedTokenizerBase") -> int
     return int(tokenizer.eos_token_id)
 
 
-def _read_template(name: str) -> Any:
+def _read_template(path: Path) -> Any:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"no prompt format {name!r}: use {', '.join(BUILT_IN_FORMATS)} or the path of a Jinja file.")
-    text = path.read_text("utf-8")
+        names = ", ".join(BUILT_IN_FORMATS)
+        raise UserError(f"no prompt format {str(path)!r}: use {names} or the path of a Jinja file.")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a Jinja template in UTF-8 ({error}).") from error
     if "add_generation_prompt" in text:
         raise UserError(
             f"{path} is a chat template (it reads `add_generation_prompt`), not a prompt format. "
@@ -255,7 +267,7 @@ def encode_pair(
     Returns `None` where the ordinary rule finds no split, since the prompt's ids are not a prefix of the joint ids, and
     where no id is left on one side.
     """
-    context = encode(tokenizer, "".join(prompt) if in_use else prompt.text)
+    context = encode(tokenizer, prompt.context(in_use=in_use))
     joint = encode(tokenizer, "".join(prompt) + response)
     if joint[: len(context)] == context:
         continuation = joint[len(context) :]
