@@ -52,7 +52,7 @@ def _without_idle(value: Any) -> Any:
 class LiveModel:
     """Holds one checkpoint at a time, each loaded afresh by the library's own loader: nothing of another one stays.
 
-    transformers maps the files into memory, so that this takes no longer than copying tensors over the last ones.
+    transformers maps files into memory, so that this takes as long as copying their tensors over the last ones would.
 
     Args:
         dtype: of the weights in memory.
@@ -81,6 +81,9 @@ class LiveModel:
         is_adapter = (folder / ADAPTER_CONFIG).exists()
         model = load_adapter(folder, self.dtype) if is_adapter else load_model(str(folder), self.dtype)
         self.model = model.to(self.device)
+        if self.model.device.type == "cpu":  # still mapped: where training overwrites the file, a copy stays as it is
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                tensor.data = tensor.data.clone()
         return self.model
 
     def _check_config(self, checkpoint: Checkpoint, folder: Path) -> None:

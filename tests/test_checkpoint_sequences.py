@@ -191,6 +191,18 @@ def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -
         assert differing_tensors(lm.model, reference) == [], told
 
 
+def test_a_file_that_is_overwritten_while_it_is_scored(tmp_path: Path, probe_set: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    reference = reference_model(shutil.copytree(base, tmp_path / "copy"), base, torch.float32)
+    model = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32")).load(
+        Checkpoint(step=0, model=str(base))
+    )
+    path = base / "model.safetensors"
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert differing_tensors(model, reference) == []
+
+
 def sequence(pool: Path, seed: int) -> list[str]:
     labels = labels_in(pool)
     return random.Random(seed).choices(labels, [1 if label in REFUSED else 3 for label in labels], k=SEQUENCE_LENGTH)

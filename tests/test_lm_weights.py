@@ -1,4 +1,4 @@
-"""lm-eval's `hf` ties weights that a checkpoint holds apart and cuts the vocabulary of an adapter's base; ours does not."""
+"""What lm-eval's `hf` does to weights and ours does not: tie those that a file holds apart, cut a vocabulary."""
 
 from pathlib import Path
 from typing import Any
