@@ -1,8 +1,10 @@
 """In memory is what the checkpoint holds, in any order of checkpoints: the tensors of the library's own loader."""
 
+import gc
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,21 @@ def test_a_file_that_is_overwritten_while_it_is_scored(tmp_path: Path, probe_set
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
     assert differing_tensors(model, reference) == []
+
+
+def test_only_one_model_is_in_memory(tmp_path: Path, probe_set: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    save_adapter("LoRA, modules_to_save embed_tokens", base, tmp_path / "adapter")
+    live = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32"))
+    model = live.load(Checkpoint(step=0, model=str(base)))
+    lm = ProbeLM(pretrained=model, backend="causal", tokenizer=live.settings.tokenizer, max_length=256)
+    for step, folder in enumerate((tmp_path / "adapter", base), start=1):
+        earlier = weakref.ref(model)
+        lm.use(None)
+        model = live.load(Checkpoint(step=step, model=str(folder)))
+        gc.collect()
+        assert earlier() is None
+        lm.use(model)
 
 
 def sequence(pool: Path, seed: int) -> list[str]:

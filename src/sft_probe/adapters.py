@@ -17,8 +17,8 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NUM_TRIAL_TOKENS = 8
 
 
-def load_adapter(folder: Path, dtype: str) -> "PeftModel":
-    """Load an adapter and its base afresh, on the CPU, in eval mode.
+def load_adapter(folder: Path, dtype: str, device: str = "cpu") -> "PeftModel":
+    """Load an adapter and its base afresh, in eval mode.
 
     The base is never one that held another adapter: adapters leave tensors, wrappers and untied heads behind.
 
@@ -26,7 +26,8 @@ def load_adapter(folder: Path, dtype: str) -> "PeftModel":
         UserError: as `attach_adapter`; or the base cannot be loaded.
     """
     _check_config(folder)
-    return attach_adapter(load_model(str(local_folder(*base_of(folder, "main"))), dtype), folder)
+    base: Any = load_model(str(local_folder(*base_of(folder, "main"))), dtype)
+    return attach_adapter(base.to(device), folder)
 
 
 def attach_adapter(base: Any, folder: Path) -> "PeftModel":
