@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -186,7 +186,8 @@ def check_scores(folder: Path, models: dict[int, Any], out: str = "out") -> pd.D
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_dir)
     docs = {doc["doc_id"]: doc for doc in map(json.loads, (folder / "set.jsonl").read_text().splitlines())}
     assert set(table.index.get_level_values("step")) == set(models)
-    for (step, doc_id, category), row in table.iterrows():  # type: ignore[misc]
+    for key, row in table.iterrows():
+        step, doc_id, category = cast(tuple[int, str, str], key)
         prompt = "\n\n".join(turn["content"].strip() for turn in docs[doc_id]["messages"])
         ids = tokenizer.encode(f"{prompt}\n\n{docs[doc_id][category]}")
         with torch.no_grad():
