@@ -213,6 +213,7 @@ def adapter_rows() -> list[tuple[str, str, str]]:
 
 
 if __name__ == "__main__":  # Run as:  PYTHONPATH=tests python tests/adapter_forms.py
+    rows = adapter_rows()
     print("| adapter | result | note |\n|---|---|---|")
-    for row in adapter_rows():
+    for row in rows:
         print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
