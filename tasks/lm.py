@@ -17,8 +17,9 @@ from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import code_refused, local_folder, needs_code
 from sft_probe.packing import Item
-from sft_probe.prompts import terminator_id
+from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.tasks.cache import bind_cache
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,12 @@ class ProbeLM(HFLM):
             if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
                 log.warning("this CPU multiplies no 16-bit matrices: expect %s to be slow", self.model.dtype)
         self._modules = _module_types(self.model)
-        self._ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._ids: dict[tuple[str, str, str], tuple[list[int], list[int]]] = {}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take a cache of answers (`--use_cache`). Raises `UserError` where it holds those of another model."""
+        bind_cache(cache_hook.dbdict, self.model, max_length=self.max_length)
+        super().set_cache_hook(cache_hook)
 
     def _load(self, arguments: dict[str, Any]) -> None:
         """Let `hf` load the model, except for its adapter, and keep the weights as the files hold them."""
@@ -131,7 +137,7 @@ class ProbeLM(HFLM):
             UserError: a continuation is empty or longer than the window; nothing is scored.
             NonFiniteError: after all others are scored.
         """
-        pairs = [self._encode(*request.args) for request in requests]
+        pairs = [self._encode(request) for request in requests]
         terminators = [self._terminator(request) for request in requests]
         self._check(requests, pairs, terminators)
         items = [self._fit(*pair, end) for pair, end in zip(pairs, terminators, strict=True)]
@@ -158,11 +164,15 @@ class ProbeLM(HFLM):
         results = dict(self._score([self._fit(context, ids, None) for _, context, ids in requests], disable_tqdm))
         return [results[i] for i in range(len(requests))]
 
-    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both; those of an empty context are the prefix token, as in `hf`."""
-        key = (context, continuation)
+    def _encode(self, request: Instance) -> tuple[list[int], list[int]]:
+        """Ids of context and continuation: those of the format's join rule for probe tasks, else as in `hf`."""
+        context, continuation = request.args
+        rule = str(request.doc["prompt_format"]) if _is_probe(request) else ""
+        key = (context, continuation, rule)
         if key not in self._ids:
-            if context:
+            if rule and context:
+                self._ids[key] = self._join(context, continuation, rule)
+            elif context:
                 self._ids[key] = self._encode_pair(context, continuation)
             else:
                 ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -170,8 +180,15 @@ class ProbeLM(HFLM):
                 self._ids[key] = (ids[:1], ids[1:]) if has_prefix else ([self.prefix_token_id], ids)
         return self._ids[key]
 
+    def _join(self, context: str, continuation: str, format_name: str) -> tuple[list[int], list[int]]:
+        """Ids under the rule that training and live probe have; no continuation where it finds no split."""
+        text, response = context.rstrip(), continuation.lstrip()
+        separator = context[len(text) :] + continuation[: len(continuation) - len(response)]
+        prompt = Prompt(text, separator)
+        return encode_pair(self.tokenizer, prompt, response, in_use=joins_in_use(format_name)) or ([], [])
+
     def _terminator(self, request: Instance) -> int | None:
-        if not (request.task_name or "").startswith("sft_probe"):
+        if not _is_probe(request):
             return None
         return terminator_id(request.doc["prompt_format"], self.tokenizer)
 
@@ -184,7 +201,10 @@ class ProbeLM(HFLM):
         faults = []
         for request, (_, ids), end in zip(requests, pairs, terminators, strict=True):
             num_tokens = len(ids) + (end is not None)
-            if not ids:
+            if not ids and _is_probe(request):
+                reason = no_pair_reason(joins_in_use(request.doc["prompt_format"]))
+                faults.append(f'{_name(request)}: {reason}; name the tokenizer: --metadata \'{{"tokenizer": "..."}}\'')
+            elif not ids:
                 faults.append(f"{_name(request)}: no token is left of the continuation {request.args[1]!r}")
             elif num_tokens > self.max_length:
                 faults.append(f"{_name(request)}: {num_tokens} tokens to predict, over max_length {self.max_length}")
@@ -201,6 +221,10 @@ class ProbeLM(HFLM):
         scores = self.scorer.score(model, items)
         for index, result in tqdm(scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0):
             yield index, ProbeScore.of(result)
+
+
+def _is_probe(request: Instance) -> bool:
+    return (request.task_name or "").startswith("sft_probe")
 
 
 class _Untouched:

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils import broadcast_object_list
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.models import check_window, load_model, load_tokenizer, model_without_weights, resolve_model
-from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults
+from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, resolve_format
 from sft_probe.records import Doc, ProbeSet
 from sft_probe.train.arguments import SftArguments
 from sft_probe.train.data import TrainingExamples, build_examples, describe_first
 from sft_probe.train.lora import add_lora
 from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.run_dir import recorded_format
 from sft_probe.train.schedule import parse_steps
 from sft_probe.train.source import read_docs, with_random, without_heldout
 
@@ -29,8 +31,8 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
         parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
-    prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
     docs, categories, dropped = _train_docs(arguments, probe_set)
+    prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
     parts = parse_mixture(arguments.train_category, categories, arguments.train_data or arguments.probe_set)
     examples = build_examples(
         assign(docs, parts, arguments.seed),
@@ -41,6 +43,17 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
         dropped=dropped,
     )
     return tokenizer, prompt_format, examples
+
+
+def _resolve_format(
+    arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, probe_set: ProbeSet, docs: Sequence[Doc]
+) -> PromptFormat:
+    """The format that all ranks, and every further attempt at this run, share."""
+    given = arguments.prompt_format or probe_set.prompt_format
+    recorded = recorded_format(Path(str(arguments.output_dir)))
+    found = resolve_format(given, tokenizer, [*probe_set.docs, *docs], recorded)
+    (source,) = broadcast_object_list([found.source])  # each rank may have read another time
+    return PromptFormat(source, tokenizer)
 
 
 def _train_docs(arguments: SftArguments, probe_set: ProbeSet) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:
@@ -79,9 +92,21 @@ def load_trained_model(arguments: SftArguments) -> Any:
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Sets every dropout probability to zero, so that a run depends on its data order alone."""
+    """Set everything that makes a training pass random to zero, so that a run depends on its data order alone.
+
+    Dropout modules are not all: models keep probabilities as numbers of their own, under names with "drop" in them
+    (`attention_dropout`, `layerdrop`, `resid_pdrop`), routers add jitter, and some read the config in each pass. The
+    config that is saved with a snapshot says so too. What this leaves noisy is found when training begins
+    (`SftTrainer.try_model`).
+    """
+    owners: list[Any] = [model.config, model.config.get_text_config()]
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        owners.append(module)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):  # the base of Dropout, Dropout1d, AlphaDropout, ...
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+            owners.append(config)
+    for owner in owners:
+        for name, value in vars(owner).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool):
+                vars(owner)[name] = 0.0

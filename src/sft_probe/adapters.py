@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft_probe.errors import UserError
+from sft_probe.files import read_object
 from sft_probe.models import load_model, local_folder, one_line
-from sft_probe.weights import ADAPTER_CONFIG, base_of, check_safetensors, read_object
+from sft_probe.weights import ADAPTER_CONFIG, base_of, check_safetensors
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -20,10 +20,12 @@ _BLOCKS = "sft_probe_blocks"
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a model is run. The plain way, one item per row and the model's own mask, is right for every causal LM."""
+    """How a model is run. The plain way has one item per row, padded on the right, and the model's own mask."""
 
     shared: bool
     """Shared prefixes once, in packs."""
+    alone: bool = False
+    """One item at a time, without padding: where what else is in a batch changes a row."""
     mask_per_layer_type: bool = False
     """The model takes `{"full_attention": ..., "sliding_attention": ...}`."""
     blocks: bool = False
@@ -31,6 +33,7 @@ class Way:
 
 
 PLAIN = Way(shared=False)
+ALONE = Way(shared=False, alone=True)
 
 
 def candidates(model: "PreTrainedModel") -> Iterator[Way]:

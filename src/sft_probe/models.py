@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, new_dir, sha256_file
+from sft_probe.files import make_dir, new_dir, remove_leftovers, sha256_file
 from sft_probe.weights import ADAPTER_CONFIG, base_of, check_weight_files
 
 if TYPE_CHECKING:
@@ -229,6 +229,7 @@ def _embedded_model_dir() -> Path:
     make_dir(directory.parent)
     with FileLock(directory.with_suffix(".lock")):  # the ranks of one launch ask for it at the same moment
         if not directory.exists():
+            remove_leftovers(directory.parent, directory.name)
             with new_dir(directory) as temporary:
                 _dequantise(gguf, temporary)
     return directory

@@ -3,23 +3,25 @@
 Continuations that start alike are packed into one sequence (`sft_probe.packing`) under a mask of their tree
 (`sft_probe.attention`). The body of the model runs once per batch; the model's own `forward` then maps the rows that
 predict something to logits, a chunk of rows at a time, so that soft-capping and scaling are the model's and no tensor
-of [tokens, vocabulary] exists. Whether this is right for a model is not assumed but tried (`choose_way`).
+of [tokens, vocabulary] exists (`sft_probe.head`). Whether this is right for a model is not assumed but tried
+(`choose_way`).
 """
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sft_probe.attention import PLAIN, Way, attention_in_blocks, candidates, make_masks
+from sft_probe.attention import ALONE, PLAIN, Way, attention_in_blocks, candidates, make_masks
 from sft_probe.errors import UserError
+from sft_probe.head import logits_in_chunks
 from sft_probe.packing import IntArray, Item, Pack, batches, pack_alone, pack_shared
+from sft_probe.trials import check_language_model, made_up_items, plain_logprobs, tolerance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +32,8 @@ _MAX_PACK_TOKENS = 1024
 """A longer pack pays more attention between strangers on a GPU, and leaves the cache of a CPU."""
 _HEAD_ROW_COST = 1 / 32
 _MAX_HEAD_ROWS = 2048
+_CHECK_HEAD_ROWS = 7
+"""So few that the head runs in several chunks where it is checked."""
 
 
 def default_max_tokens(device: str) -> int:
@@ -102,54 +106,60 @@ class FittingScorer:
 
 
 def choose_way(model: "PreTrainedModel", longest: int) -> Way:
-    """The fastest way whose log-probs agree with those of the plain way on a few made-up docs of this model.
+    """The fastest way whose log-probs agree with the model's own plain forward on a few made-up docs.
 
-    ALiBi, recurrent and hybrid models and FlashAttention do not pass, and are scored the plain way; the log says so.
+    ALiBi, recurrent and hybrid models and FlashAttention do not pass with shared prefixes, and are scored without; the
+    log says so.
 
     Args:
         model: as for `score`.
-        longest: the most tokens that an item will have: one of the docs is longer than the model's sliding window
-            where items can be.
+        longest: the most tokens that an item will have: docs are longer than the model's sliding window, and whatever
+            else its config gives a length to, where items can be.
+
+    Raises:
+        UserError: the model is no causal LM, or no way gives what its plain forward gives.
     """
-    items = _check_items(model, longest)
-    expected = _token_logprobs(model, items, PLAIN)
-    # in 16 bits the two ways round differently, but a wrong mask is off by far more in the mean
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05
-    reason = f"its attention, {model.config._attn_implementation!r}, takes no mask of ours"
-    for way in candidates(model):
+    check_language_model(model, model.dtype)
+    items = made_up_items(model, longest)
+    expected = np.concatenate([plain_logprobs(model, item) for item in items])
+    if not np.isfinite(expected).all():  # nothing can be compared; whoever scores counts and names them
+        return PLAIN
+    limit = tolerance(model.dtype, expected)
+    attention = model.config._attn_implementation
+    reason = f"its attention, {attention!r}, takes no mask of ours"
+    for way in (*candidates(model), PLAIN, ALONE):
         try:
             difference = float(np.abs(_token_logprobs(model, items, way) - expected).mean())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's own code raises on a mask that it does not know
-            reason = f"with shared prefixes: {type(error).__name__}: {error}"
-            continue
-        if difference < tolerance:
-            log.info("%s: shared prefixes are computed once", type(model).__name__)
-            return way
-        reason = f"with shared prefixes log-probs are off by {difference:.2g} nats"
-    log.info("%s: each continuation is computed with its whole prefix (%s)", type(model).__name__, reason)
-    return PLAIN
+            found = f"{type(error).__name__}: {error}"
+        else:
+            if difference <= limit:
+                _log_way(model, way, reason)
+                return way
+            found = f"log-probs are off by {difference:.2g} nats"
+        reason = f"with shared prefixes {found}" if way.shared else found
+    raise UserError(f"{type(model).__name__} cannot be scored: beside the model's own plain forward pass, {reason}.")
 
 
-def _check_items(model: "PreTrainedModel", longest: int) -> list[Item]:
-    """Two prefixes, one of them past the sliding window if `longest` is, with continuations that start alike."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    random = np.random.default_rng(0)
-    items = []
-    for length in (24, max(24, min(window + 8, longest - 16))):
-        prefix, stem = (random.integers(config.vocab_size, size=n).tolist() for n in (length, 3))
-        items += [Item(prefix, stem + random.integers(config.vocab_size, size=n).tolist(), 0) for n in (2, 9)]
-    return items
+def _log_way(model: "PreTrainedModel", way: Way, reason: str) -> None:
+    if way.shared:
+        log.info("%s: shared prefixes are computed once", type(model).__name__)
+    elif way.alone:
+        log.info("%s: each continuation is computed alone (batched, %s)", type(model).__name__, reason)
+    else:
+        log.info("%s: each continuation is computed with its whole prefix (%s)", type(model).__name__, reason)
 
 
 def _token_logprobs(model: "PreTrainedModel", items: list[Item], way: Way) -> npt.NDArray[np.float32]:
-    scores = dict(score(model, items, max_tokens=_MAX_PACK_TOKENS, way=way))
+    scores = dict(score(model, items, max_tokens=_MAX_PACK_TOKENS, way=way, head_rows=_CHECK_HEAD_ROWS))
     return np.concatenate([scores[i].token_logprobs for i in range(len(items))])
 
 
-def score(model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, way: Way) -> Iterator[tuple[int, Score]]:
+def score(
+    model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, way: Way, head_rows: int | None = None
+) -> Iterator[tuple[int, Score]]:
     """Yields the index of each item and its score, batch by batch.
 
     Args:
@@ -158,12 +168,14 @@ def score(model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, w
         max_tokens: the budget of one forward pass. It counts tokens read by the body; beside them as many rows go
             through the head at a time as weigh the same, V / (32 x hidden) tokens each.
         way: what `choose_way` returned for this model, or `PLAIN`.
+        head_rows: rows that go through the head at a time, instead of that.
     """
+    head_rows = head_rows or _head_rows(model, max_tokens)
     packs = pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if way.shared else pack_alone(items)
     with torch.no_grad():
         suspects = []
-        for batch in batches(list(packs), max_tokens):
-            for index, result in _score_batch(model, items, batch, max_tokens, way):
+        for batch in batches(list(packs), 0 if way.alone else max_tokens):
+            for index, result in _score_batch(model, items, batch, head_rows, way):
                 if result.is_finite or not way.shared:
                     yield index, result
                 else:  # NaN times an attention of 0 is NaN: one item spoils its whole pack
@@ -174,14 +186,14 @@ def score(model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, w
 
 
 def _score_batch(
-    model: "PreTrainedModel", items: Sequence[Item], batch: list[Pack], max_tokens: int, way: Way
+    model: "PreTrainedModel", items: Sequence[Item], batch: list[Pack], head_rows: int, way: Way
 ) -> Iterator[tuple[int, Score]]:
     length = max(len(pack.token_ids) for pack in batch)
     indices = [i for pack in batch for i in pack.items]
     nodes = np.concatenate([row * length + rows for row, pack in enumerate(batch) for rows in pack.rows])
     targets = np.concatenate([items[i].target_ids for i in indices])
     rows, row_of_target = np.unique(nodes, return_inverse=True)
-    with closing(_logits(model, _inputs(model, batch, length, way), rows, max_tokens, way)) as chunks:
+    with closing(_logits(model, _inputs(model, batch, length, way), rows, head_rows, way)) as chunks:
         logprobs, greedy = _read_targets(chunks, row_of_target, targets, model.device)
     start = 0
     for i in indices:
@@ -219,38 +231,16 @@ def _inputs(model: "PreTrainedModel", batch: list[Pack], length: int, way: Way) 
 
 
 def _logits(
-    model: "PreTrainedModel", inputs: dict[str, Any], rows: IntArray, max_tokens: int, way: Way
+    model: "PreTrainedModel", inputs: dict[str, Any], rows: IntArray, head_rows: int, way: Way
 ) -> Generator[torch.Tensor, None, None]:
-    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk, from the model's own forward.
+    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk."""
+    with attention_in_blocks(model, inputs["attention_mask"]) if way.blocks else nullcontext():
+        yield from logits_in_chunks(model, inputs, torch.from_numpy(rows).to(model.device), head_rows)
 
-    The body runs in the first call only. Its output is cut down to the rows of a chunk, and in later calls the model
-    finds those of the next one in its place.
-    """
+
+def _head_rows(model: "PreTrainedModel", max_tokens: int) -> int:
     config = model.config.get_text_config()
-    chunk_rows = min(_MAX_HEAD_ROWS, max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)))
-    chunks = torch.from_numpy(rows).to(model.device).split(chunk_rows)  # type: ignore[no-untyped-call]
-    body = model.base_model
-    run_body, hooked = body.forward, "forward" in vars(body)  # accelerate's hooks stand there
-    hidden: torch.Tensor | None = None
-    output: Any = None
-
-    def forward(chunk: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal hidden, output
-        if hidden is None:
-            output = run_body(*args, **kwargs)
-            hidden = output.last_hidden_state.flatten(0, 1)
-        output.last_hidden_state = hidden[chunk][None]
-        return output
-
-    try:
-        with attention_in_blocks(model, inputs["attention_mask"]) if way.blocks else nullcontext():
-            for chunk in chunks:
-                body.forward = partial(forward, chunk)
-                yield model(**inputs, use_cache=False).logits[0]
-    finally:
-        body.forward = run_body
-        if not hooked:
-            del body.forward
+    return min(_MAX_HEAD_ROWS, max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)))
 
 
 def _read_targets(

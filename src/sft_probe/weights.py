@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
+from sft_probe.files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "model.safetensors"
@@ -21,8 +20,17 @@ def check_weight_files(folder: Path) -> None:
         UserError: there is neither, a file is missing or damaged, or the index has another shape than transformers
             reads.
     """
-    for path in [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else _indexed_files(folder):
+    for path in weight_files(folder):
         check_safetensors(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return `model.safetensors`, or all the files that its index names.
+
+    Raises:
+        UserError: there is neither, or the index has another shape than transformers reads.
+    """
+    return [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else _indexed_files(folder)
 
 
 def check_safetensors(path: Path) -> None:
@@ -67,11 +75,3 @@ def base_of(folder: Path, revision: str) -> tuple[str, str]:
     if not isinstance(base_revision, str):
         raise UserError(f"{path}: `revision` is {base_revision!r}; it must be the name of a revision of {base}.")
     return base, base_revision
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object. Raises `UserError` where it does not."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
-    return value
