@@ -157,11 +157,15 @@ def whole_pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_pool(tmp_path_factory.mktemp("pool"), tuple(FORMS), tied=request.param)
 
 
+def checkpoint(folder: Path, step: int) -> Checkpoint:
+    return Checkpoint(step=step, model=str(folder), source=str(folder.parent))
+
+
 def sweep_settings(pool: Path, probe_set: Path, dtype: str) -> SweepSettings:
     request = SweepRequest(
         directory=pool / "out", checkpoints=["*"], probe_set=str(probe_set), prompt_format="plain", dtype=dtype
     )
-    return resolve_settings(request, Checkpoint(step=0, model=str(pool / "base")))
+    return resolve_settings(request, [checkpoint(pool / "base", 0)])
 
 
 def reference_model(folder: Path, base: Path, dtype: torch.dtype) -> Any:
@@ -178,7 +182,7 @@ def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -
     for number, label in enumerate(labels):
         told = f"{label!r}, after {labels[:number]}"
         try:
-            model = live.load(Checkpoint(step=number, model=str(pool / label)))
+            model = live.load(checkpoint(pool / label, number))
             reason = ""
         except UserError as error:
             reason = str(error)
@@ -196,9 +200,7 @@ def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -
 def test_a_file_that_is_overwritten_while_it_is_scored(tmp_path: Path, probe_set: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     reference = reference_model(shutil.copytree(base, tmp_path / "copy"), base, torch.float32)
-    model = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32")).load(
-        Checkpoint(step=0, model=str(base))
-    )
+    model = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32")).load(checkpoint(base, 0))
     path = base / "model.safetensors"
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
@@ -209,12 +211,12 @@ def test_only_one_model_is_in_memory(tmp_path: Path, probe_set: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     save_adapter("LoRA, modules_to_save embed_tokens", base, tmp_path / "adapter")
     live = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32"))
-    model = live.load(Checkpoint(step=0, model=str(base)))
+    model = live.load(checkpoint(base, 0))
     lm = ProbeLM(pretrained=model, backend="causal", tokenizer=live.settings.tokenizer, max_length=256)
     for step, folder in enumerate((tmp_path / "adapter", base), start=1):
         earlier = weakref.ref(model)
         lm.use(None)
-        model = live.load(Checkpoint(step=step, model=str(folder)))
+        model = live.load(checkpoint(folder, step))
         gc.collect()
         assert earlier() is None
         lm.use(model)
