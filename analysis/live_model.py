@@ -52,7 +52,7 @@ def _without_idle(value: Any) -> Any:
 class LiveModel:
     """Holds one checkpoint at a time, each loaded afresh by the library's own loader: nothing of another one stays.
 
-    transformers maps the files into memory, so that this takes no longer than copying tensors over the last ones.
+    transformers maps files into memory, so that this takes as long as copying their tensors over the last ones would.
 
     Args:
         dtype: of the weights in memory.
@@ -78,9 +78,13 @@ class LiveModel:
         self._check_config(checkpoint, folder)
         self._check_tokenizer(checkpoint)
         self.model = None  # frees the memory before the next weights come
-        is_adapter = (folder / ADAPTER_CONFIG).exists()
-        model = load_adapter(folder, self.dtype) if is_adapter else load_model(str(folder), self.dtype)
-        self.model = model.to(self.device)
+        if (folder / ADAPTER_CONFIG).exists():
+            self.model = load_adapter(folder, self.dtype, self.device)
+        else:
+            self.model = load_model(str(folder), self.dtype).to(self.device)
+        if self.model.device.type == "cpu":  # still mapped: where training overwrites the file, a copy stays as it is
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                tensor.data = tensor.data.clone()
         return self.model
 
     def _check_config(self, checkpoint: Checkpoint, folder: Path) -> None:
@@ -100,7 +104,7 @@ class LiveModel:
         """
         name, revision = tokenizer_of(checkpoint)
         folder = local_folder(name, revision)
-        sha256 = _tokenizer_sha256(folder)
+        sha256 = _files_sha256(folder)
         if not _has_tokenizer(folder) or sha256 in self._same_ids:
             return
         settings = self.settings
@@ -139,7 +143,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
 
 
-def _tokenizer_sha256(folder: Path) -> str:
+def _files_sha256(folder: Path) -> str:
     """Return a hash over what a tokenizer is made from: its files, and the config that says how they are read."""
     patterns = (*_TOKENIZER_FILES, *_MORE_TOKENIZER_FILES, "config.json", ADAPTER_CONFIG)
     paths = sorted(path for pattern in patterns for path in folder.glob(pattern))

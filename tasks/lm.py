@@ -84,7 +84,7 @@ class ProbeLM(HFLM):
             self._load(arguments)
         else:
             super().__init__(**arguments | {"pretrained": _Untouched(given)})
-            self._model = self.pretrained = given.eval()
+            self._model = given.eval()  # and no other reference: its memory is needed for the next one
         if self.backend != "causal" or self.mixed_precision_dtype is not None:
             raise UserError("the model sft_probe scores decoder-only models in one dtype; use hf.")
         if isinstance(self.model, PeftModel):

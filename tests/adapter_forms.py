@@ -1,14 +1,17 @@
 """Forms of adapters as PEFT saves them, and what a load of each gives: the same tensors as PEFT's own, or a refusal."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
 import torch
+from helpers import make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sft_probe.adapters import load_adapter
 from sft_probe.errors import UserError
@@ -108,7 +111,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "VeRA": other("VeraConfig", r=8),
     "VeRA, save_projection False": other("VeraConfig", r=8, save_projection=False),
     "WaveFT": other("WaveFTConfig", n_frequency=50),
-    "X-LoRA": prompt("XLoraConfig", hidden_size=32, adapters={}),
+    "X-LoRA": lora(),
     "adaption prompt": prompt("AdaptionPromptConfig", adapter_len=4, adapter_layers=1),
     "prompt tuning": prompt("PromptTuningConfig", num_virtual_tokens=3),
     "multitask prompt tuning": prompt("MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=2),
@@ -130,6 +133,9 @@ def save_adapter(form: str, base: Path, folder: Path, *, seed: int = 0, **option
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
         model.save_pretrained(str(folder), **options)
+    if form == "X-LoRA":  # which PEFT makes only from other adapters; the config alone is what counts
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "XLORA"}))
 
 
 def load_reference(base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -169,7 +175,7 @@ def try_form(form: str, base: Path, folder: Path) -> tuple[str, str]:
     try:
         model = load_adapter(folder, "float32")
     except UserError as error:
-        return "refused", str(error).replace(f"{folder}", "FOLDER")
+        return "refused", str(error).replace(f"{folder}: ", "").replace(f" {folder}", "")
     reference = load_reference(base, folder)
     assert differing_tensors(model, reference) == []
     ids = torch.tensor([[3, 1, 5, 300, 7, 9, 44]])
@@ -178,6 +184,36 @@ def try_form(form: str, base: Path, folder: Path) -> tuple[str, str]:
     return "right", ""
 
 
+def make_base(folder: Path, *, tied: bool) -> Path:
+    """Save a Llama of two layers with biases, random weights and a tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=tied, attention_bias=True,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def adapter_rows() -> list[tuple[str, str, str]]:
     """Return form, result and note of every form, each tried on a tiny model with tied and with untied embeddings."""
-    raise NotImplementedError
+    rows = []
+    with TemporaryDirectory() as folder:
+        bases = [make_base(Path(folder, kind), tied=kind == "tied") for kind in ("tied", "untied")]
+        for number, form in enumerate(FORMS):
+            results = [try_form(form, base, Path(folder, f"{number}-{base.name}")) for base in bases]
+            differ = results[0] != results[1]
+            result = " / ".join(result for result, _ in results) if differ else results[0][0]
+            note = " / ".join(dict.fromkeys(note for _, note in results if note))
+            rows.append((form, f"{result} (tied / untied)" if differ else result, note))
+    return rows
+
+
+if __name__ == "__main__":  # Run as:  PYTHONPATH=tests python tests/adapter_forms.py
+    rows = adapter_rows()
+    print("| adapter | result | note |\n|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")

@@ -1,8 +1,10 @@
 """In memory is what the checkpoint holds, in any order of checkpoints: the tensors of the library's own loader."""
 
+import gc
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from adapter_forms import FORMS, differing_tensors, load_reference, save_adapter
-from helpers import Run, make_docs, make_tokenizer
+from adapter_forms import FORMS, adapter_rows, differing_tensors, load_reference, make_base, save_adapter
+from helpers import Run, make_docs
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sft_probe.analysis.checkpoints import Checkpoint
 from sft_probe.analysis.live_model import LiveModel
@@ -40,6 +42,7 @@ REFUSED = {
     "P-tuning": "P_TUNING",
     "CPT": "CPT",
     "cartridge": "CARTRIDGE",
+    "X-LoRA": "XLORA",
     "resized": "vocab_size",
     "missing tensor": "missing_keys",
     "another shape": "model.norm.weight [7], not [32]",
@@ -137,19 +140,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def make_base(folder: Path, *, tied: bool) -> Path:
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=tied, attention_bias=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def make_pool(folder: Path, forms: tuple[str, ...], *, tied: bool) -> Path:
     base = make_base(folder / "the base", tied=tied)
     add_whole_models(base, folder)
@@ -164,15 +154,18 @@ def small_pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def whole_pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    forms = tuple(form for form in FORMS if form != "X-LoRA")
-    return make_pool(tmp_path_factory.mktemp("pool"), forms, tied=request.param)
+    return make_pool(tmp_path_factory.mktemp("pool"), tuple(FORMS), tied=request.param)
+
+
+def checkpoint(folder: Path, step: int) -> Checkpoint:
+    return Checkpoint(step=step, model=str(folder), source=str(folder.parent))
 
 
 def sweep_settings(pool: Path, probe_set: Path, dtype: str) -> SweepSettings:
     request = SweepRequest(
         directory=pool / "out", checkpoints=["*"], probe_set=str(probe_set), prompt_format="plain", dtype=dtype
     )
-    return resolve_settings(request, Checkpoint(step=0, model=str(pool / "base")))
+    return resolve_settings(request, [checkpoint(pool / "base", 0)])
 
 
 def reference_model(folder: Path, base: Path, dtype: torch.dtype) -> Any:
@@ -189,7 +182,7 @@ def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -
     for number, label in enumerate(labels):
         told = f"{label!r}, after {labels[:number]}"
         try:
-            model = live.load(Checkpoint(step=number, model=str(pool / label)))
+            model = live.load(checkpoint(pool / label, number))
             reason = ""
         except UserError as error:
             reason = str(error)
@@ -202,6 +195,31 @@ def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -
         lm.use(model)
         reference = reference_model(pool / label, pool / "the base", getattr(torch, dtype))
         assert differing_tensors(lm.model, reference) == [], told
+
+
+def test_a_file_that_is_overwritten_while_it_is_scored(tmp_path: Path, probe_set: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    reference = reference_model(shutil.copytree(base, tmp_path / "copy"), base, torch.float32)
+    model = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32")).load(checkpoint(base, 0))
+    path = base / "model.safetensors"
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert differing_tensors(model, reference) == []
+
+
+def test_only_one_model_is_in_memory(tmp_path: Path, probe_set: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    save_adapter("LoRA, modules_to_save embed_tokens", base, tmp_path / "adapter")
+    live = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32"))
+    model = live.load(checkpoint(base, 0))
+    lm = ProbeLM(pretrained=model, backend="causal", tokenizer=live.settings.tokenizer, max_length=256)
+    for step, folder in enumerate((tmp_path / "adapter", base), start=1):
+        earlier = weakref.ref(model)
+        lm.use(None)
+        model = live.load(checkpoint(folder, step))
+        gc.collect()
+        assert earlier() is None
+        lm.use(model)
 
 
 def sequence(pool: Path, seed: int) -> list[str]:
@@ -229,6 +247,14 @@ def test_some_sequences(seed: int, small_pool: Path, probe_set: Path) -> None:
 @pytest.mark.parametrize("seed", range(NUM_SEQUENCES))
 def test_sequences(seed: int, whole_pool: Path, probe_set: Path) -> None:
     check_sequence(whole_pool, probe_set, sequence(whole_pool, seed), "bfloat16" if seed % 4 == 0 else "float32")
+
+
+@pytest.mark.full
+def test_the_table_of_forms() -> None:
+    results = {form: result for form, result, _ in adapter_rows()}
+    assert {form for form, result in results.items() if result == "refused"} == REFUSED.keys() & FORMS.keys()
+    assert list(results.values()).count("right") >= 60
+    assert "untested" not in results.values()  # by the version of PEFT in constraints.txt
 
 
 @pytest.mark.full

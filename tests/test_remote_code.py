@@ -16,9 +16,12 @@ from sft_probe.errors import UserError
 from sft_probe.tasks.lm import ProbeLM
 
 ROOT = Path(package.__file__).resolve().parents[2]
-LOADERS = {"from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "pipeline"}
+LOADERS = {
+    "from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "pipeline",
+    "get_class_from_dynamic_module", "load_custom_generate",
+}  # fmt: skip
 # PEFT loads neither configs nor classes of a base; its own method has no such argument
-WITHOUT_CODE = {"PeftModel", "PeftConfig", "peft_model", "get_peft_model"}
+WITHOUT_CODE = {"PeftModel", "PeftConfig"}
 
 
 def loading_calls(path: Path) -> list[ast.Call]:

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -42,8 +42,8 @@ ADAPTER_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "base nowhere": (lambda c: {**c, "base_model_name_or_path": "/no/where"}, "'/no/where'"),
     "revision a number": (lambda c: {**c, "revision": 7}, "`revision` is 7"),
-    "a list": (lambda _: [], "must hold a JSON object, not list"),
-    "a text": (lambda _: "x", "must hold a JSON object, not str"),
+    "a list": (lambda _: [], "must hold a JSON object, not []"),
+    "a text": (lambda _: "x", 'must hold a JSON object, not "x"'),
     "no type": (lambda c: {key: value for key, value in c.items() if key != "peft_type"}, "`peft_type` is None"),
     "an unknown type": (lambda c: {**c, "peft_type": "MAGIC"}, "`peft_type` is 'MAGIC'"),
     "a type of type": (lambda c: {**c, "peft_type": ["LORA"]}, "`peft_type` is ['LORA']"),
@@ -72,7 +72,7 @@ def test_an_odd_adapter_config_is_named(kind: str, tiny_model: Path, tmp_path: P
 INDICES: dict[str, tuple[Any, str]] = {
     "no map": ({"metadata": {}}, "`weight_map` must be an object"),
     "a map alone": ({"weight_map": {"a": "model.safetensors"}}, "`metadata` must be an object"),
-    "a list": ([], "must hold a JSON object, not list"),
+    "a list": ([], "must hold a JSON object, not []"),
     "an empty map": ({"metadata": {}, "weight_map": {}}, "`weight_map` must give the name of a file"),
     "a number for a file": ({"metadata": {}, "weight_map": {"a": 1}}, "`weight_map` must give the name of a file"),
     "a path": ({"metadata": {}, "weight_map": {"a": "../checkpoint-1/x"}}, "`weight_map` must give the name of a file"),
@@ -118,17 +118,15 @@ def num_tokens(run: Path, step: int) -> list[int]:
 
 def test_an_adapters_own_tokenizer_is_read_as_its_base_says(tiny_model: Path, tmp_path: Path, sweep: Any) -> None:
     base = qwen_base(tiny_model, tmp_path / "base")
-    for folder in ("checkpoint-5", "both-5"):
+    for folder in ("checkpoint-5", "both/checkpoint-5"):
         save_adapter("LoRA", base, tmp_path / folder)
         AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / folder)
-    shutil.copytree(base, tmp_path / "both-0")
+    shutil.copytree(base, tmp_path / "both/checkpoint-0")
     assert sweep("checkpoint-5", "alone").returncode == 0
-    assert sweep("both-*", "both").returncode == 0
-    assert num_tokens(tmp_path / "alone", 5) == num_tokens(tmp_path / "both", 5) == num_tokens(tmp_path / "both", 0)
-    score = (
-        pd.read_parquet(tmp_path / "both/scores.parquet").query("step == 5 and doc_id == 'd2'").set_index("category")
-    )
-    reference = expected(load_reference(base, tmp_path / "both-5"), AutoTokenizer.from_pretrained(base), 2)
+    assert sweep("both/*", "out").returncode == 0
+    assert num_tokens(tmp_path / "alone", 5) == num_tokens(tmp_path / "out", 5) == num_tokens(tmp_path / "out", 0)
+    score = pd.read_parquet(tmp_path / "out/scores.parquet").query("step == 5 and doc_id == 'd2'").set_index("category")
+    reference = expected(load_reference(base, tmp_path / "both/checkpoint-5"), AutoTokenizer.from_pretrained(base), 2)
     assert score.loc["chosen", "logprob"] == pytest.approx(reference, abs=1e-3)
 
 
@@ -186,7 +184,8 @@ def check_scores(folder: Path, models: dict[int, Any], out: str = "out") -> pd.D
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_dir)
     docs = {doc["doc_id"]: doc for doc in map(json.loads, (folder / "set.jsonl").read_text().splitlines())}
     assert set(table.index.get_level_values("step")) == set(models)
-    for (step, doc_id, category), row in table.iterrows():  # type: ignore[misc]
+    for key, row in table.iterrows():
+        step, doc_id, category = cast(tuple[int, str, str], key)
         prompt = "\n\n".join(turn["content"].strip() for turn in docs[doc_id]["messages"])
         ids = tokenizer.encode(f"{prompt}\n\n{docs[doc_id][category]}")
         with torch.no_grad():

@@ -138,7 +138,8 @@ def test_the_revision_of_a_hub_source_is_read_once_and_told(
 ) -> None:
     asked: list[Any] = []
 
-    def load(name: str, *, data_dir: str | None, revision: str | None) -> Any:
+    def load(name: str, *, data_dir: str | None, revision: str | None, trust_remote_code: bool) -> Any:
+        assert trust_remote_code is False
         asked.append((name, data_dir, revision))
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(raw_rows(12))})
 

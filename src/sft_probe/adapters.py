@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NUM_TRIAL_TOKENS = 8
+_NOT_SCORED = {
+    "LILY": "their routers average over all tokens of a batch, later ones too",
+    "POLY": "they need the number of a task",
+    "SHADOW": "they run a second model beside the base",
+    "XLORA": "they mix other adapters, which are not stored with them",
+}
 
 
-def load_adapter(folder: Path, dtype: str) -> "PeftModel":
-    """Load an adapter and its base afresh, on the CPU, in eval mode.
+def load_adapter(folder: Path, dtype: str, device: str = "cpu") -> "PeftModel":
+    """Load an adapter and its base afresh, in eval mode.
 
     The base is never one that held another adapter: adapters leave tensors, wrappers and untied heads behind.
 
@@ -27,7 +33,8 @@ def load_adapter(folder: Path, dtype: str) -> "PeftModel":
         UserError: as `attach_adapter`; or the base cannot be loaded.
     """
     _check_config(folder)
-    return attach_adapter(load_model(str(local_folder(*base_of(folder, "main"))), dtype), folder)
+    base: Any = load_model(str(local_folder(*base_of(folder, "main"))), dtype)
+    return attach_adapter(base.to(device), folder)
 
 
 def attach_adapter(base: Any, folder: Path) -> "PeftModel":
@@ -79,12 +86,13 @@ def _check_config(folder: Path) -> str:
 
 def _check_kind(config: Any, name: str) -> None:
     """Raise `UserError` where the type of an adapter, or an option of it, rules out that its scores would be right."""
+    kind = str(config.peft_type.value)
     if config.is_prompt_learning:
-        raise UserError(f"{name}: adapters that learn a prompt cannot be scored ({config.peft_type.value}).")
+        raise UserError(f"{name}: adapters that learn a prompt cannot be scored ({kind}).")
     if getattr(config, "alora_invocation_tokens", None):
         raise UserError(f"{name}: activated LoRA (`alora_invocation_tokens`) cannot be scored.")
-    if config.peft_type.value == "LILY":  # its routers average over all tokens of a batch, later ones too
-        raise UserError(f"{name}: adapters of the type LILY cannot be scored: what they predict depends on the batch.")
+    if kind in _NOT_SCORED:
+        raise UserError(f"{name}: adapters of the type {kind} cannot be scored: {_NOT_SCORED[kind]}.")
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and "niter" in init:
         raise UserError(

@@ -118,12 +118,17 @@ def load_model(
             )
     except Exception as error:  # files of another shape make transformers raise errors of any kind
         raise _load_error("model", name, error) from error
-    info["mismatched_keys"] = [f"{key} {[*here]}, not {[*there]}" for key, here, there in info["mismatched_keys"]]
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise UserError(f"the weights of {name!r} do not fit its config: {kind} {sorted(map(str, info[kind]))[:5]}")
+    _check_fit(name, info)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _check_fit(name: str, info: dict[str, Any]) -> None:
+    """Raise `UserError` where transformers found tensors missing, left over or of another shape."""
+    shapes = [f"{key} {[*here]}, not {[*there]}" for key, here, there in info["mismatched_keys"]]
+    for kind, keys in (*((key, info[key]) for key in ("missing_keys", "unexpected_keys")), ("mismatched_keys", shapes)):
+        if keys:
+            raise UserError(f"the weights of {name!r} do not fit its config: {kind} {sorted(map(str, keys))[:5]}")
 
 
 @contextmanager
