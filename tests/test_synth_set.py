@@ -311,7 +311,8 @@ def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(frac: 
         )
     ]  # fmt: skip
     splits = [{pair.chosen: pair.split for pair in plan.pairs} for plan in plans]
-    asked = [{request_key(OfflineWriter(), request) for request in plan.requests()} for plan in plans]
+    writer = OfflineWriter()
+    asked = [{request_key(writer, request) for request in plan.requests()} for plan in plans]
     for number in range(1, len(plans)):
         common = splits[0].keys() & splits[number].keys()
         assert {splits[0][chosen] == splits[number][chosen] for chosen in common} == {True}
