@@ -162,7 +162,7 @@ def write_texts(plan: Plan, obtain: Obtain) -> Written:
         if fault is None and index.holds(str(answer.text)):
             fault = "near-duplicate"
         if fault is None:
-            index.first_of(str(answer.text), 0)
+            index.add(str(answer.text))
             written.accept(request, answer)
         return fault
 

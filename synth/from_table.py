@@ -1,6 +1,5 @@
 """A probe set from a table that the user has: one row per prompt, one column per category."""
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, make_dir, new_dir, sha256_file, write_json, write_jsonl
+from sft_probe.files import make_dir, new_dir, sha256_file, write_json, write_jsonl
 from sft_probe.records import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
 from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import RowRejectedError, check_texts, clean_response, kind_of, parse_turns
@@ -193,14 +192,17 @@ def write_manifest(
 ) -> None:
     """Writes `probe_set.json` for the JSONL files in `out`: last, so that it stands for a complete set."""
     (out / "probe_set.json").unlink(missing_ok=True)
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.jsonl"))}
-    rows = [json.loads(line) for file in files for line in jsonl_lines((out / file).read_text("utf-8"))]
+    paths = sorted(out.glob("*.jsonl"))
+    counts: Counter[str] = Counter()
+    for path in paths:
+        with path.open("rb") as lines:  # one at a time: a set may be large
+            counts.update(json.loads(line)["split"] for line in lines)
     manifest = {
         "name": name or out.resolve().name,
-        "counts": {split: sum(row["split"] == split for row in rows) for split in SPLITS},
+        "counts": {split: counts[split] for split in SPLITS},
         "categories": writers,
         "prompt_format": prompt_format,
-        "sha256": files,
+        "sha256": {path.name: sha256_file(path) for path in paths},
         "provenance": provenance,
     }
     write_json(out / "probe_set.json", manifest)
