@@ -7,7 +7,7 @@ from sft_probe.synth.words import count_words
 _TERMINAL = regex.compile(r"[\p{Sentence_Terminal}\u2026\u2025\u22ef~\uff5e\u301c\u266a\u266b\u037e]$")
 _CLOSERS = regex.compile(r"[\p{Pe}\p{Pf}\p{Pi}\s\"'*_`$]+$")
 _EMOJI = regex.compile(
-    r"[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{Regional_Indicator}\ufe0f\u200d]+$|[:;]-?[)D(P]$"
+    r"[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{Regional_Indicator}\ufe0f\u200d]+$|[:;]-?[)D(P]$|[(\uff08]\u7b11[)\uff09]$"
 )
 _ADDRESS = regex.compile(r"(?:https?://|www\.)\S+$|\S+@\S+\.\w+$|#\w+$", regex.IGNORECASE)
 _NO_FULL_STOP = regex.compile(r"[\p{Thai}\p{Lao}]\p{M}*$")

@@ -11,7 +11,7 @@ from sft_probe.errors import UserError
 from sft_probe.files import make_dir, new_dir, sha256_file, write_json, write_jsonl
 from sft_probe.records import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import RowRejectedError, check_texts, clean_response, kind_of, parse_turns
+from sft_probe.synth.hh import RowRejectedError, check_texts, clean_response, column_names, kind_of, parse_turns
 from sft_probe.synth.sources import Row, read_table, stem
 from sft_probe.synth.splits import MIN_DOCS, RULE, choose_threshold, draw_key, root_id, split_of
 
@@ -139,7 +139,7 @@ def _docs(table: Path, prompt_column: str, categories: dict[str, str], left_out:
         yield {"doc_id": f"{stem(table.name)}-{number:05d}", **fields}
     if seen and (missing := [column for column in columns if column not in seen]):
         raise UserError(
-            f"{table} has no column {', '.join(missing)}; it has {', '.join(seen)}. Name yours with "
+            f"{table} has no column {', '.join(missing)}; it has {column_names(seen)}. Name yours with "
             "--prompt COLUMN and --category NAME=COLUMN."
         )
 

@@ -45,7 +45,7 @@ def parse_row(row: dict[str, Any]) -> Pair:
     if missing := [f"`{name}`" for name in ("chosen", "rejected") if name not in row]:
         raise RowRejectedError(
             f"`chosen` and `rejected` must both be text, or both lists of messages; missing: {', '.join(missing)}. The "
-            f"columns are {', '.join(row) or 'none'}. Other columns: `sft-probe probe-set --from-csv FILE --prompt "
+            f"columns are {column_names(row)}. Other columns: `sft-probe probe-set --from-csv FILE --prompt "
             "COLUMN --category NAME=COLUMN`"
         )
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
@@ -76,6 +76,11 @@ def parse_messages(messages: Any) -> tuple[Messages, str]:
         raise RowRejectedError("the last message is not the assistant's")
     check_texts(turns[:-1], [turns[-1]["content"]])
     return turns[:-1], turns[-1]["content"]
+
+
+def column_names(row: dict[str, Any]) -> str:
+    """The names of a row's columns, the first twenty, as text that can be written to any file."""
+    return ", ".join(list(row)[:20]).encode("utf-8", "replace").decode() or "none"
 
 
 def kind_of(value: Any) -> str:

@@ -41,7 +41,9 @@ def _refuses(text: str) -> bool:
             found = cannot.search(sentence)
             if found is None or _CONDITION.search(sentence):
                 continue
-            if is_sorry or task.search(sentence[found.start() :]):
+            # in English what is not done comes after: "that is a question I can't answer with certainty"
+            asked = sentence[found.start() :] if sentence.isascii() else sentence
+            if is_sorry or task.search(asked):
                 return True
     return False
 
