@@ -128,7 +128,8 @@ _OFFER = regex.compile(
     r"\blet me know (?:if|whether|should|what you)|\b(?:would you like|do you want|shall I|should I) (?:me )?(?:to )?"
     r"|\bI hope (?:this|that|it) |\bhope (?:this|that) helps|\bis there anything else|\bhappy to (?:adjust|revise"
     r"|tweak|help)"
-    r"|\bdoes (?:this|that) work|希望.{0,12}(?:符合|满意|滿意|帮助|有用)|j'esp\u00e8re que|espero que|ich hoffe|spero che|надеюсь"
+    r"|\bdoes (?:this|that) work|希望.{0,12}(?:符合|满意|滿意|帮助|有用)"
+    r"|j'esp\u00e8re que|espero que|ich hoffe|spero che|надеюсь"
     r"|お役に立て|ご満足|도움이 되"
     r"|\bif you(?:'d| would)? (?:like|want|prefer|need)\b",
     regex.IGNORECASE,

@@ -116,9 +116,8 @@ def test_texts_that_a_real_model_wrote_pass_but_for_what_is_wrong_with_them() ->
     lines = (SHARED / "data/helpful-base/probe_train.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for column, source in (("reject_gptsemantic", "rejected"), ("chosen_gptsemantic", "chosen")):
-        category = "paraphrase" if source == "rejected" else "chosen_paraphrase"
         faults = Counter(
-            found_in({"category": category, "text": row[column], "source": row[source]})
+            found_in({"category": "paraphrase", "text": row[column], "source": row[source]})
             for row in rows if row[source].strip()
         )  # fmt: skip
         assert faults[None] >= 0.95 * faults.total(), faults

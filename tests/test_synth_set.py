@@ -334,6 +334,7 @@ def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(raw: Path, tmp_pa
     assert rows[0] == ("pairs-000007", "train", "a lighthouse at a crossroads at dawn in winter")
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "8c7bf3b59282c79f"  # as version 0.1 made it
     command = ("synth", "--source", raw, "--writer", "offline", "--out")
+    sft_probe(*command, tmp_path / "new" / "set", "--dry-run")  # which asks nothing, so that no rule is chosen
     for name in ("old", "new"):
         assert sft_probe(*command, tmp_path / name / "set").returncode == 0
     rule = tmp_path / "old/set/synthesis/rule.json"
