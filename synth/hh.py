@@ -219,7 +219,8 @@ def _content(content: Any) -> str | None:
     """The text of a message: a string, or a list of text parts one after the other, as chat templates render them."""
     if isinstance(content, list) and content:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        return _unix("".join(parts)).strip() if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        return _unix("".join(texts)).strip() if len(texts) == len(parts) else None
     return _unix(content).strip() if isinstance(content, str) else None
 
 
