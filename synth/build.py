@@ -176,7 +176,7 @@ def write_texts(plan: Plan, obtain: Obtain, note_fault: Callable[[str], None] = 
         if fault is None and index.holds(str(answer.text)):
             fault = "near-duplicate"
         if fault is None:
-            index.first_of(str(answer.text), 0)
+            index.add(str(answer.text))
             written.accept(request, answer)
         elif answer.status == "ok":
             note_fault(fault)

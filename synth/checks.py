@@ -25,8 +25,8 @@ def fault_of(request: Request, answer: Answer, pair: SourcePair, template: Templ
     context = f"{source_text}\n{prompt_text(pair.messages)}"
     is_answer = request.category == "variant"
     faults = {
-        "leak": is_leak(text, template.text, context, is_answer=is_answer),
         "refusal": is_refusal(text, source_text),
+        "leak": is_leak(text, template.text, context, is_answer=is_answer),
         "cut off": not is_finished(text),
         "near-copy": any(is_near_copy(text, other) for other in {source_text, pair.chosen, pair.rejected}),
         "length": not has_length(text, request.num_words),

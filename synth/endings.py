@@ -2,10 +2,12 @@
 
 import regex
 
+from sft_probe.synth.words import count_words
+
 _TERMINAL = regex.compile(r"[\p{Sentence_Terminal}\u2026\u2025\u22ef~\uff5e\u301c\u266a\u266b\u037e]$")
 _CLOSERS = regex.compile(r"[\p{Pe}\p{Pf}\p{Pi}\s\"'*_`$]+$")
 _EMOJI = regex.compile(
-    r"[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{Regional_Indicator}\ufe0f\u200d]+$|[:;]-?[)D(P]$"
+    r"[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{Regional_Indicator}\ufe0f\u200d]+$|[:;]-?[)D(P]$|[(\uff08]\u7b11[)\uff09]$"
 )
 _ADDRESS = regex.compile(r"(?:https?://|www\.)\S+$|\S+@\S+\.\w+$|#\w+$", regex.IGNORECASE)
 _NO_FULL_STOP = regex.compile(r"[\p{Thai}\p{Lao}]\p{M}*$")
@@ -19,27 +21,30 @@ _DANGLING = regex.compile(
     r"les|des|du|un|une|und|oder|der|die|das|den|dem|ein|eine|mit|zu|y|o|el|los|las|del|con|por|para|e|il|di|da|che))$",
     regex.IGNORECASE,
 )
-_MAX_LINE_WORDS, _MAX_NAME_WORDS = 10, 4
+_GREEK_QUESTION = regex.compile(r"\p{Greek}\s*;$")
+_MAX_LINE_WORDS, _MAX_NAME_WORDS, _MAX_EXCLAMATION_WORDS = 12, 4, 3
 
 
 def is_finished(text: str) -> bool:
-    """Whether a text ends in a sentence, an emoji, an address, or the last line of a list, a table, a verse or a letter."""
+    """Whether a text ends in a sentence, an emoji, an address, or as a list, a table, a verse or a letter does."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or text.count("```") % 2:
         return False
     last = lines[-1]
     if len(lines) > 1 and _BARE_MARKER.fullmatch(last) and not last.endswith(("```", "|")):
         return False
-    return _ends_sentence(last) or _ends_block(lines)
+    is_exclamation = count_words(text) <= _MAX_EXCLAMATION_WORDS and not _DANGLING.search(last)  # You're welcome
+    return is_exclamation or _ends_sentence(last) or _ends_block(lines)
 
 
 def _ends_sentence(line: str) -> bool:
     core = _CLOSERS.sub("", line)
-    without_emoji = _CLOSERS.sub("", _EMOJI.sub("", core))
     if _ABBREVIATION.search(core):
         return False
-    is_marked = bool(_TERMINAL.search(core)) or without_emoji != core
-    return is_marked or bool(_ADDRESS.search(line)) or bool(_NO_FULL_STOP.search(core))
+    return any((
+        _EMOJI.search(line), _EMOJI.search(core), _TERMINAL.search(core), _GREEK_QUESTION.search(core),
+        _ADDRESS.search(line), _NO_FULL_STOP.search(core),
+    ))  # fmt: skip
 
 
 def _ends_block(lines: list[str]) -> bool:
@@ -51,7 +56,7 @@ def _ends_block(lines: list[str]) -> bool:
         return False
     if _LIST_ITEM.match(last):
         items = [line for line in others if _LIST_ITEM.match(line)]
-        return bool(items) and 2 * sum(map(_ends_sentence, items)) <= len(items)
+        return 2 * sum(map(_ends_sentence, items)) <= len(items) if items else others[-1].endswith(":")
     if others[-1].endswith((",", "\uff0c", "\u060c")) and len(last.split()) <= _MAX_NAME_WORDS and last[0].isupper():
         return True  # who signs a letter
     is_verse = len(others) > 1 and not any(map(_LIST_ITEM.match, others))

@@ -1,6 +1,5 @@
 """A probe set from a table that the user has: one row per prompt, one column per category."""
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import find, jsonl_lines, make_dir, new_dir, sha256_file, write_json, write_jsonl
+from sft_probe.files import find, make_dir, new_dir, sha256_file, write_json, write_jsonl
 from sft_probe.records import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import RowRejectedError, check_texts, clean_response, kind_of, parse_turns
+from sft_probe.synth.hh import RowRejectedError, check_texts, clean_response, column_names, kind_of, parse_turns
 from sft_probe.synth.sources import Row, read_table, stem
 from sft_probe.synth.splits import MIN_DOCS, RULE, choose_threshold, draw_key, root_id, split_of
 
@@ -140,7 +139,7 @@ def _docs(table: Path, prompt_column: str, categories: dict[str, str], left_out:
         yield {"doc_id": f"{stem(table.name)}-{number:05d}", **fields}
     if seen and (missing := [column for column in columns if column not in seen]):
         raise UserError(
-            f"{table} has no column {', '.join(missing)}; it has {', '.join(seen)}. Name yours with "
+            f"{table} has no column {', '.join(missing)}; it has {column_names(seen)}. Name yours with "
             "--prompt COLUMN and --category NAME=COLUMN."
         )
 
@@ -193,14 +192,17 @@ def write_manifest(
 ) -> None:
     """Writes `probe_set.json` for the JSONL files in `out`: last, so that it stands for a complete set."""
     (out / "probe_set.json").unlink(missing_ok=True)
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in find(out, "*.jsonl")}
-    rows = [json.loads(line) for file in files for line in jsonl_lines((out / file).read_text("utf-8"))]
+    paths = find(out, "*.jsonl")
+    counts: Counter[str] = Counter()
+    for path in paths:
+        with path.open("rb") as lines:  # one at a time: a set may be large
+            counts.update(json.loads(line)["split"] for line in lines)
     manifest = {
         "name": name or out.resolve().name,
-        "counts": {split: sum(row["split"] == split for row in rows) for split in SPLITS},
+        "counts": {split: counts[split] for split in SPLITS},
         "categories": writers,
         "prompt_format": prompt_format,
-        "sha256": files,
+        "sha256": {path.name: sha256_file(path) for path in paths},
         "provenance": provenance,
     }
     write_json(out / "probe_set.json", manifest)

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sft_probe.records import LONE_SURROGATE, is_unicode
+
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _LOOSE_TURN = re.compile(r"\s*\n[ \t]*(?=(?:Human|Assistant):)")
 _TRANSCRIPT = re.compile(r"\s*Human:|\s*Assistant:[\s\S]*\n\s*Human:")
@@ -45,7 +47,7 @@ def parse_row(row: dict[str, Any]) -> Pair:
     if missing := [f"`{name}`" for name in ("chosen", "rejected") if name not in row]:
         raise RowRejectedError(
             f"`chosen` and `rejected` must both be text, or both lists of messages; missing: {', '.join(missing)}. The "
-            f"columns are {', '.join(row) or 'none'}. Other columns: `sft-probe probe-set --from-csv FILE --prompt "
+            f"columns are {column_names(row)}. Other columns: `sft-probe probe-set --from-csv FILE --prompt "
             "COLUMN --category NAME=COLUMN`"
         )
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
@@ -76,6 +78,11 @@ def parse_messages(messages: Any) -> tuple[Messages, str]:
         raise RowRejectedError("the last message is not the assistant's")
     check_texts(turns[:-1], [turns[-1]["content"]])
     return turns[:-1], turns[-1]["content"]
+
+
+def column_names(row: dict[str, Any]) -> str:
+    """The names of a row's columns, the first twenty, as text that can be written to any file."""
+    return ", ".join(list(row)[:20]).encode("utf-8", "replace").decode() or "none"
 
 
 def kind_of(value: Any) -> str:
@@ -119,17 +126,8 @@ def check_texts(messages: Messages, responses: list[str]) -> None:
     contents = [turn["content"] for turn in messages]
     if any(_TURN.search(text) for text in (*contents, *responses)):
         raise RowRejectedError("more turns follow inside a text (a blank line and `Human:` or `Assistant:`)")
-    if any(has_lone_surrogate(text) for text in (*contents, *responses)):
-        raise RowRejectedError("half a surrogate pair, which is no Unicode text")
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Whether a string cannot be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    if not is_unicode([*contents, *responses]):
+        raise RowRejectedError(LONE_SURROGATE)
 
 
 def clean_response(text: str) -> str:
@@ -214,7 +212,8 @@ def _content(content: Any) -> str | None:
     """The text of a message: a string, or a list of text parts one after the other, as chat templates render them."""
     if isinstance(content, list) and content:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        return _unix("".join(parts)).strip() if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        return _unix("".join(texts)).strip() if len(texts) == len(parts) else None
     return _unix(content).strip() if isinstance(content, str) else None
 
 

@@ -1,7 +1,9 @@
 """Writes a finished set: two JSONL files, what was left out, the card, and the manifest last."""
 
+import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,18 @@ def rule_of(out: Path) -> int:
     """The version of the rule of draw, split and topics that a directory was begun with, else the newest one."""
     if (out / _RULE_FILE).is_file():
         return int(read_json(out / _RULE_FILE)["rule"])
-    return 1 if (out / STORE).is_file() else RULE
+    return 1 if _holds_answers(out / STORE) else RULE
+
+
+def _holds_answers(store: Path) -> bool:
+    """Whether anything was asked; an estimate of an older version left an empty store."""
+    if not store.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{store.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM answers)").fetchone()[0])
+    except sqlite3.Error:  # `Store` says what is wrong with it
+        return True
 
 
 def begin_set(out: Path) -> None:

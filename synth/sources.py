@@ -16,7 +16,8 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
-from sft_probe.synth.hh import Pair, RowRejectedError, has_lone_surrogate, parse_row
+from sft_probe.records import is_unicode
+from sft_probe.synth.hh import Pair, RowRejectedError, parse_row
 
 _LOG = logging.getLogger(__name__)
 _HH = "Anthropic/hh-rlhf"
@@ -206,7 +207,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
                         'holds a comma or a line end in double quotes ("..."), and double the quotes inside it.'
                     )
                 if fields:
-                    fault = "bytes that are not UTF-8" if any(map(has_lone_surrogate, fields)) else None
+                    fault = None if is_unicode(fields) else "bytes that are not UTF-8"
                     yield line, dict(zip(header, fields, strict=True)), fault
                 line = reader.line_num + 1
     except OSError as error:

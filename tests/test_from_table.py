@@ -266,7 +266,7 @@ def test_tables_that_were_read_wrongly(name: str, message: str | None, tmp_path:
 turns = (
     st.text(st.characters(codec="utf-8"), min_size=1)
     .map(str.strip)
-    .filter(lambda text: text and "\n\nHuman:" not in text and "\n\nAssistant:" not in text)
+    .filter(lambda text: text and not any(part in text for part in ("\n\nHuman:", "\n\nAssistant:", "\r\n")))
 )
 
 

@@ -1,23 +1,31 @@
 """Splits share nothing, and faulty texts are seen for what they are."""
 
 import asyncio
+import json
 import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasketch import MinHash, MinHashLSH
+from helpers import SHARED, needs_shared
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
 from sft_probe.synth import report
 from sft_probe.synth.categories import KINDS, load_templates, make_requests, permuted, read_topics, topic_of
-from sft_probe.synth.checks import fault_of
+from sft_probe.synth.checks import fault_of, has_length
+from sft_probe.synth.copies import is_near_copy
 from sft_probe.synth.report import near_duplicates, shingles
 from sft_probe.synth.requests import Answer, Request
 from sft_probe.synth.sources import Rejected, SourcePair
 from sft_probe.synth.splits import choose_threshold, clusters, conversation_id, split_of, split_pairs
+from sft_probe.synth.words import count_words
 from sft_probe.synth.writers.offline import OfflineWriter
 
 CHOSEN = "You could rinse the rice first, use a little less water, and let it stand for ten minutes with the lid on."
@@ -73,6 +81,101 @@ GOOD = "Cooking rice is difficult, which is why a lot of folks purchase a cooker
 )  # fmt: skip
 def test_faults_of_a_paraphrase(text: str | None, expected: str | None) -> None:
     assert fault(text) == expected
+
+
+DATA = Path(__file__).parent / "data"
+
+
+def labelled(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def found_in(row: dict[str, str]) -> str | None:
+    """The fault of a labelled text, written for another question, in the length that was asked for."""
+    chosen = "Ask somebody who has done it before, and take your time over every single step of it."
+    doc = pair(1, "What would you do?", chosen=chosen, rejected=row.get("source", REJECTED))
+    request = make_requests(doc, {row["category"]: TEMPLATES[row["category"]]}, "a bee at dawn")[0]
+    request = replace(request, num_words=count_words(row["text"]))
+    return fault_of(request, Answer(status="ok", raw="{}", text=row["text"]), doc, TEMPLATES[row["category"]])
+
+
+@pytest.mark.parametrize("name", ["check_texts", "check_texts_heldout"])
+@pytest.mark.parametrize("kind", ["good", "leak", "refusal", "near-copy", "cut-off"])
+def test_at_most_a_tenth_of_labelled_texts_is_missed_or_wrongly_refused(name: str, kind: str) -> None:
+    """Texts in 25 languages; those of the second file were written before the checks, and no check was made for one."""
+    rows = [row for row in labelled(name) if row["kind"] == kind]
+    expected = {"good": None, "cut-off": "cut off"}.get(kind, kind)
+    wrong = {row["text"]: found for row in rows if (found := found_in(row)) != expected}
+    assert len(rows) >= (60 if name == "check_texts" else 17)
+    assert len(wrong) <= 0.1 * len(rows), wrong
+
+
+@needs_shared
+def test_texts_that_a_real_model_wrote_pass_but_for_what_is_wrong_with_them() -> None:
+    """Published rewrites of GPT-3.5: few are refused; what starts with "Sure! Here is a random sentence" is seen."""
+    lines = (SHARED / "data/helpful-base/probe_train.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for column, source in (("reject_gptsemantic", "rejected"), ("chosen_gptsemantic", "chosen")):
+        faults = Counter(
+            found_in({"category": "paraphrase", "text": row[column], "source": row[source]})
+            for row in rows if row[source].strip()
+        )  # fmt: skip
+        assert faults[None] >= 0.95 * faults.total(), faults
+    missed = [
+        text for row in rows if re.search(r"random sentence with|\bI am unable|output sentence", text := row["irr_hum"])
+        and found_in({"category": "non_response", "text": text}) not in ("leak", "refusal")
+    ]  # fmt: skip
+    assert len(missed) <= 8, missed
+
+
+words_of_a_text = st.lists(st.integers(0, 400), min_size=20, max_size=80, unique=True)
+
+
+@given(words_of_a_text, st.data())
+def test_a_copy_is_one_with_a_few_words_changed_and_no_more(numbers: list[int], data: st.DataObject) -> None:
+    text = [f"word{number}" for number in numbers]
+    places = data.draw(st.lists(st.integers(0, len(text) - 1), max_size=4, unique=True))
+    changed = [f"other{i}" if i in places else word for i, word in enumerate(text)]
+    assert is_near_copy(" ".join(changed), " ".join(text))
+    assert is_near_copy(" ".join(text), " ".join(changed))
+    half = [f"other{i}" if i % 2 else word for i, word in enumerate(text)]
+    assert not is_near_copy(" ".join(half), " ".join(text))
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda text: text.translate(str.maketrans("aeopcxy", "\u0430\u0435\u043e\u0440\u0441\u0445\u0443")),
+        lambda text: text.translate(str.maketrans("ov", "\u03bf\u03bd")),
+        "\u200b".join,
+        lambda text: "".join(chr(0x1D41A + ord(c) - 97) if c.isascii() and c.islower() else c for c in text),
+        lambda text: "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in text),
+        lambda text: text.upper().replace(",", ""),
+        lambda text: text.replace("e", "e\u0301"),
+    ],
+)
+def test_a_disguised_copy_is_a_copy(disguise: Callable[[str], str]) -> None:
+    assert disguise(CHOSEN) != CHOSEN
+    assert is_near_copy(disguise(CHOSEN), CHOSEN)
+    assert not is_near_copy(disguise(CHOSEN), REJECTED)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("A text of six plain words.", 6),
+        ("\u8fd9\u662f\u4e00\u4e2a\u5f88\u957f\u7684\u53e5\u5b50\u3002", 10),
+        ("\u3053\u308c\u306f\u30c6\u30b9\u30c8\u3067\u3059", 8),
+        ("\uc774\uac83\uc740 \uc2dc\ud5d8 \uc785\ub2c8\ub2e4.", 3),
+        ("\u0e01" * 50, 10),
+        ("The word \u6c34 means water.", 5),
+    ],
+)
+def test_lengths_are_characters_where_a_script_has_no_blanks(text: str, number: int) -> None:
+    assert count_words(text) == number
+    assert has_length(text * 3, 3 * number)
+    if number > 5:
+        assert not has_length(text * 3, number)
 
 
 @pytest.mark.parametrize("status", ["blocked", "truncated", "refused", "invalid", "error"])
@@ -185,7 +288,12 @@ def test_near_duplicates_cost_a_sketch_and_some_links_each(kind: str, monkeypatc
     texts = [base if kind == "equal" else f"{base} {i}" for i in range(2000)]
     sketches: list[str] = []
     real = report.shingles
-    monkeypatch.setattr(report, "shingles", lambda text: (sketches.append(text), real(text))[1])
+
+    def counted(text: str) -> set[str]:
+        sketches.append(text)
+        return real(text)
+
+    monkeypatch.setattr(report, "shingles", counted)
     links = near_duplicates(texts)
     assert len(sketches) <= len(texts)
     assert len(links) <= 14 * len(texts)
@@ -253,11 +361,9 @@ def test_a_share_keeps_every_doc_in_its_split(rows: list[str], appended: list[st
 
     before, after = splits(rows), splits([*rows, *appended])
     assert splits(rows[::-1]) == before
-    is_split = set(before.values()) == {"train", "heldout"}
-    if is_split and choose_threshold(rows, share, seed) == share:  # a split of fewer than two docs is mended
-        assert before.items() <= after.items()
-    elif len(set(rows)) == len(rows) >= 4:
-        assert is_split
+    counts = Counter(before[row] for row in rows)
+    if min(counts["train"], counts["heldout"]) >= 2:  # else the threshold is moved, until there are enough docs
+        assert choose_threshold(rows, share, seed) != share or before.items() <= after.items()
 
 
 @given(conversations, st.integers(1, 30), st.integers(0, 9))

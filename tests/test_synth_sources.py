@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_messages_and_columns() -> None:
 
 
 MULTI = transcript(["First?", "Middle.", "Second?"], "")
-FORMS = {
+FORMS: dict[str, Callable[[str], str]] = {
     "published": lambda text: text,
     "stripped": str.strip,
     "blank lines before": lambda text: "\n\n" + text,
@@ -203,6 +204,7 @@ def test_missing_columns_are_named() -> None:
     assert "missing: `chosen`, `rejected`. The columns are prompt, response, helpfulness" in words
     assert "--category NAME=COLUMN" in words
     assert "`chosen` is a number" in reason({"prompt": "Q?", "chosen": 1, "rejected": "b"})
+    reason({"half \ud83d": 1}).encode()
 
 
 def rows_of(num: int) -> list[dict[str, str]]:

@@ -11,7 +11,16 @@ from sft_probe.errors import UserError
 from sft_probe.prompts import DroppedDoc
 from sft_probe.records import LONE_SURROGATE, Doc, find_lone_surrogate
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import Pair, RowRejectedError, clean_response, kind_of, parse_messages, parse_row, parse_turns
+from sft_probe.synth.hh import (
+    Pair,
+    RowRejectedError,
+    clean_response,
+    column_names,
+    kind_of,
+    parse_messages,
+    parse_row,
+    parse_turns,
+)
 from sft_probe.synth.sources import Row, read_rows, source_sha256
 from sft_probe.synth.splits import conversation_id
 
@@ -76,7 +85,7 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
         if missing := [f"`{name}`" for name in (prompt_column, response_column) if name not in value]:
             raise RowRejectedError(
                 f"neither `messages` nor `chosen` and `rejected` nor {' and '.join(missing)}; the columns are "
-                f"{', '.join(value) or 'none'}: name yours with --prompt_column and --response_column"
+                f"{column_names(value)}: name yours with --prompt_column and --response_column"
             )
         response = value[response_column]
         if not isinstance(response, str):

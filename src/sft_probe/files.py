@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
@@ -98,14 +98,20 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """Write a UTF-8 file atomically, one part after the other, so that a large one need not be held in memory."""
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_text(path, to_json(value, indent=2) + "\n")
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object per line, atomically."""
-    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+    write_parts(path, (to_json(row) + "\n" for row in rows))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

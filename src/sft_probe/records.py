@@ -240,7 +240,7 @@ def find_lone_surrogate(value: Any, name: str = "") -> str | None:
     JSON can write it (`"\\ud83d"`), but it is no Unicode text: no file and no tokenizer takes it, and what replaces it
     is another text.
     """
-    if _is_unicode(value):
+    if is_unicode(value):
         return None
     parts: list[tuple[str, Any]] = []
     if isinstance(value, dict):
@@ -248,10 +248,11 @@ def find_lone_surrogate(value: Any, name: str = "") -> str | None:
         parts = [(place, item) for place, key, part in named for item in (key, part)]
     elif isinstance(value, list):
         parts = [(f"{name}[{number}]", part) for number, part in enumerate(value)]
-    return next((find_lone_surrogate(part, place) for place, part in parts if not _is_unicode(part)), name)
+    return next((find_lone_surrogate(part, place) for place, part in parts if not is_unicode(part)), name)
 
 
-def _is_unicode(value: Any) -> bool:
+def is_unicode(value: Any) -> bool:
+    """Return whether a JSON value can be written as UTF-8: half of a surrogate pair cannot."""
     try:
         json.dumps(value, ensure_ascii=False, default=repr).encode()
     except UnicodeEncodeError:
