@@ -94,7 +94,8 @@ class Scorer:
                 write_text(folder / ERROR_LOG, traceback.format_exc())
                 self._reset()
                 reason = textwrap.shorten(str(error), 200)
-                raise UserError(f"{type(error).__name__}: {reason} (traceback: {folder / ERROR_LOG})") from error
+                where = f"{checkpoint.name}: {type(error).__name__}"
+                raise UserError(f"{where}: {reason} (traceback: {folder / ERROR_LOG})") from error
             (folder / ERROR_LOG).unlink(missing_ok=True)
             return problems
 
@@ -121,8 +122,9 @@ class Scorer:
     def _prepare(self, checkpoint: Checkpoint, folder: Path, parts: dict[str, Path]) -> list[str]:
         """Return the names of the parts to score, after loading the weights where there are any."""
         missing = [name for name, path in parts.items() if not path.exists()]
+        known = recorded_of_step(folder)
         try:
-            self.identity = identify(checkpoint, recorded_of_step(folder))
+            self.identity = identify(checkpoint, known)
         except UserError as error:
             if missing:
                 raise

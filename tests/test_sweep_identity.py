@@ -1,4 +1,4 @@
-"""A score belongs to one checkpoint: another model is refused, other weights are scored again, a move changes nothing."""
+"""A score belongs to one checkpoint: another model is refused, other weights are scored again, a move is none."""
 
 import json
 import os
@@ -8,23 +8,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from helpers import Run, make_docs, user_error
+from helpers import Run, make_checkpoint, make_docs, user_error
 from transformers import AutoModelForCausalLM
 
 STEPS = (10, 20)
-
-
-def make_checkpoint(folder: Path, tiny_model: Path, seed: int) -> Path:
-    """A copy of the tiny model with its own weights; seed 0 is the model itself."""
-    shutil.copytree(tiny_model, folder)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(seed * 0.01 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
