@@ -127,23 +127,46 @@ def test_nothing_readable_names_every_fault(folder: Path, sweep: Callable[..., A
     assert all(f"step {step}: " in message for step in (1, 2, 3))
 
 
-@pytest.mark.parametrize("revisions", ["step0,step1,step2", "step1,step2,step0", "step0,step2,step1"])
-def test_a_missing_revision_costs_itself_alone(
-    tiny_model: Path, sft_probe: Run, tmp_path: Path, revisions: str
-) -> None:
-    commit = "a" * 40
-    cache = tmp_path / "hub/models--some--model"
-    shutil.copytree(tiny_model, cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    for name in ("step1", "step2"):
-        (cache / "refs" / name).write_text(commit)
-    (tmp_path / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)))
-    flags = ("--model", "some/model", "--revisions", revisions, "--probe_set", tmp_path / "set.jsonl")
-    message = user_error(sft_probe("sweep", tmp_path / "out", *flags, HF_HUB_CACHE=str(tmp_path / "hub")))
-    assert "step 0: no directory and no model on the hub: 'some/model' (revision step0)" in message
-    assert steps(tmp_path / "out") == [1, 2]
-    record = json.loads((tmp_path / "out/sweep/step_000001/heldout/checkpoint.json").read_text())
-    assert (record["place"], record["commit"]) == ("some/model@step1", commit)
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of the hub, which is out of reach: revisions step1 and step2 of some/model. Returns their refs."""
+    repository = folder / "hub/models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    for step in (1, 2, 3):
+        shutil.copytree(folder / f"checkpoint-{step}", repository / "snapshots" / (str(step) * 40))
+    for step in (1, 2):
+        (repository / "refs" / f"step{step}").write_text(str(step) * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    return repository / "refs"
+
+
+@pytest.mark.parametrize("revisions", ["step0,step1,step2", "step1,step2,step3"])
+def test_a_missing_revision_costs_itself_alone(hub: Path, folder: Path, sft_probe: Run, revisions: str) -> None:
+    flags = ("--model", "some/model", "--revisions", revisions, "--probe_set", folder / "set.jsonl")
+    message = user_error(sft_probe("sweep", folder / "out", *flags))
+    assert "1 checkpoints could not be scored in full" in message
+    assert "no directory and no model on the hub: 'some/model' (revision step" in message
+    assert steps(folder / "out") == [1, 2]
+    record = json.loads((folder / "out/sweep/step_000001/heldout/checkpoint.json").read_text())
+    assert (record["place"], record["commit"]) == ("some/model@step1", "1" * 40)
+    assert set(pd.read_parquet(folder / "out/scores.parquet")["model"]) == {"some/model"}
+    assert hub.is_dir()
+
+
+def test_a_branch_that_was_moved_is_scored_again(hub: Path, folder: Path, sft_probe: Run) -> None:
+    flags = ("--model", "some/model", "--revisions", "step1,step2", "--probe_set", folder / "set.jsonl")
+    assert sft_probe("sweep", folder / "out", *flags).returncode == 0
+    before = pd.read_csv(folder / "out/trajectory.csv").set_index("step")["logprob"]
+    (hub / "step2").write_text("3" * 40)
+    result = sft_probe("sweep", folder / "out", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "step 1 is complete" in result.stderr
+    assert "some/model@step2 has changed since heldout were scored" in result.stderr
+    after = pd.read_csv(folder / "out/trajectory.csv").set_index("step")["logprob"]
+    assert (before.loc[1] == after.loc[1]).all()
+    assert (before.loc[2] != after.loc[2]).all()
+    shutil.rmtree(hub)
+    assert sft_probe("sweep", folder / "out", *flags).returncode == 0, "a cache that was emptied changes nothing"
 
 
 def test_an_unforeseen_error_is_reported_with_its_class_and_a_log(
