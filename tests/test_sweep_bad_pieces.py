@@ -165,7 +165,7 @@ def test_a_branch_that_was_moved_is_scored_again(hub: Path, folder: Path, sft_pr
     after = pd.read_csv(folder / "out/trajectory.csv").set_index("step")["logprob"]
     assert (before.loc[1] == after.loc[1]).all()
     assert (before.loc[2] != after.loc[2]).all()
-    shutil.rmtree(hub)
+    (hub / "step2").unlink()
     assert sft_probe("sweep", folder / "out", *flags).returncode == 0, "a cache that was emptied changes nothing"
 
 
