@@ -22,7 +22,8 @@ def slice_of(texts: list[str], number: int = 2) -> list[Any]:
 
 def wrong_values(*keys: str) -> list[str]:
     """Objects with all keys but one of them of a wrong type."""
-    return [json.dumps({**dict.fromkeys(keys, 1), key: value}) for key in keys for value in (None, "x", [])]
+    values: list[Any] = [None, "x", []]
+    return [json.dumps({**dict.fromkeys(keys, 1), key: value}) for key in keys for value in values]
 
 
 @pytest.fixture

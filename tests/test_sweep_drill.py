@@ -90,6 +90,6 @@ def test_four_at_once_make_the_table_of_one(
     one, many = (pd.read_parquet(path / "scores.parquet") for path in (tmp_path / "one/run", out))
     assert len(many) == last * 12 * 2
     pd.testing.assert_frame_equal(many, one, atol=1e-4, rtol=0)
-    tables = (pd.read_csv(path / "trajectory.csv") for path in (tmp_path / "one/run", out))
-    pd.testing.assert_frame_equal(*tables, atol=1e-4, rtol=0)
+    one, many = (pd.read_csv(path / "trajectory.csv") for path in (tmp_path / "one/run", out))
+    pd.testing.assert_frame_equal(many, one, atol=1e-4, rtol=0)
     assert not list(out.glob("sweep/step_*/.*.tmp")), "half-written parts are cleaned"
