@@ -192,6 +192,15 @@ def test_an_unforeseen_error_is_reported_with_its_class_and_a_log(
     assert steps(folder / "out") == [1, 2, 3]
 
 
+def test_a_step_that_cannot_be_written_costs_itself_alone(folder: Path, sweep: Callable[..., Any]) -> None:
+    (folder / "out/sweep").mkdir(parents=True)
+    (folder / "out/sweep/step_000002").write_text("a file where a directory should be")
+    message = user_error(sweep())
+    assert "checkpoint-2: FileExistsError: " in message
+    assert "no traceback: " in message
+    assert steps(folder / "out") == [1, 3]
+
+
 META = ("step", "examples_seen", "tokens_seen", "epoch", "dtype", "sha256")
 
 
