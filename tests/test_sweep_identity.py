@@ -98,7 +98,7 @@ def test_untouched_files_are_not_read_again(models: Path, sweep: Any, monkeypatc
     os.utime(models / "A/checkpoint-20/model.safetensors")
     result = sweep("A/checkpoint-*")
     assert result.returncode == 2
-    assert "step 20: TypeError" in result.stderr
+    assert "checkpoint-20: TypeError" in result.stderr
 
 
 def test_a_touched_or_moved_checkpoint_is_the_same(models: Path, sweep: Any) -> None:
