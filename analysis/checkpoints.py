@@ -134,6 +134,8 @@ def of_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
     steps = _read_steps(names)
     unit = common_unit(list(steps.items()))
     path = Path(model)
+    if path.is_dir() and len(names) > 1:
+        log.warning("%s is a directory, which has no revisions: all steps are the same weights", model)
     source = str(path.absolute().parent.resolve() / path.absolute().name) if path.is_dir() else model
     return _unique(
         [

@@ -5,6 +5,7 @@ they were recorded is not read again.
 """
 
 import functools
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from sft_probe.errors import UserError
 from sft_probe.files import find, read_object, sha256_file
 from sft_probe.models import local_folder, resolve_model
 from sft_probe.weights import ADAPTER_CONFIG, base_of, weight_files
+
+log = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
 Identity = dict[str, Any]
@@ -119,7 +122,7 @@ def check_undamaged(checkpoint: Checkpoint, identity: Identity) -> None:
 
 def check_unchanged(checkpoint: Checkpoint, identity: Identity) -> None:
     """Raise `UserError` where files have changed since the identity was taken."""
-    if found := differences(identify(checkpoint, identity), identity):
+    if identity["commit"] is None and (found := differences(identify(checkpoint, identity), identity)):
         raise UserError(
             f"{checkpoint.name} changed while it was read ({', '.join(found[:3])}). Rerun when it is whole."
         )
@@ -134,11 +137,11 @@ def _sha256(identity: Identity, name: str) -> str | None:
 def _commits_of(name: str) -> dict[str, str]:
     """Return the commits of all branches and tags of a hub model; nothing where the hub does not answer."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         refs = HfApi().list_repo_refs(name)
-    except (OSError, HfHubHTTPError, HFValidationError):
+    except Exception as error:  # of whichever HTTP client the hub's library uses
+        log.info("the commits of %s are not known now (%s): what was recorded counts", name, type(error).__name__)
         return {}
     return {ref.name: ref.target_commit for ref in [*refs.branches, *refs.tags]}
 

@@ -117,3 +117,5 @@ class StepWorker:
             return None
         except UserError as error:
             return [str(error)]
+        except Exception as error:  # of this node: the driver would end with it, and the other steps be lost
+            return [f"{socket.gethostname()}: {type(error).__name__}: {error}"]

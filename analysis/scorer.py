@@ -26,7 +26,7 @@ from sft_probe.analysis.identity import (
     recorded_of_step,
 )
 from sft_probe.analysis.live_model import LiveModel
-from sft_probe.analysis.ownership import owned_step, remove_parts, stale_parts, step_folder
+from sft_probe.analysis.ownership import StepBusyError, owned_step, remove_parts, stale_parts, step_folder
 from sft_probe.analysis.results import benchmark_rows, write_results
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, record
 from sft_probe.errors import UserError
@@ -85,18 +85,17 @@ class Scorer:
             StepBusyError: another process is scoring it.
         """
         folder = step_folder(self.request.directory, checkpoint.step)
-        with owned_step(folder, wait=wait):
-            try:
+        try:
+            with owned_step(folder, wait=wait):
                 problems = self._score_owned(checkpoint, folder)
-            except UserError:
-                raise
-            except Exception as error:  # of whatever library reads this checkpoint; the others are scored
-                write_text(folder / ERROR_LOG, traceback.format_exc())
-                self._reset()
-                reason = textwrap.shorten(str(error), 200)
-                raise UserError(f"{type(error).__name__}: {reason} (traceback: {folder / ERROR_LOG})") from error
-            (folder / ERROR_LOG).unlink(missing_ok=True)
-            return problems
+                (folder / ERROR_LOG).unlink(missing_ok=True)
+                return problems
+        except (UserError, StepBusyError):
+            raise
+        except Exception as error:  # of whatever library reads this checkpoint; the others are scored
+            self._reset()
+            where = f"{checkpoint.name}: {type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+            raise UserError(f"{where} ({_write_error_log(folder)})") from error
 
     def _score_owned(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
         request = self.request
@@ -121,8 +120,9 @@ class Scorer:
     def _prepare(self, checkpoint: Checkpoint, folder: Path, parts: dict[str, Path]) -> list[str]:
         """Return the names of the parts to score, after loading the weights where there are any."""
         missing = [name for name, path in parts.items() if not path.exists()]
+        known = recorded_of_step(folder)
         try:
-            self.identity = identify(checkpoint, recorded_of_step(folder))
+            self.identity = identify(checkpoint, known)
         except UserError as error:
             if missing:
                 raise
@@ -280,6 +280,15 @@ class Scorer:
         }
         with _quiet("lm_eval"):
             write_results(folder, results, arguments)
+
+
+def _write_error_log(folder: Path) -> str:
+    """Write the traceback of the exception that is being handled; return where it is."""
+    try:
+        write_text(folder / ERROR_LOG, traceback.format_exc())
+    except OSError as error:
+        return f"no traceback: {error}"
+    return f"traceback: {folder / ERROR_LOG}"
 
 
 def _fault(doc: dict[str, Any], step: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ _REFUSED = {
     "cache_requests": "its key knows neither the probe set nor the prompt format: another set would get these requests",
     "apply_chat_template": "the prompt format of the probe set already renders the turns",
     "system_instruction": "it would stand before prompts that the prompt format has already rendered",
-    "fewshot_as_multiturn": "probe tasks have no few-shot examples",
 }
 """Arguments of `build_all_requests`, named like the flags of lm-eval, and why a probe task refuses them."""
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sft_probe.cli import main
 from sft_probe.records import load_probe_set
@@ -116,3 +118,23 @@ def blimp_task(folder: Path) -> Path:
         f"    train: {SHARED}/data/blimp/adjunct_island.jsonl\n"
     )
     return path
+
+
+def make_checkpoint(folder: Path, tiny_model: Path, seed: int) -> Path:
+    """A copy of the tiny model with its own weights; seed 0 is the model itself."""
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(seed * 0.01 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def command_to_file(command: list[str], path: str) -> None:
+    """Runs the command line with its output in a file; for processes of their own."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    main(command)

@@ -50,9 +50,12 @@ def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: 
 @pytest.mark.slow
 def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -> None:
     (checkpoints / "checkpoint-3/model.safetensors").write_bytes(b"no tensors")
-    flags = ("--checkpoints", checkpoints / "checkpoint-[123]", "--engine", "ray")
+    (checkpoints / "checkpoint-4/tokenizer.json").write_text('{"version": "1.0"}')  # a KeyError of transformers
+    flags = ("--checkpoints", checkpoints / "checkpoint-[1234]", "--engine", "ray", "--device", "cpu")
     message = user_error(sft_probe("sweep", checkpoints / "run", *flags, process=True))
-    assert "step 3: cannot read" in message
+    assert "step 3: cannot " in message
+    assert "checkpoint-4: KeyError: 'added_tokens' (traceback: " in message
+    assert "KeyError" in (checkpoints / "run/sweep/step_000004/error.log").read_text()
     assert sorted(pd.read_csv(checkpoints / "run/trajectory.csv")["step"].unique()) == [1, 2]
 
 

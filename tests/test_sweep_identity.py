@@ -1,30 +1,23 @@
-"""A score belongs to one checkpoint: another model is refused, other weights are scored again, a move changes nothing."""
+"""A score belongs to one checkpoint: another model is refused, other weights are scored again, a move is none."""
 
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from helpers import Run, make_docs, user_error
+from helpers import Run, make_checkpoint, make_docs, user_error
 from transformers import AutoModelForCausalLM
 
+from sft_probe.analysis.ownership import owned_step
+from sft_probe.analysis.settings import SweepRequest
+from sft_probe.analysis.sweep import sweep as sweep_all
+
 STEPS = (10, 20)
-
-
-def make_checkpoint(folder: Path, tiny_model: Path, seed: int) -> Path:
-    """A copy of the tiny model with its own weights; seed 0 is the model itself."""
-    shutil.copytree(tiny_model, folder)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(seed * 0.01 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -105,7 +98,7 @@ def test_untouched_files_are_not_read_again(models: Path, sweep: Any, monkeypatc
     os.utime(models / "A/checkpoint-20/model.safetensors")
     result = sweep("A/checkpoint-*")
     assert result.returncode == 2
-    assert "step 20: TypeError" in result.stderr
+    assert "checkpoint-20: TypeError" in result.stderr
 
 
 def test_a_touched_or_moved_checkpoint_is_the_same(models: Path, sweep: Any) -> None:
@@ -196,3 +189,31 @@ def test_an_overwritten_snapshot_of_a_run(swept_run: Path, sft_probe: Run, tmp_p
     assert "step 4: scoring heldout" in result.stderr
     frame = pd.read_csv(run / "trajectory.csv").set_index(["step", "category"])["logprob"]
     pd.testing.assert_series_equal(frame.loc[4], frame.loc[1])
+
+
+def test_a_step_that_another_process_owns_is_waited_for_at_the_end(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    request = SweepRequest(
+        directory=models / "out", checkpoints=[f"{models}/A/checkpoint-*"], probe_set=str(models / "set.jsonl")
+    )
+    done = threading.Event()
+
+    def work() -> None:
+        sweep_all(request)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    with owned_step(models / "out/sweep/step_000010", wait=True):
+        thread.start()
+        deadline = time.monotonic() + 300
+        while not (models / "out/sweep/step_000020/heldout").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not (models / "out/sweep/step_000010/heldout").exists()
+        assert not done.is_set()
+    thread.join(300)
+    assert done.is_set()
+    assert "step 10: another process is scoring it" in caplog.text
+    assert sorted(means(models / "out")) == [10, 20]

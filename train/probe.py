@@ -103,7 +103,7 @@ class ProbeCallback(TrainerCallback):
         tokenizer = self.tokenizer or kwargs["processing_class"]
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
-        self.columns["model"] = self.columns["model"] or model.config._name_or_path or None
+        self.columns["model"] = self.columns["model"] or model.config._name_or_path or type(model).__name__
         self._encode(
             tokenizer,
             str(model.dtype).removeprefix("torch."),
