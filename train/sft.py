@@ -102,7 +102,8 @@ def train(
     arguments: SftArguments, probe_set: ProbeSet, inputs: Inputs, folder: Path, request: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Runs the training and returns the manifest's content; `None` where it stopped early."""
-    set_seed(arguments.seed)
+    with told_plainly():
+        set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
@@ -138,6 +139,8 @@ def train(
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
         return None
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise UserError(f"training ended after step {trainer.state.global_step} of {trainer.state.max_steps}.")
     if arguments.should_save:
         losses.write_exposure()
         log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
@@ -222,6 +225,10 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
     if world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(f"the launcher asked for {os.environ['WORLD_SIZE']} processes, but {world_size} take part.")
     rows = world_size * arguments.per_device_train_batch_size
+    if arguments.dataloader_drop_last and num_examples < rows:
+        raise UserError(
+            f"{num_examples} examples do not fill one batch of {rows}, and --dataloader_drop_last drops it."
+        )
     if world_size > 1 and num_examples % rows and not arguments.dataloader_drop_last:
         raise UserError(
             f"{num_examples} examples do not fill batches of {rows} ({world_size} processes), so some would be shown "
