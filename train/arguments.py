@@ -132,7 +132,7 @@ class SftArguments(TrainingArguments):
         self._settle_cpu()
         self.deepspeed = config = _deepspeed_config(self.deepspeed)
         self._settle_precision()
-        self.accelerator_config = _accelerator_config(self.accelerator_config)
+        self.accelerator_config: Any = _accelerator_config(self.accelerator_config)
         if self.dry_run:  # neither needs what the training needs
             self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
         elif self.deepspeed is not None:
@@ -202,7 +202,7 @@ class SftArguments(TrainingArguments):
             raise UserError("--fp16 without DeepSpeed scales the gradients of float32 weights: use --dtype float32.")
         if self.deepspeed is not None and self.dtype in flags:
             setattr(self, flags[self.dtype], True)
-        if self.fp16 and not torch.accelerator.is_available():
+        if self.fp16 and not self.dry_run and not torch.accelerator.is_available():
             raise UserError("fp16 needs a GPU. Use --bf16 true, or --dtype bfloat16.")
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", asked):
