@@ -244,6 +244,17 @@ def test_flags_together(flags: str, words: str, tiny_flags: list[str], sft_probe
     assert words in user_error(sft_probe("train", *tiny_flags, *flags.split(), "--output_dir", tmp_path / "run"))
 
 
+def test_what_the_trainer_refuses_does_not_spoil_the_directory(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
+    flags = (*tiny_flags, "--max_steps", 1, "--output_dir", tmp_path / "run")
+    assert "galore_torch" in user_error(
+        sft_probe("train", *flags, "--optim", "galore_adamw", "--optim_target_modules", "x")
+    )
+    result = sft_probe("train", *flags)
+    assert result.returncode == 0, result.stderr
+
+
 def test_mixed_precision_of_the_launcher_is_told(
     tiny_flags: list[str], sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,7 +135,12 @@ def train(
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
         _log_plan(arguments, examples, run_dir.claim(folder, request))
-    _run(trainer, losses, precision, state)
+    try:
+        _run(trainer, losses, precision, state)
+    except UserError:
+        if arguments.should_save:
+            run_dir.unclaim(folder)
+        raise
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
         return None
