@@ -108,17 +108,7 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
-    with told_plainly():
-        trainer = FiniteTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=examples,
-            data_collator=PadRight(end_id),
-            callbacks=[precision],
-        )
-    if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
-        raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
+    trainer, precision = _make_trainer(arguments, examples, end_id)
     state = latest_state(folder)
     losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
     snapshots = SnapshotCallback(
@@ -159,6 +149,24 @@ def train(
         "snapshot_save_s": round(snapshots.save_s(), 3),
         **_about(arguments, examples),
     }
+
+
+def _make_trainer(
+    arguments: SftArguments, examples: TrainingExamples, end_id: int
+) -> tuple[FiniteTrainer, PrecisionCallback]:
+    """Load the model and return its trainer. Raises `UserError` where the Trainer or the launcher refuses the flags."""
+    model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
+    with told_plainly():
+        trainer = FiniteTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=PadRight(end_id),
+            callbacks=[precision],
+        )
+    if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
+        raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
+    return trainer, precision
 
 
 def _run(trainer: FiniteTrainer, losses: LossLog, precision: PrecisionCallback, state: Path | None) -> None:
