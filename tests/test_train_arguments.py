@@ -225,6 +225,36 @@ def test_settings_that_change_the_batch_are_refused_by_name(
     assert "changes which examples make a step" in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ('--activation_checkpointing true --activation_checkpointing_kwargs {"no_such":1}', "there is no 'no_such'"),
+        ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"no_such":1}', "unexpected keyword argument 'no_such'"),
+        ("--lr_scheduler_kwargs file.json", "--lr_scheduler_kwargs file.json: a JSON object is needed"),
+        ("--optim adamw_torch --optim_args nonsense", "--optim_args nonsense: write name=value"),
+        ("--optim galore_adamw --optim_target_modules attn", "galore_torch"),
+        ("--per_device_train_batch_size 100 --dataloader_drop_last true", "64 examples do not fill one batch of 100"),
+        ("--probe_steps 1 --probe_train -1", "--probe_train -1: it must be 0 or more"),
+        ("--lora_r 0", "--lora_r 0: it must be 1 or more"),
+        ("--seed 99999999999", "Seed must be between 0 and 2**32 - 1"),
+        ("--train_sampling_strategy group_by_length --dry_run", "use one of random, sequential"),
+    ],
+)
+def test_flags_together(flags: str, words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+    assert words in user_error(sft_probe("train", *tiny_flags, *flags.split(), "--output_dir", tmp_path / "run"))
+
+
+def test_what_the_trainer_refuses_does_not_spoil_the_directory(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
+    flags = (*tiny_flags, "--max_steps", 1, "--output_dir", tmp_path / "run")
+    assert "galore_torch" in user_error(
+        sft_probe("train", *flags, "--optim", "galore_adamw", "--optim_target_modules", "x")
+    )
+    result = sft_probe("train", *flags)
+    assert result.returncode == 0, result.stderr
+
+
 def test_mixed_precision_of_the_launcher_is_told(
     tiny_flags: list[str], sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,12 +87,14 @@ def test_the_dtype_is_the_one_that_was_asked_for(
 @pytest.mark.slow
 def test_a_deepspeed_file_of_another_dtype_is_refused(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
     """It names no bf16, so that `--dtype bfloat16` would be trained in float32 under ZeRO-3."""
-    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    config |= {"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 3}}
     (tmp_path / "own.json").write_text(json.dumps(config))
     flags = ("--deepspeed", tmp_path / "own.json", "--dtype", "bfloat16", "--output_dir", tmp_path / "run")
     message = user_error(sft_probe("train", *tiny_flags, *flags, process=True))
-    assert "bf16" in message
-    assert not (tmp_path / "run/weights/step_000000").exists()
+    assert "--dtype bfloat16: the weights are float32 once they are prepared, and trained in float32" in message
+    assert not (tmp_path / "run/weights").exists()
+    assert not (tmp_path / "run/started.json").exists()
 
 
 def test_a_lora_on_a_16_bit_base_is_trained_in_float32_and_says_so(

@@ -36,13 +36,13 @@ def test_one_doc_that_the_template_refuses(name: str, sft_probe: Run, tmp_path: 
     shutil.copytree(CASE, tmp_path / "case")
     data = ("--train_data", tmp_path / "case/td.jsonl") if name == "td.jsonl" else ()
     probe_set = tmp_path / "case" / ("ok.jsonl" if data else name)
-    flags = ("--model_name_or_path", tmp_path / "case/ck/checkpoint-1", "--probe_set", probe_set, *data,
-             "--max_steps", 2, "--prompt_format", "chat", "--max_length", 200, "--per_device_train_batch_size", 2, "--deepspeed", "none",
-             "--output_dir", run)  # fmt: skip
+    flags = ["--model_name_or_path", tmp_path / "case/ck/checkpoint-1", "--probe_set", probe_set, *data]
+    flags += ["--max_steps", 2, "--prompt_format", "chat", "--max_length", 200, "--per_device_train_batch_size", 2]
+    flags += ["--deepspeed", "none", "--output_dir", run]
     result = sft_probe("train", *flags)
     assert result.returncode == 0, result.stderr
     before, _, _ = result.stderr.partition("training on ")
-    assert before.count("roles must alternate user/assistant") == 1
+    assert "roles must alternate user/assistant" in before
     assert ("held out, but cannot be scored: d8" in before) == (name == "heldout.jsonl")
     assert ("not trained on: " in before) == (name != "heldout.jsonl")
     manifest = json.loads((run / "manifest.json").read_text())

@@ -1,5 +1,6 @@
 """The flags of `sft-probe train`: every flag of `transformers.TrainingArguments`, and ours."""
 
+import inspect
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -29,7 +31,20 @@ from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 
 log = logging.getLogger(__name__)
 
-_ORDERS = ("random", "sequential")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "dtype": DTYPES,
+    "snapshot_dtype": (None, *SNAPSHOT_DTYPES),
+    "train_sampling_strategy": ("random", "sequential"),  # any other order follows from the lengths of the texts
+}
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+    "probe_train": 0,
+    "lora_r": 1,
+    "dataloader_num_workers": 0,
+}
+"""The smallest value of flags that nothing else checks in time."""
 _REQUIRED = {
     "save_only_model": False,  # these three: a resume would not be exact
     "ignore_data_skip": False,
@@ -117,7 +132,7 @@ class SftArguments(TrainingArguments):
         self._settle_cpu()
         self.deepspeed = config = _deepspeed_config(self.deepspeed)
         self._settle_precision()
-        self.accelerator_config = _accelerator_config(self.accelerator_config)
+        self.accelerator_config: Any = _accelerator_config(self.accelerator_config)
         if self.dry_run:  # neither needs what the training needs
             self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
         elif self.deepspeed is not None:
@@ -134,27 +149,37 @@ class SftArguments(TrainingArguments):
         """Raise `UserError` for values that no training here can have."""
         if self.output_dir is None:
             raise UserError("--output_dir is missing: where shall the run go?")
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}.")
-        if self.snapshot_dtype not in (None, *SNAPSHOT_DTYPES):
-            raise UserError(f"--snapshot_dtype {self.snapshot_dtype}: use one of {', '.join(SNAPSHOT_DTYPES)}.")
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"--{name} {value}: use one of {', '.join(filter(None, known))}.")
         if self.save_strategy != "no" or self.save_total_limit < 2:
             raise UserError("resume states are saved at --resume_steps, with --save_total_limit 2 or more.")
-        if self.train_sampling_strategy not in _ORDERS:
-            raise UserError(
-                f"--train_sampling_strategy {self.train_sampling_strategy}: use one of {', '.join(_ORDERS)}. Another "
-                "order would follow from the lengths of the texts."
-            )
         if self.max_steps == 0 or self.num_train_epochs <= 0:
             raise UserError("a run has one step at least: raise --max_steps or --num_train_epochs.")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"--{name} {value}: it must be {least} or more.")
         for name, value in vars(self).items():
-            if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
-                raise UserError(f"--{name} {value}: a JSON object is needed.")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{name} {value}: a finite number is needed.")
         for name, required in _REQUIRED.items():
             if (value := getattr(self, name)) != required:
                 raise UserError(f"--{name} {value} does not work here. Leave it out: it must be {required}.")
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        """Raise `UserError` for flags with a syntax of their own, which the Trainer reads late or not at all."""
+        for name, value in vars(self).items():
+            if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
+                raise UserError(f"--{name} {value}: a JSON object is needed.")
+        if any("=" not in part for part in (self.optim_args or "=").split(",")):
+            raise UserError(f"--optim_args {self.optim_args}: write name=value, with commas between them.")
+        known = (*inspect.signature(checkpoint).parameters, "preserve_rng_state")
+        for flag in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            value = getattr(self, flag) or {}
+            for name in json.loads(value) if isinstance(value, str) else value:
+                if name not in known:
+                    raise UserError(f"--{flag}: there is no {name!r} in torch.utils.checkpoint.checkpoint.")
 
     def _settle_cpu(self) -> None:
         """`--use_cpu` would switch DeepSpeed off without a word; without a GPU it is what happens anyway."""
@@ -177,7 +202,7 @@ class SftArguments(TrainingArguments):
             raise UserError("--fp16 without DeepSpeed scales the gradients of float32 weights: use --dtype float32.")
         if self.deepspeed is not None and self.dtype in flags:
             setattr(self, flags[self.dtype], True)
-        if self.fp16 and not torch.accelerator.is_available():
+        if self.fp16 and not self.dry_run and not torch.accelerator.is_available():
             raise UserError("fp16 needs a GPU. Use --bf16 true, or --dtype bfloat16.")
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", asked):

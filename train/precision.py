@@ -47,9 +47,9 @@ class PrecisionCallback(TrainerCallback):
         model = kwargs["model"]
         in_memory = name_of(most_common_dtype(model.parameters()))
         trained = "float32" if has_masters(model) else weights_dtype(model)
-        self.columns = {"weights_dtype": weights_dtype(model), "trained_dtype": trained}
         if self.dtype not in (in_memory, trained):
             raise UserError(
                 f"--dtype {self.dtype}: the weights are {in_memory} once they are prepared, and trained in {trained}. "
                 "Let --dtype, --bf16 and --fp16 agree with the DeepSpeed file and the launcher."
             )
+        self.columns = {"weights_dtype": weights_dtype(model), "trained_dtype": trained}

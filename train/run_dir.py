@@ -102,6 +102,12 @@ def claim(run_dir: Path, request: dict[str, Any]) -> str | None:
     )
 
 
+def unclaim(run_dir: Path) -> None:
+    """Forget a request for which nothing was made, so that the directory is free for other flags."""
+    if latest_state(run_dir) is None and not (run_dir / "weights").exists():
+        (run_dir / "started.json").unlink(missing_ok=True)
+
+
 def clear(run_dir: Path) -> None:
     """Takes out of a complete run what only an attempt that goes on would need."""
     (run_dir / "started.json").unlink(missing_ok=True)

@@ -102,22 +102,13 @@ def train(
     arguments: SftArguments, probe_set: ProbeSet, inputs: Inputs, folder: Path, request: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Runs the training and returns the manifest's content; `None` where it stopped early."""
-    set_seed(arguments.seed)
+    with told_plainly():
+        set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
-    with told_plainly():
-        trainer = FiniteTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=examples,
-            data_collator=PadRight(end_id),
-            callbacks=[precision],
-        )
-    if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
-        raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
+    trainer, precision = _make_trainer(arguments, examples, end_id)
     state = latest_state(folder)
     losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
     snapshots = SnapshotCallback(
@@ -134,10 +125,17 @@ def train(
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
         _log_plan(arguments, examples, run_dir.claim(folder, request))
-    _run(trainer, losses, precision, state)
+    try:
+        _run(trainer, losses, precision, state)
+    except UserError:
+        if arguments.should_save:
+            run_dir.unclaim(folder)
+        raise
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
         return None
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise UserError(f"training ended after step {trainer.state.global_step} of {trainer.state.max_steps}.")
     if arguments.should_save:
         losses.write_exposure()
         log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
@@ -152,6 +150,24 @@ def train(
         "noise_nats": trainer.noise_nats,
         **_about(arguments, probe_set, examples),
     }
+
+
+def _make_trainer(
+    arguments: SftArguments, examples: TrainingExamples, end_id: int
+) -> tuple[FiniteTrainer, PrecisionCallback]:
+    """Load the model and return its trainer. Raises `UserError` where the Trainer or the launcher refuses the flags."""
+    model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
+    with told_plainly():
+        trainer = FiniteTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=PadRight(end_id),
+            callbacks=[precision],
+        )
+    if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
+        raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
+    return trainer, precision
 
 
 def _run(trainer: FiniteTrainer, losses: LossLog, precision: PrecisionCallback, state: Path | None) -> None:
@@ -225,6 +241,10 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
     if world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(f"the launcher asked for {os.environ['WORLD_SIZE']} processes, but {world_size} take part.")
     rows = world_size * arguments.per_device_train_batch_size
+    if arguments.dataloader_drop_last and num_examples < rows:
+        raise UserError(
+            f"{num_examples} examples do not fill one batch of {rows}, and --dataloader_drop_last drops it."
+        )
     if world_size > 1 and num_examples % rows and not arguments.dataloader_drop_last:
         raise UserError(
             f"{num_examples} examples do not fill batches of {rows} ({world_size} processes), so some would be shown "
