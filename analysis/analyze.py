@@ -9,9 +9,9 @@ import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.changes import change_table, groups_of_runs, table_over_runs
+from sft_probe.analysis.clusters import count_text
 from sft_probe.analysis.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.generations import generations_text
-from sft_probe.analysis.measures import count_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.rows import write_parquet
 from sft_probe.analysis.verdict import cluster_warnings, verdict_table

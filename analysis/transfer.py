@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from sft_probe.analysis.analyze import few_runs_note
+from sft_probe.analysis.clusters import count_text, renumber
 from sft_probe.analysis.curves import matched_gain
-from sft_probe.analysis.measures import Cube, count_text
+from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import Recording, load_recording
-from sft_probe.analysis.statistics import Estimate, renumber
+from sft_probe.analysis.statistics import Estimate
 from sft_probe.analysis.transfer_maths import (
     Gains,
     delta,

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from sft_probe.analysis.changes import change_table
+from sft_probe.analysis.clusters import Ints
 from sft_probe.analysis.measures import MEASURES
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import (
@@ -23,7 +24,6 @@ from sft_probe.analysis.statistics import (
     Bools,
     Estimate,
     Floats,
-    Ints,
     estimate,
     over_runs_and_docs,
     pair_mean,

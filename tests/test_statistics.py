@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from sft_probe.analysis.clusters import cluster_ids
 from sft_probe.analysis.statistics import (
-    cluster_ids,
     estimate,
     holm,
     over_runs,
