@@ -11,7 +11,9 @@ from sft_probe.analysis.statistics import Estimate, estimate, pair_mean, slope
 
 
 def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFrame:
-    """Return rows `run split contrast category step value stderr low high num_docs effective_clusters`, 95 % over prompts.
+    """Return rows `run split contrast category step value stderr low high num_docs effective_clusters`.
+
+    Intervals are 95 %, over prompts.
 
     `margin`: log-prob of the training category (else `chosen`) less that of `category`, in nats, at that step.
     `margin_change`: the same of changes from the first step. `pmi`: mean of log p(y_n | x_n) - log p(y_n | x_m) in

@@ -53,12 +53,12 @@ class Estimate:
     @property
     def low(self) -> Floats:
         """Lower end of the 95 % interval of each point alone."""
-        return self.mean - stats.t.ppf(_UPPER, self.degrees_low) * self.stderr
+        return np.asarray(self.mean - stats.t.ppf(_UPPER, self.degrees_low) * self.stderr)
 
     @property
     def high(self) -> Floats:
         """Upper end of the 95 % interval of each point alone."""
-        return self.mean + stats.t.ppf(_UPPER, self.degrees_high) * self.stderr
+        return np.asarray(self.mean + stats.t.ppf(_UPPER, self.degrees_high) * self.stderr)
 
     @property
     def has_sign(self) -> Bools:
@@ -215,7 +215,8 @@ def _resampled_t(sums: _Sums, draws: Floats) -> Floats:
         mean = error / (draws @ sums.weights)
         variance = draws @ sums.squares - 2 * mean * (draws @ sums.products) + mean**2 * (draws @ sums.weights2)
         variance = np.where(variance > 1e-9 * sums.squares.sum(axis=0), variance, 0.0)
-        return np.nan_to_num(error / np.sqrt(variance * count / (count - 1)), nan=0.0)
+        t = error / np.sqrt(variance * count / (count - 1))
+        return np.where(np.isnan(t), 0.0, t)
 
 
 def _degrees(fit: _Fit, resampled: Floats) -> Floats:

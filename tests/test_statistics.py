@@ -354,8 +354,8 @@ def test_coverage_of_means_of_few_docs(simulations: Any) -> None:
 def test_coverage_of_bands_of_few_docs(simulations: Any, kind: str) -> None:
     for noise in ("normal", "lognormal"):
         design = simulations.Design(noise, 24, kind)
-        row = simulations.bands(design, 300, np.random.default_rng(0))
-        _check([{**row, "noise": noise, "kind": kind}], 300)
+        row = simulations.bands(design, 200, np.random.default_rng(0))
+        _check([{**row, "noise": noise, "kind": kind}], 200)
         assert row["withheld"] == 0
 
 
@@ -386,8 +386,8 @@ def test_coverage_of_pairs_and_slopes(simulations: Any) -> None:
 @pytest.mark.parametrize("truth", ["flat", "plateau", "rising"])
 def test_false_sentences(simulations: Any, truth: str) -> None:
     design = simulations.Design("exponential", 24, "alone")
-    row = simulations.sentences(design, 60, np.random.default_rng(0), truth)
-    allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
+    row = simulations.sentences(design, 40, np.random.default_rng(0), truth)
+    allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 40)
     assert row["turn"] <= allowed
     assert row["move"] <= allowed
 
