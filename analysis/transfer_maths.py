@@ -74,7 +74,7 @@ class Cell:
     @property
     def errors(self) -> Floats:
         """[seeds, docs, points], what each doc of each run adds to the error of the value; their mean is 0."""
-        return (self.change - self.value * self.tokens[:, None]) / self.tokens.sum()
+        return np.asarray((self.change - self.value * self.tokens[:, None]) / self.tokens.sum())
 
     @property
     def gained(self) -> Bools:

@@ -126,8 +126,10 @@ def bands(design: Design, num_sets: int, generator: np.random.Generator) -> dict
     return {"coverage": coverage, "warned": float(np.mean(warned)), "withheld": float(1 - shown.mean())}
 
 
-def runs(design: Design, num_sets: int, generator: np.random.Generator, num_runs: int) -> dict[str, float]:
-    """Intervals over runs and prompts, where both vary alike: the mean over runs has the variance of that over docs."""
+def runs(
+    design: Design, num_sets: int, generator: np.random.Generator, num_runs: int, ratio_of_variances: float = 10.0
+) -> dict[str, float]:
+    """Intervals over runs and prompts; the mean over runs has so many times the variance of the mean over docs."""
     kept = generator.permutation(design.num_docs)[: round(design.num_docs * (1 - design.missing))]
     kept.sort()
     clusters = np.unique(design.clusters[kept], return_inverse=True)[1]
@@ -135,14 +137,15 @@ def runs(design: Design, num_sets: int, generator: np.random.Generator, num_runs
     shared = 0.5 if len(sizes) < len(clusters) else 0.0
     variance = (shared * (sizes**2).sum() / len(kept) + 1 - shared) / len(kept)
     docs = design.draw(generator, num_sets)[kept]
-    of_runs = generator.normal(0, np.sqrt(variance * num_runs), size=(num_runs, 1, num_sets)) * (num_runs > 1)
-    both = NOISES[design.noise](generator, (num_runs, len(kept), num_sets)) * (num_runs > 1)
+    spread = np.sqrt(ratio_of_variances * variance * num_runs)
+    of_runs = generator.normal(0, spread, size=(num_runs, 1, num_sets)) * (num_runs > 1)
+    both = 0.5 * NOISES[design.noise](generator, (num_runs, len(kept), num_sets)) * (num_runs > 1)
     found = over_runs_and_docs(docs + of_runs + both, clusters)
     return _summary(held(found), flagged(found))
 
 
 def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_runs: int) -> dict[str, float]:
-    """Intervals of share, difference and omega of two rows, over runs and prompts; the worst of the three."""
+    """Intervals of share, difference and omega of two rows, over runs and prompts; coverage: the mean of the three."""
     clusters, scale = design.clusters, 1 / np.sqrt(design.num_docs)
     tokens = np.ceil(np.exp(generator.normal(3.5, 0.6, size=design.num_docs)))
     truths = {"ii": 1.0, "ij": 0.6, "ji": 0.5, "jj": 0.8}
@@ -167,8 +170,14 @@ def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_ru
         (gap, truths["ji"] - truths["ii"]),
         (of_omega, float(omega(*(np.array(truth) for truth in truths.values())))),
     )
-    coverage = min(float(held(found, truth)[~np.isnan(found.low)].mean()) for found, truth in known)
-    return {"coverage": coverage, "warned": float(flagged(of_omega).mean())}
+    share_held, gap_held, omega_held = (
+        float(held(found, truth)[~np.isnan(found.low)].mean()) for found, truth in known
+    )
+    coverage = (share_held + gap_held + omega_held) / 3
+    return {
+        "coverage": coverage, "share": share_held, "difference": gap_held, "omega": omega_held,
+        "warned": float(flagged(of_omega).mean()),
+    }  # fmt: skip
 
 
 def pmi(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:

@@ -80,6 +80,7 @@ def test_several_runs_are_averaged_and_shown_with_both_kinds_of_noise(sft_probe:
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(3)]
     result = sft_probe("analyze", *runs, "--out", tmp_path / "out")
     assert "mean of 3 runs of made-up on chosen" in result.stdout, result.stderr
+    assert "! 3 runs: intervals for other runs and prompts hold the truth in 92%" in result.stdout
     table = pd.read_csv(tmp_path / "out/over_runs.csv").query("step == 8").set_index("category")
     verdict = pd.read_csv(tmp_path / "out/verdict.csv")
     means = verdict.groupby("category")["change"]
