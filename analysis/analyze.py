@@ -24,7 +24,7 @@ _HEAD = (
 )
 
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
-"""At worst, where the variance between runs is 10 to 30 times that over prompts (docs/claims.md); more where it is not"""
+"""At worst, where the variance between runs is 10 to 30 times that over prompts: docs/claims.md"""
 
 
 @dataclass(frozen=True, kw_only=True)

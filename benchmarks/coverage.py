@@ -170,14 +170,9 @@ def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_ru
         (gap, truths["ji"] - truths["ii"]),
         (of_omega, float(omega(*(np.array(truth) for truth in truths.values())))),
     )
-    share_held, gap_held, omega_held = (
-        float(held(found, truth)[~np.isnan(found.low)].mean()) for found, truth in known
-    )
-    coverage = (share_held + gap_held + omega_held) / 3
-    return {
-        "coverage": coverage, "share": share_held, "difference": gap_held, "omega": omega_held,
-        "warned": float(flagged(of_omega).mean()),
-    }  # fmt: skip
+    rates = [float(held(found, truth)[~np.isnan(found.low)].mean()) for found, truth in known]
+    names = dict(zip(("share", "difference", "omega"), rates, strict=True))
+    return {"coverage": float(np.mean(rates)), **names, "warned": float(flagged(of_omega).mean())}
 
 
 def pmi(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:
