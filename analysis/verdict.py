@@ -118,13 +118,17 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
 
 
 def cluster_warnings(rows: pd.DataFrame) -> list[str]:
-    """Return for which categories of one split the intervals may cover less than 95 %, from rows of the verdict."""
+    """Return for which categories the intervals may cover less than 95 %.
+
+    Args:
+        rows: `category effective_clusters largest_cluster` of one split.
+    """
     found = []
     few = rows[rows["effective_clusters"] < MIN_CLUSTERS]
     if len(few):
         names = ", ".join(f"{row['category']} ({row['effective_clusters']:.1f})" for _, row in few.iterrows())
         found.append(
-            f"under {MIN_CLUSTERS} effective clusters: {names}: intervals may cover less than 95 %; no band, so no turn"
+            f"under {MIN_CLUSTERS} effective clusters: {names}: intervals may cover less than 95 %, without a band"
         )
     uneven = rows[(rows["effective_clusters"] >= MIN_CLUSTERS) & (rows["largest_cluster"] > MAX_CLUSTER_SHARE)]
     if len(uneven):
