@@ -16,6 +16,7 @@ import pandas as pd
 
 from sft_probe.analysis.changes import change_table
 from sft_probe.analysis.clusters import Ints
+from sft_probe.analysis.contrasts import MIN_PAIR_CLUSTERS
 from sft_probe.analysis.measures import MEASURES
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import (
@@ -44,6 +45,8 @@ NOISES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Floats]] = {
 CLUSTERS = ("alone", "pairs", "Zipf", "half in one", "30 % missing", "80 % missing")
 NUM_DOCS = (24, 32, 100, 500)
 RUNS = (1, 2, 3, 5, 8, 12)
+SPREAD_OF_RUNS = {"runs": 10.0, "runs_alike": 1.0}
+"""Table to the variance of the mean over runs, in variances of the mean over docs"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def bands(design: Design, num_sets: int, generator: np.random.Generator) -> dict
 
 
 def runs(
-    design: Design, num_sets: int, generator: np.random.Generator, num_runs: int, ratio_of_variances: float = 10.0
+    design: Design, num_sets: int, generator: np.random.Generator, num_runs: int, ratio_of_variances: float
 ) -> dict[str, float]:
     """Intervals over runs and prompts; the mean over runs has so many times the variance of the mean over docs."""
     kept = generator.permutation(design.num_docs)[: round(design.num_docs * (1 - design.missing))]
@@ -189,7 +192,7 @@ def pmi(design: Design, num_sets: int, generator: np.random.Generator) -> dict[s
         for other in (own, apart, -own)
     ]
     coverage = min(float(held(item).mean()) for item in found)
-    return {"coverage": coverage, "warned": float(flagged(found[0]).mean())}
+    return {"coverage": coverage, "warned": float((found[0].effective_clusters < MIN_PAIR_CLUSTERS).mean())}
 
 
 def slopes(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:
@@ -245,9 +248,12 @@ def cells(name: str, num_sets: int, num_docs: tuple[int, ...] = NUM_DOCS, seed: 
                 if name in simulate:
                     if name != "pmi" or not design.missing:
                         yield {**names, **simulate[name](design, num_sets, generator)}
-                elif name in {"runs", "ratios"}:
-                    for count in RUNS if name == "runs" or not design.missing else ():
-                        found = (runs if name == "runs" else ratios)(design, num_sets, generator, count)
+                elif name == "ratios" and not design.missing:
+                    for count in RUNS:
+                        yield {**names, "runs": count, **ratios(design, num_sets, generator, count)}
+                elif name in SPREAD_OF_RUNS:
+                    for count in RUNS:
+                        found = runs(design, num_sets, generator, count, SPREAD_OF_RUNS[name])
                         yield {**names, "runs": count, **found}
 
 
@@ -291,7 +297,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=1000, help="simulated experiments per cell; default: 1000")
-    parser.add_argument("--only", default="means,bands,runs,ratios,pmi,slopes,sentences")
+    parser.add_argument("--only", default="means,bands,runs,runs_alike,ratios,pmi,slopes,sentences")
     parser.add_argument("--docs", default=",".join(map(str, NUM_DOCS)))
     parser.add_argument("--csv", type=Path, help="every cell, also of the kinds of clusters that a table sums up")
     options = parser.parse_args()

@@ -364,7 +364,7 @@ def test_coverage_over_runs_and_docs(simulations: Any, num_runs: int) -> None:
     low, high = _bounds(1000)
     low = {2: 0.87 - 0.03, 3: 0.91 - 0.03}.get(num_runs, low)  # what the output says of two and three runs
     for noise in ("normal", "lognormal"):
-        row = simulations.runs(simulations.Design(noise, 24, "alone"), 1000, np.random.default_rng(0), num_runs)
+        row = simulations.runs(simulations.Design(noise, 24, "alone"), 1000, np.random.default_rng(0), num_runs, 10.0)
         assert low <= row["coverage"] <= high + 0.01, (noise, row)
 
 
@@ -393,13 +393,19 @@ def test_false_sentences(simulations: Any, truth: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["means", "bands", "runs", "ratios", "pmi", "slopes"])
+@pytest.mark.parametrize("name", ["means", "bands", "runs", "runs_alike", "ratios", "pmi", "slopes"])
 def test_coverage_of_every_cell(simulations: Any, name: str) -> None:
     rows = list(simulations.cells(name, 400, num_docs=(24, 32, 100)))
     low, high = _bounds(400)
     for row in rows:
         excused = row["warned"] > 0.5 or row.get("withheld", 0) > 0.5 or row.get("runs") in {2, 3}
-        wide = name in {"runs", "ratios", "pmi"}  # the interaction of runs and docs counts twice, pairs take a maximum
+        wide = name in {
+            "runs_alike",
+            "ratios",
+            "pmi",
+            "bands",
+            "slopes",
+        }  # the interaction of runs and docs counts twice, pairs take a maximum
         assert excused or low - 0.01 <= row["coverage"] <= (1.0 if wide else high + 0.01), row
 
 
