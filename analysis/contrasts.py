@@ -9,7 +9,6 @@ from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import Estimate, estimate, pair_mean, slope
 
-
 MIN_PAIR_CLUSTERS = 20
 """Effective clusters below which an interval of PMI carries a warning: each cluster is in two places."""
 
