@@ -122,8 +122,13 @@ def test_the_results_of_a_plain_lm_eval_give_the_same_changes(sft_probe: Run, sw
 def test_margins_slopes_and_pmi_of_a_real_run(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(swept_run, own)
-    assert sft_probe("analyze", own).returncode == 0
+    result = sft_probe("analyze", own)
+    assert "nats hang on its own prompt (change of PMI over" in result.stdout, result.stderr
     _, verdict, contrasts = _tables(own / "analysis")
+    pmi = contrasts[contrasts["contrast"] == "pmi"].set_index("step")["value"]
+    moved_pmi = contrasts[contrasts["contrast"] == "pmi_change"].set_index("step")
+    np.testing.assert_allclose(moved_pmi["value"], pmi - pmi.iloc[0], atol=1e-5)
+    assert moved_pmi["low"].isna().to_list() == [step == 0 for step in moved_pmi.index], "no variance, no interval"
     last = contrasts[contrasts["step"] == 4].set_index(["contrast", "category"])["value"]
     change = verdict["change"].astype(float).to_dict()
     expected = change["chosen"] - change["random"]

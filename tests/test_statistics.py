@@ -399,13 +399,8 @@ def test_coverage_of_every_cell(simulations: Any, name: str) -> None:
     low, high = _bounds(400)
     for row in rows:
         excused = row["warned"] > 0.5 or row.get("withheld", 0) > 0.5 or row.get("runs") in {2, 3}
-        wide = name in {
-            "runs_alike",
-            "ratios",
-            "pmi",
-            "bands",
-            "slopes",
-        }  # the interaction of runs and docs counts twice, pairs take a maximum
+        # the interaction of runs and docs counts twice, pairs take a maximum, few docs of heavy tails give wide bands
+        wide = name in {"runs_alike", "ratios", "pmi", "bands", "slopes"}
         assert excused or low - 0.01 <= row["coverage"] <= (1.0 if wide else high + 0.01), row
 
 
