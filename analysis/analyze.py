@@ -9,9 +9,9 @@ import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.changes import change_table, groups_of_runs, table_over_runs
+from sft_probe.analysis.clusters import count_text
 from sft_probe.analysis.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.generations import generations_text
-from sft_probe.analysis.measures import count_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.rows import write_parquet
 from sft_probe.analysis.verdict import cluster_warnings, verdict_table
@@ -24,7 +24,7 @@ _HEAD = (
 )
 
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
-"""Measured by benchmarks/coverage.py; docs/claims.md has the table."""
+"""At worst, where the variance between runs is 10 to 30 times that over prompts: docs/claims.md"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,9 @@ def over_runs_text(table: pd.DataFrame) -> str:
             f"{_interval(row['both_low'], row['both_high'])}"
             for _, row in last.iterrows()
         ]
-        blocks.append("\n".join([head, *lines, *few_runs_note(int(last["num_runs"].iloc[0]))]))
+        blocks.append(
+            "\n".join([head, *lines, *(f"! {note}" for note in few_runs_note(int(last["num_runs"].iloc[0])))])
+        )
     return "\n\n".join(blocks)
 
 
@@ -202,8 +204,8 @@ def few_runs_note(num_runs: int) -> list[str]:
     if num_runs not in FEW_RUNS_COVERAGE:
         return []
     return [
-        f"! {num_runs} runs: intervals for other runs and prompts hold the truth in about "
-        f"{FEW_RUNS_COVERAGE[num_runs]:.0%} of cases where runs and prompts vary alike, not in 95 %"
+        f"{num_runs} runs: intervals for other runs and prompts hold the truth in {FEW_RUNS_COVERAGE[num_runs]:.0%} of "
+        "cases, not in 95 %, where runs vary much more than prompts"
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from sft_probe.analysis.clusters import renumber
 from sft_probe.analysis.measures import MEASURES, Cube
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import (
@@ -15,7 +16,6 @@ from sft_probe.analysis.statistics import (
     estimate,
     over_runs,
     over_runs_and_docs,
-    renumber,
     weighted_mean,
 )
 from sft_probe.errors import UserError

@@ -9,11 +9,14 @@ from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import Estimate, estimate, pair_mean, slope
 
+MIN_PAIR_CLUSTERS = 20
+"""Effective clusters below which an interval of PMI carries a warning: each cluster is in two places."""
+
 
 def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFrame:
     """Return rows `run split contrast category step value stderr low high num_docs effective_clusters`.
 
-    `low` and `high` end 95 % intervals over prompts.
+    Intervals are 95 %, over prompts.
 
     `margin`: log-prob of the training category (else `chosen`) less that of `category`, in nats, at that step.
     `margin_change`: the same of changes from the first step. `pmi`: mean of log p(y_n | x_n) - log p(y_n | x_m) in
@@ -102,7 +105,9 @@ def pmi_sentence(contrasts: pd.DataFrame, run: str, split: str) -> str | None:
     if rows.empty or math.isnan(rows["low"].iloc[-1]):
         return None
     last = rows.iloc[-1]
+    few = last["effective_clusters"] < MIN_PAIR_CLUSTERS
+    warning = f", in {last['effective_clusters']:.0f} clusters: the interval may cover less than 95 %" if few else ""
     return (
         f"of chosen's change, {last['value']:+.1f} [{last['low']:+.1f}, {last['high']:+.1f}] nats hang on its own "
-        f"prompt (change of PMI over {last['num_docs']} texts that were also scored under another prompt)"
+        f"prompt (change of PMI over {last['num_docs']} texts that were also scored under another prompt{warning})"
     )

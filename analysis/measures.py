@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.statistics import Floats, Ints, cluster_ids
+from sft_probe.analysis.clusters import Ints, cluster_ids, count_text
+from sft_probe.analysis.statistics import Floats
 
 POSITIONS = {"tokens_1": 1, "tokens_2_4": 4, "tokens_5_16": 16, "tokens_17_64": 64, "tokens_65_up": None}
 """Part of a response to its last token, counted from 1."""
@@ -105,9 +106,3 @@ def cube(rows: pd.DataFrame, categories: Sequence[str], texts: dict[str, dict[st
     own_texts = [[(texts or {}).get(doc_id, {}).get(category) for doc_id in doc_ids] for category in categories]
     clusters = np.stack([cluster_ids(conversation_of, own) for own in own_texts], axis=1)
     return Cube(doc_ids=doc_ids, categories=list(categories), steps=steps, clusters=clusters, arrays=arrays)
-
-
-def count_text(num_clusters: Sequence[int] | Ints) -> str:
-    """Return `24 clusters`, or `20 to 24 clusters` where categories differ."""
-    least, most = min(num_clusters), max(num_clusters)
-    return f"{most} clusters" if least == most else f"{least} to {most} clusters"

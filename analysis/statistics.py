@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse, special, stats
+from scipy import special, stats
+
+from sft_probe.analysis.clusters import Ints, cluster_ids, membership, renumber
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -22,7 +24,6 @@ SKEWNESS_STRETCH = 1.5
 simulations of 12 to 250 clusters (1: .93 for 24 lognormal docs, 1.5: .95, and at most .97 for exponential ones)"""
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _UPPER = (1 + LEVEL) / 2
@@ -52,12 +53,12 @@ class Estimate:
     @property
     def low(self) -> Floats:
         """Lower end of the 95 % interval of each point alone."""
-        return self.mean - stats.t.ppf(_UPPER, self.degrees_low) * self.stderr
+        return np.asarray(self.mean - stats.t.ppf(_UPPER, self.degrees_low) * self.stderr)
 
     @property
     def high(self) -> Floats:
         """Upper end of the 95 % interval of each point alone."""
-        return self.mean + stats.t.ppf(_UPPER, self.degrees_high) * self.stderr
+        return np.asarray(self.mean + stats.t.ppf(_UPPER, self.degrees_high) * self.stderr)
 
     @property
     def has_sign(self) -> Bools:
@@ -91,7 +92,7 @@ class _Sums:
 
     def merge(self, into: Ints) -> "_Sums":
         """Return sums over larger clusters; `into`: [clusters], the larger one of each."""
-        member = _members(into)
+        member = membership(into)
         return _Sums(*(member @ getattr(self, name) for name in self.__dataclass_fields__))
 
 
@@ -110,34 +111,6 @@ class _Fit:
     def can_bootstrap(self) -> Bools:
         """Whether a point has an error and enough clusters."""
         return (self.stderr > 0) & (self.effective_clusters >= MIN_CLUSTERS)
-
-
-def cluster_ids(*labels: Sequence[object] | Ints) -> Ints:
-    """Return the number of each doc's cluster: docs that share a label of any kind, directly or through others.
-
-    Args:
-        *labels: each `[docs]`: conversations, texts of one category, or cluster numbers; `None` is shared with no other
-            doc.
-    """
-    num_docs = len(labels[0])
-    rows: list[int] = []
-    nodes: list[int] = []
-    number_of: dict[tuple[int, object], int] = {}
-    for kind, values in enumerate(labels):
-        for doc, value in enumerate(values.tolist() if isinstance(values, np.ndarray) else values):
-            if value is not None:
-                rows.append(doc)
-                nodes.append(number_of.setdefault((kind, value), num_docs + len(number_of)))
-    size = num_docs + len(number_of)
-    graph = sparse.coo_matrix((np.ones(len(rows)), (rows, nodes)), shape=(size, size))
-    found = sparse.csgraph.connected_components(graph, directed=False)[1][:num_docs]
-    return np.unique(found, return_inverse=True)[1].astype(np.int64)
-
-
-def renumber(clusters: Ints) -> Ints:
-    """Return the clusters of some docs, [docs] or [docs, categories], numbered without gaps."""
-    columns = clusters.reshape(len(clusters), -1).T
-    return np.stack([np.unique(own, return_inverse=True)[1] for own in columns], axis=1).reshape(clusters.shape)
 
 
 def weighted_mean(values: Floats, denominators: Floats | None = None) -> Floats:
@@ -214,15 +187,9 @@ def _weights(values: Floats, denominators: Floats | None) -> Floats:
     return np.where(np.isnan(values) | np.isnan(denominators), 0.0, denominators)
 
 
-def _members(clusters: Ints) -> sparse.csr_matrix:
-    """[clusters, docs], 1 where the doc is in the cluster."""
-    ones, places = np.ones(len(clusters)), np.arange(len(clusters))
-    return sparse.csr_matrix((ones, (clusters, places)), (int(clusters.max()) + 1, len(clusters)))
-
-
 def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
     """Fit points that share their clusters; values and weights: [docs, points], 0 where a doc was not measured."""
-    member = _members(clusters)
+    member = membership(clusters)
     sums, sizes = member @ values, member @ weights
     with np.errstate(divide="ignore", invalid="ignore"):
         total = sizes.sum(axis=0)
@@ -248,7 +215,8 @@ def _resampled_t(sums: _Sums, draws: Floats) -> Floats:
         mean = error / (draws @ sums.weights)
         variance = draws @ sums.squares - 2 * mean * (draws @ sums.products) + mean**2 * (draws @ sums.weights2)
         variance = np.where(variance > 1e-9 * sums.squares.sum(axis=0), variance, 0.0)
-        return np.nan_to_num(error / np.sqrt(variance * count / (count - 1)), nan=0.0)
+        t = error / np.sqrt(variance * count / (count - 1))
+        return np.where(np.isnan(t), 0.0, t)
 
 
 def _degrees(fit: _Fit, resampled: Floats) -> Floats:

@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from sft_probe.analysis.clusters import cluster_ids
 from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import Recording
-from sft_probe.analysis.statistics import cluster_ids, estimate, weighted_mean
+from sft_probe.analysis.statistics import estimate, weighted_mean
 
 COLUMNS = [
     "run", "source", "step", "split", "category", "examples_seen", "epoch", "n", "num_tokens", "logprob", "ci_low",

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from sft_probe.analysis.analyze import few_runs_note
+from sft_probe.analysis.clusters import count_text, renumber
 from sft_probe.analysis.curves import matched_gain
-from sft_probe.analysis.measures import Cube, count_text
+from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import Recording, load_recording
-from sft_probe.analysis.statistics import Estimate, renumber
+from sft_probe.analysis.statistics import Estimate
 from sft_probe.analysis.transfer_maths import (
     Gains,
     delta,
@@ -25,6 +26,7 @@ from sft_probe.analysis.transfer_maths import (
     selectivity_of,
 )
 from sft_probe.analysis.transfer_runs import HALVES
+from sft_probe.analysis.verdict import cluster_warnings
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
@@ -93,7 +95,19 @@ def transfer(sources: Sequence[str]) -> Transfer:
         step=gains[0].steps[-1],
         num_docs=complete,
         clusters=count_text(gains[0].clusters.max(axis=0) + 1),
-        notes=[*notes, *_seed_notes(gains)],
+        notes=[*notes, *cluster_warnings(_cluster_sizes(gains[0])), *_seed_notes(gains)],
+    )
+
+
+def _cluster_sizes(gains: Gains) -> pd.DataFrame:
+    cells = {name: gains.cell(name, gains.last) for name in gains.categories}
+    found = {name: delta(cell.value, [(cell, np.ones(1))]) for name, cell in cells.items()}
+    return pd.DataFrame(
+        {
+            "category": list(found),
+            "effective_clusters": [item.effective_clusters[0] for item in found.values()],
+            "largest_cluster": [item.largest_cluster[0] for item in found.values()],
+        }
     )
 
 

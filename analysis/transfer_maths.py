@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sft_probe.analysis.clusters import Ints, cluster_ids
 from sft_probe.analysis.curves import crossing
-from sft_probe.analysis.statistics import Bools, Estimate, Floats, Ints, add_runs, cluster_ids, estimate
+from sft_probe.analysis.statistics import Bools, Estimate, Floats, add_runs, estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Cell:
     @property
     def errors(self) -> Floats:
         """[seeds, docs, points], what each doc of each run adds to the error of the value; their mean is 0."""
-        return (self.change - self.value * self.tokens[:, None]) / self.tokens.sum()
+        return np.asarray((self.change - self.value * self.tokens[:, None]) / self.tokens.sum())
 
     @property
     def gained(self) -> Bools:

@@ -9,7 +9,7 @@ from scipy import stats
 from sft_probe.analysis.changes import PER_RESPONSE
 from sft_probe.analysis.curves import half_step
 from sft_probe.analysis.measures import PARTS
-from sft_probe.analysis.statistics import MAX_CLUSTER_SHARE, MIN_CLUSTERS, holm
+from sft_probe.analysis.statistics import MAX_CLUSTER_SHARE, MIN_CLUSTERS, Bools, holm
 
 ALPHA = 0.05
 _TURN_SHARE = 0.1  # of the range of a curve without intervals: what counts as a turn
@@ -123,13 +123,17 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
 
 
 def cluster_warnings(rows: pd.DataFrame) -> list[str]:
-    """Return for which categories of one split the intervals may cover less than 95 %, from rows of the verdict."""
+    """Return for which categories the intervals may cover less than 95 %.
+
+    Args:
+        rows: `category effective_clusters largest_cluster` of one split.
+    """
     found = []
     few = rows[rows["effective_clusters"] < MIN_CLUSTERS]
     if len(few):
         names = ", ".join(f"{row['category']} ({row['effective_clusters']:.1f})" for _, row in few.iterrows())
         found.append(
-            f"under {MIN_CLUSTERS} effective clusters: {names}: intervals may cover less than 95 %; no band, so no turn"
+            f"under {MIN_CLUSTERS} effective clusters: {names}: intervals may cover less than 95 %, without a band"
         )
     uneven = rows[(rows["effective_clusters"] >= MIN_CLUSTERS) & (rows["largest_cluster"] > MAX_CLUSTER_SHARE)]
     if len(uneven):
@@ -140,7 +144,7 @@ def cluster_warnings(rows: pd.DataFrame) -> list[str]:
 
 def has_moved(curve: pd.DataFrame, sign: str) -> bool:
     """Whether the last change is certain: by its sign, or for means without any error by their size."""
-    return sign in "+-" or (sign == "?" and bool(_is_certain(curve, "band_low", "band_high").iloc[-1]))
+    return sign in "+-" or (sign == "?" and bool(_is_certain(curve, "band_low", "band_high")[-1]))
 
 
 def _place(last: float, *, turned: float, certain: bool) -> str:
@@ -150,15 +154,16 @@ def _place(last: float, *, turned: float, certain: bool) -> str:
     return f"{abs(last):.1f} {side} its start" if last * turned < 0 else f"{last:+.1f}"
 
 
-def _is_certain(curve: pd.DataFrame, low: str, high: str) -> pd.Series:
+def _is_certain(curve: pd.DataFrame, low: str, high: str) -> Bools:
     """Whether the band of each step excludes 0; for means without any error, whether a change is a tenth of the range.
 
     Where errors are known and bands are not, nothing is certain.
     """
     if curve["stderr"].isna().all():
-        change = curve["change"] if low == "band_low" else curve["change"].iloc[-1] - curve["change"]
-        return (change != 0) & (change.abs() >= _TURN_SHARE * np.ptp(curve["change"]))
-    return curve[low] * curve[high] > 0
+        change = curve["change"].to_numpy(float)
+        size = np.abs(change if low == "band_low" else change[-1] - change)
+        return np.asarray((size > 0) & (size >= _TURN_SHARE * np.ptp(change)))
+    return np.asarray(curve[low] * curve[high] > 0)
 
 
 def _turn(curve: pd.DataFrame) -> int | None:
@@ -171,6 +176,6 @@ def _turn(curve: pd.DataFrame) -> int | None:
     found = [
         (abs(y[index] - y[-1]), index)
         for index, sign in ((int(np.nanargmax(y)), 1), (int(np.nanargmin(y)), -1))
-        if 0 < index < len(y) - 1 and sign * y[index] > 0 and certain.iloc[index]
+        if 0 < index < len(y) - 1 and sign * y[index] > 0 and certain[index]
     ]
     return max(found)[1] if found else None

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 
 from sft_probe.analysis.changes import change_table
+from sft_probe.analysis.clusters import Ints
+from sft_probe.analysis.contrasts import MIN_PAIR_CLUSTERS
 from sft_probe.analysis.measures import MEASURES
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import (
@@ -23,7 +25,6 @@ from sft_probe.analysis.statistics import (
     Bools,
     Estimate,
     Floats,
-    Ints,
     estimate,
     over_runs_and_docs,
     pair_mean,
@@ -44,6 +45,8 @@ NOISES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Floats]] = {
 CLUSTERS = ("alone", "pairs", "Zipf", "half in one", "30 % missing", "80 % missing")
 NUM_DOCS = (24, 32, 100, 500)
 RUNS = (1, 2, 3, 5, 8, 12)
+SPREAD_OF_RUNS = {"runs": 10.0, "runs_alike": 1.0}
+"""Table to the variance of the mean over runs, in variances of the mean over docs"""
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,10 @@ def bands(design: Design, num_sets: int, generator: np.random.Generator) -> dict
     return {"coverage": coverage, "warned": float(np.mean(warned)), "withheld": float(1 - shown.mean())}
 
 
-def runs(design: Design, num_sets: int, generator: np.random.Generator, num_runs: int) -> dict[str, float]:
-    """Intervals over runs and prompts, where both vary alike: the mean over runs has the variance of that over docs."""
+def runs(
+    design: Design, num_sets: int, generator: np.random.Generator, num_runs: int, ratio_of_variances: float
+) -> dict[str, float]:
+    """Intervals over runs and prompts; the mean over runs has so many times the variance of the mean over docs."""
     kept = generator.permutation(design.num_docs)[: round(design.num_docs * (1 - design.missing))]
     kept.sort()
     clusters = np.unique(design.clusters[kept], return_inverse=True)[1]
@@ -135,14 +140,15 @@ def runs(design: Design, num_sets: int, generator: np.random.Generator, num_runs
     shared = 0.5 if len(sizes) < len(clusters) else 0.0
     variance = (shared * (sizes**2).sum() / len(kept) + 1 - shared) / len(kept)
     docs = design.draw(generator, num_sets)[kept]
-    of_runs = generator.normal(0, np.sqrt(variance * num_runs), size=(num_runs, 1, num_sets)) * (num_runs > 1)
-    both = NOISES[design.noise](generator, (num_runs, len(kept), num_sets)) * (num_runs > 1)
+    spread = np.sqrt(ratio_of_variances * variance * num_runs)
+    of_runs = generator.normal(0, spread, size=(num_runs, 1, num_sets)) * (num_runs > 1)
+    both = 0.5 * NOISES[design.noise](generator, (num_runs, len(kept), num_sets)) * (num_runs > 1)
     found = over_runs_and_docs(docs + of_runs + both, clusters)
     return _summary(held(found), flagged(found))
 
 
 def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_runs: int) -> dict[str, float]:
-    """Intervals of share, difference and omega of two rows, over runs and prompts; the worst of the three."""
+    """Intervals of share, difference and omega of two rows, over runs and prompts; coverage: the mean of the three."""
     clusters, scale = design.clusters, 1 / np.sqrt(design.num_docs)
     tokens = np.ceil(np.exp(generator.normal(3.5, 0.6, size=design.num_docs)))
     truths = {"ii": 1.0, "ij": 0.6, "ji": 0.5, "jj": 0.8}
@@ -167,8 +173,9 @@ def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_ru
         (gap, truths["ji"] - truths["ii"]),
         (of_omega, float(omega(*(np.array(truth) for truth in truths.values())))),
     )
-    coverage = min(float(held(found, truth)[~np.isnan(found.low)].mean()) for found, truth in known)
-    return {"coverage": coverage, "warned": float(flagged(of_omega).mean())}
+    rates = [float(held(found, truth)[~np.isnan(found.low)].mean()) for found, truth in known]
+    names = dict(zip(("share", "difference", "omega"), rates, strict=True))
+    return {"coverage": float(np.mean(rates)), **names, "warned": float(flagged(of_omega).mean())}
 
 
 def pmi(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:
@@ -185,7 +192,7 @@ def pmi(design: Design, num_sets: int, generator: np.random.Generator) -> dict[s
         for other in (own, apart, -own)
     ]
     coverage = min(float(held(item).mean()) for item in found)
-    return {"coverage": coverage, "warned": float(flagged(found[0]).mean())}
+    return {"coverage": coverage, "warned": float((found[0].effective_clusters < MIN_PAIR_CLUSTERS).mean())}
 
 
 def slopes(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:
@@ -241,9 +248,12 @@ def cells(name: str, num_sets: int, num_docs: tuple[int, ...] = NUM_DOCS, seed: 
                 if name in simulate:
                     if name != "pmi" or not design.missing:
                         yield {**names, **simulate[name](design, num_sets, generator)}
-                elif name in {"runs", "ratios"}:
-                    for count in RUNS if name == "runs" or not design.missing else ():
-                        found = (runs if name == "runs" else ratios)(design, num_sets, generator, count)
+                elif name == "ratios" and not design.missing:
+                    for count in RUNS:
+                        yield {**names, "runs": count, **ratios(design, num_sets, generator, count)}
+                elif name in SPREAD_OF_RUNS:
+                    for count in RUNS:
+                        found = runs(design, num_sets, generator, count, SPREAD_OF_RUNS[name])
                         yield {**names, "runs": count, **found}
 
 
@@ -287,7 +297,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=1000, help="simulated experiments per cell; default: 1000")
-    parser.add_argument("--only", default="means,bands,runs,ratios,pmi,slopes,sentences")
+    parser.add_argument("--only", default="means,bands,runs,runs_alike,ratios,pmi,slopes,sentences")
     parser.add_argument("--docs", default=",".join(map(str, NUM_DOCS)))
     parser.add_argument("--csv", type=Path, help="every cell, also of the kinds of clusters that a table sums up")
     options = parser.parse_args()

@@ -85,6 +85,7 @@ def test_several_runs_are_averaged_and_shown_with_both_kinds_of_noise(sft_probe:
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(3)]
     result = sft_probe("analyze", *runs, "--out", tmp_path / "out")
     assert "mean of 3 runs of made-up on chosen" in result.stdout, result.stderr
+    assert "! 3 runs: intervals for other runs and prompts hold the truth in 92%" in result.stdout
     table = pd.read_csv(tmp_path / "out/over_runs.csv").query("step == 8").set_index("category")
     verdict = pd.read_csv(tmp_path / "out/verdict.csv")
     means = verdict.groupby("category")["change"]
@@ -126,8 +127,13 @@ def test_the_results_of_a_plain_lm_eval_give_the_same_changes(sft_probe: Run, sw
 def test_margins_slopes_and_pmi_of_a_real_run(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(swept_run, own)
-    assert sft_probe("analyze", own).returncode == 0
+    result = sft_probe("analyze", own)
+    assert "nats hang on its own prompt (change of PMI over" in result.stdout, result.stderr
     _, verdict, contrasts = _tables(own / "analysis")
+    pmi = contrasts[contrasts["contrast"] == "pmi"].set_index("step")["value"]
+    moved_pmi = contrasts[contrasts["contrast"] == "pmi_change"].set_index("step")
+    np.testing.assert_allclose(moved_pmi["value"], pmi - pmi.iloc[0], atol=1e-5)
+    assert moved_pmi["low"].isna().to_list() == [step == 0 for step in moved_pmi.index], "no variance, no interval"
     last = contrasts[contrasts["step"] == 4].set_index(["contrast", "category"])["value"]
     change = verdict["change"].astype(float).to_dict()
     expected = change["chosen"] - change["random"]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from sft_probe.analysis.clusters import cluster_ids
 from sft_probe.analysis.statistics import (
-    cluster_ids,
     estimate,
     holm,
     over_runs,
@@ -354,8 +354,8 @@ def test_coverage_of_means_of_few_docs(simulations: Any) -> None:
 def test_coverage_of_bands_of_few_docs(simulations: Any, kind: str) -> None:
     for noise in ("normal", "lognormal"):
         design = simulations.Design(noise, 24, kind)
-        row = simulations.bands(design, 300, np.random.default_rng(0))
-        _check([{**row, "noise": noise, "kind": kind}], 300)
+        row = simulations.bands(design, 200, np.random.default_rng(0))
+        _check([{**row, "noise": noise, "kind": kind}], 200)
         assert row["withheld"] == 0
 
 
@@ -364,7 +364,7 @@ def test_coverage_over_runs_and_docs(simulations: Any, num_runs: int) -> None:
     low, high = _bounds(1000)
     low = {2: 0.87 - 0.03, 3: 0.91 - 0.03}.get(num_runs, low)  # what the output says of two and three runs
     for noise in ("normal", "lognormal"):
-        row = simulations.runs(simulations.Design(noise, 24, "alone"), 1000, np.random.default_rng(0), num_runs)
+        row = simulations.runs(simulations.Design(noise, 24, "alone"), 1000, np.random.default_rng(0), num_runs, 10.0)
         assert low <= row["coverage"] <= high + 0.01, (noise, row)
 
 
@@ -386,20 +386,21 @@ def test_coverage_of_pairs_and_slopes(simulations: Any) -> None:
 @pytest.mark.parametrize("truth", ["flat", "plateau", "rising"])
 def test_false_sentences(simulations: Any, truth: str) -> None:
     design = simulations.Design("exponential", 24, "alone")
-    row = simulations.sentences(design, 60, np.random.default_rng(0), truth)
-    allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
+    row = simulations.sentences(design, 40, np.random.default_rng(0), truth)
+    allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 40)
     assert row["turn"] <= allowed
     assert row["move"] <= allowed
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["means", "bands", "runs", "ratios", "pmi", "slopes"])
+@pytest.mark.parametrize("name", ["means", "bands", "runs", "runs_alike", "ratios", "pmi", "slopes"])
 def test_coverage_of_every_cell(simulations: Any, name: str) -> None:
     rows = list(simulations.cells(name, 400, num_docs=(24, 32, 100)))
     low, high = _bounds(400)
     for row in rows:
         excused = row["warned"] > 0.5 or row.get("withheld", 0) > 0.5 or row.get("runs") in {2, 3}
-        wide = name in {"runs", "ratios", "pmi"}  # the interaction of runs and docs counts twice, pairs take a maximum
+        # the interaction of runs and docs counts twice, pairs take a maximum, few docs of heavy tails give wide bands
+        wide = name in {"runs_alike", "ratios", "pmi", "bands", "slopes"}
         assert excused or low - 0.01 <= row["coverage"] <= (1.0 if wide else high + 0.01), row
 
 

@@ -66,6 +66,13 @@ def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
     share = tables["shares"].set_index("row")["share"].to_dict()
     assert share["random"] == pytest.approx(3.0 / 4.0, abs=0.03)
     assert "training on random gives 0.7" in result.stdout
+    assert "3 runs: intervals for other runs and prompts hold the truth in 92%" in result.stdout
+    against = tables["differences"].set_index(["row", "other"]).to_dict("index")["rejected", "chosen"]
+    assert against["category"] == "chosen"
+    assert against["low"] < against["difference"] == pytest.approx(-2.0 * per_token, abs=0.03)
+    assert f"training on rejected gained {against['difference']:+.3f}" in result.stdout
+    ratios = tables["matrix"].set_index(["row", "category"]).to_dict("index")["rejected", "chosen"]
+    assert ratios["efficiency_low"] < ratios["efficiency"] < ratios["efficiency_high"]
     selective = tables["selectivity"].set_index("row")["selectivity"].to_dict()
     assert selective["chosen"] == pytest.approx(1 - (3.0 + 3.6 - 1.0) / 3 / 4, abs=0.02)
 
