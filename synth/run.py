@@ -126,26 +126,15 @@ def obtain(
         if isinstance(writer, BatchWriter):
             yield from obtain_batch(requests, writer, store, limits)
             return
-        progress = progress or Progress(total)
-        try:
-            with asyncio.Runner() as runner:
-                yield from _answers(_Run(requests, writer, store, limits, progress), runner)
-        except KeyboardInterrupt:  # the second one
-            _LOG.warning("stopped at once; calls in flight are lost and count as paid")
-            raise SystemExit(130) from None
-
-
-def _answers(run: "_Run", runner: asyncio.Runner) -> Iterator[tuple[Request, Answer]]:
-    runner.run(run.start())
-    try:
-        with _stopped_by_signals(run, runner.get_loop()):
-            while answers := runner.run(run.next_answers()):
-                yield from answers
-    except KeyboardInterrupt:
-        run.abandon()
-        raise
-    finally:
-        runner.run(run.close())
+        with asyncio.Runner() as runner:
+            run = _Run(requests, writer, store, limits, progress or Progress(total))
+            runner.run(run.start())
+            try:
+                with _stopped_by_signals(run, runner.get_loop()):
+                    while answers := runner.run(run.next_answers()):
+                        yield from answers
+            finally:
+                runner.run(run.close())
 
 
 def _warn_of_lost_calls(store: Store) -> None:
@@ -159,7 +148,7 @@ def _warn_of_lost_calls(store: Store) -> None:
 
 @contextmanager
 def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the run cleanly; the handlers before are back for a second one."""
+    """The first SIGINT or SIGTERM ends the run cleanly, the second at once; a third meets the handlers before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -171,9 +160,15 @@ def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterato
             signal.signal(number, handler)
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        restore()
+        for one in signals:
+            signal.signal(one, abandon)
         _LOG.warning("stopping; waiting for calls in flight, so that they need not be paid again (Ctrl-C: do not wait)")
         loop.call_soon_threadsafe(run.stop, SystemExit(128 + number))
+
+    def abandon(_number: int, _frame: FrameType | None) -> None:
+        restore()
+        _LOG.warning("stopped at once; calls in flight are lost and count as paid")
+        loop.call_soon_threadsafe(run.abandon)
 
     for number in signals:
         signal.signal(number, stop)
@@ -224,7 +219,7 @@ class _Run:
             if answers:
                 self._room.set()
                 return answers
-            if all(task.done() for task in self._tasks):
+            if self._is_abandoned or all(task.done() for task in self._tasks):
                 if self._failure is not None:
                     raise self._failure
                 return []
@@ -242,6 +237,7 @@ class _Run:
         self._is_abandoned = True
         for task in self._tasks:
             task.cancel()
+        self._changed.set()
 
     async def close(self) -> None:
         """Wait for calls in flight and store them, then close the writer's connections."""

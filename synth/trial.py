@@ -28,6 +28,7 @@ class Trial:
     def __init__(self) -> None:
         self._faults: dict[str, Counter[str]] = {}
         self._proven: set[str] = set()
+        self._without_text: Counter[str] = Counter()
         self._has_text = False
 
     def note(self, category: str, answer: Answer, fault: str | None) -> None:
@@ -42,12 +43,17 @@ class Trial:
         if category in self._proven:
             return
         faults = self._faults.setdefault(category, Counter())
-        faults[f"{fault}: {answer.reason}" if answer.reason else str(fault)] += 1
-        every = sum(self._faults.values(), Counter[str]())
-        if not self._has_text and every.total() >= NUM_WITHOUT_TEXT:
-            raise useless(f"of the first {every.total()} answers none has a text", every)
+        faults[_shown(answer, fault)] += 1
+        if not answer.is_turned_down:  # those are counted where they are asked for
+            self._without_text[_shown(answer, fault)] += 1
+        if not self._has_text and self._without_text.total() >= NUM_WITHOUT_TEXT:
+            raise useless(f"of the first {NUM_WITHOUT_TEXT} answers none has a text", self._without_text)
         if faults.total() >= NUM_WITHOUT_USE:
             raise useless(f"none of the first {faults.total()} answers for `{category}` can be used", faults)
+
+
+def _shown(answer: Answer, fault: str | None) -> str:
+    return f"{fault}: {answer.reason}" if answer.reason else str(fault)
 
 
 def useless(what: str, faults: Counter[str]) -> UserError:

@@ -183,7 +183,7 @@ class GeminiServer:
     async def _create_job(self, request: web.Request) -> web.StreamResponse:
         batch = (await self._received(request))["batch"]
         fault = self.job_faults.pop(0) if self.job_faults else ""
-        failure = _failure(fault, request.headers)
+        failure = _failure(fault or self.always, request.headers)
         if failure is not None:
             return failure
         name = f"batches/job{len(self._jobs)}"
