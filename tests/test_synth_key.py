@@ -130,7 +130,9 @@ def test_no_log_record_shows_a_key(caplog: pytest.LogCaptureFixture) -> None:
     assert KEY not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["gemini", "gemini-legacy", "openai"])
+@pytest.mark.parametrize(
+    "name", ["gemini-legacy", *(pytest.param(name, marks=pytest.mark.full) for name in ("gemini", "openai"))]
+)
 def test_a_second_interrupt_ends_at_once_and_no_process_shows_the_key(name: str, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(12))
     with GeminiServer(always="slow") as server:
