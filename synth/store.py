@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ class Store:
         except UserError:
             self._connection.close()
             raise
+        # closes the file where a caller forgets to; from Python 3.13 on sqlite warns otherwise
+        self._close_file = weakref.finalize(self, _close, self._connection, self._reader)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._queue: list[tuple[list[Statement], asyncio.Future[int | None]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -121,8 +124,7 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         self._executor.shutdown()
-        self._connection.close()
-        self._reader.close()
+        self._close_file()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -331,6 +333,11 @@ def _state(path: Path) -> list[tuple[int, int]]:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be used as a store of answers ({error}). Choose another one, or bring it back.")
+
+
+def _close(*connections: sqlite3.Connection) -> None:
+    for connection in connections:
+        connection.close()
 
 
 def _open(path: Path) -> sqlite3.Connection:

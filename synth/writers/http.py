@@ -163,7 +163,8 @@ class Connection:
     def proxy(self) -> str | None:
         """Return the proxy of the environment: a tunnel for TLS. Plain HTTP goes without, or the proxy has the key."""
         scheme, host, _ = self._origin
-        return getproxies().get("https") if scheme == "https" and not proxy_bypass(host) else None
+        proxy = getproxies().get("https") if scheme == "https" and not proxy_bypass(host) else None
+        return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
     def note_request(self, url: str) -> None:
         """Record that a request goes to `url`. Raises `StoppedError` where it is of another origin."""
