@@ -111,6 +111,7 @@ class _BatchRun:
         answers = [answer for key in keys if (answer := self._store.get_key(key)) is not None]
         if answers and not any(answer.status == "ok" for answer in answers):
             faults = Counter(f"{answer.status}: {answer.reason}" for answer in answers)
+            self._store.forget_without_text(self._writer, None)
             raise useless(f"of the first {len(answers)} answers none has a text", faults)
 
     async def _read_all(self) -> None:

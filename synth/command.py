@@ -115,11 +115,16 @@ def _write(
     """Have the texts of a plan written, and write the set."""
     from sft_probe.synth.build import UNTRAINED_TEMPLATE, make_docs, write_texts, write_untrained
     from sft_probe.synth.output import write_set
+    from sft_probe.synth.trial import UselessRunError
 
     _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
     keys: set[str] = set()
     asker = _Asker(writer, store, _limits(options), keys)
-    written = write_texts(plan, asker.obtain, asker.note_fault)
+    try:
+        written = write_texts(plan, asker.obtain, asker.note_fault)
+    except UselessRunError as error:  # its cause may be in the server, where it can be fixed
+        store.forget_without_text(writer, error.category)
+        raise
     writers = _written_by(plan, writer)
     if untrained:
         local = _Asker(untrained, store, _local_limits(), keys)

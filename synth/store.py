@@ -156,6 +156,15 @@ class Store:
         statements: list[Statement] = [(sql, (status, reason, request_key(writer, request)))]
         self._executor.submit(self._commit, [statements]).result()
 
+    def forget_without_text(self, writer: Named, category: str | None) -> None:
+        """Make an `error` of every answer of a writer without a text, of one category or all: it is asked again."""
+        sql = (
+            "UPDATE answers SET status = 'error' WHERE writer = ? AND model = ? AND api_version = ? AND status != 'ok' "
+            "AND ? IN (category, '')"
+        )
+        values = (writer.name, writer.model, writer.api_version, category or "")
+        self._executor.submit(self._commit, [[(sql, values)]]).result()
+
     def counts(self) -> list[Count]:
         """Return the answers by category and status, with tokens and cost (0 where the price was unknown)."""
         rows = self._read(

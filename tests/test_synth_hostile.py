@@ -42,8 +42,8 @@ def failed(message: str, statuses: str = "error", **fields: Any) -> Outcome:
 
 
 def useless(message: str, status: str) -> Outcome:
-    """Answers without a text, which are paid for."""
-    return Outcome(f"none has a text: {message}", frozenset({status}), 24, None, frozenset({status}), is_final=True)
+    """Answers without a text, which are paid for; a repaired server is asked again."""
+    return Outcome(f"none has a text: {status}: {message}", frozenset({"error"}), 24, None, frozenset({"error"}))
 
 
 UNREADABLE = "no JSON object in UTF-8"
@@ -79,11 +79,11 @@ FAULTS = {
     "endless": failed("longer than 5 MB"),
     "cut": failed("connection failed", batch_message="", batch_statuses=frozenset({"ok"})),
     "hangup": failed("connection failed", batch_message="", batch_statuses=frozenset({"ok"})),
-    "thoughts": useless(r"truncated: .*1021 of 1021 output tokens are thoughts.*--thinking-tokens", "truncated"),
-    "max_tokens": useless("truncated", "truncated"),
-    "empty": useless("invalid: empty text", "invalid"),
-    "safety": useless("blocked", "blocked"),
-    "echo_finish": useless(r"invalid: finish reason \[key\]", "invalid"),
+    "thoughts": useless(r".*1021 of 1021 output tokens are thoughts.*--thinking-tokens", "truncated"),
+    "max_tokens": useless("", "truncated"),
+    "empty": useless("empty text", "invalid"),
+    "safety": useless("", "blocked"),
+    "echo_finish": useless(r"finish reason \[key\]", "invalid"),
     "echo_key": GOOD,
     "echo_escaped": GOOD,
     "echo_split": GOOD,

@@ -119,7 +119,7 @@ class GeminiBatchWriter:
             raise UserError(f"the server refuses a batch job: {answer.reason}.")
         if called.error is not None:
             raise Wait(f"the answer is unreadable ({called.error})", maybe_billed=True)
-        return called.value  # type: ignore[return-value] - there was no error
+        return called.value  # type: ignore[return-value]  # there was no error
 
     def _checked_name(self, job: types.BatchJob) -> str:
         """Return the name of a job, which is stored and shown. Raise `Wait` where it cannot be one."""
