@@ -26,7 +26,7 @@ from sft_probe.synth.store import Store
 from sft_probe.synth.writers.gemini import GeminiWriter
 from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
 from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
-from sft_probe.synth.writers.http import Secret, read_key
+from sft_probe.synth.writers.keys import Secret, read_key
 from sft_probe.synth.writers.openai import OpenAIWriter
 from sft_probe.synth.writers.thinking import key_version, least_thinking
 
