@@ -1,4 +1,6 @@
+import itertools
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,12 +204,13 @@ def test_a_waiting_batch_says_so_each_minute_and_not_for_ever(
     runs, server = batch
     caplog.set_level(logging.INFO)
     server.polls_needed = 10**9
-    monkeypatch.setattr("sft_probe.synth.batch._LINE_INTERVAL_S", 0.05)
+    monkeypatch.setattr("sft_probe.synth.batch.monotonic", itertools.count(0, 25).__next__)  # 25 s from look to look
     with pytest.raises(UserError, match=r"no end of the batch jobs after .*the same command reads them later"):
-        runs.run(max_wait_s=0.5)
-    assert 1 < caplog.text.count("0 of 1 batch jobs are read; batches/job0 has not ended") <= 10
+        runs.run(max_wait_s=600)
+    lines = re.findall(r"waiting for (\d+) min: 0 of 1 batch jobs are read; batches/job0 has not ended", caplog.text)
+    assert [int(minutes) for minutes in lines] == [1, 2, 4, 5, 6, 8, 9]  # the first look after each minute
     server.polls_needed = 0
-    assert {answer.status for answer in runs.run(max_wait_s=0.5)} == {"ok"}
+    assert {answer.status for answer in runs.run(max_wait_s=600)} == {"ok"}
     assert server.paths[JOBS_PATH] == 1
 
 
