@@ -77,7 +77,7 @@ def add_synth(command: argparse.ArgumentParser) -> None:
 def _synth(options: argparse.Namespace) -> None:
     from sft_probe.synth.build import Settings, make_plan
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
-    from sft_probe.synth.output import STORE, check_directory, write_rejected
+    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_rejected
     from sft_probe.synth.sources import Rejected
     from sft_probe.synth.store import Store
 
@@ -89,7 +89,7 @@ def _synth(options: argparse.Namespace) -> None:
     check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
     fields = {name: getattr(options, name) for name in names}
-    settings = Settings(kinds=kinds, thinking_tokens=_thinking_tokens(options), **fields)
+    settings = Settings(kinds=kinds, rule=rule_of(options.out), thinking_tokens=_thinking_tokens(options), **fields)
     rejected = Rejected()
     if options.dry_run:  # needs neither key nor package, and writes nothing
         _print_estimate(options, make_plan(settings, rejected))
@@ -97,6 +97,7 @@ def _synth(options: argparse.Namespace) -> None:
     # made before anything is paid for: it may not be there, or have no place for a prompt
     untrained = _untrained_writer(options) if "untrained" in kinds else None
     writer = _writer(options)
+    begin_set(options.out)
     try:
         with Store(options.out / STORE) as store:
             plan = make_plan(settings, rejected, untrained.tokenizer if untrained else None)

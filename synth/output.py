@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import write_jsonl
+from sft_probe.files import make_dir, read_json, write_json, write_jsonl
 from sft_probe.records import SPLITS
 from sft_probe.synth.build import Plan, Written
 from sft_probe.synth.card import FIGURE, write_card
 from sft_probe.synth.from_table import write_manifest
 from sft_probe.synth.report import near_duplicates, prompt_text
 from sft_probe.synth.sources import Rejected, source_files, source_sha256
+from sft_probe.synth.splits import RULE
+from sft_probe.synth.store import open_copy
 
 WORK_DIR = "synthesis"
 """Beside the set: the store of answers and the rows left out. No part of the set."""
 STORE = f"{WORK_DIR}/answers.sqlite"
+_RULE_FILE = f"{WORK_DIR}/rule.json"
 _WRITTEN = (*(f"{split}.jsonl" for split in SPLITS), "README.md", "probe_set.json", FIGURE)
 
 
@@ -37,6 +40,29 @@ def check_directory(out: Path, source: str) -> None:
         raise UserError(
             f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose another --out."
         )
+
+
+def rule_of(out: Path) -> int:
+    """The version of the rule of draw, split and topics that a directory was begun with, else the newest one."""
+    if (out / _RULE_FILE).is_file():
+        return int(read_json(out / _RULE_FILE)["rule"])
+    return 1 if _holds_answers(out / STORE) else RULE
+
+
+def _holds_answers(store: Path) -> bool:
+    """Whether anything was asked; an estimate of an older version left an empty store."""
+    if not store.is_file():
+        return False
+    with open_copy(store) as copy:  # an estimate writes nothing
+        return bool(copy.counts())
+
+
+def begin_set(out: Path) -> int:
+    """Makes the directory and notes the rule before the first answer is stored; returns the rule."""
+    rule = rule_of(out)
+    make_dir(out / WORK_DIR)
+    write_json(out / _RULE_FILE, {"rule": rule})
+    return rule
 
 
 def write_set(
@@ -108,6 +134,7 @@ def _provenance(plan: Plan, docs: Sequence[dict[str, Any]], written: Written) ->
         "seed": settings.seed,
         "limit": settings.limit,
         "heldout_frac": settings.heldout_frac,
+        "rule": settings.rule,
         "rows": {
             "read": plan.num_rows,
             "used": len(docs),

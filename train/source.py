@@ -11,7 +11,16 @@ from sft_probe.errors import UserError
 from sft_probe.prompts import DroppedDoc
 from sft_probe.records import Doc
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import Pair, RowRejectedError, parse_prompt, parse_row
+from sft_probe.synth.hh import (
+    Pair,
+    RowRejectedError,
+    clean_response,
+    column_names,
+    kind_of,
+    parse_messages,
+    parse_row,
+    parse_turns,
+)
 from sft_probe.synth.sources import Row, read_rows, source_sha256
 from sft_probe.synth.splits import conversation_id
 
@@ -71,14 +80,17 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
         return parse_row(value), ("chosen", "rejected")
     messages: Any = value.get("messages")
     if messages is None:
-        prompt, response = value.get(prompt_column), value.get(response_column)
-        if not isinstance(response, str) or not isinstance(prompt, str | list):
-            raise RowRejectedError(f"neither `messages` nor `chosen` and `rejected` nor `{response_column}`")
-        turns = parse_prompt(prompt) if isinstance(prompt, str) else prompt
-        messages = [*turns, {"role": "assistant", "content": response}]
-    # a preference of nothing over nothing: the checks of turns and texts are those of pairs
-    pair = parse_row({"chosen": messages, "rejected": [*messages[:-1], {"role": "assistant", "content": "-"}]})
-    return pair, ("chosen",)
+        if missing := [f"`{name}`" for name in (prompt_column, response_column) if name not in value]:
+            raise RowRejectedError(
+                f"neither `messages` nor `chosen` and `rejected` nor {' and '.join(missing)}; the columns are "
+                f"{column_names(value)}: name yours with --prompt_column and --response_column"
+            )
+        response = value[response_column]
+        if not isinstance(response, str):
+            raise RowRejectedError(f"`{response_column}` is {kind_of(response)}, not text")
+        messages = [*parse_turns(value[prompt_column]), {"role": "assistant", "content": clean_response(response)}]
+    turns, response = parse_messages(messages)
+    return Pair(messages=turns, chosen=response, rejected=""), ("chosen",)
 
 
 def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:

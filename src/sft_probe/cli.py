@@ -9,7 +9,7 @@ from pathlib import Path
 from sft_probe import __version__
 from sft_probe.analysis.commands import add_analysis_commands
 from sft_probe.errors import UserError, exit_on_user_error
-from sft_probe.flags import names, positive, shard
+from sft_probe.flags import heldout, names, positive, shard
 from sft_probe.synth.command import add_synth
 
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
@@ -103,7 +103,8 @@ def _add_probe_set(command: argparse.ArgumentParser) -> None:
     table.add_argument("--prompt", metavar="COLUMN")
     table.add_argument("--category", action="append", default=[], metavar="NAME=COLUMN")
     table.add_argument("--prompt-format", default="hh", help="default: hh")
-    table.add_argument("--heldout", type=positive, default=100, help="docs held out; default: 100")
+    table.add_argument("--heldout", type=heldout, default=100, metavar="N", help="docs held out, or a share "
+                       "below 1, with which no doc changes its split when rows are added; default: 100")  # fmt: skip
     table.add_argument("--limit", type=positive, help="docs at most, drawn at random")
     table.add_argument("--seed", type=int, default=0)
     command.set_defaults(command=_probe_set)
@@ -183,11 +184,14 @@ def _probe_set_from_table(options: argparse.Namespace) -> None:
     pairs = [item.partition("=") for item in options.category]
     if not options.prompt or not options.out or not pairs or not all(name and column for name, _, column in pairs):
         raise UserError("--from-csv needs --prompt COLUMN, --out DIRECTORY and --category NAME=COLUMN, once for each.")
+    categories = {name: column for name, _, column in pairs}
+    if len(categories) < len(pairs):
+        raise UserError("--category names a category twice. Give each one column.")
     left_out = write_probe_set(
         options.from_csv,
         options.out,
         prompt_column=options.prompt,
-        categories={name: column for name, _, column in pairs},
+        categories=categories,
         prompt_format=options.prompt_format,
         heldout=options.heldout,
         limit=options.limit,

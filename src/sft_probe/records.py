@@ -22,7 +22,7 @@ EMBEDDED_PROBE_SETS = ("helpful-mini",)
 DEFAULT_PROBE_SET = "helpful-mini"
 DEFAULT_PROMPT_FORMAT = "hh"
 RESERVED_COLUMNS = ("doc_id", "conversation_id", "split", "messages", "random_doc_id", "meta")
-_CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
+CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ def _categories(manifest: dict[str, Any], manifest_path: Path, rows: list[_Row])
         first = rows[0].value if rows else {}
         names = [name for name, text in first.items() if isinstance(text, str) and name not in RESERVED_COLUMNS]
     for name in names:
-        if not _CATEGORY_NAME.fullmatch(name):
+        if not CATEGORY_NAME.fullmatch(name):
             raise UserError(
                 f"{manifest_path if manifest else rows[0].path}: {name!r} cannot name a category: use lower-case "
                 "letters, digits and `_`, and do not start with `train_`."
