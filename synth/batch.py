@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
+from time import monotonic
 from typing import Protocol, TypeVar, runtime_checkable
 
 from sft_probe.errors import UserError
@@ -88,7 +89,7 @@ class _BatchRun:
 
     async def run(self) -> None:
         """Find the jobs of earlier runs, make those that are missing (a small one first), wait for all."""
-        self._started_s = self._said_s = asyncio.get_running_loop().time()
+        self._started_s = self._said_s = monotonic()
         for job in self._store.jobs(self._writer):
             await self._find(job)
         missing, out_of_budget = self._missing(), 0
@@ -111,6 +112,7 @@ class _BatchRun:
         answers = [answer for key in keys if (answer := self._store.get_key(key)) is not None]
         if answers and not any(answer.status == "ok" for answer in answers):
             faults = Counter(f"{answer.status}: {answer.reason}" for answer in answers)
+            self._store.forget_without_text(self._writer, None)
             raise useless(f"of the first {len(answers)} answers none has a text", faults)
 
     async def _read_all(self) -> None:
@@ -221,7 +223,7 @@ class _BatchRun:
             answers = await self._patiently(lambda: self._writer.read(name))
             if answers is not None:
                 return answers
-            now_s = asyncio.get_running_loop().time()
+            now_s = monotonic()
             waited_s, longest_s = now_s - self._started_s, self._limits.max_wait_s
             if longest_s is not None and waited_s >= longest_s:
                 raise UserError(

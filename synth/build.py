@@ -41,10 +41,10 @@ class Settings:
     heldout_frac: float | None
     limit: int | None
     seed: int
-    rule: int = RULE
-    """Version of the rule by which docs are drawn, split and given topics."""
     thinking_tokens: int = 0
     """Room for a model's thoughts, on top of the output limit of each text."""
+    rule: int = RULE
+    """Version of the rule by which docs are drawn, split and given topics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,37 +166,47 @@ def write_texts(plan: Plan, obtain: Obtain, note_fault: Callable[[str], None] = 
     Raises:
         UserError: some texts have no answer, or nothing that comes back can be used.
     """
-    written, trial = Written(), Trial()
-    pairs = {pair.doc_id: pair for pair in plan.pairs}
-    indexes = {kind: NearDuplicates() for kind in plan.templates}
+    trial, judge, again = Trial(), _Judge(plan, note_fault), []
+    for request, answer in _answered(obtain(plan.requests(), plan.num_requests)):
+        fault = judge.fault(request, answer)
+        trial.note(request.category, answer, fault)
+        if fault and answer.is_turned_down:  # a second try would be the same request
+            judge.leave_out(request, fault, f": not taken by the server: {answer.reason}")
+        elif fault:
+            judge.written.first_faults[request.category, fault] += 1
+            again.append(replace(request, sample_index=1))
+    for request, answer in _answered(obtain(iter(again), len(again))):
+        if fault := judge.fault(request, answer):
+            judge.leave_out(request, fault, f", written twice: {fault}")
+    return judge.written
 
-    def judge(request: Request, answer: Answer) -> str | None:
-        pair, index = pairs[request.doc_id], indexes[request.category]
-        fault = fault_of(request, answer, pair, plan.templates[request.category])
+
+class _Judge:
+    """Keeps the texts that pass the checks, and leaves out docs whose texts do not."""
+
+    def __init__(self, plan: Plan, note_fault: Callable[[str], None]) -> None:
+        self.written = Written()
+        self._plan, self._note_fault = plan, note_fault
+        self._pairs = {pair.doc_id: pair for pair in plan.pairs}
+        self._indexes = {kind: NearDuplicates() for kind in plan.templates}
+
+    def fault(self, request: Request, answer: Answer) -> str | None:
+        """Return what is wrong with an answer; keep it where nothing is."""
+        pair, index = self._pairs[request.doc_id], self._indexes[request.category]
+        fault = fault_of(request, answer, pair, self._plan.templates[request.category])
         if fault is None and index.holds(str(answer.text)):
             fault = "near-duplicate"
         if fault is None:
             index.add(str(answer.text))
-            written.accept(request, answer)
+            self.written.accept(request, answer)
         elif answer.status == "ok":
-            note_fault(fault)
+            self._note_fault(fault)
         return fault
 
-    again = []
-    for request, answer in _answered(obtain(plan.requests(), plan.num_requests)):
-        fault = judge(request, answer)
-        trial.note(request.category, answer, fault)
-        if fault and answer.is_turned_down:  # a second try would be the same request
-            written.last_faults[request.category, fault] += 1
-            plan.rejected.add(pairs[request.doc_id], f"`{request.category}`: not taken by the server: {answer.reason}")
-        elif fault:
-            written.first_faults[request.category, fault] += 1
-            again.append(replace(request, sample_index=1))
-    for request, answer in _answered(obtain(iter(again), len(again))):
-        if fault := judge(request, answer):
-            written.last_faults[request.category, fault] += 1
-            plan.rejected.add(pairs[request.doc_id], f"`{request.category}`, written twice: {fault}")
-    return written
+    def leave_out(self, request: Request, fault: str, why: str) -> None:
+        """Leave a doc out for the fault of one of its texts."""
+        self.written.last_faults[request.category, fault] += 1
+        self._plan.rejected.add(self._pairs[request.doc_id], f"`{request.category}`{why}")
 
 
 def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Request, Answer]]:

@@ -89,8 +89,7 @@ def _synth(options: argparse.Namespace) -> None:
     check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
     fields = {name: getattr(options, name) for name in names}
-    thinking_tokens = _thinking_tokens(options)
-    settings = Settings(kinds=kinds, rule=rule_of(options.out), thinking_tokens=thinking_tokens, **fields)
+    settings = Settings(kinds=kinds, rule=rule_of(options.out), thinking_tokens=_thinking_tokens(options), **fields)
     rejected = Rejected()
     if options.dry_run:  # needs neither key nor package, and writes nothing
         _print_estimate(options, make_plan(settings, rejected))
@@ -117,11 +116,16 @@ def _write(
     """Have the texts of a plan written, and write the set."""
     from sft_probe.synth.build import UNTRAINED_TEMPLATE, make_docs, write_texts, write_untrained
     from sft_probe.synth.output import write_set
+    from sft_probe.synth.trial import UselessRunError
 
     _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
     keys: set[str] = set()
     asker = _Asker(writer, store, _limits(options), keys)
-    written = write_texts(plan, asker.obtain, asker.note_fault)
+    try:
+        written = write_texts(plan, asker.obtain, asker.note_fault)
+    except UselessRunError as error:  # its cause may be in the server, where it can be fixed
+        store.forget_without_text(writer, error.category)
+        raise
     writers = _written_by(plan, writer)
     if untrained:
         local = _Asker(untrained, store, _local_limits(), keys)

@@ -1,9 +1,7 @@
 """Writes a finished set: two JSONL files, what was left out, the card, and the manifest last."""
 
-import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from sft_probe.synth.from_table import write_manifest
 from sft_probe.synth.report import near_duplicates, prompt_text
 from sft_probe.synth.sources import Rejected, source_files, source_sha256
 from sft_probe.synth.splits import RULE
+from sft_probe.synth.store import open_copy
 
 WORK_DIR = "synthesis"
 """Beside the set: the store of answers and the rows left out. No part of the set."""
@@ -54,11 +53,8 @@ def _holds_answers(store: Path) -> bool:
     """Whether anything was asked; an estimate of an older version left an empty store."""
     if not store.is_file():
         return False
-    try:
-        with closing(sqlite3.connect(f"{store.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM answers)").fetchone()[0])
-    except sqlite3.Error:  # `Store` says what is wrong with it
-        return True
+    with open_copy(store) as copy:  # an estimate writes nothing
+        return bool(copy.counts())
 
 
 def begin_set(out: Path) -> None:

@@ -65,22 +65,18 @@ def estimate(
         maybe_requests: what may be asked on top; it counts in the upper bound alone.
     """
     price = price or price_of(writer)
-
-    def is_missing(request: Request) -> bool:
-        answer = store.get(writer, request) if store is not None else None
-        return answer is None or not answer.is_final
-
     num_requests = calls = 0
     prompt_tokens = output_tokens = max_cost_usd = 0.0
     for request in requests:
         num_requests += 1
-        if is_missing(request):
+        if _is_missing(request, writer, store):
             calls += 1
             prompt_tokens += expected_prompt_tokens(request)
             output_tokens += expected_output_tokens(request)
             max_cost_usd += MAX_BILLED_CALLS * price.worst_usd(request) if price else 0.0
     if price:
-        max_cost_usd += sum(MAX_BILLED_CALLS * price.worst_usd(one) for one in maybe_requests if is_missing(one))
+        maybe_missing = (one for one in maybe_requests if _is_missing(one, writer, store))
+        max_cost_usd += sum(MAX_BILLED_CALLS * price.worst_usd(one) for one in maybe_missing)
     return Estimate(
         num_stored=num_requests - calls,
         calls=calls,
@@ -89,6 +85,11 @@ def estimate(
         cost_usd=price.cost_usd(prompt_tokens, output_tokens) if price else None,
         max_cost_usd=max_cost_usd if price else None,
     )
+
+
+def _is_missing(request: Request, writer: Named, store: Store | None) -> bool:
+    answer = store.get(writer, request) if store is not None else None
+    return answer is None or not answer.is_final
 
 
 def obtain(
@@ -100,11 +101,11 @@ def obtain(
     total: int | None = None,
     progress: Progress | None = None,
 ) -> Generator[tuple[Request, Answer], None, None]:
-    """All requests with their answers, in order; what the store lacks is asked for.
+    """Yield all requests with their answers, in order; ask for what the store lacks.
 
-    Every answer is on disk before it is given back. An answer of status `error` (out of attempts) is
-    given back and counted like any other, and asked for again by the next call. SIGINT and SIGTERM end the asking;
-    calls in flight are waited for and stored, then `SystemExit` is raised. A second SIGINT does not wait.
+    Every answer is on disk before it is given back. An answer that is not final (out of attempts, not taken by the
+    server) is given back like any other, and asked for again by the next call. SIGINT and SIGTERM end the asking;
+    calls in flight are waited for and stored, then `SystemExit` is raised. A second one does not wait.
 
     Args:
         requests: may be a generator of any length; a few thousand are held at a time. (Batch writers hold all.)
@@ -112,43 +113,33 @@ def obtain(
         store: where answers are kept; held exclusively meanwhile.
         limits: rates, retries and money.
         total: number of requests, for the live line.
+        progress: the live line, where somebody else has a word in it.
 
     Raises:
         UserError: the budget is spent or cannot be kept, the model's version changed, the writer cannot work, many
             requests failed in a row, the disk is full, or another run holds the store. Answers so far are stored.
     """
     with store.exclusive():
-        _warn_of_lost_calls(store)
-        if limits.max_cost_usd is not None and (number := store.num_unpriced()):
-            _LOG.warning(
-                "%d answers of earlier runs were asked for without --price: the budget counts them as free", number
-            )
+        _warn_of_earlier_runs(store, limits)
         if isinstance(writer, BatchWriter):
             yield from obtain_batch(requests, writer, store, limits)
             return
-        progress = progress or Progress(total)
-        try:
-            with asyncio.Runner() as runner:
-                yield from _answers(_Run(requests, writer, store, limits, progress), runner)
-        except KeyboardInterrupt:  # the second one
-            _LOG.warning("stopped at once; calls in flight are lost and count as paid")
-            raise SystemExit(130) from None
+        with asyncio.Runner() as runner:
+            run = _Run(requests, writer, store, limits, progress or Progress(total))
+            runner.run(run.start())
+            try:
+                with _stopped_by_signals(run, runner.get_loop()):
+                    while answers := runner.run(run.next_answers()):
+                        yield from answers
+            finally:
+                runner.run(run.close())
 
 
-def _answers(run: "_Run", runner: asyncio.Runner) -> Iterator[tuple[Request, Answer]]:
-    runner.run(run.start())
-    try:
-        with _stopped_by_signals(run, runner.get_loop()):
-            while answers := runner.run(run.next_answers()):
-                yield from answers
-    except KeyboardInterrupt:
-        run.abandon()
-        raise
-    finally:
-        runner.run(run.close())
-
-
-def _warn_of_lost_calls(store: Store) -> None:
+def _warn_of_earlier_runs(store: Store, limits: Limits) -> None:
+    if limits.max_cost_usd is not None and (number := store.num_unpriced()):
+        _LOG.warning(
+            "%d answers of earlier runs were asked for without --price: the budget counts them as free", number
+        )
     count, cost_usd = store.lost_calls()
     if count:
         _LOG.warning(
@@ -159,7 +150,7 @@ def _warn_of_lost_calls(store: Store) -> None:
 
 @contextmanager
 def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the run cleanly; the handlers before are back for a second one."""
+    """The first SIGINT or SIGTERM ends the run cleanly, the second at once; a third meets the handlers before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -171,9 +162,15 @@ def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterato
             signal.signal(number, handler)
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        restore()
+        for one in signals:
+            signal.signal(one, abandon)
         _LOG.warning("stopping; waiting for calls in flight, so that they need not be paid again (Ctrl-C: do not wait)")
         loop.call_soon_threadsafe(run.stop, SystemExit(128 + number))
+
+    def abandon(_number: int, _frame: FrameType | None) -> None:
+        restore()
+        _LOG.warning("stopped at once; calls in flight are lost and count as paid")
+        loop.call_soon_threadsafe(run.abandon)
 
     for number in signals:
         signal.signal(number, stop)
@@ -224,7 +221,7 @@ class _Run:
             if answers:
                 self._room.set()
                 return answers
-            if all(task.done() for task in self._tasks):
+            if self._is_abandoned or all(task.done() for task in self._tasks):
                 if self._failure is not None:
                     raise self._failure
                 return []
@@ -242,6 +239,7 @@ class _Run:
         self._is_abandoned = True
         for task in self._tasks:
             task.cancel()
+        self._changed.set()
 
     async def close(self) -> None:
         """Wait for calls in flight and store them, then close the writer's connections."""

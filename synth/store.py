@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ class Store:
         except UserError:
             self._connection.close()
             raise
+        # closes the file where a caller forgets to; from Python 3.13 on sqlite warns otherwise
+        self._close_file = weakref.finalize(self, _close, self._connection, self._reader)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._queue: list[tuple[list[Statement], asyncio.Future[int | None]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -121,8 +124,7 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         self._executor.shutdown()
-        self._connection.close()
-        self._reader.close()
+        self._close_file()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -153,6 +155,15 @@ class Store:
         sql = "UPDATE answers SET status = ?, reason = ? WHERE key = ?"
         statements: list[Statement] = [(sql, (status, reason, request_key(writer, request)))]
         self._executor.submit(self._commit, [statements]).result()
+
+    def forget_without_text(self, writer: Named, category: str | None) -> None:
+        """Make an `error` of every answer of a writer without a text, of one category or all: it is asked again."""
+        sql = (
+            "UPDATE answers SET status = 'error' WHERE writer = ? AND model = ? AND api_version = ? AND status != 'ok' "
+            "AND ? IN (category, '')"
+        )
+        values = (writer.name, writer.model, writer.api_version, category or "")
+        self._executor.submit(self._commit, [[(sql, values)]]).result()
 
     def counts(self) -> list[Count]:
         """Return the answers by category and status, with tokens and cost (0 where the price was unknown)."""
@@ -331,6 +342,11 @@ def _state(path: Path) -> list[tuple[int, int]]:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be used as a store of answers ({error}). Choose another one, or bring it back.")
+
+
+def _close(*connections: sqlite3.Connection) -> None:
+    for connection in connections:
+        connection.close()
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -14,6 +14,7 @@ import json
 import re
 import threading
 from collections import Counter, deque
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
@@ -105,7 +106,9 @@ class GeminiServer:
         )
 
     @web.middleware
-    async def _wire(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _wire(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
         """Counts every request, and fails before anything is understood of it where `always` says so."""
         if request.path == "/calls":
             return await handler(request)
@@ -183,7 +186,7 @@ class GeminiServer:
     async def _create_job(self, request: web.Request) -> web.StreamResponse:
         batch = (await self._received(request))["batch"]
         fault = self.job_faults.pop(0) if self.job_faults else ""
-        failure = _failure(fault, request.headers)
+        failure = _failure(fault or self.always, request.headers)
         if failure is not None:
             return failure
         name = f"batches/job{len(self._jobs)}"
@@ -255,8 +258,8 @@ def _gemini_answer(prompt: str, fault: str, key: str) -> dict[str, Any]:
     if fault == "thoughts":
         return answer | {"candidates": [{"finishReason": "MAX_TOKENS", "content": {"role": "model"}}]}
     if fault == "echo_split":
-        parts = [{"text": key[:9]}, {"text": f"{key[9:]} " + text_of(prompt)}]
-        return answer | {"candidates": [{"finishReason": "STOP", "content": {"parts": parts}}]}
+        halves = [{"text": key[:9]}, {"text": f"{key[9:]} " + text_of(prompt)}]
+        return answer | {"candidates": [{"finishReason": "STOP", "content": {"parts": halves}}]}
     if fault == "echo_finish":
         return answer | {"modelVersion": key, "candidates": [{"finishReason": key}]}
     if fault == "blocked_prompt":
@@ -278,7 +281,11 @@ def _gemini_answer(prompt: str, fault: str, key: str) -> dict[str, Any]:
 
 
 def _openai_answer(prompt: str, fault: str, key: str) -> dict[str, Any]:
-    num_tokens = {"prompt_tokens": len(prompt) // 4, "completion_tokens": 25, "total_tokens": len(prompt) // 4 + 25}
+    num_tokens: dict[str, Any] = {
+        "prompt_tokens": len(prompt) // 4,
+        "completion_tokens": 25,
+        "total_tokens": len(prompt) // 4 + 25,
+    }
     if fault == "thoughts":
         num_tokens |= {"completion_tokens": 1021, "completion_tokens_details": {"reasoning_tokens": 1021}}
     message: dict[str, Any] = {"role": "assistant", "content": "" if fault == "empty" else text_of(prompt)}

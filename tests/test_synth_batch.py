@@ -1,16 +1,20 @@
+import itertools
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gemini_server import GeminiServer
+from google.genai import types
 from google.genai.files import AsyncFiles
 from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
 from sft_probe.synth.limits import Limits
 from sft_probe.synth.prices import Price
-from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.requests import Answer, Request, Wait
 from sft_probe.synth.run import obtain
 from sft_probe.synth.store import Store
 from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
@@ -192,3 +196,44 @@ def test_a_wrong_key_stops_a_batch_and_leaves_no_reservation(batch: tuple[BatchR
         runs.run()
     assert KEY not in str(caught.value)
     assert runs.store.cost_usd() == 0
+
+
+def test_a_waiting_batch_says_so_each_minute_and_not_for_ever(
+    batch: tuple[BatchRuns, GeminiServer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, server = batch
+    caplog.set_level(logging.INFO)
+    server.polls_needed = 10**9
+    monkeypatch.setattr("sft_probe.synth.batch.monotonic", itertools.count(0, 25).__next__)  # 25 s from look to look
+    with pytest.raises(UserError, match=r"no end of the batch jobs after .*the same command reads them later"):
+        runs.run(max_wait_s=600)
+    lines = re.findall(r"waiting for (\d+) min: 0 of 1 batch jobs are read; batches/job0 has not ended", caplog.text)
+    assert [int(minutes) for minutes in lines] == [1, 2, 4, 5, 6, 8, 9]  # the first look after each minute
+    server.polls_needed = 0
+    assert {answer.status for answer in runs.run(max_wait_s=600)} == {"ok"}
+    assert server.paths[JOBS_PATH] == 1
+
+
+def test_a_large_batch_begins_with_a_small_job(batch: tuple[BatchRuns, GeminiServer]) -> None:
+    runs, server = batch
+    requests = [make_request(f"large {i}") for i in range(130)]
+    server.always = "thoughts"
+    with pytest.raises(
+        UserError, match=r"of the first 50 answers none has a text: truncated: .*thoughts.*--thinking-tokens"
+    ):
+        runs.run(requests)
+    assert server.calls.total() == 50
+    server.always = ""
+    answers = runs.run(requests)
+    assert {answer.status for answer in answers} == {"ok"}  # the server no longer lets the model think
+    assert server.paths[JOBS_PATH] == 3
+    assert server.calls.total() == 50 + 130
+
+
+@pytest.mark.parametrize("name", ["files/x", "batches/../keys", f"batches/{KEY}", "", "None", "batches/a b"])
+def test_what_cannot_be_the_name_of_a_job_is_not_stored(
+    batch: tuple[BatchRuns, GeminiServer], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, _ = batch
+    with pytest.raises(Wait, match="without the name of a job"):
+        runs.writer._checked_name(types.BatchJob(name=name))

@@ -1,6 +1,8 @@
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,70 @@ def test_a_budget_is_never_passed(
         assert billed_cents <= budget_cents + 1e-6
         assert store.cost_usd() == pytest.approx(billed_cents / 100)
     store.close()
+
+
+# what a call may do: tokens of output that are paid for, and what comes back
+OUTCOMES: dict[str, tuple[int, Exception | dict[str, Any]]] = {
+    "ok": (100, {}),
+    "short": (10, {"num_output_tokens": 10}),
+    "silent": (60, {"num_output_tokens": None, "num_prompt_tokens": None}),
+    "partial": (60, {"num_output_tokens": None}),
+    "zero": (60, {"num_output_tokens": 0, "num_prompt_tokens": 0}),
+    "absurd": (60, {"num_output_tokens": 10**9}),
+    "error with 200": (60, {"status": "error", "text": None, "num_output_tokens": None, "num_prompt_tokens": None}),
+    "truncated": (100, {"status": "truncated", "text": None}),
+    "turned down": (0, {"status": "invalid", "text": None, "num_output_tokens": 0, "num_prompt_tokens": 0}),
+    "busy": (0, Wait("HTTP 503")),
+    "cut": (100, Wait("cut", maybe_billed=True)),
+    "unreadable": (80, Wait("no JSON", maybe_billed=True, raw="<")),
+}
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), budget_cents=st.none() | st.integers(0, 60), runs=st.integers(1, 2))
+def test_no_server_makes_a_run_pay_more_than_the_estimate_or_count_less_than_it_pays(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, budget_cents: int | None, runs: int
+) -> None:
+    names = data.draw(st.lists(st.sampled_from(list(OUTCOMES)), min_size=1, max_size=60))
+    billed, drawn = 0, itertools.cycle(names)
+
+    def plan(*_: object) -> Exception | dict[str, Any]:
+        nonlocal billed
+        tokens, result = OUTCOMES[next(drawn)]
+        billed += tokens
+        return result
+
+    first = prompts(20)
+    second = [replace(request, sample_index=1) for request in first]
+    limits = Limits(
+        concurrency=4,
+        first_backoff_s=0.0,
+        price=CENT,
+        max_cost_usd=None if budget_cents is None else budget_cents / 100,
+    )
+    with Store(tmp_path_factory.mktemp("s") / "a.sqlite") as store:
+        for _ in range(runs):
+            before, spent = billed, store.cost_usd()
+            bound = estimate(first, FakeWriter(), store, CENT, maybe_requests=second).max_cost_usd
+            with contextlib.suppress(UserError):
+                answers = list(obtain(first, FakeWriter(plan), store, limits))
+                again = [replace(request, sample_index=1) for request, answer in answers if answer.status != "ok"]
+                list(obtain(again, FakeWriter(plan), store, limits))
+            assert (billed - before) / 1e4 <= store.cost_usd() - spent + 1e-9
+            assert bound is not None
+            assert store.cost_usd() - spent <= bound + 1e-9
+            if budget_cents is not None:
+                assert store.cost_usd() <= budget_cents / 100 + 1e-9
+
+
+@pytest.mark.parametrize("num_tokens", [500, 5000])
+def test_an_answer_that_costs_more_than_it_may_stops_the_next_call(store: Store, num_tokens: int) -> None:
+    writer = FakeWriter(lambda *_: {"num_output_tokens": num_tokens})
+    with pytest.raises(UserError, match="budget is spent"):
+        list(obtain(prompts(100), writer, store, Limits(concurrency=4, price=CENT, max_cost_usd=0.045)))
+    per_call = num_tokens / 1e4
+    assert store.cost_usd() == pytest.approx(per_call * writer.calls.total())  # it is counted as the server says
+    assert store.cost_usd() <= 0.045 + 4 * per_call
 
 
 def test_a_spent_budget_stops_with_what_was_paid_stored(store: Store) -> None:
@@ -122,6 +188,7 @@ def test_an_estimate_counts_what_the_store_lacks(store: Store) -> None:
     assert guess.output_tokens == 10 * 40  # 30 words each
     assert guess.cost_usd == pytest.approx((guess.prompt_tokens + 10 * guess.output_tokens) / 1e6, rel=0.01)
     assert guess.max_cost_usd == pytest.approx(2 * 10 * (2 + 128 + 1000) / 1e6, rel=0.01)  # each call may be cut once
+    assert guess.max_cost_usd is not None
     more = estimate(prompts(12), FakeWriter(), store, Price(1.0, 10.0), maybe_requests=prompts(14))
     assert more.max_cost_usd == pytest.approx(guess.max_cost_usd * 2.2, rel=0.01)  # 12 of them are missing
     assert (more.calls, more.cost_usd) == (guess.calls, guess.cost_usd)

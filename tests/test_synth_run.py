@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -150,6 +151,51 @@ def test_a_server_that_fails_at_everything_is_not_asked_for_everything(store: St
     with pytest.raises(UserError, match="20 requests in a row failed, the last with: connection failed"):
         list(obtain(prompts(1000), writer, store, FAST))
     assert len(writer.calls) < 40
+
+
+def test_a_run_begins_with_one_call_and_grows_with_what_ends_well(store: Store) -> None:
+    writer = FakeWriter(lambda *_: {"status": "truncated", "text": None})
+    list(obtain(prompts(30), writer, store, FAST))
+    assert writer.most_in_flight == 1
+    stops = FakeWriter(lambda *_: UserError("bad key"))
+    with pytest.raises(UserError, match="bad key"):
+        list(obtain((make_request(f"q{i}") for i in range(30)), stops, store, FAST))
+    assert stops.calls.total() == 1
+
+
+def test_what_a_server_turned_down_is_asked_again_and_counted_once(store: Store) -> None:
+    def turn_down(*_: object) -> dict[str, Any]:
+        return {"status": "invalid", "text": None, "num_prompt_tokens": 0, "num_output_tokens": 0}
+
+    for number in (20, 40):  # those of the run before say nothing new; then the next 20 end it
+        writer = FakeWriter(turn_down)
+        with pytest.raises(UserError, match="20 requests in a row failed"):
+            list(obtain(prompts(100), writer, store, FAST))
+        assert writer.calls.total() == number
+    good = FakeWriter()
+    assert {answer.status for _, answer in obtain(prompts(100), good, store, FAST)} == {"ok"}
+    assert good.calls.total() == 100
+    few = FakeWriter(lambda prompt, _: turn_down() if int(prompt[1:]) % 3 == 0 else None)
+    many = [make_request(f"p{i}", template="other@1", template_sha256="1" * 64) for i in range(90)]
+    for calls in (90, 30):  # a third is not taken, again and again, and ends nothing
+        few.calls.clear()
+        assert len(list(obtain(many, few, store, FAST))) == 90
+        assert few.calls.total() == calls
+    assert store.cost_usd() == 0
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.014])
+def test_a_wait_of_nothing_backs_off_as_usual(store: Store, wait_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+
+    def backoff_s(_: Limits, attempt: int) -> float:
+        attempts.append(attempt)
+        return 0.0
+
+    monkeypatch.setattr("sft_probe.synth.call.backoff_s", backoff_s)
+    writer = FakeWriter(lambda _, call: Wait("HTTP 429", wait_s) if call < 6 else None)
+    assert [answer.status for _, answer in obtain(prompts(1), writer, store, FAST)] == ["ok"]
+    assert attempts == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("error", [UserError("bad key"), RuntimeError("a defect")])

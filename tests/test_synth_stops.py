@@ -1,7 +1,11 @@
 """What ends `synth` before its set is written, and what the next run makes of it."""
 
+import asyncio
 import os
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,7 +18,22 @@ import huggingface_hub
 import pytest
 from gemini_server import GeminiServer
 from helpers import Run, user_error
-from synth_fakes import ECHOED, raw_rows, read_rows, write_rows, write_templates
+from synth_fakes import (
+    ECHOED,
+    FAST,
+    FakeWriter,
+    make_request,
+    prompts,
+    raw_rows,
+    read_rows,
+    write_rows,
+    write_templates,
+)
+
+from sft_probe.synth.report import near_duplicates
+from sft_probe.synth.run import obtain
+from sft_probe.synth.store import Store
+from sft_probe.synth.writers.offline import OfflineWriter
 
 
 @pytest.fixture
@@ -154,3 +173,95 @@ def test_the_revision_of_a_hub_source_is_read_once_and_told(
     assert "do not mean what their category says" in card
     assert "Prompt templates (not followed)" in card
     assert "variant@" not in card.partition("## Where")[0]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+            for path in [folder, *folder.rglob("*")]}  # fmt: skip
+
+
+def test_status_writes_nothing_whatever_is_left_and_a_dry_run_makes_nothing(
+    raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
+    out = tmp_path / "set"
+    base = ("synth", "--source", raw, "--writer", "offline", "--out", out)
+    assert sft_probe(*base, "--dry-run").returncode == 0
+    assert not out.exists()
+    assert sft_probe(*base).returncode == 0
+    with Store(out / "synthesis/answers.sqlite") as store:  # as a killed run leaves it, with its log not merged
+        list(obtain(prompts(3), FakeWriter(), store, FAST))
+        assert (out / "synthesis/answers.sqlite-wal").stat().st_size
+        shutil.copytree(out, tmp_path / "killed")
+    (tmp_path / "killed/synthesis/answers.sqlite-shm").unlink()
+    for folder in (out, tmp_path / "killed"):
+        before = snapshot(folder)
+        status = sft_probe("synth", "status", folder)
+        assert "paraphrase" in status.stdout, status.stderr
+        assert sft_probe("synth", *base[1:-1], folder, "--dry-run").returncode == 0
+        assert snapshot(folder) == before
+    assert "paraphrase          ok" in status.stdout
+
+
+@pytest.mark.parametrize("damage", ["garbage", "middle", "cut", "columns", "jobs", "text"])
+def test_a_damaged_store_is_one_message(damage: str, raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+    out = tmp_path / "set"
+    base = ("synth", "--source", raw, "--writer", "offline", "--out", out)
+    assert sft_probe(*base).returncode == 0
+    path = out / "synthesis/answers.sqlite"
+    content = path.read_bytes()
+    if damage == "garbage":
+        path.write_bytes(b"not a database " * 1000)
+    elif damage == "middle":
+        path.write_bytes(content[:4096] + bytes(255 for _ in content[4096:]))
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        sql = {
+            "columns": "DROP TABLE answers",
+            "jobs": "DROP TABLE jobs",
+            "text": "UPDATE answers SET raw = CAST(x'ff41' AS TEXT), category = CAST(x'ff' AS TEXT)",
+        }
+        connection = sqlite3.connect(path)
+        with connection:
+            connection.execute(sql[damage])
+        connection.close()  # fmt: skip
+    message = user_error(sft_probe("synth", "status", out))
+    assert re.search(r"answers\.sqlite cannot be used as a store of answers \(", message), message
+    if damage != "jobs":
+        assert "answers.sqlite" in user_error(sft_probe(*base))
+
+
+def test_a_category_that_never_passes_ends_the_run(raw: Path, templates: Path, tmp_path: Path, sft_probe: Run) -> None:
+    source = write_rows(tmp_path / "many.jsonl", raw_rows(70))
+    (templates / "variant.txt").write_text("{# version 9 #}\nToo short.@ {{ conversation }}", "utf-8")
+    with GeminiServer() as server:
+        result = sft_probe(
+            "synth", "--source", source, "--writer", "openai", "--model", "m", "--base-url", server.url + "/openai/v1",
+            "--templates", templates, "--categories", "non_response,variant", "--out", tmp_path / "set",
+        )  # fmt: skip
+        message = user_error(result)
+        assert re.search(r"none of the first 50 answers for `variant` can be used: length \(50\).*--templates", message)
+        assert server.calls.total() < 140  # what was in flight is stored too
+    assert re.search(r"\d+ length", message)  # the live line shows what fails
+
+
+def test_a_misnamed_template_is_an_error(raw: Path, templates: Path, tmp_path: Path, sft_probe: Run) -> None:
+    base = ("synth", "--source", raw, "--writer", "offline", "--templates", templates, "--out", tmp_path / "set")
+    for name in ("paraphrases.txt", "Variant.txt", "variant.jinja", "topics.yml"):
+        (templates / name).write_text("{# version 1 #} x")
+        assert f"no category has a template {name}; there are paraphrase.txt" in user_error(sft_probe(*base))
+        (templates / name).unlink()
+    (templates / "README.md").write_text("notes")
+    assert sft_probe(*base).returncode == 0
+
+
+def test_offline_texts_do_not_repeat() -> None:
+    async def write(number: int) -> list[str]:
+        writer = OfflineWriter()
+        requests = [make_request(f"p{i}", num_words=1 + i % 40, sample_index=i % 2) for i in range(number)]
+        return [str((await writer.write(request)).text) for request in requests]
+
+    texts = asyncio.run(write(2000))
+    assert texts == asyncio.run(write(2000))
+    assert len(near_duplicates(texts)) <= 4
+    assert all(abs(len(text.split()) - (1 + i % 40)) <= 5 for i, text in enumerate(texts))

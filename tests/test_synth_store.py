@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -165,3 +166,16 @@ def test_a_full_disk_is_told_and_what_was_stored_stays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write to .*full.* What was stored before is safe"):
         save(store, make_request("q"), answer("long" * 10_000))
     assert store.get(Name(), make_request("p")) == answer()
+
+
+def test_a_store_that_nobody_closes_is_closed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a.sqlite")
+    save(store, make_request("p"), answer())
+    connection = store._connection
+    del store
+    gc.collect()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
+    with Store(tmp_path / "a.sqlite") as again:
+        assert again.get(Name(), make_request("p")) == answer()
+        again.close()  # twice is no fault

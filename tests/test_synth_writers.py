@@ -19,7 +19,8 @@ from sft_probe.synth.store import Store
 from sft_probe.synth.writers.gemini import GeminiWriter, read_answer
 from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
 from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
-from sft_probe.synth.writers.http import Connection, Reply, Secret, wait_s
+from sft_probe.synth.writers.http import Connection, Reply, wait_s
+from sft_probe.synth.writers.keys import Secret
 from sft_probe.synth.writers.openai import OpenAIWriter, read_completion
 
 KEY = "AIza-a-secret-key"

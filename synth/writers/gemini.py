@@ -3,12 +3,14 @@
 import os
 from typing import Any
 
+import httpx2
 from google import genai
 from google.genai import types
 from google.genai.client import DebugConfig
 
 from sft_probe.synth.requests import Answer, Request
-from sft_probe.synth.writers.http import Connection, checked_text, read_key, token_count
+from sft_probe.synth.writers.http import Connection, checked_text, token_count
+from sft_probe.synth.writers.keys import read_key
 from sft_probe.synth.writers.thinking import key_version, least_thinking
 from sft_probe.synth.writers.transport import guarded_client
 
@@ -24,21 +26,39 @@ def gemini_connection(base_url: str | None, **options: Any) -> Connection:
     return Connection(key, base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL") or GEMINI_URL, **options)
 
 
-def gemini_client(connection: Connection, api_version: str) -> genai.Client:
-    """Return the SDK's client on a connection, with its own retries off; for the running event loop."""
-    return genai.Client(
-        api_key=connection.key.value,
-        vertexai=False,
-        # the defaults come from the environment, where GOOGLE_GENAI_CLIENT_MODE makes it write requests to files
-        debug_config=DebugConfig(client_mode="", replays_directory="", replay_id=""),
-        http_options=types.HttpOptions(
-            base_url=connection.base_url,
-            api_version=api_version,
-            httpx_async_client=guarded_client(connection),
-            # without this the SDK asks again after a cut connection, which may be paid for twice
-            retry_options=types.HttpRetryOptions(attempts=1),
-        ),
-    )
+class GeminiSdk:
+    """The SDK's client on a connection, with its own retries off. It is made for the event loop that first needs it."""
+
+    def __init__(self, connection: Connection, api_version: str) -> None:
+        self._connection, self._api_version = connection, api_version
+        self._http: httpx2.AsyncClient | None = None
+        self._client: genai.client.AsyncClient | None = None
+
+    def client(self) -> genai.client.AsyncClient:
+        """Return the client, a new one after `close`."""
+        if self._client is None:
+            self._http = guarded_client(self._connection)
+            self._client = genai.Client(
+                api_key=self._connection.key.value,
+                vertexai=False,
+                # its defaults come from the environment, where GOOGLE_GENAI_CLIENT_MODE makes it write to files
+                debug_config=DebugConfig(client_mode="", replays_directory="", replay_id=""),
+                http_options=types.HttpOptions(
+                    base_url=self._connection.base_url,
+                    api_version=self._api_version,
+                    httpx_async_client=self._http,
+                    # without this the SDK asks again after a cut connection, which may be paid for twice
+                    retry_options=types.HttpRetryOptions(attempts=1),
+                ),
+            ).aio
+        return self._client
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None and self._http is not None:
+            await self._client.aclose()
+            await self._http.aclose()  # the SDK leaves one that it was given open
+            self._client = self._http = None
 
 
 class GeminiWriter:
@@ -59,13 +79,11 @@ class GeminiWriter:
         self.model = model
         self.thinking = least_thinking(self.name, model)
         self.api_version = key_version(api_version, self.name, model)
-        self._rest_version = api_version
         self._connection = gemini_connection(base_url)
-        self._client: genai.Client | None = None
+        self._sdk = GeminiSdk(self._connection, api_version)
 
     async def write(self, request: Request) -> Answer:
         """Make one `generateContent` call."""
-        self._client = self._client or gemini_client(self._connection, self._rest_version)
         config = types.GenerateContentConfig.model_validate(
             {
                 **generation_config(request, self.thinking.config),
@@ -74,15 +92,13 @@ class GeminiWriter:
             }
         )
         called = await self._connection.call(
-            self._client.aio.models.generate_content(model=self.model, contents=request.prompt, config=config)
+            self._sdk.client().models.generate_content(model=self.model, contents=request.prompt, config=config)
         )
         return self._connection.read(called.reply, read_answer)
 
     async def close(self) -> None:
         """Close the connections; the next call opens new ones."""
-        if self._client is not None:
-            await self._client.aio.aclose()
-            self._client = None
+        await self._sdk.close()
 
 
 def generation_config(request: Request, thinking: dict[str, int | str]) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from google import genai
 from google.genai import types
 
 from sft_probe.errors import UserError
 from sft_probe.synth.batch import JobFailedError
 from sft_probe.synth.requests import Answer, Request, Wait, error_answer, turned_down
-from sft_probe.synth.writers.gemini import gemini_client, gemini_connection, generation_config, read_answer
+from sft_probe.synth.writers.gemini import GeminiSdk, gemini_connection, generation_config, read_answer
 from sft_probe.synth.writers.http import Connection, message_of
 from sft_probe.synth.writers.thinking import key_version, least_thinking
 
@@ -48,21 +47,20 @@ class GeminiBatchWriter:
         self.thinking = least_thinking(self.name, model)
         self.api_version = key_version(api_version, self.name, model)
         self.poll_s = poll_s
-        self._rest_version = api_version
         self._connection = gemini_connection(base_url, is_body_shown=True)
-        self._client: genai.Client | None = None
+        self._sdk = GeminiSdk(self._connection, api_version)
 
     async def submit(self, display_name: str, requests: dict[str, Request]) -> str:
         """Upload the requests and make a job of them; return its name."""
         lines = "".join(json.dumps({"key": key, "request": self._body(item)}) + "\n" for key, item in requests.items())
         file = await self._call(
-            self._sdk().files.upload(
+            self._sdk.client().files.upload(
                 file=io.BytesIO(lines.encode()),
                 config=types.UploadFileConfig(display_name=display_name, mime_type="jsonl"),
             )
         )
         job = await self._call(
-            self._sdk().batches.create(
+            self._sdk.client().batches.create(
                 model=self.model, src=file.name, config=types.CreateBatchJobConfig(display_name=display_name)
             )
         )
@@ -72,7 +70,7 @@ class GeminiBatchWriter:
         """Look through the jobs of this key."""
 
         async def search() -> types.BatchJob | None:
-            async for job in await self._sdk().batches.list(config=types.ListBatchJobsConfig(page_size=100)):
+            async for job in await self._sdk.client().batches.list(config=types.ListBatchJobsConfig(page_size=100)):
                 if job.display_name == display_name:
                     return job
             return None
@@ -83,7 +81,7 @@ class GeminiBatchWriter:
     async def read(self, job_name: str) -> dict[str, Answer] | None:
         """Return the answers by key of a job that has ended, None before."""
         try:
-            job = await self._call(self._sdk().batches.get(name=job_name))
+            job = await self._call(self._sdk.client().batches.get(name=job_name))
             if self._checked_name(job) != job_name:
                 raise Wait("the server answers with another job")
             if not job.done:
@@ -91,20 +89,14 @@ class GeminiBatchWriter:
             if job.dest is None or job.dest.file_name is None:
                 reason = f"{job.state.name if job.state else 'no state'}, {job.error or 'no reason given'}"
                 raise JobFailedError(self._connection.clean(reason))
-            content = await self._call(self._sdk().files.download(file=job.dest.file_name), _MAX_FILE_BYTES)
+            content = await self._call(self._sdk.client().files.download(file=job.dest.file_name), _MAX_FILE_BYTES)
         except _GoneError as error:
             raise JobFailedError(str(error)) from None
         return dict(_answer(line, self._connection) for line in content.split(b"\n") if line.strip())
 
     async def close(self) -> None:
         """Close the connections; the next call opens new ones."""
-        if self._client is not None:
-            await self._client.aio.aclose()
-            self._client = None
-
-    def _sdk(self) -> genai.client.AsyncClient:
-        self._client = self._client or gemini_client(self._connection, self._rest_version)
-        return self._client.aio
+        await self._sdk.close()
 
     def _body(self, request: Request) -> dict[str, object]:
         return {
