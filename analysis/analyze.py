@@ -9,11 +9,12 @@ import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.changes import change_table, groups_of_runs, table_over_runs
-from sft_probe.analysis.contrasts import contrast_table
+from sft_probe.analysis.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.generations import generations_text
+from sft_probe.analysis.measures import count_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.rows import write_parquet
-from sft_probe.analysis.verdict import verdict_table
+from sft_probe.analysis.verdict import cluster_warnings, verdict_table
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
@@ -21,6 +22,9 @@ _HEAD = (
     f"{'category':<22}{'start':>8}{'change':>8}  {'95 % interval':<16}{'sign':>4}{'p (Holm)':>10}{'body':>8}"
     f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>16}{'rank':>5}{'SE':>7}"
 )
+
+FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
+"""Measured by benchmarks/coverage.py; docs/claims.md has the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,36 +103,58 @@ def verdict_text(analysis: Analysis) -> str:
     for recording in analysis.recordings:
         own = analysis.verdict[analysis.verdict["run"] == recording.name]
         for split, rows in own.groupby("split", sort=False):
-            blocks.append(_block(recording, str(split), rows, analysis.measure))
+            blocks.append(_block(recording, str(split), rows, analysis))
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
-        blocks.append("\n".join(f"! {note}" for note in notes_of(recording)))
+        blocks.append("\n".join(f"! {note}" for note in notes_of(recording, own)))
     blocks.append(over_runs_text(analysis.over_runs))
     return "\n\n".join(block for block in blocks if block)
 
 
-def notes_of(recording: Recording) -> list[str]:
-    """The notes of a recording, and what one run cannot say."""
+def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
+    """Return the notes of a recording, what its clusters cost, and what one run cannot say.
+
+    Args:
+        recording: a run.
+        verdict: its rows of the verdict.
+    """
     if recording.means is not None:
         return list(recording.notes)
-    return [*recording.notes, "intervals hold for other prompts; one run says nothing of training noise"]
+    warnings = [
+        f"{SPLIT_NAMES[str(split)]}: {warning}"
+        for split, rows in verdict.groupby("split", sort=False)
+        for warning in cluster_warnings(rows)
+    ]
+    alone = "intervals hold for other prompts; one run says nothing of training noise"
+    return [*recording.notes, *warnings, alone]
 
 
-def _block(recording: Recording, split: str, rows: pd.DataFrame, measure: str) -> str:
+def sentences_of(rows: pd.DataFrame, contrasts: pd.DataFrame) -> list[str]:
+    """Return the sentences on one run and split: one per category, and one on what hangs on the prompt.
+
+    Args:
+        rows: of the verdict.
+        contrasts: from `contrast_table`.
+    """
+    pmi = pmi_sentence(contrasts, str(rows["run"].iloc[0]), str(rows["split"].iloc[0]))
+    return [*rows["sentence"], *([f"{pmi}; prompts only"] if pmi else [])]
+
+
+def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analysis) -> str:
     first = rows.iloc[0]
-    docs = f"{first['num_docs']} {SPLIT_NAMES[split]} in {first['num_clusters']} clusters"
+    docs = f"{first['num_docs']} {SPLIT_NAMES[split]} in {count_text(rows['num_clusters'].to_numpy())}"
     if recording.means is not None:
         docs = "means over an unknown number of prompts"
     return "\n".join(
         [
             f"{recording.name}: model {recording.model}, trained on {recording.train_category or '?'}; {docs}",
             f"change of log p(response | prompt) from {recording.step_unit} {first['first_step']} to "
-            f"{first['last_step']}, nats per response {recording.sums(measure)}",
+            f"{first['last_step']}, nats per response {recording.sums(analysis.measure)}",
             "",
             _HEAD,
             *(_line(row) for _, row in rows.iterrows()),
             "",
-            *(f"- {row['sentence']}" for _, row in rows.iterrows()),
+            *(f"- {sentence}" for sentence in sentences_of(rows, analysis.contrasts)),
         ]
     )
 
@@ -167,8 +193,18 @@ def over_runs_text(table: pd.DataFrame) -> str:
             f"{_interval(row['both_low'], row['both_high'])}"
             for _, row in last.iterrows()
         ]
-        blocks.append("\n".join([head, *lines]))
+        blocks.append("\n".join([head, *lines, *few_runs_note(int(last["num_runs"].iloc[0]))]))
     return "\n\n".join(blocks)
+
+
+def few_runs_note(num_runs: int) -> list[str]:
+    """Return how often an interval over so few runs and prompts holds the truth, as measured; empty from 4 runs on."""
+    if num_runs not in FEW_RUNS_COVERAGE:
+        return []
+    return [
+        f"! {num_runs} runs: intervals for other runs and prompts hold the truth in about "
+        f"{FEW_RUNS_COVERAGE[num_runs]:.0%} of cases where runs and prompts vary alike, not in 95 %"
+    ]
 
 
 def _interval(low: float, high: float) -> str:

@@ -9,7 +9,15 @@ import pandas as pd
 
 from sft_probe.analysis.measures import MEASURES, Cube
 from sft_probe.analysis.recordings import Recording
-from sft_probe.analysis.statistics import Estimate, estimate, over_runs, over_runs_and_docs
+from sft_probe.analysis.statistics import (
+    Estimate,
+    Floats,
+    estimate,
+    over_runs,
+    over_runs_and_docs,
+    renumber,
+    weighted_mean,
+)
 from sft_probe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -17,13 +25,19 @@ log = logging.getLogger(__name__)
 PER_RESPONSE, PER_TOKEN, PER_BYTE = "nats/response", "nats/body token", "nats/byte"
 
 
+HEADLINES = ("logprob", "logprob_with_eos")
+"""Measures of which a verdict can speak: for them the change from each step to the last has a band too."""
+
+
 def change_table(recording: Recording, categories: Sequence[str] | None = None) -> pd.DataFrame:
-    """Every change of one run: a row per split, category, step, measure and unit.
+    """Return every change of one run: a row per split, category, step, measure and unit.
 
     Columns: `run split step_unit category step examples_seen epoch measure unit level change stderr low high band_low
-    band_high num_docs num_clusters p_value`. `change` is the mean paired change from the first step; `low` to `high`
-    its 95 % interval over prompts, `band_low` to `band_high` a 95 % band over all categories and steps of that measure.
-    `num_docs` counts the docs that both steps have. `nats/body token` and `nats/byte` are ratios of sums.
+    band_high rest_low rest_high num_docs num_clusters effective_clusters largest_cluster p_value`. `change` is the mean
+    paired change from the first step; `low` to `high` its 95 % interval over prompts, `band_low` to `band_high` a 95 %
+    band over all categories and steps of that measure. `rest_low` to `rest_high` is such a band of the change from
+    this step to the last, for `HEADLINES`. `num_docs` counts the docs that both steps have. `nats/body token` and
+    `nats/byte` are ratios of sums.
 
     Raises:
         UserError: there is one step only, or no category is left.
@@ -64,29 +78,34 @@ def _table_of_split(recording: Recording, split: str, arrays: Cube) -> pd.DataFr
             continue  # a plain `hf` model gives neither parts nor the terminator
         denominators = None
         if unit != PER_RESPONSE:
-            divisor = arrays.at_start("num_tokens") - 1 if unit == PER_TOKEN else arrays.at_start("num_bytes")
-            denominators = _flat(divisor)
-        change = _flat(arrays.change(measure))
-        levels = estimate(_flat(arrays.arrays[measure]), arrays.clusters, denominators=denominators, band=False)
-        found = estimate(change, arrays.clusters, denominators=denominators)
-        tables.append(_rows(places, measure, unit, levels, found))
+            denominators = arrays.at_start("num_tokens") - 1 if unit == PER_TOKEN else arrays.at_start("num_bytes")
+        values = arrays.arrays[measure]
+        levels = weighted_mean(values, denominators)
+        found = estimate(arrays.change(measure), arrays.clusters, denominators=denominators, band=True)
+        rest = None
+        if measure in HEADLINES and unit == PER_RESPONSE:
+            rest = estimate(values[:, :, -1:] - values, arrays.clusters, band=True)
+        tables.append(_rows(places, levels, found, rest).assign(measure=measure, unit=unit))
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "run", recording.name)
     table.insert(1, "split", split)
     table.insert(2, "step_unit", recording.step_unit)
-    return table.assign(num_clusters=int(arrays.clusters.max()) + 1)
+    num_clusters = dict(zip(arrays.categories, (arrays.clusters.max(axis=0) + 1).tolist(), strict=True))
+    return table.assign(num_clusters=table["category"].map(num_clusters))
 
 
-def _flat(values: np.ndarray) -> np.ndarray:
-    return values.reshape(len(values), -1)
-
-
-def _rows(places: pd.DataFrame, measure: str, unit: str, levels: Estimate, found: Estimate) -> pd.DataFrame:
-    return places.assign(
-        measure=measure, unit=unit, level=levels.mean, change=found.mean, stderr=found.stderr, low=found.low,
-        high=found.high, band_low=found.band_low, band_high=found.band_high, num_docs=found.num_docs,
-        p_value=found.p_values,
-    )  # fmt: skip
+def _rows(places: pd.DataFrame, levels: Floats, found: Estimate, rest: Estimate | None) -> pd.DataFrame:
+    columns = {
+        "level": levels, "change": found.mean, "stderr": found.stderr, "low": found.low, "high": found.high,
+        "band_low": found.band_low, "band_high": found.band_high, "num_docs": found.num_docs,
+        "effective_clusters": found.effective_clusters, "largest_cluster": found.largest_cluster,
+        "p_value": found.p_values,
+    }  # fmt: skip
+    nothing = np.full(levels.shape, np.nan)
+    columns |= {"rest_low": nothing, "rest_high": nothing}
+    if rest is not None:
+        columns |= {"rest_low": rest.band_low, "rest_high": rest.band_high}
+    return places.assign(**{name: values.reshape(-1) for name, values in columns.items()})
 
 
 def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> pd.DataFrame:
@@ -100,7 +119,10 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
             raise UserError(f"{recording.path} has no {', '.join(categories)}; it has {_known(recording)}.")
     means = means.sort_values("step", kind="stable")
     start = means.groupby(["split", "category"])["value"].transform("first")
-    nothing = dict.fromkeys(("stderr", "low", "high", "band_low", "band_high", "p_value"), np.nan)
+    unknown = (
+        "stderr", "low", "high", "band_low", "band_high", "rest_low", "rest_high", "effective_clusters",
+        "largest_cluster", "p_value",
+    )  # fmt: skip
     table = means.rename(columns={"value": "level"}).assign(
         run=recording.name,
         step_unit=recording.step_unit,
@@ -111,7 +133,7 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
         epoch=np.nan,
         num_docs=0,
         num_clusters=0,
-        **nothing,
+        **dict.fromkeys(unknown, np.nan),
     )
     order = {name: number for number, name in enumerate(recording.categories(recording.splits[0]))}
     return table.sort_values(["split", "category", "step"], key=lambda c: c.map(order) if c.name == "category" else c)
@@ -159,22 +181,21 @@ def _split_over_runs(cubes: list[Cube], measure: str) -> pd.DataFrame:
     steps = sorted(set.intersection(*(set(item.steps) for item in cubes)))
     if not doc_ids or len(steps) < 2 or any(item.steps[0] != steps[0] for item in cubes):
         return pd.DataFrame()
-    changes = np.stack([_aligned(item, measure, doc_ids, steps) for item in cubes])  # [runs, docs, points]
-    complete = ~np.isnan(changes).any(axis=(0, 2))
+    changes = np.stack([_aligned(item, measure, doc_ids, steps) for item in cubes])  # [runs, docs, categories, steps]
+    complete = ~np.isnan(changes).any(axis=(0, 2, 3))
     if not complete.any():
         return pd.DataFrame()
     changes = changes[:, complete]
     clusters = first.clusters[[first.doc_ids.index(name) for name in doc_ids]][complete]
     mean, _, low, high = over_runs(changes.mean(axis=1))
-    _, both_low, both_high = over_runs_and_docs(changes, np.unique(clusters, return_inverse=True)[1])
+    both = over_runs_and_docs(changes, renumber(clusters))
     table = pd.DataFrame(itertools.product(first.categories, steps), columns=["category", "step"])
-    return table.assign(
-        change=mean, low=low, high=high, both_low=both_low, both_high=both_high, num_runs=len(cubes),
-        num_docs=int(complete.sum()),
-    )  # fmt: skip
+    columns = {"change": mean, "low": low, "high": high, "both_low": both.low, "both_high": both.high}
+    flat = {name: values.reshape(-1) for name, values in columns.items()}
+    return table.assign(**flat, num_runs=len(cubes), num_docs=int(complete.sum()))
 
 
-def _aligned(arrays: Cube, measure: str, doc_ids: list[str], steps: list[int]) -> np.ndarray:
+def _aligned(arrays: Cube, measure: str, doc_ids: list[str], steps: list[int]) -> Floats:
     docs = [arrays.doc_ids.index(name) for name in doc_ids]
     points = [arrays.steps.index(step) for step in steps]
-    return _flat(arrays.change(measure)[docs][:, :, points])
+    return np.asarray(arrays.change(measure)[docs][:, :, points])

@@ -1,12 +1,24 @@
 """Finding what a sweep scores: snapshots of a run, Hugging Face checkpoints, revisions on the hub."""
 
 import glob
+import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from sft_probe.analysis.steps import REMEDY, STEP, NamedStep, common_unit, split_explicit, step_in
 from sft_probe.errors import UserError
-from sft_probe.files import read_json, sha256_file
+from sft_probe.files import find, read_object
+
+log = logging.getLogger(__name__)
+
+OWN_SNAPSHOTS = "weights"
+_STAGE = re.compile(r"(?:stage|phase)\d+", re.IGNORECASE)
+_META = {
+    "step": int, "examples_seen": int, "tokens_seen": int, "epoch": float, "dtype": str, "sha256": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,22 +28,21 @@ class Checkpoint:
     step: int
     model: str
     """Path or hub id."""
+    source: str
+    """Where it belongs: the directory that holds it, the hub id, or `weights` for snapshots of the run itself."""
     revision: str = "main"
+    step_unit: str = STEP
     examples_seen: int | None = None
     tokens_seen: int | None = None
     epoch: float | None = None
     weights_dtype: str | None = None
     sha256: dict[str, str] | None = None
-    """File name to hash of the weights."""
+    """File name to hash of the weights, as they were when they were saved."""
 
-    def verify(self) -> None:
-        """Raises `UserError` where a file of the weights is missing or is not the one that was saved."""
-        for name, expected in (self.sha256 or {}).items():
-            path = Path(self.model, name)
-            if not path.is_file():
-                raise UserError(f"{path} is missing.")
-            if sha256_file(path) != expected:
-                raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json.")
+    @property
+    def name(self) -> str:
+        """The path, or the hub id and revision."""
+        return self.model if self.revision == "main" else f"{self.model}@{self.revision}"
 
 
 def of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
@@ -40,62 +51,115 @@ def of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
     Raises:
         UserError: the directory holds no snapshots.
     """
-    checkpoints, problems = [], []
-    for folder in sorted(run_dir.glob("weights/step_*")):
+    checkpoints: dict[int, Checkpoint] = {}
+    problems = []
+    for folder in find(run_dir, "weights/step_*"):
         try:
-            meta = read_json(folder / "meta.json")
-            checkpoints.append(
-                Checkpoint(
-                    step=meta["step"],
-                    model=str(folder),
-                    examples_seen=meta["examples_seen"],
-                    tokens_seen=meta["tokens_seen"],
-                    epoch=meta["epoch"],
-                    weights_dtype=meta["dtype"],
-                    sha256=meta["sha256"],
-                )
-            )
+            checkpoint = _of_snapshot(folder)
+            if other := checkpoints.get(checkpoint.step):
+                raise UserError(f"meta.json says step {checkpoint.step}, which is that of {other.model}.")
+            checkpoints[checkpoint.step] = checkpoint
         except UserError as error:
             problems.append(f"{folder.name}: {error}")
-        except KeyError as error:
-            problems.append(f"{folder.name}: {folder / 'meta.json'} has no {error}.")
     if not checkpoints and not problems:
         raise UserError(f"{run_dir} holds no snapshots (weights/step_*); is it the directory of a run?")
-    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step), problems
+    return [checkpoints[step] for step in sorted(checkpoints)], problems
 
 
-def of_patterns(patterns: list[str]) -> list[Checkpoint]:
-    """Hugging Face model directories; the step is in `trainer_state.json` or in the name.
+def _of_snapshot(folder: Path) -> Checkpoint:
+    meta = read_object(folder / "meta.json", _META)
+    return Checkpoint(
+        step=meta["step"],
+        model=str(folder),
+        source=OWN_SNAPSHOTS,
+        examples_seen=meta["examples_seen"],
+        tokens_seen=meta["tokens_seen"],
+        epoch=meta["epoch"],
+        weights_dtype=meta["dtype"],
+        sha256=meta["sha256"],
+    )
+
+
+def of_patterns(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
+    """Hugging Face model directories, by step, and what is wrong with those that cannot be used.
+
+    The step is the one of `PATH=STEP`, else that of `trainer_state.json`, else the one in the name.
 
     Raises:
-        UserError: nothing matches, a directory tells no step, or two tell the same.
+        UserError: nothing matches, a name tells no step or several, two tell the same, or steps are mixed with epochs.
     """
-    matches = (match for pattern in patterns for match in glob.glob(pattern))  # noqa: PTH207 - absolute or relative
-    folders = sorted({Path(match) for match in matches if Path(match).is_dir()})
-    if not folders:
+    given = {folder: step for pattern in patterns for folder, step in _matches(pattern).items()}
+    if not given:
         raise UserError(f"no directory matches {' '.join(patterns)}.")
-    return _unique([Checkpoint(step=_step_of(folder), model=str(folder)) for folder in folders])
+    states: dict[Path, NamedStep] = {}
+    problems = []
+    for folder in sorted(given):
+        state = folder / "trainer_state.json"
+        if given[folder] is None and state.exists():
+            try:
+                states[folder] = NamedStep(read_object(state, {"global_step": int})["global_step"], STEP)
+            except UserError as error:
+                problems.append(f"{folder.name}: {error}")
+                del given[folder]
+    names = {folder: (folder.absolute().name, step) for folder, step in given.items() if folder not in states}
+    steps = states | _read_steps(names)
+    unit = common_unit([(str(folder), step) for folder, step in steps.items()])
+    return _unique(
+        [
+            Checkpoint(
+                step=step.step, step_unit=unit, model=str(folder), source=str(folder.absolute().parent.resolve())
+            )
+            for folder, step in steps.items()
+        ]
+    ), problems
 
 
-def of_revisions(model: str, revisions: list[str]) -> list[Checkpoint]:
-    """Revisions of a hub model, as Pythia's `step1000`.
+def _matches(pattern: str) -> dict[Path, int | None]:
+    """Return the directories that a pattern matches, and the step where one is written beside it."""
+    matches = glob.glob(pattern)  # noqa: PTH207 - absolute or relative
+    name, step = (pattern, None) if matches else split_explicit(pattern)
+    folders = [Path(match) for match in matches or glob.glob(name) if Path(match).is_dir()]  # noqa: PTH207
+    if step is not None and len(folders) > 1:
+        raise UserError(f"{name} matches {len(folders)} directories; only one can be step {step}.")
+    return dict.fromkeys(folders, step)
+
+
+def of_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
+    """Revisions of a hub model, as Pythia's `step1000`; `NAME=STEP` says the step of one whose name does not.
 
     Raises:
-        UserError: a revision's name holds no step, or two hold the same.
+        UserError: a name tells no step or several, two tell the same, or steps are mixed with epochs.
     """
-    return _unique([Checkpoint(step=_step_in(name), model=model, revision=name) for name in revisions])
+    names = {name: (name, step) for name, step in map(split_explicit, revisions)}
+    steps = _read_steps(names)
+    unit = common_unit(list(steps.items()))
+    path = Path(model)
+    source = str(path.absolute().parent.resolve() / path.absolute().name) if path.is_dir() else model
+    return _unique(
+        [
+            Checkpoint(step=step.step, step_unit=unit, model=model, revision=name, source=source)
+            for name, step in steps.items()
+        ]
+    )
 
 
-def _step_of(folder: Path) -> int:
-    state = folder / "trainer_state.json"
-    return int(read_json(state)["global_step"]) if state.exists() else _step_in(folder.name)
+Key = TypeVar("Key")
 
 
-def _step_in(name: str) -> int:
-    match = re.search(r"(\d+)\D*$", name)
-    if not match:
-        raise UserError(f"{name!r} tells no step: name it like checkpoint-500 or step500.")
-    return int(match[1])
+def _read_steps(names: Mapping[Key, tuple[str, int | None]]) -> dict[Key, NamedStep]:
+    """Return the steps of names, some of them given. Raises one `UserError` about all that tell none."""
+    steps: dict[Key, NamedStep] = {}
+    faults = []
+    for key, (name, step) in names.items():
+        try:
+            steps[key] = step_in(name) if step is None else NamedStep(step, None)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(["the steps are not clear, so nothing is scored:", *faults, REMEDY]))
+    if stages := sorted({found[0].lower() for name, _ in names.values() for found in _STAGE.finditer(name)})[1:]:
+        log.warning("several stages (%s, ...): their steps are taken as counted through", ", ".join(stages))
+    return steps
 
 
 def _unique(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
@@ -103,6 +167,5 @@ def _unique(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         other = by_step.setdefault(checkpoint.step, checkpoint)
         if other is not checkpoint:
-            first, second = (f"{item.model}@{item.revision}" for item in (other, checkpoint))
-            raise UserError(f"{first} and {second} are both step {checkpoint.step}.")
+            raise UserError(f"{other.name} and {checkpoint.name} are both step {checkpoint.step}. {REMEDY}")
     return [by_step[step] for step in sorted(by_step)]

@@ -1,5 +1,7 @@
 """Contrasts between categories: margins, the part of a log-prob that the prompt gives (PMI), slopes with length."""
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -9,12 +11,15 @@ from sft_probe.analysis.statistics import Estimate, estimate, pair_mean, slope
 
 
 def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFrame:
-    """Rows `run split contrast category step value stderr low high num_docs`, with 95 % intervals over prompts.
+    """Return rows `run split contrast category step value stderr low high num_docs effective_clusters`.
+
+    `low` and `high` end 95 % intervals over prompts.
 
     `margin`: log-prob of the training category (else `chosen`) less that of `category`, in nats, at that step.
     `margin_change`: the same of changes from the first step. `pmi`: mean of log p(y_n | x_n) - log p(y_n | x_m) in
-    nats, m the doc whose `random` response is y_n; only texts scored under both prompts count, clustered
-    by both docs. `slope`: change from the first step in nats per token of the response.
+    nats, m the doc whose `random` response is y_n; only texts scored under both prompts count, clustered by both docs.
+    `pmi_change`: the same of changes, the part of chosen's change that its own prompt has over another's. `slope`:
+    change from the first step in nats per token of the response.
     """
     tables = []
     for split in recording.splits if recording.means is None else ():
@@ -26,7 +31,7 @@ def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFra
     if not tables:
         return pd.DataFrame()
     table = pd.concat(tables, ignore_index=True)
-    return table[["run", "split", "contrast", "category", "step", "value", "stderr", "low", "high", "num_docs"]]
+    return table[["run", "split", *(name for name in table if name not in {"run", "split"})]]
 
 
 def _rows(contrast: str, category: str, steps: list[int], found: Estimate) -> pd.DataFrame:
@@ -34,6 +39,7 @@ def _rows(contrast: str, category: str, steps: list[int], found: Estimate) -> pd
         {
             "contrast": contrast, "category": category, "step": steps, "value": found.mean, "stderr": found.stderr,
             "low": found.low, "high": found.high, "num_docs": found.num_docs,
+            "effective_clusters": found.effective_clusters,
         }
     )  # fmt: skip
 
@@ -46,7 +52,7 @@ def _margins(arrays: Cube, reference: str, measure: str) -> list[pd.DataFrame]:
     for name, values in (("margin", arrays.arrays[measure]), ("margin_change", arrays.change(measure))):
         for number, category in enumerate(arrays.categories):
             if number != own:
-                found = estimate(values[:, own] - values[:, number], arrays.clusters, band=False)
+                found = estimate(values[:, own] - values[:, number], arrays.shared_clusters(own, number))
                 tables.append(_rows(name, category, arrays.steps, found))
     return tables
 
@@ -55,7 +61,7 @@ def _slopes(arrays: Cube, measure: str) -> list[pd.DataFrame]:
     tables = []
     for number, category in enumerate(arrays.categories):
         tokens = arrays.at_start("num_tokens")[:, number, 0]
-        found = slope(tokens, arrays.change(measure)[:, number, 1:], arrays.clusters)
+        found = slope(tokens, arrays.change(measure)[:, number, 1:], arrays.clusters[:, number])
         tables.append(_rows("slope", category, arrays.steps[1:], found))
     return tables
 
@@ -72,13 +78,31 @@ def _pmi(arrays: Cube, random_doc_ids: dict[str, str | None], measure: str) -> l
     if len(pairs) < 2:
         return []
     owner_of, borrower_of = np.array(pairs).T
+    chosen, random = arrays.categories.index("chosen"), arrays.categories.index("random")
     values = arrays.arrays[measure]
-    own = values[owner_of, arrays.categories.index("chosen")]
-    borrowed = values[borrower_of, arrays.categories.index("random")]
-    difference = own - borrowed
+    difference = values[owner_of, chosen] - values[borrower_of, random]
     complete = ~np.isnan(difference).any(axis=1)
     if complete.sum() < 2:
         return []
-    owners, borrowers = arrays.clusters[owner_of[complete]], arrays.clusters[borrower_of[complete]]
-    found = pair_mean(difference[complete], owners, borrowers)
-    return [_rows("pmi", "chosen", arrays.steps, found)]
+    clusters = arrays.shared_clusters(chosen, random)
+    owners, borrowers = clusters[owner_of[complete]], clusters[borrower_of[complete]]
+    levels = difference[complete]
+    return [
+        _rows(name, "chosen", arrays.steps, pair_mean(own, owners, borrowers))
+        for name, own in (("pmi", levels), ("pmi_change", levels - levels[:, :1]))
+    ]
+
+
+def pmi_sentence(contrasts: pd.DataFrame, run: str, split: str) -> str | None:
+    """Return what the last change of chosen's PMI is, with its interval; `None` where it was not measured."""
+    if contrasts.empty:
+        return None
+    names = {"run": run, "split": split, "contrast": "pmi_change"}
+    rows = contrasts[(contrasts[list(names)] == pd.Series(names)).all(axis=1)]
+    if rows.empty or math.isnan(rows["low"].iloc[-1]):
+        return None
+    last = rows.iloc[-1]
+    return (
+        f"of chosen's change, {last['value']:+.1f} [{last['low']:+.1f}, {last['high']:+.1f}] nats hang on its own "
+        f"prompt (change of PMI over {last['num_docs']} texts that were also scored under another prompt)"
+    )

@@ -27,6 +27,15 @@ def crossing(curve: Floats, level: float) -> Floats | None:
     return weights
 
 
+def matched_gain(last_gains: Sequence[float]) -> float:
+    """Return the gain at which runs are compared: half of the least last one; NaN where that is not above 0.
+
+    It is fixed before any comparison, so that every run has passed it and none is compared at its noisy end.
+    """
+    least = min((gain for gain in last_gains if not math.isnan(gain)), default=math.nan)
+    return least / 2 if least > 0 else math.nan
+
+
 def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> float:
     """Where a curve, linear between its points, first reaches half of its last value; NaN where that is 0."""
     x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
@@ -34,3 +43,15 @@ def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.
         return math.nan
     weights = crossing(y / y[-1], 0.5)
     return math.nan if weights is None else float(weights @ x)
+
+
+def half_bracket(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> tuple[float, float]:
+    """Return the two neighbouring points between which a curve first reaches half of its last value.
+
+    Both are the first point where the curve starts there, and NaN where the last value is 0 or NaN.
+    """
+    x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
+    if math.isnan(y[-1]) or y[-1] == 0:
+        return math.nan, math.nan
+    reached = int(np.flatnonzero(y / y[-1] >= 0.5)[0])
+    return float(x[max(reached - 1, 0)]), float(x[reached])

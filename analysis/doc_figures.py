@@ -58,7 +58,7 @@ def data_card(recording: Recording, split: str, arrays: Cube, style: Style) -> I
 
     dropped = len(recording.probe.get("dropped", []))
     subtitle = [
-        f"{len(arrays.doc_ids)} {SPLIT_NAMES[split]} in {arrays.clusters.max() + 1} clusters; {dropped} docs left out; "
+        f"{len(arrays.doc_ids)} {SPLIT_NAMES[split]} in {arrays.cluster_text}; {dropped} docs left out; "
         "bars: middle half, tick: median, line: 5 to 95 %"
     ]
     yield Figure(name=f"data_card_{split}", title="Data card", subtitle=subtitle, table=table, build=build)

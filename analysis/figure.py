@@ -1,6 +1,5 @@
 """A figure: one specification, fitted to a width, saved in any format with its numbers beside it."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pandas as pd
 import vl_convert
 
 from sft_probe.analysis.style import POINTS_PER_INCH, Style, finish
-from sft_probe.files import fsync_path, write_text
+from sft_probe.files import write_bytes, write_text
 
 _PNG_PPI = 200
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -57,7 +56,7 @@ class Figure:
         written = [csv]
         for suffix in formats:
             path = folder / f"{self.name}.{suffix}"
-            _write(path, render(spec, suffix))
+            write_bytes(path, render(spec, suffix))
             written.append(path)
         return written
 
@@ -86,10 +85,3 @@ def render(spec: dict[str, Any], suffix: str) -> bytes:
 def _size(svg: str) -> tuple[float, float]:
     match = _SVG_SIZE.search(svg)
     return (float(match[1]), float(match[2])) if match else (0.0, 0.0)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    fsync_path(temporary)
-    temporary.replace(path)

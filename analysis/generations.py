@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from sft_probe.files import find
+
 
 def read_generations(directory: Path) -> pd.DataFrame:
     """All answers of a sweep; of a step with several counts of docs, those of the largest. Empty without any."""
     largest: dict[Path, Path] = {}
-    for path in directory.glob("sweep/step_*/generate_*/generations.jsonl"):
+    for path in find(directory, "sweep/step_*/generate_*/generations.jsonl"):
         step = path.parent.parent
         largest[step] = max(path, largest.get(step, path), key=lambda item: int(item.parent.name.partition("_")[2]))
     tables = [pd.read_json(path, lines=True, dtype=False) for _, path in sorted(largest.items())]

@@ -7,24 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.rows import SCHEMA
+from sft_probe.analysis.steps import STEP, find_step
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, read_json
+from sft_probe.files import find, jsonl_lines, read_object
 
 _STEP_COLUMNS = {"step": "optimizer step", "train_examples": "training examples", "examples_seen": "training examples"}
 _VALUE_COLUMNS = ("mean_sum_logprob", "mean_logprob", "logprob")
 _SAMPLES_FILE = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.:-]+)\.jsonl")
-_STEP = re.compile(r"(?:step|checkpoint|iter)[-_]?(\d+)", re.IGNORECASE)
 _METRIC = re.compile(r"logps_eval_prob_(train|test)/(.+)")
 _METRIC_SPLITS = {"train": "train", "test": "heldout"}
+_REPEAT_TOLERANCE = 1e-3
 _PREFIX = "sft_probe_"
 
 
-def read_means(path: Path) -> tuple[pd.DataFrame, str]:
-    """A CSV of means over docs as `split category step value`, and the unit of its steps.
+def read_means(path: Path) -> tuple[pd.DataFrame, str, tuple[str, ...]]:
+    """Return a CSV of means over docs as `split category step value`, the unit of its steps, and no notes.
 
     It has `category`, one of `step`, `train_examples`, `examples_seen`, and one of `mean_sum_logprob`, `mean_logprob`,
     `logprob` (nats); `split` is optional. Several rows of one category and step, as of docs, are averaged.
@@ -56,30 +58,62 @@ def read_means(path: Path) -> tuple[pd.DataFrame, str]:
         raise UserError(f"{path}: the split {sorted(map(str, unknown))[0]!r} is neither heldout nor train.")
     table = table.assign(category=table["category"].astype(str), step=table[step].astype("int64"))
     means = table.groupby(["split", "category", "step"], sort=False)[value].mean().rename("value")
-    return means.reset_index(), _STEP_COLUMNS[step]
+    return means.reset_index(), _STEP_COLUMNS[step], ()
 
 
-def read_metrics(path: Path) -> tuple[pd.DataFrame, str]:
-    """A `prob_train_metrics.json` of Ren & Sutherland (arXiv 2407.10490) as `read_means` gives it.
+def read_metrics(path: Path) -> tuple[pd.DataFrame, str, tuple[str, ...]]:
+    """Return the table of `read_means`, the unit of its steps and notes, from Ren & Sutherland's metrics file.
 
-    Each line is an evaluation; steps count them, since the file tells no more. `prob_train` are prompts trained on,
-    `prob_test` held-out ones.
+    Each line of a `prob_train_metrics.json` (arXiv 2407.10490) is an evaluation; steps count them, since the file tells
+    no more. `prob_train` are prompts trained on, `prob_test` held-out ones. Published files hold re-runs that were
+    appended or interleaved, so a line is dropped where all its finite values lie within 1e-3 of those of an earlier one
+    that was kept. The notes count these lines, and name the keys that are no log-prob of a category or not finite.
 
     Raises:
-        UserError: a line is no JSON object, or holds no finite `logps_eval_prob_train/CATEGORY`; names it.
+        UserError: a line is no JSON object, no key `logps_eval_prob_train/CATEGORY` is finite in all lines, or there is
+            one evaluation only.
     """
-    rows = []
-    for step, metrics in enumerate(_read_samples(path)):
-        found = [(match, value) for name, value in metrics.items() if (match := _METRIC.fullmatch(name))]
-        if not found or not all(isinstance(value, float | int) and math.isfinite(value) for _, value in found):
-            raise UserError(f"{path}, line {step + 1}: no finite numbers named logps_eval_prob_train/CATEGORY.")
-        rows += [
-            {"split": _METRIC_SPLITS[match[1]], "category": match[2], "step": step, "value": float(value)}
-            for match, value in found
-        ]
-    if not rows:
+    lines = list(_read_samples(path))
+    if not lines:
         raise UserError(f"{path} is empty.")
-    return pd.DataFrame(rows), "evaluation"
+    kept = _without_repeats(lines)
+    keys = list(dict.fromkeys(key for line in kept for key in line))
+    used = [key for key in keys if _METRIC.fullmatch(key) and all(_is_finite(line.get(key)) for line in kept)]
+    if not used:
+        raise UserError(f"{path}: no key logps_eval_prob_train/CATEGORY holds a finite number in every line.")
+    rows = [
+        {"split": _METRIC_SPLITS[match[1]], "category": match[2], "step": step, "value": float(line[key])}
+        for key in used
+        if (match := _METRIC.fullmatch(key))
+        for step, line in enumerate(kept)
+    ]
+    notes = []
+    if repeats := len(lines) - len(kept):
+        notes.append(f"{repeats} of {len(lines)} lines repeat an earlier evaluation and were dropped")
+    if len(kept) == 1:
+        raise UserError(f"{path} holds one evaluation only, so nothing can have changed. {' '.join(notes)}")
+    if left_out := [key for key in keys if key not in used]:
+        notes.append(f"keys left out (no log-prob of a category, or not finite in every line): {', '.join(left_out)}")
+    return pd.DataFrame(rows), "evaluation", tuple(notes)
+
+
+def _without_repeats(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines whose finite values are not all within 1e-3 of those of an earlier line that is returned."""
+    kept: list[dict[str, Any]] = []
+    values: dict[tuple[str, ...], list[list[float]]] = {}  # of the kept lines, by the keys that are finite
+    for line in lines:
+        finite = {key: float(value) for key, value in sorted(line.items()) if _is_finite(value)}
+        earlier = values.setdefault(tuple(finite), [])
+        own = list(finite.values())
+        if finite and earlier and (np.abs(np.array(earlier) - own) <= _REPEAT_TOLERANCE).all(axis=1).any():
+            continue
+        earlier.append(own)
+        kept.append(line)
+    return kept
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
 
 
 Texts = dict[str, dict[str, str]]
@@ -100,8 +134,8 @@ def read_lm_eval(directory: Path) -> tuple[pa.Table, Texts, dict[str, str], tupl
     skipped: set[str] = set()
     texts: Texts = {}
     prompts: dict[str, str] = {}
-    for results_path in sorted(directory.rglob("results_*.json")):
-        results = read_json(results_path)
+    for results_path in find(directory, "**/results_*.json"):
+        results = read_object(results_path, optional={"config": dict, "model_name": str | None})
         step = _step_of(results, results_path, directory)
         for task, path in _samples_of(results_path):
             samples = [sample for sample in _read_samples(path) if _logprob(sample) is not None]
@@ -126,16 +160,21 @@ def _step_of(results: dict[str, Any], path: Path, root: Path) -> int:
     arguments = results.get("config", {}).get("model_args") or {}
     if isinstance(arguments, str):
         arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
-    places = [arguments.get("revision"), arguments.get("pretrained"), *reversed(path.relative_to(root).parts[:-1])]
-    for place in places:
-        if found := _STEP.search(str(place)):
-            return int(found[1])
-    raise UserError(f"{path} tells no step: put it in a directory named like step1000 or checkpoint-500.")
+    folders = "/".join(path.relative_to(root).parts[:-1]).replace("__", "/")  # as lm-eval writes the / of a model
+    names = [str(arguments.get("revision")), *f"{folders}/{arguments.get('pretrained')}".split("/")[::-1]]
+    try:
+        steps = (find_step(name) for name in names)
+        return next(found.step for found in steps if found and found.unit == STEP)
+    except StopIteration:
+        reason = f"{path} tells no step"
+    except UserError as error:
+        reason = f"{path}: {error}"
+    raise UserError(f"{reason.rstrip('.')}. Put it in a directory named like step1000 or checkpoint-500.")
 
 
 def _samples_of(results_path: Path) -> Iterator[tuple[str, Path]]:
     date = results_path.stem.removeprefix("results_")
-    for path in sorted(results_path.parent.glob(f"samples_*_{date}.jsonl")):
+    for path in find(results_path.parent, f"samples_*_{date}.jsonl"):
         if match := _SAMPLES_FILE.fullmatch(path.name):
             yield match[1], path
 
@@ -170,7 +209,7 @@ def _row(sample: dict[str, Any], task: str, step: int, directory: Path, results:
     is_train = task.startswith(f"{_PREFIX}train_")
     return dict.fromkeys(SCHEMA.names) | {
         "run": directory.resolve().name,
-        "model": results.get("model_name"),
+        "model": results.get("model_name") or directory.resolve().name,
         "step": step,
         "category": str(doc.get("category", name.removeprefix("train_") if is_train else name)),
         "split": "train" if is_train or doc.get("split") == "train" else "heldout",

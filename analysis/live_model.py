@@ -1,18 +1,29 @@
-"""One model in memory; the weights of each checkpoint take the place of the last ones."""
+"""One model in memory after another, each of them exactly what its checkpoint holds."""
 
+import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_probe.adapters import load_adapter
 from sft_probe.analysis.checkpoints import Checkpoint
 from sft_probe.errors import UserError
-from sft_probe.files import read_json, sha256_file
-from sft_probe.models import load_model, load_tokenizer, resolve_model
-from sft_probe.weights import ADAPTER_CONFIG, copy_adapter, copy_weights
+from sft_probe.files import sha256_file
+from sft_probe.models import load_config, load_model, load_tokenizer, local_folder
+from sft_probe.prompts import PromptFormat, encode_probe_set, terminator_id
+from sft_probe.weights import ADAPTER_CONFIG, base_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from sft_probe.analysis.settings import SweepSettings
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "*.model", "tekken.json")
+_MORE_TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
 
 # what a config says that changes no log-prob
 _IDLE = {
@@ -21,53 +32,14 @@ _IDLE = {
 }  # fmt: skip
 
 
-def local_folder(name: str, revision: str) -> Path:
-    """The directory of a model: as it is, of the embedded one, or of a hub revision, downloaded at need.
-
-    Raises:
-        UserError: there is no such model or revision.
-    """
-    path = Path(resolve_model(name))
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
-                ignore_patterns=["*/*"],
-            )
-        )
-    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"no directory and no model on the hub: {name!r} (revision {revision}).") from error
-
-
-def base_of(folder: Path, revision: str) -> tuple[str, str]:
-    """Name and revision of the whole model: the folder itself, or the base of the adapter that it holds."""
-    if not (folder / ADAPTER_CONFIG).exists():
-        return str(folder), revision
-    adapter = read_json(folder / ADAPTER_CONFIG)
-    return adapter["base_model_name_or_path"], adapter.get("revision") or "main"
-
-
 def model_config(name: str, revision: str) -> dict[str, Any]:
-    """Everything in a model's config that may change a log-prob, as plain JSON values.
+    """Return everything in a model's config that may change a log-prob, as plain JSON values.
 
     Raises:
         UserError: there is no config, or it is none.
     """
-    from transformers import AutoConfig
-
     folder = local_folder(*base_of(local_folder(name, revision), revision))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no usable config.json: {str(error)[:200]}") from error
-    active: dict[str, Any] = _without_idle(json.loads(config.to_json_string(use_diff=False)))
+    active: dict[str, Any] = _without_idle(json.loads(load_config(str(folder)).to_json_string(use_diff=False)))
     return active
 
 
@@ -79,67 +51,98 @@ def _without_idle(value: Any) -> Any:
 
 
 class LiveModel:
-    """Loads the first checkpoint in full and copies the others over it.
+    """Holds one checkpoint at a time, each loaded afresh by the library's own loader: nothing of another one stays.
+
+    transformers maps the files into memory, so that this takes no longer than copying tensors over the last ones.
 
     Args:
         dtype: of the weights in memory.
         device: where they are.
-        config: what `model_config` gives for every checkpoint that may be loaded.
-        tokenizer: the one for all of them.
+        settings: those of the sweep; config and token ids of every checkpoint must be the same.
     """
 
-    def __init__(self, dtype: str, device: str, config: dict[str, Any], tokenizer: Any) -> None:
+    def __init__(self, dtype: str, device: str, settings: "SweepSettings") -> None:
         self.dtype = dtype
         self.device = device
-        self.config = config
-        self.vocabulary = tokenizer.get_vocab()
-        self.tokenizer_sha256: str | None = None
+        self.settings = settings
         self.model: PreTrainedModel | PeftModel | None = None
-        self.adapter: dict[str, Any] | None = None
+        self._same_ids: set[str] = set()
 
     def load(self, checkpoint: Checkpoint) -> Any:
-        """The model with the weights of a checkpoint.
+        """Return the model with the weights of a checkpoint.
 
         Raises:
-            UserError: it is of another architecture or vocabulary than the others, or its weights do not fit.
+            UserError: it is of another architecture than the others, its tokenizer gives other ids, or its weights do
+                not fit.
         """
         folder = local_folder(checkpoint.model, checkpoint.revision)
-        self._check(checkpoint, folder)
-        if (folder / ADAPTER_CONFIG).exists():
-            self._load_adapter(folder)
-        elif self.model is None or self.adapter is not None or not copy_weights(self.model, folder):
-            self.model, self.adapter = None, None  # frees the memory before the next weights come
-            self.model = load_model(str(folder), self.dtype).to(self.device)
+        self._check_config(checkpoint, folder)
+        self._check_tokenizer(checkpoint)
+        self.model = None  # frees the memory before the next weights come
+        is_adapter = (folder / ADAPTER_CONFIG).exists()
+        model = load_adapter(folder, self.dtype) if is_adapter else load_model(str(folder), self.dtype)
+        self.model = model.to(self.device)
         return self.model
 
-    def _check(self, checkpoint: Checkpoint, folder: Path) -> None:
-        config = model_config(checkpoint.model, checkpoint.revision)
+    def _check_config(self, checkpoint: Checkpoint, folder: Path) -> None:
+        config, expected = model_config(checkpoint.model, checkpoint.revision), self.settings.model_config
         differing = [
-            f"{key} ({config.get(key)} here, {self.config.get(key)} there)"
-            for key in sorted(config.keys() | self.config.keys())
-            if config.get(key) != self.config.get(key)
+            f"{key} ({config.get(key)} here, {expected.get(key)} there)"
+            for key in sorted(config.keys() | expected.keys())
+            if config.get(key) != expected.get(key)
         ]
         if differing:
             raise UserError(f"{folder} is another model than the sweep's first: {'; '.join(differing[:5])}")
-        path = folder / "tokenizer.json"
-        if not path.exists() or (sha256 := sha256_file(path)) == self.tokenizer_sha256:
+
+    def _check_tokenizer(self, checkpoint: Checkpoint) -> None:
+        """Encode the probe set as the checkpoint alone would: its ids must be those that are scored.
+
+        A checkpoint without tokenizer files takes the ids as they are.
+        """
+        name, revision = tokenizer_of(checkpoint)
+        folder = local_folder(name, revision)
+        sha256 = _tokenizer_sha256(folder)
+        if not _has_tokenizer(folder) or sha256 in self._same_ids:
             return
-        if load_tokenizer(str(folder)).get_vocab() != self.vocabulary:
-            raise UserError(f"{folder} has another vocabulary than the sweep's first checkpoint.")
-        self.tokenizer_sha256 = sha256
+        settings = self.settings
+        tokenizer = load_tokenizer(name, revision)
+        docs, _ = encode_probe_set(
+            settings.probe_set, PromptFormat(settings.prompt_format, tokenizer), tokenizer, settings.max_length
+        )
+        found, expected = (
+            {doc.doc.doc_id: (doc.prompt_ids, doc.continuation_ids) for doc in encoded}
+            for encoded in (docs, settings.docs)
+        )
+        ends = [terminator_id(settings.format_name, item) for item in (tokenizer, settings.tokenizer)]
+        differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+        if differing or ends[0] != ends[1]:
+            what = f"{len(differing)} docs ({', '.join(differing[:3])}, ...)" if differing else "the terminator"
+            raise UserError(
+                f"{folder} has another tokenizer than the sweep's first checkpoint: its token ids differ for {what}. "
+                "Sweep it into another directory."
+            )
+        if tokenizer.get_vocab() != settings.tokenizer.get_vocab():
+            log.warning(
+                "%s has another vocabulary than the first checkpoint, but gives the same ids for the probe set; "
+                "benchmarks and generated texts use the first one's tokenizer",
+                folder,
+            )
+        self._same_ids.add(sha256)
 
-    def _load_adapter(self, folder: Path) -> None:
-        from peft import PeftConfig, get_peft_model
 
-        adapter = read_json(folder / ADAPTER_CONFIG)
-        if self.model is None or self.adapter != adapter:
-            self.model, self.adapter = None, None
-            config = PeftConfig.from_pretrained(str(folder))
-            if config.is_prompt_learning:
-                raise UserError(f"{folder}: adapters that learn a prompt cannot be scored.")
-            config.inference_mode = True
-            name, revision = base_of(folder, "main")
-            base = load_model(str(local_folder(name, revision)), self.dtype)
-            self.model = get_peft_model(base, config, autocast_adapter_dtype=False).to(self.device).eval()
-            self.adapter = adapter
-        copy_adapter(self.model, folder)
+def tokenizer_of(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return name and revision of a checkpoint's tokenizer; the base's for an adapter that is stored without one."""
+    folder = local_folder(checkpoint.model, checkpoint.revision)
+    return (str(folder), "main") if _has_tokenizer(folder) else base_of(folder, checkpoint.revision)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
+
+
+def _tokenizer_sha256(folder: Path) -> str:
+    """Return a hash over what a tokenizer is made from: its files, and the config that says how they are read."""
+    patterns = (*_TOKENIZER_FILES, *_MORE_TOKENIZER_FILES, "config.json", ADAPTER_CONFIG)
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    hashes = [(path.name, sha256_file(path)) for path in paths]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

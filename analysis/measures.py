@@ -56,9 +56,18 @@ class Cube:
     categories: list[str]
     steps: list[int]
     clusters: Ints
-    """[docs]"""
+    """[docs, categories], numbered anew for each category"""
     arrays: dict[str, Floats]
     """`MEASURES`, `num_tokens` and `num_bytes`; NaN where there is no row."""
+
+    def shared_clusters(self, *categories: int) -> Ints:
+        """Return [docs], the clusters of a contrast: docs that share one in any of these categories."""
+        return cluster_ids(*self.clusters[:, categories].T)
+
+    @property
+    def cluster_text(self) -> str:
+        """How many clusters the categories have, as `24 clusters` or `20 to 24 clusters`."""
+        return count_text(self.clusters.max(axis=0) + 1)
 
     def change(self, measure: str) -> Floats:
         """[docs, categories, steps], paired change from the first step, in nats."""
@@ -77,7 +86,7 @@ def cube(rows: pd.DataFrame, categories: Sequence[str], texts: dict[str, dict[st
     Args:
         rows: from `add_measures`.
         categories: their order.
-        texts: doc id to category to response; docs that share a response in one category share a cluster.
+        texts: doc id to category to response; docs that share a category's response share its cluster.
     """
     docs = pd.Categorical(rows["doc_id"])
     doc_ids = [str(name) for name in docs.categories]
@@ -92,9 +101,13 @@ def cube(rows: pd.DataFrame, categories: Sequence[str], texts: dict[str, dict[st
         arrays[name] = np.full((len(doc_ids), len(categories), len(steps)), np.nan)
         arrays[name][index] = rows[name].to_numpy(dtype=np.float64)
     conversations = rows.drop_duplicates("doc_id").set_index("doc_id")["conversation_id"].reindex(doc_ids)
-    labels: list[list[object]] = [[None if pd.isna(name) else name for name in conversations]]
-    for category in categories if texts else ():
-        labels.append([(texts or {}).get(doc_id, {}).get(category) for doc_id in doc_ids])
-    return Cube(
-        doc_ids=doc_ids, categories=list(categories), steps=steps, clusters=cluster_ids(*labels), arrays=arrays
-    )  # fmt: skip
+    conversation_of: list[object] = [None if pd.isna(name) else name for name in conversations]
+    own_texts = [[(texts or {}).get(doc_id, {}).get(category) for doc_id in doc_ids] for category in categories]
+    clusters = np.stack([cluster_ids(conversation_of, own) for own in own_texts], axis=1)
+    return Cube(doc_ids=doc_ids, categories=list(categories), steps=steps, clusters=clusters, arrays=arrays)
+
+
+def count_text(num_clusters: Sequence[int] | Ints) -> str:
+    """Return `24 clusters`, or `20 to 24 clusters` where categories differ."""
+    least, most = min(num_clusters), max(num_clusters)
+    return f"{most} clusters" if least == most else f"{least} to {most} clusters"

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from sft_probe.analysis.checkpoints import Checkpoint
+from sft_probe.analysis.ownership import StepBusyError
 from sft_probe.analysis.scorer import Scorer
 from sft_probe.analysis.settings import SweepRequest, fix_settings, resolve_settings
 from sft_probe.errors import UserError
@@ -44,19 +45,19 @@ def connect(request: SweepRequest) -> SweepRequest:
     return replace(request, device=request.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu"))
 
 
-def score_on_ray(request: SweepRequest, checkpoints: list[Checkpoint]) -> list[str]:
+def score_on_ray(request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]) -> list[str]:
     """Scores the checkpoints on the cluster that `connect` reached; returns what went wrong."""
-    num_workers, start = _plan(request, checkpoints)
+    num_workers, start = _plan(request, decided_by, checkpoints)
     log.info("%d workers on %s", num_workers, request.device)
     idle = [start() for _ in range(num_workers)]
     busy: dict[Any, tuple[Any, Checkpoint]] = {}
-    waiting = deque(checkpoints)
+    waiting = deque((checkpoint, False) for checkpoint in checkpoints)
     deaths: Counter[int] = Counter()
     problems = []
     while waiting or busy:
         while waiting and idle:
-            worker, checkpoint = idle.pop(), waiting.popleft()
-            busy[worker.score.remote(checkpoint)] = (worker, checkpoint)
+            worker, (checkpoint, wait) = idle.pop(), waiting.popleft()
+            busy[worker.score.remote(checkpoint, wait)] = (worker, checkpoint)
         (done,), _ = ray.wait(list(busy))
         worker, checkpoint = busy.pop(done)
         try:
@@ -67,16 +68,21 @@ def score_on_ray(request: SweepRequest, checkpoints: list[Checkpoint]) -> list[s
             found = []
             if deaths[checkpoint.step] < _MAX_ATTEMPTS:
                 log.warning("step %d: its worker died; another one takes it", checkpoint.step)
-                waiting.append(checkpoint)
+                waiting.append((checkpoint, True))
             else:
                 found = [f"its worker died {_MAX_ATTEMPTS} times (out of memory?); see Ray's logs"]
+        if found is None:
+            log.info("step %d: another process is scoring it", checkpoint.step)
+            waiting.append((checkpoint, True))
         idle.append(worker)
-        problems += [f"step {checkpoint.step}: {problem}" for problem in found]
+        problems += [f"step {checkpoint.step}: {problem}" for problem in found or []]
     ray.shutdown()
     return problems
 
 
-def _plan(request: SweepRequest, checkpoints: list[Checkpoint]) -> tuple[int, Callable[[], Any]]:
+def _plan(
+    request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
+) -> tuple[int, Callable[[], Any]]:
     """How many workers, and what starts one: a GPU each, else as many CPU slots each as there are enough of."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kind = "CPU" if request.device == "cpu" else "GPU"
@@ -87,21 +93,27 @@ def _plan(request: SweepRequest, checkpoints: list[Checkpoint]) -> tuple[int, Ca
         share = max(n for n in range(1, max(slots) + 1) if sum(slot // n for slot in slots) >= num_workers)
     options = {"num_cpus": share} if kind == "CPU" else {"num_gpus": 1}
     worker = ray.remote(StepWorker).options(**options)
-    return num_workers, lambda: worker.remote(request, checkpoints[0], Path.cwd())
+    return num_workers, lambda: worker.remote(request, decided_by, Path.cwd())
 
 
 class StepWorker:
     """A Ray actor that holds one live model."""
 
-    def __init__(self, request: SweepRequest, first: Checkpoint, directory: Path) -> None:
+    def __init__(self, request: SweepRequest, decided_by: Checkpoint, directory: Path) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         os.chdir(directory)
-        settings = resolve_settings(request, first)
-        self.scorer = Scorer(request, settings, fix_settings(settings, request))
+        self.request = request
+        self.decided_by = decided_by
+        self.scorer: Scorer | None = None
 
-    def score(self, checkpoint: Checkpoint) -> list[str]:
-        """Scores one checkpoint; returns what is wrong with it."""
+    def score(self, checkpoint: Checkpoint, wait: bool) -> list[str] | None:
+        """Score one checkpoint; return what is wrong with it, or `None` where another process is scoring it."""
         try:
-            return self.scorer.score(checkpoint)
+            if self.scorer is None:  # not in `__init__`, where an error would be a dead worker
+                settings = resolve_settings(self.request, [self.decided_by])
+                self.scorer = Scorer(self.request, settings, fix_settings(settings, self.request))
+            return self.scorer.score(checkpoint, wait=wait)
+        except StepBusyError:
+            return None
         except UserError as error:
             return [str(error)]

@@ -15,11 +15,15 @@ from sft_probe.analysis.imports import read_lm_eval, read_means, read_metrics
 from sft_probe.analysis.measures import Cube, add_measures, cube
 from sft_probe.analysis.rows import SCHEMA, read_rows
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
+from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.records import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
 
 _KEY = ["run", "source", "step", "split", "category", "doc_id"]
+_KINDS = {
+    "model": str | None, "train_category": str | None, "arguments": dict, "categories": list, "dropped": list,
+    "step_unit": str, "probe_set": str | None, "probe_set_sha256": str | None,
+}  # fmt: skip
 _MAX_NAMED = 5
 _SETTING = (
     "train_data", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "dtype", "bf16",
@@ -130,19 +134,17 @@ def load_recording(path: Path) -> Recording:
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     if path.suffix in (".csv", ".json"):
-        means, step_unit = read_means(path) if path.suffix == ".csv" else read_metrics(path)
-        note = "means over docs as they were published: no intervals, and the terminator may be in the sums"
-        return Recording(
-            name=path.stem, path=path, rows=pd.DataFrame(), means=means, step_unit=step_unit, notes=(note,)
-        )  # fmt: skip
+        means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
+        notes = ("means over docs as they were published: no intervals, and the terminator may be in the sums", *notes)
+        return Recording(name=path.stem, path=path, rows=pd.DataFrame(), means=means, step_unit=step_unit, notes=notes)
     if path.is_file():
         return _of_rows(path, path.parent, _read_parquet(path))
-    rows = sorted(path.glob("sweep/step_*/*/rows.jsonl")) or sorted(path.glob("probe/step_*.jsonl"))
+    rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
     if rows:
         return _of_rows(path, path, read_rows(rows))
     if (path / "scores.parquet").is_file():
         return _of_rows(path, path, _read_parquet(path / "scores.parquet"))
-    if any(path.rglob("results_*.json")):
+    if find(path, "**/results_*.json"):
         table, texts, prompts, notes = read_lm_eval(path)
         return Recording(
             name=path.resolve().name, path=path, rows=add_measures(table), texts=texts, prompts=prompts, notes=notes
@@ -151,6 +153,11 @@ def load_recording(path: Path) -> Recording:
         f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe train "
         "--probe_steps`), no scores.parquet and no results of lm-eval."
     )
+
+
+def recording_of_rows(directory: Path, table: pa.Table) -> Recording:
+    """Return what score rows of a run directory record; with the texts of its probe set, where that is there."""
+    return _of_rows(directory, directory, table)
 
 
 def _read_parquet(path: Path) -> pa.Table:
@@ -188,6 +195,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         name=str(frame["run"].iloc[0]),
         path=path,
         rows=rows,
+        step_unit=probe.get("step_unit", "optimizer step"),
         tokens=table["token_logprobs"].combine_chunks(),
         manifest=manifest,
         probe=probe,
@@ -201,7 +209,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
 
 
 def _json_of(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+    return read_object(path, optional=_KINDS) if path.is_file() else {}
 
 
 def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
@@ -210,7 +218,7 @@ def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
 
 def _probe_set_of(manifest: dict[str, Any], probe: dict[str, Any]) -> tuple[ProbeSet | None, list[str]]:
     """The texts behind the rows, where they are still there and the same."""
-    for source in (manifest.get("probe_set"), probe.get("probe_set")):
+    for source in (manifest.get("probe_set"), probe.get("probe_set_source"), probe.get("probe_set")):
         if isinstance(source, str) and (source in EMBEDDED_PROBE_SETS or Path(source).exists()):
             probe_set = load_probe_set(source)
             if probe_set.sha256 == probe.get("probe_set_sha256", probe_set.sha256):
@@ -238,7 +246,7 @@ def _notes(
         notes.append("the model is instruction-tuned already, by its name")
     if probe.get("probe_set") in EMBEDDED_PROBE_SETS:
         notes.append("the texts were written for the demo: it demonstrates the tool, it is no evidence")
-    if source == "lm_eval" and (live := sorted(directory.glob("probe/step_*.jsonl"))):
+    if source == "lm_eval" and (live := find(directory, "probe/step_*.jsonl")):
         notes += _disagreement(rows, live)
     return notes
 

@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 import vl_convert
 
-from sft_probe.analysis.analyze import Analysis, analyze, notes_of, over_runs_text
+from sft_probe.analysis.analyze import Analysis, analyze, notes_of, over_runs_text, sentences_of
 from sft_probe.analysis.figures import figures_of
 from sft_probe.analysis.generations import generations_text
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
@@ -131,7 +131,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
             "title": f"{SPLIT_NAMES[str(split)]}, {recording.step_unit} {rows['first_step'].iloc[0]} to "
             f"{rows['last_step'].iloc[0]}",
             "rows": [_cells(row) for _, row in rows.iterrows()],
-            "sentences": list(rows["sentence"]),
+            "sentences": sentences_of(rows, analysis.contrasts),
         }
         for split, rows in own.groupby("split", sort=False)
     ]
@@ -140,7 +140,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "model": recording.model,
         "train_category": recording.train_category or "?",
         "summary": summary(own, recording),
-        "notes": notes_of(recording),
+        "notes": notes_of(recording, own),
         "splits": splits,
         "answers": "" if recording.generations is None else generations_text(recording.generations),
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),

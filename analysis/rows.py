@@ -1,6 +1,5 @@
 """The parquet file of all score rows."""
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +7,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from sft_probe.errors import UserError
-from sft_probe.files import fsync_path
+from sft_probe.files import new_file
 from sft_probe.rows import COLUMNS
 
 _TYPES = {
@@ -30,6 +29,8 @@ def read_rows(paths: list[Path]) -> pa.Table:
         try:
             if path.stat().st_size:
                 tables.append(pyarrow.json.read_json(path, parse_options=options))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}.") from error
         except pa.ArrowInvalid as error:
             raise UserError(f"{path} holds no score rows of this version: {error}") from error
     return pa.concat_tables([table.select(SCHEMA.names) for table in tables]) if tables else SCHEMA.empty_table()
@@ -37,7 +38,5 @@ def read_rows(paths: list[Path]) -> pa.Table:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Writes a parquet file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pyarrow.parquet.write_table(table, temporary)
-    fsync_path(temporary)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)

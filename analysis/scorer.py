@@ -2,6 +2,8 @@
 
 import json
 import logging
+import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,11 +17,20 @@ from tqdm import tqdm
 
 from sft_probe.analysis.checkpoints import Checkpoint
 from sft_probe.analysis.generate import generate_answers, generation_docs, max_new_tokens
+from sft_probe.analysis.identity import (
+    RECORD,
+    Identity,
+    check_unchanged,
+    check_undamaged,
+    identify,
+    recorded_of_step,
+)
 from sft_probe.analysis.live_model import LiveModel
+from sft_probe.analysis.ownership import owned_step, remove_parts, stale_parts, step_folder
 from sft_probe.analysis.results import benchmark_rows, write_results
-from sft_probe.analysis.settings import SweepRequest, SweepSettings, record_max_tokens
+from sft_probe.analysis.settings import SweepRequest, SweepSettings, record
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, new_dir, write_jsonl
+from sft_probe.files import jsonl_lines, new_dir, write_json, write_jsonl, write_text
 from sft_probe.models import check_window
 from sft_probe.prompts import first_visible, terminator_id
 from sft_probe.rows import score_row
@@ -28,6 +39,8 @@ from sft_probe.tasks.lm import NonFiniteError, ProbeLM, ProbeScore
 
 log = logging.getLogger(__name__)
 
+ERROR_LOG = "error.log"
+_ANSWERS = "--generate"
 _MAX_NAMED = 5
 
 
@@ -44,8 +57,9 @@ class Scorer:
         self.request = request
         self.settings = settings
         self.max_tokens = max_tokens
-        self.live = LiveModel(request.dtype, request.resolved_device, settings.model_config, settings.tokenizer)
-        self.lm: ProbeLM | None = None
+        self.identity: Identity = {}
+        """Of the checkpoint that is being scored."""
+        self._reset()
         self.probe_tasks: dict[str, Any] = {}
         self.benchmarks: dict[str, list[Any]] = {}
         self.first_visible = {
@@ -54,38 +68,88 @@ class Scorer:
             for category, ids in doc.continuation_ids.items()
         }
 
-    def score(self, checkpoint: Checkpoint) -> list[str]:
-        """Scores the parts that are missing; returns what is wrong with those that there are.
+    def _reset(self) -> None:
+        request, settings = self.request, self.settings
+        self.live = LiveModel(request.dtype, request.resolved_device, settings)
+        self.lm: ProbeLM | None = None
+
+    def score(self, checkpoint: Checkpoint, *, wait: bool = True) -> list[str]:
+        """Score the parts that are missing, or whose weights have changed; return what is wrong with those there are.
+
+        Args:
+            checkpoint: the one to score.
+            wait: for another process that is scoring it.
 
         Raises:
-            UserError: the checkpoint cannot be scored.
+            UserError: the checkpoint cannot be scored; after an unforeseen error it names the file with the traceback.
+            StepBusyError: another process is scoring it.
         """
-        folder = self.request.directory / "sweep" / f"step_{checkpoint.step:06d}"
-        splits = [split for split in self.request.splits if not (folder / split).exists()]
-        benchmarks = {spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in self.request.tasks}
-        missing = {spec: path for spec, path in benchmarks.items() if not path.exists()}
-        answers = folder / f"generate_{self.request.generate}"
-        generating = ["answers"] if self.request.generate and not answers.exists() else []
-        if splits or missing or generating:
-            log.info("step %d: scoring %s", checkpoint.step, ", ".join([*splits, *missing, *generating]))
-            checkpoint.verify()
+        folder = step_folder(self.request.directory, checkpoint.step)
+        with owned_step(folder, wait=wait):
+            try:
+                problems = self._score_owned(checkpoint, folder)
+            except UserError:
+                raise
+            except Exception as error:  # of whatever library reads this checkpoint; the others are scored
+                write_text(folder / ERROR_LOG, traceback.format_exc())
+                self._reset()
+                reason = textwrap.shorten(str(error), 200)
+                raise UserError(f"{type(error).__name__}: {reason} (traceback: {folder / ERROR_LOG})") from error
+            (folder / ERROR_LOG).unlink(missing_ok=True)
+            return problems
+
+    def _score_owned(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+        request = self.request
+        parts = {split: folder / split for split in request.splits}
+        parts |= {spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in request.tasks}
+        if request.generate:
+            parts[_ANSWERS] = folder / f"generate_{request.generate}"
+        missing = self._prepare(checkpoint, folder, parts)
+        problems = []
+        for name in missing:
+            try:
+                if name in request.splits:
+                    self._score_probes(checkpoint, name, parts[name])
+                elif name == _ANSWERS:
+                    self._generate(checkpoint, parts[name])
+                else:
+                    self._score_benchmark(checkpoint, name, parts[name])
+            except (NonFiniteError, FloatingPointError) as error:
+                problems.append(f"{name}: {error}")
+        return [*(fault for split in request.splits for fault in _faults(folder / split)), *problems]
+
+    def _prepare(self, checkpoint: Checkpoint, folder: Path, parts: dict[str, Path]) -> list[str]:
+        """Return the names of the parts to score, after loading the weights where there are any."""
+        missing = [name for name, path in parts.items() if not path.exists()]
+        try:
+            self.identity = identify(checkpoint, recorded_of_step(folder))
+        except UserError as error:
+            if missing:
+                raise
+            log.warning("step %d: %s What was scored is kept.", checkpoint.step, error)
+            return []
+        stale = stale_parts(folder, self.identity)
+        missing = [name for name, path in parts.items() if name in missing or path in stale]
+        if missing:
+            log.info("step %d: scoring %s", checkpoint.step, ", ".join(missing))
+            check_undamaged(checkpoint, self.identity)
             self._load(checkpoint)
+            check_unchanged(checkpoint, self.identity)
         else:
             log.info("step %d is complete", checkpoint.step)
-        problems = []
-        for split in splits:
-            self._score_probes(checkpoint, split, folder / split)
-        for spec, path in missing.items():
-            try:
-                self._score_benchmark(checkpoint, spec, path)
-            except NonFiniteError as error:
-                problems.append(f"{spec}: {error}")
-        if generating:
-            try:
-                self._generate(checkpoint, answers)
-            except FloatingPointError as error:
-                problems.append(f"--generate: {error}")
-        return [*(fault for split in self.request.splits for fault in _faults(folder / split)), *problems]
+        if stale:
+            names = ", ".join(path.name for path in stale)
+            log.warning(
+                "step %d: %s has changed since %s were scored: removed", checkpoint.step, checkpoint.name, names
+            )
+            remove_parts(self.request.directory, stale)
+        return missing
+
+    @contextmanager
+    def _new_part(self, folder: Path) -> Iterator[Path]:
+        with new_dir(folder) as temporary:
+            yield temporary
+            write_json(temporary / RECORD, self.identity)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         if self.lm is not None:
@@ -119,7 +183,7 @@ class Scorer:
             faults = [request.doc for request in error.faults]
         self._keep_max_tokens()
         rows = [self._row(doc, score, checkpoint) for doc, score in scored]
-        with new_dir(folder) as temporary:
+        with self._new_part(folder) as temporary:
             write_jsonl(temporary / "rows.jsonl", rows)
             if results is not None:
                 self._write_results(temporary, results, checkpoint)
@@ -173,7 +237,7 @@ class Scorer:
         )
         self._keep_max_tokens()
         rows = benchmark_rows(results, self.settings.run_columns["run"], checkpoint.step)
-        with new_dir(folder) as temporary:
+        with self._new_part(folder) as temporary:
             write_jsonl(temporary / "benchmarks.jsonl", rows)
             self._write_results(temporary, results, checkpoint)
 
@@ -188,13 +252,13 @@ class Scorer:
             batch_size=self.request.batch_size,
         )
         columns = {**settings.run_columns, "step": checkpoint.step, "epoch": checkpoint.epoch}
-        with new_dir(folder) as temporary:
+        with self._new_part(folder) as temporary:
             write_jsonl(temporary / "generations.jsonl", [{**columns, **row} for row in rows])
 
     def _keep_max_tokens(self) -> None:
         if self.lm is not None and self.lm.scorer.max_tokens != self.max_tokens:
             self.max_tokens = self.lm.scorer.max_tokens
-            record_max_tokens(self.request.directory, self.max_tokens)
+            record(self.request.directory, max_tokens=self.max_tokens)
 
     def _suffix(self) -> str:
         """What makes the results of one benchmark differ."""

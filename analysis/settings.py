@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,19 @@ from filelock import FileLock
 
 from sft_probe import __version__
 from sft_probe.analysis.checkpoints import Checkpoint
-from sft_probe.analysis.live_model import base_of, local_folder, model_config
+from sft_probe.analysis.live_model import model_config, tokenizer_of
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, read_json, write_json
+from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import load_tokenizer
-from sft_probe.prompts import DroppedDoc, EncodedDoc, PromptFormat, encode_probe_set, terminator_id
+from sft_probe.prompts import (
+    DroppedDoc,
+    EncodedDoc,
+    PromptFormat,
+    encode_probe_set,
+    resolve_format,
+    same_format,
+    terminator_id,
+)
 from sft_probe.records import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
 from sft_probe.scoring import default_max_tokens
 
@@ -23,10 +33,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_MAX_LENGTH = 1024
+_MAX_NAMED = 5
 _FIXED = (
     "probe_set_sha256", "prompt_format", "tokenizer_sha256", "terminator_id", "items_sha256", "max_length", "dtype",
-    "model_config",
+    "step_unit", "model_config",
 )  # fmt: skip
+_RUN_MANIFEST = {"prompt_format": str, "prompt_format_source": str, "request": dict}
+_RUN_MANIFEST_OPTIONAL = {
+    "probe_set": str | None, "max_length": int | None, "model": str | None, "train_category": str | None,
+    "order_seed": int | None,
+}  # fmt: skip
+_SWEEP_MANIFEST = {"max_tokens": int}
+_SWEEP_MANIFEST_OPTIONAL = {"model": str | None, "run": str, "sources": list, "model_config": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +93,12 @@ class SweepSettings:
     """`run model train_category order_seed compute_dtype` of every row."""
     probe_set: ProbeSet
     prompt_format: str
-    """As given by the user: a name or a path."""
+    """What gives the format again: a name or a path, with all that was chosen for the run."""
     format_name: str
     """As it stands in rows."""
     tokenizer: "PreTrainedTokenizerBase"
+    decided_by: Checkpoint
+    """The first one whose tokenizer and config can be read; they hold for all."""
     tokenizer_source: tuple[str, str]
     """Name or path, and revision."""
     model_config: dict[str, Any]
@@ -88,21 +108,26 @@ class SweepSettings:
     dropped: list[DroppedDoc]
 
 
-def resolve_settings(request: SweepRequest, first: Checkpoint) -> SweepSettings:
-    """Fills in what the request leaves open from the run's manifest; tokenizer and config are the first checkpoint's.
+def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -> SweepSettings:
+    """Fill in what the request leaves open from the run's manifest; tokenizer and config are those of a checkpoint.
+
+    Args:
+        request: what the user asked for.
+        checkpoints: the first one that can be read decides; the others are reported when it is their turn.
 
     Raises:
-        UserError: training has not finished, the probe set has changed or has another format than the run, or no doc
-            fits.
+        UserError: training has not finished, the probe set has changed or has another format than the run, no
+            checkpoint can be read, or no doc fits.
     """
     foreign = bool(request.checkpoints or request.model)
     manifest = {} if foreign else _run_manifest(request.directory)
+    earlier = sweep_manifest(request.directory) or {}
     source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
     probe_set = load_probe_set(source)
-    tokenizer_source = tokenizer_of(first)
-    tokenizer = load_tokenizer(*tokenizer_source)
+    decided_by, tokenizer_source, tokenizer, config = _first_readable(checkpoints)
     given = request.prompt_format or (probe_set.prompt_format if foreign else manifest["prompt_format_source"])
-    prompt_format = PromptFormat(given, tokenizer)
+    recorded = manifest.get("prompt_format_source") or _recorded_format(request.directory)
+    prompt_format = resolve_format(given, tokenizer, probe_set.docs, recorded)
     _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
     max_length = request.max_length or manifest.get("max_length") or DEFAULT_MAX_LENGTH
     docs, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, max_length)
@@ -110,22 +135,43 @@ def resolve_settings(request: SweepRequest, first: Checkpoint) -> SweepSettings:
         raise UserError(f"no doc of {source} can be scored; the first one: {dropped[0].doc_id}: {dropped[0].reason}")
     return SweepSettings(
         run_columns={
-            "run": request.directory.resolve().name,
-            "model": manifest.get("model") or request.model,
+            "run": earlier.get("run") or request.directory.resolve().name,
+            "model": manifest.get("model") or earlier.get("model") or request.model or checkpoints[0].source,
             "train_category": manifest.get("train_category"),
             "order_seed": manifest.get("order_seed"),
             "compute_dtype": request.dtype,
         },
         probe_set=probe_set,
-        prompt_format=given,
+        prompt_format=prompt_format.source,
         format_name=prompt_format.name,
         tokenizer=tokenizer,
+        decided_by=decided_by,
         tokenizer_source=tokenizer_source,
-        model_config=model_config(first.model, first.revision),
+        model_config=config,
         max_length=max_length,
         docs=docs,
         dropped=dropped,
     )
+
+
+def _first_readable(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[Checkpoint, tuple[str, str], "PreTrainedTokenizerBase", dict[str, Any]]:
+    """Return the first checkpoint whose tokenizer and config can be read, and these."""
+    faults = []
+    for checkpoint in checkpoints:
+        try:
+            source = tokenizer_of(checkpoint)
+            return checkpoint, source, load_tokenizer(*source), model_config(checkpoint.model, checkpoint.revision)
+        except Exception as error:  # of whatever library reads it; one bad checkpoint must not stop the others
+            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            faults.append(f"step {checkpoint.step}: {name}{textwrap.shorten(str(error), 300)}")
+    more = [f"and {len(faults) - _MAX_NAMED} more"] if len(faults) > _MAX_NAMED else []
+    raise UserError("\n".join(["no checkpoint can be scored:", *faults[:_MAX_NAMED], *more]))
+def _recorded_format(directory: Path) -> str | None:
+    """The format of an earlier sweep into this directory, so that a clock or a rule in it stays what it was."""
+    earlier = sweep_manifest(directory) or {}
+    return earlier.get("prompt_format_source") or earlier.get("prompt_format")
 
 
 def _run_manifest(directory: Path) -> dict[str, Any]:
@@ -134,8 +180,13 @@ def _run_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} holds no finished run (manifest.json is missing). Run the same `sft-probe train` command "
             "again, or name foreign checkpoints with --checkpoints or --model."
         )
-    manifest: dict[str, Any] = read_json(directory / "manifest.json")
-    return manifest
+    return read_object(directory / "manifest.json", _RUN_MANIFEST, _RUN_MANIFEST_OPTIONAL)
+
+
+def sweep_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return what earlier sweeps of a directory have fixed; `None` before the first one."""
+    path = directory / "sweep" / "manifest.json"
+    return read_object(path, _SWEEP_MANIFEST, _SWEEP_MANIFEST_OPTIONAL) if path.exists() else None
 
 
 def _check_against_run(
@@ -147,14 +198,16 @@ def _check_against_run(
 ) -> None:
     if not manifest:
         return
-    own_format = PromptFormat(probe_set.prompt_format, tokenizer) if request.probe_set else prompt_format
+    own_format = prompt_format
+    if request.probe_set:
+        own_format = resolve_format(probe_set.prompt_format, tokenizer, probe_set.docs, prompt_format.source)
     for name in (prompt_format.name, own_format.name):
-        if name != manifest["prompt_format"]:
+        if not same_format(manifest["prompt_format"], name):
             raise UserError(
                 f"the prompt format differs: the run was trained with {manifest['prompt_format']!r}, the sweep would "
                 f"score {name!r}. One run has one format; use a probe set and a --prompt_format that match."
             )
-    if not request.probe_set and probe_set.sha256 != manifest["request"]["probe_set_sha256"]:
+    if not request.probe_set and probe_set.sha256 != manifest["request"].get("probe_set_sha256"):
         raise UserError(f"the probe set {probe_set.source} has changed since the run was trained on it.")
 
 
@@ -165,12 +218,35 @@ def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
         UserError: names what differs from the steps already scored.
     """
     path = make_dir(request.directory / "sweep") / "manifest.json"
+    manifest = _manifest(settings, request)
+    with FileLock(path.with_name(".lock")):
+        remove_leftovers(path.parent)
+        if not path.exists():
+            write_json(path, manifest)
+        earlier = sweep_manifest(request.directory) or {}
+    earlier.setdefault("step_unit", manifest["step_unit"])  # of an earlier version
+    differing = [_difference(name, earlier.get(name), manifest[name]) for name in _FIXED]
+    differing = [difference for difference in differing if difference]
+    if differing:
+        raise UserError(
+            f"{path.parent} holds steps scored otherwise: {'; '.join(differing)}. A sweep never mixes them: delete "
+            "that directory, or sweep into another one."
+        )
+    if request.max_tokens:
+        record(request.directory, max_tokens=request.max_tokens)
+    return request.max_tokens or int(earlier["max_tokens"])
+
+
+def _manifest(settings: SweepSettings, request: SweepRequest) -> dict[str, Any]:
     items = [(doc.doc.doc_id, doc.prompt_ids, doc.continuation_ids) for doc in settings.docs]
-    manifest = {
+    return {
         **settings.run_columns,
+        "step_unit": settings.decided_by.step_unit,
         "probe_set": settings.probe_set.name,
+        "probe_set_source": settings.probe_set.absolute_source,
         "probe_set_sha256": settings.probe_set.sha256,
         "prompt_format": settings.format_name,
+        "prompt_format_source": settings.prompt_format,
         "tokenizer_sha256": _tokenizer_sha256(settings.tokenizer),
         "terminator_id": terminator_id(settings.format_name, settings.tokenizer),
         "items_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
@@ -184,35 +260,13 @@ def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
         "model_config": settings.model_config,
         "sft_probe_version": __version__,
     }
-    with FileLock(path.with_name(".lock")):
-        if not path.exists():
-            write_json(path, manifest)
-    earlier = read_json(path)
-    differing = [_difference(name, earlier.get(name), manifest[name]) for name in _FIXED]
-    differing = [difference for difference in differing if difference]
-    if differing:
-        raise UserError(
-            f"{path.parent} holds steps scored otherwise: {'; '.join(differing)}. A sweep never mixes them: delete "
-            "that directory, or sweep into another one."
-        )
-    if request.max_tokens:
-        record_max_tokens(request.directory, request.max_tokens)
-    return request.max_tokens or int(earlier["max_tokens"])
 
 
-def record_max_tokens(directory: Path, max_tokens: int) -> None:
-    """Puts another token budget into `sweep/manifest.json`; sums change with it by about 1e-6 nats."""
+def record(directory: Path, **values: Any) -> None:
+    """Put other values into `sweep/manifest.json`, such as a token budget, with which sums change by about 1e-6."""
     path = directory / "sweep" / "manifest.json"
     with FileLock(path.with_name(".lock")):
-        write_json(path, {**read_json(path), "max_tokens": max_tokens})
-
-
-def tokenizer_of(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Name and revision of a checkpoint's tokenizer; that of the base model for an adapter that is stored without."""
-    folder = local_folder(checkpoint.model, checkpoint.revision)
-    if (folder / "tokenizer_config.json").exists():
-        return str(folder), "main"
-    return base_of(folder, checkpoint.revision)
+        write_json(path, {**(sweep_manifest(directory) or {}), **values})
 
 
 def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -1,6 +1,6 @@
 """How simple a training target is for a model: code lengths from the losses of the first epoch, examples to half gain.
 
-All losses are those of an example before the update it takes part in, summed over response and terminator, in nats.
+Every loss is that of an example before the update it takes part in, summed over response and terminator, in nats.
 """
 
 import json
@@ -12,19 +12,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sft_probe.analysis.curves import half_step
+from sft_probe.analysis.curves import half_bracket
 from sft_probe.analysis.recordings import Recording, load_recordings
-from sft_probe.analysis.statistics import over_runs
+from sft_probe.analysis.statistics import Floats, Ints, cluster_ids, over_runs, over_runs_and_docs
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 
 MIN_ORDERS = 3
-_BLOCK = 16
-_CONVERGED = 0.01
 _COLUMNS = ("run", "step", "doc_id", "category", "split", "loss_sum", "num_tokens", "num_bytes", "order")
 COLUMNS = [
     "run", "train_category", "order_seed", "num_examples", "num_bytes", "code_length", "bits_per_byte", "start_length",
-    "start_bits_per_byte", "learned_bits", "num_at_start", "surplus", "surplus_note", "half_gain_examples",
+    "start_bits_per_byte", "learned_bits", "num_at_start", "half_gain_after_examples", "half_gain_by_examples",
 ]  # fmt: skip
 
 
@@ -62,7 +60,9 @@ class Simplicity:
     runs: pd.DataFrame
     """One row per run, `COLUMNS`, with the KL those of `at_matched_gain`; in nats unless the name says bits."""
     contrasts: pd.DataFrame
-    """`train_category than num_runs num_texts difference_bits bits_per_byte low high`, on the same texts."""
+    """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders low high`, each
+    row on the same texts; `low` and `high` end the 95 % interval over data orders and texts, in bits (of one order:
+    over texts alone)."""
     notes: list[str]
 
 
@@ -71,9 +71,9 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
 
     `code_length` is the prequential one, the sum of all first-epoch losses (Blier & Ollivier 2018, arXiv 1802.07044).
     `learned_bits` is what the same texts cost before training less that, where the run has scores of trained prompts at
-    step 0. `surplus` is the surplus description length (Whitney et al. 2020, arXiv 2009.07368) against the held-out
-    loss of a converged run, or null with the reason in `surplus_note`. `with_kl` adds the forward KL from the start at
-    matched gain (arXiv 2509.04259), for which every snapshot is loaded once.
+    step 0. Half of the last held-out gain was first seen at `half_gain_by_examples`, and not yet at the probed step
+    before, `half_gain_after_examples`. `with_kl` adds the forward KL from the start at matched gain (arXiv 2509.04259),
+    for which every snapshot is loaded once.
 
     Raises:
         UserError: a run has no scores or no `first_epoch.jsonl`; with the KL, if it has no snapshot of step 0.
@@ -85,8 +85,7 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
         if table is None:
             raise UserError(f"{recording.path} has no first_epoch.jsonl: it was not trained by this version.")
         losses[recording.name] = table
-    limits = _limits(recordings)
-    runs = pd.DataFrame([_row(recording, losses[recording.name], limits) for recording in recordings])[COLUMNS]
+    runs = pd.DataFrame([_row(recording, losses[recording.name]) for recording in recordings])[COLUMNS]
     if with_kl:
         from sft_probe.analysis.divergence import at_matched_gain
 
@@ -101,13 +100,13 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
     return Simplicity(runs=runs, contrasts=_contrasts(recordings, losses, notes), notes=notes)
 
 
-def _row(recording: Recording, losses: pd.DataFrame, limits: dict[str, tuple[float, str]]) -> dict[str, object]:
+def _row(recording: Recording, losses: pd.DataFrame) -> dict[str, object]:
     nats, num_bytes = float(losses["loss_sum"].sum()), int(losses["num_bytes"].sum())
     start = _start_losses(recording, losses)
     own = losses[losses["doc_id"].isin(start)]
     start_length = sum(start.values()) if start else math.nan
-    limit, note = limits[recording.setting]
     gain = _gain(recording)
+    after, by = half_bracket(gain["examples_seen"], gain["gain"]) if gain is not None else (math.nan, math.nan)
     return {
         "run": recording.name,
         "train_category": recording.train_category,
@@ -120,9 +119,8 @@ def _row(recording: Recording, losses: pd.DataFrame, limits: dict[str, tuple[flo
         "start_bits_per_byte": start_length / own["num_bytes"].sum() / math.log(2) if start else math.nan,
         "learned_bits": (start_length - own["loss_sum"].sum()) / math.log(2) if start else math.nan,
         "num_at_start": len(own),
-        "surplus": surplus(losses, limit) if math.isfinite(limit) else math.nan,
-        "surplus_note": note,
-        "half_gain_examples": half_step(gain["examples_seen"], gain["gain"]) if gain is not None else math.nan,
+        "half_gain_after_examples": after,
+        "half_gain_by_examples": by,
     }
 
 
@@ -134,53 +132,6 @@ def _start_losses(recording: Recording, losses: pd.DataFrame) -> dict[str, float
     own = rows[(rows["split"] == "train") & (rows["category"] == recording.train_category) & (rows["step"] == 0)]
     own = own[own["doc_id"].isin(losses["doc_id"]) & own["logprob_with_eos"].notna()]
     return {str(doc): -float(value) for doc, value in zip(own["doc_id"], own["logprob_with_eos"], strict=True)}
-
-
-def _limits(recordings: Sequence[Recording]) -> dict[str, tuple[float, str]]:
-    """Per setting, the held-out loss per token of a converged run of it, or NaN; and what it is or why not."""
-    found: dict[str, tuple[float, str]] = {}
-    for recording in recordings:
-        limit, note = _converged_loss(recording)
-        best, _ = found.get(recording.setting, (math.nan, ""))
-        if recording.setting not in found or (not math.isnan(limit) and not best <= limit):
-            found[recording.setting] = (limit, note)
-    return found
-
-
-def _converged_loss(recording: Recording) -> tuple[float, str]:
-    """Least held-out loss per token, terminator counted, where it stopped falling in the last of two or more epochs."""
-    category = recording.train_category
-    rows = recording.rows if recording.means is None else pd.DataFrame(columns=["split", "category"])
-    rows = rows[(rows["split"] == "heldout") & (rows["category"] == category)]
-    if rows.empty or rows["logprob_with_eos"].isna().all():
-        return math.nan, f"not estimable: no held-out scores of {category} with the terminator"
-    sums = rows.groupby("step").agg(nats=("logprob_with_eos", "sum"), tokens=("num_tokens", "sum"), n=("step", "size"))
-    loss = -sums["nats"] / (sums["tokens"] + sums["n"])
-    epochs = float(rows["epoch"].max())
-    if not epochs >= 2:
-        return math.nan, "not estimable: no converged run (under two epochs)"
-    within = rows.groupby("step")["epoch"].first()
-    earlier = loss[within <= epochs - 1]
-    gain = (float(earlier.min()) - float(loss.min())) / float(loss.iloc[0]) if len(earlier) else math.inf
-    if gain > _CONVERGED:
-        return math.nan, "not estimable: the held-out loss still fell by over 1 % in the last epoch"
-    return float(loss.min()), f"limit: {loss.min():.3f} nats per token, the least held-out loss of {recording.name}"
-
-
-def surplus(losses: pd.DataFrame, limit: float, block: int = _BLOCK) -> float:
-    """Surplus description length in nats: over blocks of examples, the mean loss above `limit`, times the block's size.
-
-    Negative blocks count as 0; blocks, since single examples lie above and below any limit by their texts alone.
-
-    Args:
-        losses: rows `loss_sum num_tokens` in the order of training, both with the terminator.
-        limit: nats per token, terminator counted.
-        block: examples.
-    """
-    number = np.arange(len(losses)) // block
-    number = np.minimum(number, max(len(losses) // block - 1, 0))  # a short rest joins the block before
-    sums = losses.assign(tokens=losses["num_tokens"]).groupby(number)[["loss_sum", "tokens"]].sum()
-    return float((sums["loss_sum"] - limit * sums["tokens"]).clip(lower=0).sum())
 
 
 def _gain(recording: Recording) -> pd.DataFrame | None:
@@ -196,20 +147,47 @@ def _gain(recording: Recording) -> pd.DataFrame | None:
     return pd.DataFrame({"step": arrays.steps, "examples_seen": seen.to_numpy(dtype=float), "gain": gain})
 
 
-def _contrasts(
-    recordings: Sequence[Recording], losses: dict[str, pd.DataFrame], notes: list[str]
-) -> pd.DataFrame:  # fmt: skip
-    """Code lengths of `random` and `chosen_no_prompt` less that of `chosen`, per data order, on the same texts.
+def _contrasts(recordings: Sequence[Recording], losses: dict[str, pd.DataFrame], notes: list[str]) -> pd.DataFrame:
+    """Return the code lengths of `random` and `chosen_no_prompt` less that of `chosen`, on the same texts.
 
-    Of runs of one model and probe set; those with a `--train_data` of their own have no texts in common.
+    Only runs of one model and probe set are compared, order by order; runs with a `--train_data` of their own have no
+    texts in common. Adds to `notes` why a run or the whole contrast is missing.
     """
-    lengths: dict[str, dict[str, dict[str, float]]] = {}
-    sizes: dict[str, int] = {}
     own = [recording for recording in recordings if not recording.manifest.get("train_data")]
     if len({(recording.model, recording.probe.get("probe_set_sha256")) for recording in own}) > 1:
         notes.append("no contrast on the same texts: the runs are of several models or probe sets")
         return pd.DataFrame()
-    for recording in own:
+    coded = _coded_texts(own, losses, notes)
+    clusters = _text_clusters(own)
+    rows = []
+    for other in ("random", "chosen_no_prompt"):
+        orders = sorted(coded.get(other, {}).keys() & coded.get("chosen", {}).keys())
+        tables = [coded[name][order] for order in orders for name in ("chosen", other)]
+        texts = sorted(set.intersection(*(set(table.index) for table in tables))) if tables else []
+        if not texts:
+            continue
+        chosen, others = (
+            np.stack([coded[name][order].loc[texts, "loss_sum"].to_numpy(dtype=float) for order in orders])
+            for name in ("chosen", other)
+        )
+        num_bytes = int(tables[0].loc[texts, "num_bytes"].sum())
+        numbers = cluster_ids([clusters.get(text, text) for text in texts])
+        rows.append({"train_category": other, "than": "chosen", **_difference((others - chosen), numbers, num_bytes)})
+    if not rows:
+        notes.append("no contrast on the same texts: it needs runs on chosen and on random or chosen_no_prompt")
+    return pd.DataFrame(rows)
+
+
+def _coded_texts(
+    recordings: Sequence[Recording], losses: dict[str, pd.DataFrame], notes: list[str]
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """Return, by training category and order seed, `loss_sum num_bytes` of each text by the doc that it belongs to.
+
+    Raises:
+        UserError: two runs on one category have the same order seed.
+    """
+    coded: dict[str, dict[str, pd.DataFrame]] = {}
+    for recording in recordings:
         table = losses[recording.name]
         owners = _owners(recording)
         if recording.train_category == "random" and not owners:
@@ -217,33 +195,42 @@ def _contrasts(
                 f"{recording.name} is not in the contrast: its probe set, which tells whose texts, is not here"
             )
             continue
-        if recording.order_seed in lengths.get(str(recording.train_category), {}):
+        per_order = coded.setdefault(str(recording.train_category), {})
+        if recording.order_seed in per_order:
             raise UserError(f"two runs on {recording.train_category} have order seed {recording.order_seed}: give one.")
         texts = [owners.get(str(name), str(name)) for name in table["doc_id"]]
-        sizes |= dict(zip(texts, table["num_bytes"].astype(int), strict=True))
-        per_order = lengths.setdefault(str(recording.train_category), {})
-        per_order[recording.order_seed] = dict(zip(texts, table["loss_sum"].astype(float), strict=True))
-    rows = []
-    for other in ("random", "chosen_no_prompt"):
-        orders = sorted(lengths.get(other, {}).keys() & lengths.get("chosen", {}).keys())
-        if not orders:
-            continue
-        pairs = [(lengths["chosen"][order], lengths[other][order]) for order in orders]
-        common = set.intersection(*(set(one) & set(two) for one, two in pairs))
-        if not common:
-            continue
-        bits = np.array([[sum(two[t] - one[t] for t in common)] for one, two in pairs]) / math.log(2)
-        mean, _, low, high = over_runs(bits)
-        rows.append(
-            {
-                "train_category": other, "than": "chosen", "num_runs": len(orders), "num_texts": len(common),
-                "difference_bits": mean[0], "bits_per_byte": mean[0] / sum(sizes[text] for text in common),
-                "low": low[0], "high": high[0],
-            }
-        )  # fmt: skip
-    if not rows:
-        notes.append("no contrast on the same texts: it needs runs on chosen and on random or chosen_no_prompt")
-    return pd.DataFrame(rows)
+        per_order[recording.order_seed] = table.assign(text=texts).set_index("text")[["loss_sum", "num_bytes"]]
+    return coded
+
+
+def _text_clusters(recordings: Sequence[Recording]) -> dict[str, str]:
+    """Return the conversation of each doc, where the probe set is known."""
+    probe_sets = [recording.probe_set for recording in recordings if recording.probe_set]
+    return {doc.doc_id: doc.conversation_id for doc in probe_sets[0].docs} if probe_sets else {}
+
+
+def _difference(nats: Floats, clusters: Ints, num_bytes: int) -> dict[str, object]:
+    """Return the summed difference in bits with its 95 % intervals over orders, and over orders and texts.
+
+    Args:
+        nats: [orders, texts], differences of losses.
+        clusters: [texts]
+        num_bytes: size of all texts together.
+    """
+    bits = nats / math.log(2)
+    num_texts = bits.shape[1]
+    mean, _, low_orders, high_orders = over_runs(bits.sum(axis=1, keepdims=True))
+    joint = over_runs_and_docs(bits[:, :, None], clusters)
+    return {
+        "num_runs": len(bits),
+        "num_texts": num_texts,
+        "difference_bits": mean[0],
+        "bits_per_byte": mean[0] / num_bytes,
+        "low_orders": low_orders[0],
+        "high_orders": high_orders[0],
+        "low": joint.low[0] * num_texts,
+        "high": joint.high[0] * num_texts,
+    }
 
 
 def _owners(recording: Recording) -> dict[str, str]:

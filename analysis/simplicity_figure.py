@@ -13,7 +13,7 @@ from sft_probe.analysis.style import Style, cell_width, colors_of
 _MEASURES = {
     "start_bits_per_byte": ("bits per byte", "before training"),
     "bits_per_byte": ("bits per byte", "prequential"),
-    "half_gain_examples": ("examples to half gain", "half gain"),
+    "half_gain_by_examples": ("examples to half gain", "half gain"),
 }
 
 

@@ -4,13 +4,16 @@ It resumes part by part: `sweep/step_000016/heldout/` exists only complete.
 """
 
 import logging
+from collections import deque
 from pathlib import Path
 from types import ModuleType
 
 from sft_probe.analysis.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
 from sft_probe.analysis.generate import generation_docs
+from sft_probe.analysis.ownership import StepBusyError, claim_sources
 from sft_probe.analysis.scorer import Scorer
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, fix_settings, resolve_settings
+from sft_probe.analysis.steps import STEP
 from sft_probe.analysis.tables import write_tables
 from sft_probe.errors import UserError
 
@@ -26,12 +29,15 @@ def sweep(request: SweepRequest) -> list[Path]:
     checkpoints, problems = _find(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+    if checkpoints[0].step_unit != STEP:
+        log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)
     if request.engine == "ray":
         request = _ray_engine().connect(request)
-    settings = resolve_settings(request, checkpoints[0])
+    settings = resolve_settings(request, checkpoints)
     if request.generate:
         generation_docs(settings.docs, request.generate, settings.max_length)  # refused before anything is scored
     max_tokens = fix_settings(settings, request)
+    claim_sources(request.directory, checkpoints)
     for drop in settings.dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
     log.info(
@@ -41,7 +47,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     index, num_shards = request.shard
     mine = checkpoints[index - 1 :: num_shards]
     if request.engine == "ray" and mine:
-        problems += _ray_engine().score_on_ray(request, mine)
+        problems += _ray_engine().score_on_ray(request, settings.decided_by, mine)
     else:
         problems += _score_here(request, settings, max_tokens, mine)
     tables = write_tables(request.directory)
@@ -62,12 +68,18 @@ def _ray_engine() -> ModuleType:
 def _score_here(
     request: SweepRequest, settings: SweepSettings, max_tokens: int, checkpoints: list[Checkpoint]
 ) -> list[str]:
-    """Scores one after the other; returns what went wrong."""
+    """Scores one after the other, last those that another process is scoring now; returns what went wrong."""
     scorer = Scorer(request, settings, max_tokens)
     problems = []
-    for checkpoint in checkpoints:
+    waiting = deque((checkpoint, False) for checkpoint in checkpoints)
+    while waiting:
+        checkpoint, wait = waiting.popleft()
         try:
-            found = scorer.score(checkpoint)
+            found = scorer.score(checkpoint, wait=wait)
+        except StepBusyError:
+            log.info("step %d: another process is scoring it", checkpoint.step)
+            waiting.append((checkpoint, True))
+            continue
         except UserError as error:
             found = [str(error)]
         problems += [f"step {checkpoint.step}: {problem}" for problem in found]
@@ -78,7 +90,7 @@ def _score_here(
 
 def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
     if request.checkpoints:
-        return of_patterns(request.checkpoints), []
+        return of_patterns(request.checkpoints)
     if request.model:
         return of_revisions(request.model, request.revisions), []
     return of_run(request.directory)

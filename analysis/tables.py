@@ -5,12 +5,19 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 from filelock import FileLock
 
 from sft_probe.analysis.generations import read_generations
+from sft_probe.analysis.recordings import recording_of_rows
 from sft_probe.analysis.rows import read_rows, write_parquet
 from sft_probe.analysis.trajectory import trajectory
-from sft_probe.files import jsonl_lines, write_text
+from sft_probe.files import find, jsonl_lines, write_text
+
+
+def tables_lock(directory: Path) -> FileLock:
+    """Return the lock of the tables. While it is held, no part of a sweep disappears."""
+    return FileLock(directory / ".tables.lock")
 
 
 def write_tables(directory: Path) -> list[Path]:
@@ -21,16 +28,16 @@ def write_tables(directory: Path) -> list[Path]:
     Under a lock, so that of several shards the one that ends last sees the steps of all.
     """
     written = []
-    with FileLock(directory / ".tables.lock"):
-        paths = sorted(directory.glob("probe/step_*.jsonl")) + sorted(directory.glob("sweep/step_*/*/rows.jsonl"))
+    with tables_lock(directory):
+        paths = find(directory, "probe/step_*.jsonl") + find(directory, "sweep/step_*/*/rows.jsonl")
         if paths:
             scores = read_rows(paths)
             write_parquet(directory / "scores.parquet", scores)
-            write_text(directory / "trajectory.csv", trajectory(scores.to_pandas()).to_csv(index=False))
+            write_text(directory / "trajectory.csv", _trajectories(directory, scores).to_csv(index=False))
             written += [directory / "scores.parquet", directory / "trajectory.csv"]
         lines = [
             line
-            for path in sorted(directory.glob("sweep/step_*/*/benchmarks.jsonl"))
+            for path in find(directory, "sweep/step_*/*/benchmarks.jsonl")
             for line in jsonl_lines(path.read_text("utf-8"))
         ]
         if len(answers := read_generations(directory)):
@@ -41,3 +48,13 @@ def write_tables(directory: Path) -> list[Path]:
             write_text(directory / "benchmarks.csv", table.to_csv(index=False))
             written.append(directory / "benchmarks.csv")
     return written
+
+
+def _trajectories(directory: Path, scores: pa.Table) -> pd.DataFrame:
+    """The trajectory of each source, live before swept: the two never share a curve."""
+    tables = []
+    for source in ("live", "lm_eval"):
+        rows = scores.filter(pyarrow.compute.equal(scores["source"], source))
+        if rows.num_rows:
+            tables.append(trajectory(recording_of_rows(directory, rows)))
+    return pd.concat(tables, ignore_index=True)

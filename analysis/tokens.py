@@ -30,7 +30,7 @@ def token_texts(recording: Recording, doc_id: str, category: str) -> list[str]:
     from sft_probe.prompts import encode_pair
 
     prompt = prompt_format.render(doc.messages)
-    pair = encode_pair(tokenizer, prompt.text, prompt.separator + doc.responses[category])
+    pair = encode_pair(tokenizer, prompt, doc.responses[category], in_use=prompt_format.in_use)
     return [str(tokenizer.decode([token_id])) for token_id in pair[1]] if pair else []
 
 

@@ -3,49 +3,50 @@
 import numpy as np
 import pandas as pd
 
-from sft_probe.analysis.statistics import cluster_ids, estimate
+from sft_probe.analysis.measures import Cube
+from sft_probe.analysis.recordings import Recording
+from sft_probe.analysis.statistics import cluster_ids, estimate, weighted_mean
 
-KEY = ["run", "source", "step", "split", "category"]
+COLUMNS = [
+    "run", "source", "step", "split", "category", "examples_seen", "epoch", "n", "num_tokens", "logprob", "ci_low",
+    "ci_high", "delta", "delta_ci_low", "delta_ci_high", "logprob_body", "delta_body",
+]  # fmt: skip
 
 
-def trajectory(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per run, source, step, split and category, from score rows.
+def trajectory(recording: Recording) -> pd.DataFrame:
+    """Return one row per step, split and category of one run as one source saw it.
 
     `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `delta` the mean paired
-    change from the run's first step from the same source; `logprob_body` and `delta_body` are the same without the
-    first token, null where the rows hold no token log-probs. The intervals are 95 % t-intervals, each of one mean,
-    with conversations as clusters: they hold for prompts, not for repeated training. `sft-probe analyze` adds bands for
-    all steps at once. Values are rounded to 1e-4, since the composition of batches changes sums by about 1e-6 nats.
+    change from the run's first step; `logprob_body` and `delta_body` are the same without the first token, null where
+    the rows hold no token log-probs. The 95 % intervals are those of `sft-probe analyze`, each of one mean: they hold
+    for prompts, not for repeated training. `analyze` adds bands for all steps at once. Values are rounded to 1e-4,
+    since the composition of batches changes sums by about 1e-6 nats.
     """
-    frame = scores.assign(logprob_body=scores["logprob"] - scores["logprob_first"])
-    first_step = frame.groupby(["run", "source"])["step"].transform("min")
-    names = ["run", "source", "split", "category", "doc_id"]
-    at_start = frame[frame["step"] == first_step].set_index(names)
-    keys = pd.MultiIndex.from_frame(frame[names])
-    for name in ("logprob", "logprob_body"):
-        delta = name.replace("logprob", "delta")
-        frame[delta] = frame[name].to_numpy() - at_start[name].reindex(keys).to_numpy()
-    groups = frame.groupby(KEY, sort=False)
-    table = groups[["examples_seen", "epoch"]].first()
-    table["n"] = groups.size()
-    table["num_tokens"] = groups["num_tokens"].mean()
-    for name in ("logprob", "delta", "logprob_body", "delta_body"):
-        table[name] = groups[name].mean()
-    for name, prefix in (("logprob", ""), ("delta", "delta_")):
-        for key, group in groups:
-            low, high = mean_interval(group[name].to_numpy(float), group["conversation_id"].to_numpy())
-            table.loc[key, [f"{prefix}ci_low", f"{prefix}ci_high"]] = low, high
-    columns = [
-        *KEY, "examples_seen", "epoch", "n", "num_tokens", "logprob", "ci_low", "ci_high", "delta", "delta_ci_low",
-        "delta_ci_high", "logprob_body", "delta_body",
-    ]  # fmt: skip
-    return table.reset_index()[columns].round(4)
+    tables = [_table(recording, split, recording.cube(split)) for split in recording.splits]
+    return pd.concat(tables).sort_values("step", kind="stable", ignore_index=True)[COLUMNS].round(4)
+
+
+def _table(recording: Recording, split: str, arrays: Cube) -> pd.DataFrame:
+    level = estimate(arrays.arrays["logprob"], arrays.clusters)
+    change = estimate(arrays.change("logprob"), arrays.clusters)
+    columns = {
+        "n": level.num_docs, "num_tokens": weighted_mean(arrays.arrays["num_tokens"]), "logprob": level.mean,
+        "ci_low": level.low, "ci_high": level.high, "delta": change.mean, "delta_ci_low": change.low,
+        "delta_ci_high": change.high, "logprob_body": weighted_mean(arrays.arrays["body"]),
+        "delta_body": weighted_mean(arrays.change("body")),
+    }  # fmt: skip
+    places = pd.MultiIndex.from_product([arrays.categories, arrays.steps], names=["category", "step"])
+    table = pd.DataFrame({name: values.reshape(-1) for name, values in columns.items()}, index=places)
+    table = table[table["n"] > 0].reset_index()
+    seen = recording.rows.groupby("step")[["examples_seen", "epoch"]].first()
+    source = recording.rows["source"].iloc[0]
+    return table.join(seen, on="step").assign(run=recording.name, source=source, split=split)
 
 
 def mean_interval(values: np.ndarray, conversations: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of `values` [n], NaN below 2 clusters.
+    """Return the 95 % interval of the mean of `values` [n], NaN below 2 clusters.
 
     A NaN, the change of a doc that the first step could not score, is left out.
     """
-    found = estimate(values[:, None], cluster_ids(conversations.tolist()), band=False)
+    found = estimate(values[:, None], cluster_ids(conversations.tolist()))
     return float(found.low[0]), float(found.high[0])

@@ -9,22 +9,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sft_probe.analysis.measures import Cube
+from sft_probe.analysis.analyze import few_runs_note
+from sft_probe.analysis.curves import matched_gain
+from sft_probe.analysis.measures import Cube, count_text
 from sft_probe.analysis.recordings import Recording, load_recording
-from sft_probe.analysis.statistics import over_runs
+from sft_probe.analysis.statistics import Estimate, renumber
 from sft_probe.analysis.transfer_maths import (
     Gains,
-    clusters_of,
+    delta,
     difference,
-    draws_of,
-    efficiency,
-    interval,
-    omega,
+    noise_floor,
     omega_at_matched_gain,
     omega_curve,
-    omega_null,
-    selectivity,
-    share_of,
+    ratio,
+    selectivity_of,
 )
 from sft_probe.analysis.transfer_runs import HALVES
 from sft_probe.errors import UserError
@@ -35,24 +33,29 @@ _HEADLINE = ("random", "chosen_no_prompt")
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Tidy tables of a set of rows; intervals are 95 %, over prompts, and over seeds where there are several."""
+    """Tidy tables of a set of rows.
+
+    Intervals are 95 %, over other prompts and other runs where every row has two seeds or more, else over prompts.
+    """
 
     matrix: pd.DataFrame
-    """`row target category transfer low high efficiency seeds seeds_low seeds_high`, the last common step"""
+    """`row target category transfer low high efficiency efficiency_low efficiency_high seeds`, the last common step"""
     selectivity: pd.DataFrame
-    """`row selectivity`"""
+    """`row selectivity low high`"""
     omega: pd.DataFrame
-    """`row other omega low high matched_gain matched_omega matched_low matched_high seeds_low seeds_high is_null`, of
-    rows with other targets; `is_null`: the noise floor, of the rows `half_1` and `half_2`"""
+    """`row other omega low high matched_gain matched_omega matched_low matched_high is_null`, of rows with other
+    targets; `is_null`: the noise floor, of the rows `half_1` and `half_2`"""
     differences: pd.DataFrame
-    """`row other category difference low high`, of rows with one target: nats per body token"""
+    """`row other category difference low high`, nats per body token: rows of one target on it, and every row against
+    `chosen` on chosen"""
     curves: pd.DataFrame
     """`row other step gain omega low high`"""
     shares: pd.DataFrame
-    """`row of share low high seeds_low seeds_high`, of chosen's held-out gain"""
+    """`row of share low high`, of chosen's held-out gain"""
     step: int
     num_docs: int
-    num_clusters: int
+    clusters: str
+    """How many, in words"""
     notes: list[str]
 
 
@@ -75,24 +78,31 @@ def transfer(sources: Sequence[str]) -> Transfer:
     if len(models) > 1:
         raise UserError(f"the runs start from several models, {', '.join(sorted(models))}; compare those of one.")
     gains, doc_ids, complete = _gains(rows)
-    draws = draws_of(len(gains[0].tokens))
     pairs = list(itertools.combinations(gains, 2))
-    curves = [_curve(one, two, draws) for one, two in pairs if one.target != two.target]
+    curves = [_curve(one, two) for one, two in pairs if one.target != two.target]
     notes = [f"{len(doc_ids) - complete} docs without all scores are left out"] if complete < len(doc_ids) else []
-    if min(len(group) for group in rows.values()) < 3:
-        notes.append("under 3 seeds per row: intervals hold for other prompts and say nothing of training noise")
     return Transfer(
-        matrix=_matrix(gains, draws),
-        selectivity=_selectivity(gains),
-        omega=pd.DataFrame([row for one, two in pairs if (row := _omega(one, two, draws))]),
-        differences=pd.DataFrame([_difference(one, two, draws) for one, two in pairs if one.target == two.target]),
+        matrix=pd.DataFrame(_matrix(gains)),
+        selectivity=pd.DataFrame(
+            [{"row": gain.name, **_columns("selectivity", selectivity_of(gain))} for gain in gains]
+        ),
+        omega=pd.DataFrame([row for one, two in pairs if (row := _omega(one, two))]),
+        differences=pd.DataFrame(_differences(gains)),
         curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
-        shares=pd.DataFrame(_shares(gains, draws)),
+        shares=pd.DataFrame(_shares(gains)),
         step=gains[0].steps[-1],
         num_docs=complete,
-        num_clusters=len(gains[0].tokens),
-        notes=notes,
+        clusters=count_text(gains[0].clusters.max(axis=0) + 1),
+        notes=[*notes, *_seed_notes(gains)],
     )
+
+
+def _seed_notes(gains: list[Gains]) -> list[str]:
+    """What the intervals over so few runs do not cover."""
+    fewest = min(len(gain.change) for gain in gains)
+    if fewest == 1:
+        return ["one seed of a row: its intervals hold for other prompts and say nothing of training noise"]
+    return few_runs_note(fewest)
 
 
 def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], int]:
@@ -115,16 +125,15 @@ def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], in
         complete &= ~np.isnan(change).any(axis=(1, 2))
     if not complete.any():
         raise UserError("no doc has body log-probs in all runs; they come from `sft-probe sweep` or the live probe.")
-    clusters = np.unique(first.clusters[index][complete], return_inverse=True)[1]
-    gains = []
-    for name, group in rows.items():
-        sums = np.stack([clusters_of(changes[id(run)][complete], clusters) for run in group])
-        gains.append(
-            Gains(
-                name=name, target=_target(name, group[0], common), categories=common, steps=steps, change=sums,
-                tokens=clusters_of(tokens[complete], clusters), order_seeds=_order_seeds(name, group),
-            )
-        )  # fmt: skip
+    clusters = renumber(first.clusters[index][complete])
+    gains = [
+        Gains(
+            name=name, target=_target(name, group[0], common), categories=common, steps=steps,
+            change=np.stack([changes[id(run)][complete] for run in group]), tokens=tokens[complete], clusters=clusters,
+            order_seeds=_order_seeds(name, group),
+        )
+        for name, group in rows.items()
+    ]  # fmt: skip
     return gains, doc_ids, int(complete.sum())
 
 
@@ -163,103 +172,72 @@ def _owners(gains: list[Gains]) -> list[int | None]:
     ]
 
 
-def _matrix(gains: list[Gains], draws: np.ndarray) -> pd.DataFrame:
-    points = np.stack([gain.transfer()[0, :, :, -1].mean(axis=0) for gain in gains])  # [rows, categories]
-    relative = efficiency(points, _owners(gains))
-    table = []
-    for number, gain in enumerate(gains):
-        found = interval(points[number], gain.transfer(draws).mean(axis=1)[:, :, -1])
-        _, _, low, high = over_runs(gain.transfer()[0, :, :, -1])
-        for column, category in enumerate(gain.categories):
+def _columns(name: str, found: Estimate | None, prefix: str = "") -> dict[str, float]:
+    """The value and interval of an estimate of one point; NaN for `None`."""
+    values = (math.nan,) * 3 if found is None else (found.mean[0], found.low[0], found.high[0])
+    return dict(zip((name, f"{prefix}low", f"{prefix}high"), map(float, values), strict=True))
+
+
+def _matrix(gains: list[Gains]) -> list[dict[str, object]]:
+    owners = _owners(gains)
+    table: list[dict[str, object]] = []
+    for gain in gains:
+        for category, owner in zip(gain.categories, owners, strict=True):
+            cell = gain.cell(category, gain.last)
+            relative = None if owner is None else ratio(cell, gains[owner].cell(category, gain.last))
             table.append(
                 {
                     "row": gain.name, "target": gain.target, "category": category,
-                    "transfer": found.value[column], "low": found.low[column], "high": found.high[column],
-                    "efficiency": relative[number, column], "seeds": len(gain.change),
-                    "seeds_low": low[column], "seeds_high": high[column],
+                    **_columns("transfer", delta(cell.value, [(cell, np.ones(1))])),
+                    **_columns("efficiency", relative, "efficiency_"), "seeds": len(gain.change),
                 }
             )  # fmt: skip
-    return pd.DataFrame(table)
+    return table
 
 
-def _selectivity(gains: list[Gains]) -> pd.DataFrame:
-    points = np.stack([gain.transfer()[0, :, :, -1].mean(axis=0) for gain in gains])
-    found = selectivity(points, [gain.column(gain.target) for gain in gains])
-    return pd.DataFrame({"row": [gain.name for gain in gains], "selectivity": found})
+def _differences(gains: list[Gains]) -> list[dict[str, object]]:
+    pairs = [(one, two) for one, two in itertools.combinations(gains, 2) if one.target == two.target]
+    by_name = {gain.name: gain for gain in gains}
+    if "chosen" in by_name and "chosen" in gains[0].categories:
+        pairs += [(gain, by_name["chosen"]) for gain in gains if gain.target != "chosen"]
+    found: list[dict[str, object]] = []
+    for one, two in pairs:
+        cells = [gain.cell(two.target, gain.last) for gain in (one, two)]
+        names = {"row": one.name, "other": two.name, "category": two.target}
+        found.append({**names, **_columns("difference", difference(cells[0], cells[1]))})
+    return found
 
 
-def _difference(one: Gains, two: Gains, draws: np.ndarray) -> dict[str, object]:
-    found = difference(one, two, draws)
-    return {
-        "row": one.name, "other": two.name, "category": one.target, "difference": float(found.value),
-        "low": float(found.low), "high": float(found.high),
-    }  # fmt: skip
-
-
-def _omega(one: Gains, two: Gains, draws: np.ndarray) -> dict[str, object] | None:
+def _omega(one: Gains, two: Gains) -> dict[str, object] | None:
     """Of rows with other targets; of one target only the noise floor, from disjoint halves of its training set."""
     names: dict[str, object] = {"row": one.name, "other": two.name}
     if one.target == two.target:
         if {one.name, two.name} != set(HALVES):
             return None
-        null = omega_null(one, two, draws)
-        return {**names, "omega": float(null.value), "low": float(null.low), "high": float(null.high), "is_null": True}
-    _, curve = omega_curve(one, two, draws)
-    on_target = [gain.transfer()[0].mean(axis=0)[gain.column(gain.target)].max() for gain in (one, two)]
-    matched_gain = float(min(on_target))
-    matched = omega_at_matched_gain(one, two, draws, matched_gain)
-    _, _, low, high = over_runs(_omega_of_seeds(one, two)[:, None])
-    if math.isnan(curve.value[-1]):
-        low, high = np.full(1, math.nan), np.full(1, math.nan)
+        return {**names, "omega": noise_floor(one, two), "is_null": True}
+    _, curve = omega_curve(one, two)
+    gain = matched_gain([float(row.cell(row.target, row.last).value[0]) for row in (one, two)])
+    matched = omega_at_matched_gain(one, two, gain)
     return {
-        **names, "omega": curve.value[-1], "low": curve.low[-1], "high": curve.high[-1], "is_null": False,
-        "matched_gain": matched_gain, "matched_omega": float(matched.value), "matched_low": float(matched.low),
-        "matched_high": float(matched.high), "seeds_low": low[0], "seeds_high": high[0],
+        **names, "omega": curve.mean[-1], "low": curve.low[-1], "high": curve.high[-1], "is_null": False,
+        "matched_gain": gain, **_columns("matched_omega", matched, "matched_"),
     }  # fmt: skip
 
 
-def _omega_of_seeds(one: Gains, two: Gains) -> np.ndarray:
-    """Omega at the last step of each order seed that both rows have."""
-    of_one, of_two = _common_seeds(one, two)
-    i, j = one.column(one.target), one.column(two.target)
-    return omega(of_one[:, i], of_one[:, j], of_two[:, i], of_two[:, j])
-
-
-def _common_seeds(one: Gains, two: Gains) -> tuple[np.ndarray, np.ndarray]:
-    """T of both rows at the last step, [seeds, categories], by order seeds that both have."""
-    common = [seed for seed in one.order_seeds if seed in two.order_seeds]
-    if not common:
-        nothing = np.full((1, len(one.categories)), np.nan)
-        return nothing, nothing
-    of_one, of_two = (
-        gain.transfer()[0, [gain.order_seeds.index(seed) for seed in common], :, -1] for gain in (one, two)
-    )
-    return of_one, of_two
-
-
-def _curve(one: Gains, two: Gains, draws: np.ndarray) -> pd.DataFrame:
-    gain, found = omega_curve(one, two, draws)
-    table = {"step": one.steps, "gain": gain, "omega": found.value, "low": found.low, "high": found.high}
+def _curve(one: Gains, two: Gains) -> pd.DataFrame:
+    gain, found = omega_curve(one, two)
+    table = {"step": one.steps, "gain": gain, "omega": found.mean, "low": found.low, "high": found.high}
     return pd.DataFrame(table).assign(row=one.name, other=two.name).iloc[1:]
 
 
-def _shares(gains: list[Gains], draws: np.ndarray) -> list[dict[str, object]]:
+def _shares(gains: list[Gains]) -> list[dict[str, object]]:
     """The headline: the share of chosen's held-out gain that texts without their prompts already give."""
     by_name = {gain.name: gain for gain in gains}
     found: list[dict[str, object]] = []
     for name in _HEADLINE:
         if name in by_name and "chosen" in by_name:
-            one, whole = by_name[name], by_name["chosen"]
-            share = share_of(one, whole, "chosen", draws)
-            of_one, of_whole = _common_seeds(one, whole)
-            ratios = (of_one / of_whole)[:, [whole.column("chosen")]]
-            _, _, low, high = over_runs(ratios if math.isfinite(share.value) else np.full((1, 1), math.nan))
-            found.append(
-                {
-                    "row": name, "of": "chosen", "share": float(share.value), "low": float(share.low),
-                    "high": float(share.high), "seeds_low": low[0], "seeds_high": high[0],
-                }
-            )  # fmt: skip
+            one, whole = (gain.cell("chosen", gain.last) for gain in (by_name[name], by_name["chosen"]))
+            found.append({"row": name, "of": "chosen", **_columns("share", ratio(one, whole))})
     return found
 
 

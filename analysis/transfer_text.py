@@ -11,48 +11,37 @@ def transfer_text(found: Transfer) -> str:
     """What `sft-probe transfer` prints."""
     categories = list(dict.fromkeys(found.matrix["category"]))
     lines = [
-        f"transfer at step {found.step} on {found.num_docs} held-out prompts in {found.num_clusters} clusters: change "
+        f"transfer at step {found.step} on {found.num_docs} held-out prompts in {found.clusters}: change "
         "of body log-prob, nats per body token (. : the interval holds 0)",
-        f"{'trained on':<20}{'seeds':>6}" + "".join(f"{name[:13]:>14}" for name in categories) + f"{'selectivity':>13}",
+        f"{'trained on':<20}{'seeds':>6}" + "".join(f"{name[:13]:>14}" for name in categories) + "  selectivity",
     ]
-    selective = dict(zip(found.selectivity["row"], found.selectivity["selectivity"], strict=True))
+    selective = {row["row"]: _range(row, "selectivity") for _, row in found.selectivity.iterrows()}
     for name, part in found.matrix.groupby("row", sort=False):
         cells = [
             f"{row['transfer']:>+13.3f}{' ' if row['low'] * row['high'] > 0 else '.'}" for _, row in part.iterrows()
         ]
-        lines.append(f"{str(name)[:19]:<20}{part['seeds'].iloc[0]:>6}{''.join(cells)}{selective[name]:>13.2f}")
+        lines.append(f"{str(name)[:19]:<20}{part['seeds'].iloc[0]:>6}{''.join(cells)}  {selective[name]}")
     lines.append("")
     for _, row in found.omega.iterrows():
         if row["is_null"]:
-            floor = f"{row['low']:.2f} to {row['high']:.2f}"
-            lines.append(f"noise floor of omega, from {row['row']} and {row['other']}: {floor}")
-            continue
-        matched = _range(row, "matched_omega", "matched_low", "matched_high")
-        lines.append(
-            f"omega({row['row']}, {row['other']}): {_range(row, 'omega', 'low', 'high')}; both at "
-            f"{row['matched_gain']:.3f} nats per token: {matched}"
-            + (
-                ""
-                if math.isnan(row["seeds_low"])
-                else f"; over seeds [{row['seeds_low']:.2f}, {row['seeds_high']:.2f}]"
+            lines.append(
+                f"noise floor of omega, from {row['row']} and {row['other']}: {row['omega']:.3f} (sd over random "
+                "halvings of the prompts, divided by 2)"
             )
-        )
+            continue
+        matched = "not defined (an on-target gain is not told apart from 0)"
+        if not math.isnan(row["matched_gain"]):
+            matched = f"both at {row['matched_gain']:.3f} nats per token: {_range(row, 'matched_omega', 'matched_')}"
+        lines.append(f"omega({row['row']}, {row['other']}): {_range(row, 'omega')}; {matched}")
     for _, row in found.differences.iterrows():
-        lines.append(
-            f"{row['row']} gained {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] nats per body token "
-            f"more on {row['category']} than {row['other']}"
-        )
+        more = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] nats per body token more"
+        lines.append(f"training on {row['row']} gained {more} on {row['category']} than training on {row['other']}")
     for _, row in found.shares.iterrows():
-        seeds = (
-            "" if math.isnan(row["seeds_low"]) else f", over seeds [{row['seeds_low']:.2f}, {row['seeds_high']:.2f}]"
-        )
-        lines.append(
-            f"training on {row['row']} gives {_range(row, 'share', 'low', 'high')} of chosen's held-out gain{seeds}"
-        )
+        lines.append(f"training on {row['row']} gives {_range(row, 'share')} of chosen's held-out gain")
     return "\n".join([*lines, *(f"! {note}" for note in found.notes)])
 
 
-def _range(row: pd.Series, value: str, low: str, high: str) -> str:
+def _range(row: pd.Series, value: str, prefix: str = "") -> str:
     if math.isnan(row[value]):
         return "not defined (an on-target gain is not told apart from 0)"
-    return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
+    return f"{row[value]:.2f} [{row[f'{prefix}low']:.2f}, {row[f'{prefix}high']:.2f}]"

@@ -9,15 +9,20 @@ from scipy import stats
 from sft_probe.analysis.changes import PER_RESPONSE
 from sft_probe.analysis.curves import half_step
 from sft_probe.analysis.measures import PARTS
-from sft_probe.analysis.statistics import holm
+from sft_probe.analysis.statistics import MAX_CLUSTER_SHARE, MIN_CLUSTERS, holm
 
 ALPHA = 0.05
 _TURN_SHARE = 0.1  # of the range of a curve without intervals: what counts as a turn
-_BY = {"optimizer step": "by step", "training examples": "by example", "evaluation": "by evaluation"}
+_BY = {
+    "optimizer step": "by step",
+    "training examples": "by example",
+    "evaluation": "by evaluation",
+    "epoch": "by epoch",
+}
 COLUMNS = [
     "run", "split", "category", "num_docs", "num_clusters", "first_step", "last_step", "start", "change", "low", "high",
-    "stderr", "sign", "p_holm", "body", "peak", "peak_step", "half_step", "share_first", "share_body", "share_eos",
-    "rank", "moved", "measure", "sentence",
+    "stderr", "effective_clusters", "largest_cluster", "sign", "p_holm", "body", "peak", "peak_step", "half_step",
+    "share_first", "share_body", "share_eos", "rank", "moved", "measure", "sentence",
 ]  # fmt: skip
 
 
@@ -29,7 +34,7 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
     of, else the largest change by size; `half_step` the step at which the curve, linear between steps, first reaches
     half of the last change (only where that has a sign). Shares are those of first token, body and terminator in the
     change of all three; null where the interval of that holds 0. `rank` 1 rose most; `moved` says whether the last
-    change is certain. A sentence tells of a turn where the bands exclude that there is none.
+    change is certain. A sentence tells of a turn where the bands of the change up to it and from it exclude 0.
     """
     rows = []
     for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(["run", "split"], sort=False):
@@ -61,6 +66,8 @@ def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, o
         "low": float(last["low"]),
         "high": float(last["high"]),
         "stderr": float(last["stderr"]),
+        "effective_clusters": float(last["effective_clusters"]),
+        "largest_cluster": float(last["largest_cluster"]),
         "sign": sign,
         "p_holm": p_holm,
         "peak": float(peak["change"]),
@@ -115,9 +122,25 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
     )
 
 
+def cluster_warnings(rows: pd.DataFrame) -> list[str]:
+    """Return for which categories of one split the intervals may cover less than 95 %, from rows of the verdict."""
+    found = []
+    few = rows[rows["effective_clusters"] < MIN_CLUSTERS]
+    if len(few):
+        names = ", ".join(f"{row['category']} ({row['effective_clusters']:.1f})" for _, row in few.iterrows())
+        found.append(
+            f"under {MIN_CLUSTERS} effective clusters: {names}: intervals may cover less than 95 %; no band, so no turn"
+        )
+    uneven = rows[(rows["effective_clusters"] >= MIN_CLUSTERS) & (rows["largest_cluster"] > MAX_CLUSTER_SHARE)]
+    if len(uneven):
+        names = ", ".join(f"{row['category']} ({row['largest_cluster']:.0%})" for _, row in uneven.iterrows())
+        found.append(f"one cluster holds over {MAX_CLUSTER_SHARE:.0%} of the docs: {names}: intervals may cover less")
+    return found
+
+
 def has_moved(curve: pd.DataFrame, sign: str) -> bool:
-    """Whether the last change is certain: by its sign, or where there is none, by `_is_certain`."""
-    return sign in "+-" or (sign == "?" and _is_certain(curve, len(curve) - 1))
+    """Whether the last change is certain: by its sign, or for means without any error by their size."""
+    return sign in "+-" or (sign == "?" and bool(_is_certain(curve, "band_low", "band_high").iloc[-1]))
 
 
 def _place(last: float, *, turned: float, certain: bool) -> str:
@@ -127,28 +150,27 @@ def _place(last: float, *, turned: float, certain: bool) -> str:
     return f"{abs(last):.1f} {side} its start" if last * turned < 0 else f"{last:+.1f}"
 
 
-def _is_certain(curve: pd.DataFrame, index: int) -> bool:
-    """The band at that step excludes 0; without bands, the change is a tenth of the curve's range."""
-    row = curve.iloc[index]
-    if math.isnan(row["band_low"]):
-        return bool(row["change"] and abs(row["change"]) >= _TURN_SHARE * np.ptp(curve["change"]))
-    return bool(row["band_low"] * row["band_high"] > 0)
+def _is_certain(curve: pd.DataFrame, low: str, high: str) -> pd.Series:
+    """Whether the band of each step excludes 0; for means without any error, whether a change is a tenth of the range.
+
+    Where errors are known and bands are not, nothing is certain.
+    """
+    if curve["stderr"].isna().all():
+        change = curve["change"] if low == "band_low" else curve["change"].iloc[-1] - curve["change"]
+        return (change != 0) & (change.abs() >= _TURN_SHARE * np.ptp(curve["change"]))
+    return curve[low] * curve[high] > 0
 
 
 def _turn(curve: pd.DataFrame) -> int | None:
-    """Index of a peak or trough between the ends, certain in itself, from which the last step is certainly away.
+    """Index of a peak or trough between the ends, certain in itself, from which the curve certainly went back.
 
-    Of two, the one that is further from the last step. The change since the turn is taken as certain where it is larger
-    than the wider of both bands, which is cautious: changes of the same docs are correlated.
+    Of two, the one that is further from the last step.
     """
     y = curve["change"].to_numpy(float)
-    half = ((curve["band_high"] - curve["band_low"]) / 2).to_numpy(float)
-    found = []
-    for index, sign in ((int(np.argmax(y)), 1), (int(np.argmin(y)), -1)):
-        if index in (0, len(y) - 1) or sign * y[index] <= 0 or not _is_certain(curve, index):
-            continue
-        away = abs(y[index] - y[-1])
-        bar = np.nanmax([half[index], half[-1]]) if not np.isnan(half[index]) else _TURN_SHARE * np.ptp(y)
-        if away > bar:
-            found.append((away, index))
+    certain = _is_certain(curve, "band_low", "band_high") & _is_certain(curve, "rest_low", "rest_high")
+    found = [
+        (abs(y[index] - y[-1]), index)
+        for index, sign in ((int(np.nanargmax(y)), 1), (int(np.nanargmin(y)), -1))
+        if 0 < index < len(y) - 1 and sign * y[index] > 0 and certain.iloc[index]
+    ]
     return max(found)[1] if found else None

@@ -15,7 +15,7 @@ from sft_probe.files import jsonl_lines
 from sft_probe.packing import Item
 from sft_probe.prompts import EncodedDoc, PromptFormat, encode_doc, terminator_id
 from sft_probe.records import Doc
-from sft_probe.synth.from_table import parse_prompt
+from sft_probe.synth.hh import parse_prompt
 from sft_probe.tasks.lm import ProbeLM
 
 DATA = Path(__file__).resolve().parents[1] / "../shared/data"

@@ -48,15 +48,15 @@ def requests(number: int) -> Iterator[Request]:
 def run(folder: Path, url: str, args: Any) -> None:
     """One run to the end: what `kill -9` interrupts. Its result stands for a probe set."""
     limits = Limits(concurrency=args.concurrency, max_cost_usd=args.budget_usd, price=PRICE, first_backoff_s=0.05)
-    store = Store(folder / "answers.sqlite")
-    try:
-        rows = [
-            {"doc_id": request.doc_id, "status": answer.status, "text": answer.text}
-            for request, answer in obtain(requests(args.number), GeminiWriter("m", base_url=url), store, limits)
-        ]
-        write_jsonl(folder / "answers.jsonl", rows)
-    except BudgetSpentError as error:
-        print(error, file=sys.stderr)
+    with Store(folder / "answers.sqlite") as store:
+        try:
+            rows = [
+                {"doc_id": request.doc_id, "status": answer.status, "text": answer.text}
+                for request, answer in obtain(requests(args.number), GeminiWriter("m", base_url=url), store, limits)
+            ]
+            write_jsonl(folder / "answers.jsonl", rows)
+        except BudgetSpentError as error:
+            print(error, file=sys.stderr)
 
 
 def calls(url: str) -> dict[str, int]:
@@ -79,8 +79,7 @@ def drill(folder: Path, args: Any, *, kills: int, budget_usd: float) -> dict[str
         try:
             assert server.stdout is not None
             command.append(f"--url={server.stdout.readline().strip()}")
-            for num_calls in moments:
-                _kill_at(command, num_calls)
+            kills = sum(_kill_at(command, num_calls) for num_calls in moments)
             subprocess.run(command, check=True, env=_environment())
             counted = calls(command[-1].removeprefix("--url="))
         finally:
@@ -88,21 +87,20 @@ def drill(folder: Path, args: Any, *, kills: int, budget_usd: float) -> dict[str
     return {"kills": kills, "budget, $": budget_usd} | _counts(folder, counted)
 
 
-def _kill_at(command: list[Any], num_calls: float) -> None:
-    """Starts a run and kills it when the server has answered so many calls in all."""
+def _kill_at(command: list[Any], num_calls: float) -> bool:
+    """Start a run and kill it when the server has answered so many calls in all; False where it ends before."""
     url = command[-1].removeprefix("--url=")
     with subprocess.Popen(command, env=_environment()) as process:
         while process.poll() is None and sum(calls(url).values()) < num_calls:
             time.sleep(0.01)
-        assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
+    return process.returncode == -signal.SIGKILL
 
 
 def _counts(folder: Path, counted: dict[str, int]) -> dict[str, Any]:
-    store = Store(folder / "answers.sqlite")
-    spent_usd, (lost, _) = store.cost_usd(), store.lost_calls()
-    rows = sum(count.num_answers for count in store.counts())
-    store.close()
+    with Store(folder / "answers.sqlite") as store:
+        spent_usd, (lost, _) = store.cost_usd(), store.lost_calls()
+        rows = sum(count.num_answers for count in store.counts())
     return {
         "rows": rows,
         "calls answered": sum(counted.values()),
@@ -131,6 +129,7 @@ def check(args: Any) -> list[dict[str, Any]]:
         killed = drill(folder / "killed", args, kills=args.kills, budget_usd=args.budget_usd)
         poor = drill(folder / "poor", args, kills=args.kills, budget_usd=args.budget_usd / 3)
         answers = [(folder / part / "answers.jsonl").read_bytes() for part in ("plain", "killed")]
+    assert killed["kills"] == args.kills, "a run ended before it could be killed"
     assert answers[0] == answers[1], "the answers differ from those of a run that was not killed"
     assert answers[0].count(b'"status": "ok"') == plain["rows"] == killed["rows"] == args.number
     for series in (plain, killed, poor):

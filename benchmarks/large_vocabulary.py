@@ -37,7 +37,9 @@ def build_model(shape: str, dtype: str, device: str) -> PreTrainedModel:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
     return model.eval()
 
 

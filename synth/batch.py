@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol, TypeVar, runtime_checkable
@@ -12,9 +13,13 @@ from sft_probe.synth.call import VersionPin
 from sft_probe.synth.limits import Limits, backoff_s, price_within
 from sft_probe.synth.requests import Answer, Request, Wait, error_answer
 from sft_probe.synth.store import Job, Store, request_key
+from sft_probe.synth.trial import useless
 
 _LOG = logging.getLogger(__name__)
 _JOB_SIZE = 10_000
+_TRIAL_SIZE = 50
+"""Requests of the first job: a job cannot be stopped when its answers turn out to be useless."""
+_LINE_INTERVAL_S = 60.0
 _SAVED_AT_ONCE = 1000
 _T = TypeVar("_T")
 
@@ -82,22 +87,46 @@ class _BatchRun:
         self._wrong_version: Answer | None = None
 
     async def run(self) -> None:
-        """Old jobs first, then new ones, then waits for all."""
+        """Find the jobs of earlier runs, make those that are missing (a small one first), wait for all."""
+        self._started_s = self._said_s = asyncio.get_running_loop().time()
         for job in self._store.jobs(self._writer):
             await self._find(job)
-        out_of_budget = await self._submit_missing()
-        jobs = self._store.jobs(self._writer)
-        _LOG.info("waiting for %d batch jobs with %d requests", len(jobs), sum(len(job.keys) for job in jobs))
-        for job in jobs:
-            await self._read(job)
-        if self._wrong_version is not None:
-            raise UserError(self._version.remedy(self._wrong_version))
+        missing, out_of_budget = self._missing(), 0
+        is_unproven = not self._store.jobs(self._writer) and not self._store.has_text(self._writer)
+        if is_unproven and len(missing) > 2 * _TRIAL_SIZE:
+            trial, missing = missing[:_TRIAL_SIZE], missing[_TRIAL_SIZE:]
+            out_of_budget = await self._submit_all(trial)
+            await self._read_all()
+            self._check_trial(trial)
+        out_of_budget += await self._submit_all(missing)
+        await self._read_all()
         if out_of_budget:
             raise UserError(
                 f"the budget ends here: {out_of_budget} requests were not asked, since their worst case would pass "
                 f"${self._limits.max_cost_usd:.4f} (${self._store.cost_usd():.4f} is spent). All answers are stored; "
                 "raise --max-cost-usd to go on."
             )
+
+    def _check_trial(self, keys: list[str]) -> None:
+        answers = [answer for key in keys if (answer := self._store.get_key(key)) is not None]
+        if answers and not any(answer.status == "ok" for answer in answers):
+            faults = Counter(f"{answer.status}: {answer.reason}" for answer in answers)
+            raise useless(f"of the first {len(answers)} answers none has a text", faults)
+
+    async def _read_all(self) -> None:
+        """Wait for the jobs that are made and store their answers."""
+        jobs = self._store.jobs(self._writer)
+        if jobs:
+            _LOG.info("waiting for %d batch jobs with %d requests", len(jobs), sum(len(job.keys) for job in jobs))
+        for number, job in enumerate(jobs):
+            await self._read(job, f"{number} of {len(jobs)} batch jobs are read")
+        if self._wrong_version is not None:
+            raise UserError(self._version.remedy(self._wrong_version))
+
+    def _missing(self) -> list[str]:
+        """Return the keys of the requests that are neither answered nor in a job."""
+        in_jobs = {key for job in self._store.jobs(self._writer) for key in job.keys}
+        return [key for key in self._requests if key not in in_jobs and not self._is_answered(key)]
 
     async def _find(self, job: Job) -> None:
         """A job whose name was not heard: it exists at the server under its display name, or was never made."""
@@ -108,24 +137,20 @@ class _BatchRun:
             else:
                 await self._store.save_job(self._writer, replace(job, name=name))
 
-    async def _submit_missing(self) -> int:
-        """Makes jobs of what is neither stored nor in a job; returns how many the budget left out."""
-        in_jobs = {key for job in self._store.jobs(self._writer) for key in job.keys}
-        missing = [key for key in self._requests if key not in in_jobs and not self._stored(key)]
-        affordable, left_out = self._within_budget(missing)
+    async def _submit_all(self, keys: list[str]) -> int:
+        """Make jobs of these requests; return how many the budget left out."""
+        affordable, left_out = self._within_budget(keys)
         for start in range(0, len(affordable), _JOB_SIZE):
-            keys = affordable[start : start + _JOB_SIZE]
-            requests = {key: self._requests[key] for key in keys}
-            cost_usd = sum(self._worst_usd(key) for key in keys)
-            job = Job(f"sft-probe-{uuid.uuid4().hex}", None, tuple(keys), cost_usd)
+            part = affordable[start : start + _JOB_SIZE]
+            job = Job(f"sft-probe-{uuid.uuid4().hex}", None, tuple(part), sum(map(self._worst_usd, part)))
             await self._store.save_job(self._writer, job)
-            name = await self._submit(job, requests)
+            name = await self._submit(job, {key: self._requests[key] for key in part})
             await self._store.save_job(self._writer, replace(job, name=name))
         return left_out
 
-    def _stored(self, key: str) -> bool:
+    def _is_answered(self, key: str) -> bool:
         answer = self._store.get_key(key)
-        return answer is not None and answer.status != "error"
+        return answer is not None and answer.is_final
 
     def _worst_usd(self, key: str) -> float:
         return self._price.worst_usd(self._requests[key]) if self._price else 0.0
@@ -166,20 +191,22 @@ class _BatchRun:
             except Wait as wait:
                 if attempt == self._limits.max_attempts:
                     raise UserError(f"the server does not answer: {wait}. Run the same command later.") from None
-                await asyncio.sleep(backoff_s(self._limits, attempt) if wait.wait_s is None else wait.wait_s)
+                await asyncio.sleep(max(backoff_s(self._limits, attempt), wait.wait_s or 0.0))
         raise AssertionError("max_attempts is positive")
 
-    async def _read(self, job: Job) -> None:
+    async def _read(self, job: Job, progress: str) -> None:
         """Waits for the end of a job and stores its answers; the job is kept for those of other requests."""
         keys = [key for key in job.keys if key in self._requests]
         try:
-            answers = await self._finished(str(job.name))
+            answers = await self._finished(str(job.name), progress)
         except JobFailedError as error:
             _LOG.warning("the job %s failed: %s. Its requests are asked again by the next run.", job.name, error)
             await self._save_answers(keys, dict.fromkeys(keys, error_answer(f"job: {error}")))
             await self._store.close_job(job)
             return
-        await self._save_answers(keys, answers)
+        # a line that is missing may be paid for; the name of the job tells the loss from that of an earlier job
+        missing = replace(error_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
+        await self._save_answers(keys, {key: answers.get(key, missing) for key in keys})
         others = tuple(key for key in job.keys if key not in self._requests)
         if others:
             _LOG.warning("%d answers of %s belong to other requests; it is kept", len(others), job.name)
@@ -188,22 +215,27 @@ class _BatchRun:
         else:
             await self._store.close_job(job)
 
-    async def _finished(self, name: str) -> dict[str, Answer]:
-        """Waits for the end of a job; answers by key. Raises `JobFailedError`."""
+    async def _finished(self, name: str, progress: str) -> dict[str, Answer]:
+        """Wait for the end of a job; return answers by key. Raise `JobFailedError`, or `UserError` after too long."""
         while True:
             answers = await self._patiently(lambda: self._writer.read(name))
             if answers is not None:
                 return answers
-            await asyncio.sleep(self._writer.poll_s)
+            now_s = asyncio.get_running_loop().time()
+            waited_s, longest_s = now_s - self._started_s, self._limits.max_wait_s
+            if longest_s is not None and waited_s >= longest_s:
+                raise UserError(
+                    f"no end of the batch jobs after {waited_s:.0f} s ({progress}). They go on at the server, and are "
+                    "paid for; the same command reads them later."
+                )
+            if now_s - self._said_s >= _LINE_INTERVAL_S:
+                self._said_s = now_s
+                _LOG.info("waiting for %.0f min: %s; %s has not ended", waited_s / 60, progress, name)
+            await asyncio.sleep(min(self._writer.poll_s, longest_s - waited_s if longest_s else self._writer.poll_s))
 
     async def _save_answers(self, keys: list[str], answers: dict[str, Answer]) -> None:
         for start in range(0, len(keys), _SAVED_AT_ONCE):
-            await asyncio.gather(
-                *(
-                    self._save(key, answers.get(key, error_answer("the job gave no answer")))
-                    for key in keys[start : start + _SAVED_AT_ONCE]
-                )
-            )
+            await asyncio.gather(*(self._save(key, answers[key]) for key in keys[start : start + _SAVED_AT_ONCE]))
 
     async def _save(self, key: str, answer: Answer) -> None:
         kept = self._version.check(answer)

@@ -1,7 +1,6 @@
 """From a source to checked docs: draw, split, have the texts written, check them, leave out what fails twice."""
 
 import hashlib
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,17 +9,24 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import PromptFormat
-from sft_probe.synth.categories import Template, load_templates, make_requests, permuted, topics
+from sft_probe.synth import first_rule
+from sft_probe.synth.categories import Template, load_templates, make_requests, permuted, read_topics, topic_of
 from sft_probe.synth.checks import fault_of
 from sft_probe.synth.from_table import add_random
 from sft_probe.synth.report import NearDuplicates
 from sft_probe.synth.requests import Answer, Request
 from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
-from sft_probe.synth.splits import check_sizes, conversation_id, split_pairs
+from sft_probe.synth.splits import RULE, check_sizes, conversation_id, draw_key, split_pairs
+from sft_probe.synth.trial import Trial
+from sft_probe.synth.words import count_words
 
 UNTRAINED_TEMPLATE = "untrained@1"
 Obtain = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
 """Gives every request, of which the number is told, its answer, in order."""
+
+
+def _ignore(_: str) -> None:
+    """Note nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,10 @@ class Settings:
     heldout_frac: float | None
     limit: int | None
     seed: int
+    rule: int = RULE
+    """Version of the rule by which docs are drawn, split and given topics."""
+    thinking_tokens: int = 0
+    """Room for a model's thoughts, on top of the output limit of each text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +70,11 @@ class Plan:
         return len(self.pairs) * len(self.templates)
 
     def requests(self) -> Iterator[Request]:
-        """What the writer is asked, doc by doc."""
+        """Yield what the writer is asked, doc by doc."""
+        extra = self.settings.thinking_tokens
         for pair in self.pairs:
-            yield from make_requests(pair, self.templates, self.topics[pair.doc_id])
+            for request in make_requests(pair, self.templates, self.topics[pair.doc_id]):
+                yield replace(request, max_output_tokens=request.max_output_tokens + extra)
 
 
 @dataclass(kw_only=True)
@@ -107,15 +119,13 @@ def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> 
     if not pairs:
         reasons = rejected.reasons() if num_rows else "it is empty"
         raise UserError(f"the source {settings.source} has no usable row of {num_rows}: {reasons}.")
-    random.Random(settings.seed).shuffle(pairs)  # noqa: S311 - reproducible, not secret
-    drawn = pairs[: settings.limit]
-    needed = len(drawn) if "non_response" in settings.kinds else 0
-    names = topics(needed, settings.templates, settings.seed) if needed else [""] * len(drawn)
+    ordered = _ordered(pairs, settings)
+    drawn = ordered[: settings.limit]
     return Plan(
         settings=settings,
-        pairs=split_pairs(drawn, settings.heldout_frac, settings.seed, rejected),
+        pairs=split_pairs(drawn, settings.heldout_frac, settings.seed, rejected, settings.rule),
         templates=templates,
-        topics={pair.doc_id: topic for pair, topic in zip(drawn, names, strict=True)},
+        topics=_topics(drawn, settings),
         rejected=rejected,
         revision=revision,
         num_rows=num_rows,
@@ -123,29 +133,63 @@ def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> 
     )
 
 
-def write_texts(plan: Plan, obtain: Obtain) -> Written:
-    """Has every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`.
+def _key(pair: SourcePair, seed: int) -> bytes:
+    return draw_key({"messages": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected}, seed)
+
+
+def _ordered(pairs: list[SourcePair], settings: Settings) -> list[SourcePair]:
+    """The pairs in the order in which they are drawn and written."""
+    if settings.rule == 1:
+        return first_rule.draw_order(pairs, settings.seed)
+    return sorted(pairs, key=lambda pair: _key(pair, settings.seed))
+
+
+def _topics(drawn: list[SourcePair], settings: Settings) -> dict[str, str]:
+    """The topic of each doc by its id, where topics are asked for."""
+    if "non_response" not in settings.kinds:
+        return dict.fromkeys((pair.doc_id for pair in drawn), "")
+    parts = read_topics(settings.templates, len(drawn))
+    if settings.rule == 1:
+        topics = first_rule.order_topics(parts, settings.seed)
+        return {pair.doc_id: topic for pair, topic in zip(drawn, topics, strict=False)}
+    return {pair.doc_id: topic_of(parts, _key(pair, settings.seed)) for pair in drawn}
+
+
+def write_texts(plan: Plan, obtain: Obtain, note_fault: Callable[[str], None] = _ignore) -> Written:
+    """Have every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`.
+
+    Args:
+        plan: what is written.
+        obtain: gives the answers.
+        note_fault: is told what is wrong with a text, for the live line.
 
     Raises:
-        UserError: some texts have no answer.
+        UserError: some texts have no answer, or nothing that comes back can be used.
     """
-    written = Written()
+    written, trial = Written(), Trial()
     pairs = {pair.doc_id: pair for pair in plan.pairs}
     indexes = {kind: NearDuplicates() for kind in plan.templates}
 
     def judge(request: Request, answer: Answer) -> str | None:
         pair, index = pairs[request.doc_id], indexes[request.category]
         fault = fault_of(request, answer, pair, plan.templates[request.category])
-        if fault is None and index.of(str(answer.text)):
+        if fault is None and index.holds(str(answer.text)):
             fault = "near-duplicate"
         if fault is None:
-            index.add(request.doc_id, str(answer.text))
+            index.first_of(str(answer.text), 0)
             written.accept(request, answer)
+        elif answer.status == "ok":
+            note_fault(fault)
         return fault
 
     again = []
     for request, answer in _answered(obtain(plan.requests(), plan.num_requests)):
-        if fault := judge(request, answer):
+        fault = judge(request, answer)
+        trial.note(request.category, answer, fault)
+        if fault and answer.is_turned_down:  # a second try would be the same request
+            written.last_faults[request.category, fault] += 1
+            plan.rejected.add(pairs[request.doc_id], f"`{request.category}`: not taken by the server: {answer.reason}")
+        elif fault:
             written.first_faults[request.category, fault] += 1
             again.append(replace(request, sample_index=1))
     for request, answer in _answered(obtain(iter(again), len(again))):
@@ -216,15 +260,16 @@ def make_docs(plan: Plan, written: Written) -> list[dict[str, Any]]:
 def _texts(pair: SourcePair, settings: Settings, written: Written) -> dict[str, str | None]:
     made: dict[str, str | None] = {**written.texts.get(pair.doc_id, {})}
     if "permuted" in settings.kinds:
-        made["permuted"] = permuted(pair, f"{settings.seed} {pair.doc_id}")
+        key = pair.doc_id if settings.rule == 1 else _key(pair, settings.seed).hex()
+        made["permuted"] = permuted(pair, f"{settings.seed} {key}")
     return {"chosen": pair.chosen, "rejected": pair.rejected} | {
         kind: made[kind] for kind in settings.kinds if kind != "random"
     }
 
 
 def _doc(pair: SourcePair, texts: dict[str, str | None], written: Written) -> dict[str, Any]:
-    num_words = len(pair.chosen.split())
-    ratios = {kind: round(len(str(text).split()) / num_words, 3) for kind, text in texts.items() if kind != "chosen"}
+    num_words = count_words(pair.chosen)
+    ratios = {kind: round(count_words(str(text)) / num_words, 3) for kind, text in texts.items() if kind != "chosen"}
     return {
         "doc_id": pair.doc_id,
         "conversation_id": conversation_id(pair),
@@ -252,7 +297,7 @@ def _has_format(pair: SourcePair, prompt_format: PromptFormat, rejected: Rejecte
 
 def _untrained_request(pair: SourcePair, prompt_format: PromptFormat) -> Request:
     prompt = prompt_format.render(pair.messages)
-    num_words = len(pair.chosen.split())
+    num_words = count_words(pair.chosen)
     return Request(
         doc_id=pair.doc_id,
         category="untrained",

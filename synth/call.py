@@ -11,6 +11,10 @@ from sft_probe.synth.store import Store
 
 # a longer wait is that for a quota of the day, and better told than slept through
 _MAX_WAIT_S = 900.0
+# a server that names a shorter wait is not heard alone: five attempts would pass before it has drawn breath
+_MIN_WAIT_S = 1.0
+MAX_BILLED_CALLS = 2
+"""For one answer in one run: a call that was cut or cannot be read may be paid for, so it is made again only once."""
 
 
 @dataclass(frozen=True)
@@ -38,54 +42,62 @@ class Caller:
         self._version = VersionPin(writer, store)
 
     def stop(self) -> None:
-        """Ends waits between attempts; calls that are made already go on."""
+        """End waits between attempts; calls that are made already go on."""
         self._stopped.set()
 
     def cost_usd(self) -> float | None:
-        """Spent so far by all runs on the store; None where the price is unknown."""
+        """Return what was spent so far by all runs on the store; None where the price is unknown."""
         return None if self._price is None else self._budget.spent_usd
 
     async def ask(self, request: Request) -> Answer | None:
-        """The answer, stored; `error` after the last attempt; None where the run was stopped before there was one.
+        """Return the stored answer: `error` after the last attempt, None where the run was stopped before it.
 
         Raises:
             UserError: the budget is spent, the writer cannot work, or another version of the model answered.
         """
         held: _Reservation | None = None
-        reason = ""
-        for attempt in range(1, self._limits.max_attempts + 1):
+        failure, num_billed, attempt = error_answer(""), 0, 0
+        while attempt < self._limits.max_attempts and num_billed < MAX_BILLED_CALLS:
+            attempt += 1
             held = held or await self._reserve(request)
             if not await self._take_turn(request):
                 await self._release(held)
                 return None
             try:
                 answer = await self._call(request)
+            except Wait as wait:
+                failure = error_answer(str(wait), wait.raw)
+                num_billed += wait.maybe_billed
+                held = await self._settle_failed(wait, held)
+                if attempt < self._limits.max_attempts and num_billed < MAX_BILLED_CALLS:
+                    await self._back_off(wait, attempt)
+                continue
             except UserError:
                 await self._release(held)
                 raise
-            except Wait as wait:
-                reason = str(wait)
-                if wait.maybe_billed:
-                    await self._lose(held)
-                    held = None
-                if (wait.wait_s or 0.0) > _MAX_WAIT_S:
-                    await self._release(held)
-                    raise UserError(
-                        f"the server asks to wait {wait.wait_s:.0f} s ({reason}). All answers so far are stored; run "
-                        "the same command then."
-                    ) from None
-                if attempt < self._limits.max_attempts:
-                    await self._back_off(wait, attempt)
-                continue
             except BaseException:
                 await self._lose(held)
                 raise
             return await self._save(request, answer, attempt, held)
         await self._release(held)
-        return await self._save(request, error_answer(reason), self._limits.max_attempts, None)
+        return await self._save(request, failure, attempt, None)
+
+    async def _settle_failed(self, wait: Wait, held: _Reservation) -> _Reservation | None:
+        """Settle the money of a failed call; return what is still held. Raise `UserError` where a wait is too long."""
+        left: _Reservation | None = held
+        if wait.maybe_billed:
+            await self._lose(held)
+            left = None
+        if (wait.wait_s or 0.0) > _MAX_WAIT_S:
+            await self._release(left)
+            raise UserError(
+                f"the server asks to wait {wait.wait_s:.0f} s ({wait}). All answers so far are stored; run the same "
+                "command then."
+            ) from None
+        return left
 
     async def _take_turn(self, request: Request) -> bool:
-        """Waits for a place; False where the run is stopped."""
+        """Wait for a place; return False where the run is stopped."""
         delay_s = max(self._requests.book(1), self._tokens.book(expected_prompt_tokens(request)))
         while await self._sleep(delay_s):
             if not self._requests.is_held():
@@ -103,10 +115,10 @@ class Caller:
         return not self._stopped.is_set()
 
     async def _back_off(self, wait: Wait, attempt: int) -> None:
-        if wait.wait_s is None:
-            await self._sleep(backoff_s(self._limits, attempt))
-        else:
+        if wait.wait_s:
             self._requests.hold(wait.wait_s)  # the quota is everybody's, so nobody asks before it is over
+        if (wait.wait_s or 0.0) < _MIN_WAIT_S:
+            await self._sleep(backoff_s(self._limits, attempt))
 
     async def _call(self, request: Request) -> Answer:
         try:
@@ -120,13 +132,13 @@ class Caller:
         return _Reservation(await self._budget.reserve(worst_usd), worst_usd)
 
     async def _release(self, held: _Reservation | None) -> None:
-        """Of a call that cost nothing."""
+        """Free the money of a call that cost nothing."""
         if held is not None and held.id is not None:
             await self._budget.settle(held.cost_usd, 0.0)
             await self._store.release(held.id)
 
     async def _lose(self, held: _Reservation) -> None:
-        """Of a call that may have been paid for: stays in the store, where it stands for the money."""
+        """Spend the money of a call that may have been paid for: its reservation stays in the store."""
         if held.id is not None:
             await self._budget.settle(held.cost_usd, held.cost_usd)
 
@@ -154,7 +166,7 @@ class VersionPin:
         self._version = store.model_version(writer)
 
     def check(self, answer: Answer) -> Answer:
-        """The answer itself, or as an `error` where another version gave it than the first."""
+        """Return the answer itself, or it as an `error` where another version gave it than the first."""
         if answer.model_version is None or answer.status == "error":
             return answer
         self._version = self._version or answer.model_version
@@ -163,7 +175,7 @@ class VersionPin:
         return replace(answer, status="error", text=None, reason=f"version {answer.model_version!r} answered")
 
     def remedy(self, answer: Answer) -> str:
-        """What the user is told about an answer that `check` turned down."""
+        """Return what to say about an answer that `check` turned down."""
         return (
             f"the answers of {self._writer.model!r} come from version {self._version!r} so far, and now from "
             f"{answer.model_version!r}: a set must come from one. Run again later if this was passing; else start in "

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from sft_probe.files import write_text
+from sft_probe.files import new_file, write_text
 from sft_probe.records import SPLITS
+from sft_probe.synth.words import count_words
 
 log = logging.getLogger(__name__)
 FIGURE = "lengths.png"
@@ -42,15 +43,16 @@ def write_card(
         f"![lengths of the categories]({FIGURE})" if has_figure else "",
         "## Where it comes from",
         *_sections(provenance),
-        "`probe_set.json` holds all of this with hashes. Words are split at white space. The ratio is to the chosen "
-        "response of the same doc; `meta.length_ratio` has it for each text.",
+        "`probe_set.json` holds all of this with hashes. Words are split at white space, and are characters where a "
+        "script has none. The ratio is to the chosen response of the same doc; "
+        "`meta.length_ratio` has it for each text.",
     ]
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
 def length_table(docs: Sequence[dict[str, Any]], categories: Sequence[str]) -> pd.DataFrame:
     """Words per category: mean, median, 5 % and 95 % quantiles, and the mean ratio to chosen."""
-    words = pd.DataFrame({name: [len(doc[name].split()) for doc in docs] for name in categories})
+    words = pd.DataFrame({name: [count_words(doc[name]) for doc in docs] for name in categories})
     ratios = words.div(words["chosen"], axis=0)
     columns = {f"p{round(100 * q):02d}": words.quantile(q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
     return pd.DataFrame({"mean": words.mean(), **columns, "ratio": ratios.mean()}).rename_axis("category")
@@ -110,7 +112,6 @@ def _write_figure(path: Path, table: pd.DataFrame) -> bool:
         base.mark_bar(height=14, color="#56B4E9").encode(x="p25:Q", x2="p75:Q"),
         base.mark_tick(color="black", thickness=2, height=14).encode(x="p50:Q"),
     ).properties(width=480)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    chart.save(str(temporary), ppi=144)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        chart.save(str(temporary), format="png", ppi=144)
     return True

@@ -1,9 +1,10 @@
 """What is written for each prompt: the kinds of response, their prompt templates, the topics, the requests."""
 
 import hashlib
-import itertools
+import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -18,6 +19,7 @@ from sft_probe.errors import UserError
 from sft_probe.synth.hh import Messages, Pair
 from sft_probe.synth.requests import Request
 from sft_probe.synth.sources import SourcePair
+from sft_probe.synth.words import count_words
 
 SOURCE_OF = {
     "paraphrase": "rejected",
@@ -30,6 +32,10 @@ SOURCE_OF = {
 DEFAULT_KINDS = ("paraphrase", "variant", "random", "non_response")
 KINDS = (*DEFAULT_KINDS, "chosen_paraphrase", "format_flip", "permuted", "untrained")
 """All that can stand beside chosen and rejected; `random` and `permuted` are made here, `untrained` by that model."""
+TOPIC_LISTS = ("subjects", "places", "angles")
+_DETAILS = "details"
+"""A fourth list, which may be missing: it makes it unlikely that two docs have one topic."""
+_TEMPLATE_SUFFIXES = (".txt", ".jinja", ".jinja2", ".j2", ".yaml", ".yml")
 _VERSION = re.compile(r"\{#-?\s*version\s+([\w.-]+)\s*-?#\}")
 
 
@@ -65,7 +71,18 @@ def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, 
     """
     if directory is not None and not directory.is_dir():
         raise UserError(f"--templates {directory}: no such directory.")
+    _check_names(directory)
     return {kind: _load_template(kind, directory) for kind in kinds if kind in SOURCE_OF}
+
+
+def _check_names(directory: Path | None) -> None:
+    """Raise `UserError` where a file looks like a template and has no name of one: it would be passed over."""
+    known = [*(f"{kind}.txt" for kind in SOURCE_OF), "topics.yaml"]
+    files = directory.iterdir() if directory else ()
+    unknown = sorted(file.name for file in files if file.suffix in _TEMPLATE_SUFFIXES and file.name not in known)
+    if unknown:
+        raise UserError(f"--templates {directory}: no category has a template {', '.join(unknown)}; there are "
+                        f"{', '.join(known)}.")  # fmt: skip
 
 
 def _load_template(kind: str, directory: Path | None) -> Template:
@@ -91,28 +108,35 @@ def _template_file(name: str, directory: Path | None) -> Path:
     return Path(str(resources.files("sft_probe.synth").joinpath("templates", name)))
 
 
-def topics(num_docs: int, directory: Path | None, seed: int) -> list[str]:
-    """Distinct topics in a seeded order; a longer list starts with the shorter one of the same seed.
+def read_topics(directory: Path | None, num_docs: int) -> list[list[str]]:
+    """The lists of `topics.yaml`, of which a topic takes one entry each.
 
     Raises:
-        UserError: `topics.yaml` is not as it must be, or has too few topics.
+        UserError: `topics.yaml` is not as it must be, or makes fewer topics than there are docs.
     """
     path = _template_file("topics.yaml", directory)
     try:
         lists = yaml.safe_load(path.read_text("utf-8"))
-        texts = [" ".join(words) for words in itertools.product(lists["subjects"], lists["places"], lists["angles"])]
+        parts = [list(dict.fromkeys(map(str.strip, lists[name]))) for name in TOPIC_LISTS]
+        parts += [list(dict.fromkeys(map(str.strip, lists[name]))) for name in (_DETAILS,) if name in lists]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(f"{path}: must hold the lists subjects, places and angles, each of text ({error}).") from error
-    texts = list(dict.fromkeys(texts))
-    if len(texts) < num_docs:
-        raise UserError(f"{path} makes {len(texts)} topics and {num_docs} are needed: add to its lists.")
-    random.Random(seed).shuffle(texts)  # noqa: S311 - reproducible, not secret
-    return texts[:num_docs]
+    number = math.prod(map(len, parts))
+    if number < num_docs:
+        raise UserError(f"{path} makes {number} topics and {num_docs} are needed: add to its lists.")
+    return parts
+
+
+def topic_of(parts: Sequence[Sequence[str]], key: bytes) -> str:
+    """The topic of a doc by a hash of its key: the same whatever other docs there are."""
+    digest = hashlib.sha256(b"topic" + key).digest()
+    numbers = (int.from_bytes(digest[4 * i : 4 * i + 4]) for i in range(len(parts)))
+    return " ".join(part[number % len(part)] for part, number in zip(parts, numbers, strict=True))
 
 
 def make_requests(pair: SourcePair, templates: dict[str, Template], topic: str) -> list[Request]:
     """What the writer is asked for one pair, in the order of `templates`."""
-    num_words = len(pair.chosen.split())
+    num_words = count_words(pair.chosen)
     sources = {
         "chosen": pair.chosen,
         "rejected": pair.rejected,

@@ -1,9 +1,10 @@
 """`sft-probe synth`: from preference pairs to a probe set. Nothing heavy is imported before the command runs."""
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from sft_probe.errors import UserError
 
 if TYPE_CHECKING:
     from sft_probe.synth.batch import BatchWriter
-    from sft_probe.synth.build import Obtain, Plan
+    from sft_probe.synth.build import Plan
     from sft_probe.synth.limits import Limits
     from sft_probe.synth.requests import Answer, Named, Request, Writer
     from sft_probe.synth.store import Store
@@ -31,7 +32,7 @@ _MODELS = {
 }
 
 _OFFLINE_NOTE = (
-    "The texts of the writer `offline` are sentences of the embedded set, drawn by a hash. They have the length that "
+    "The texts of the writer `offline` are pieces of the embedded set, drawn by a hash. They have the length that "
     "is asked for and do not mean what their category says: this set is for trying things out."
 )
 
@@ -65,21 +66,18 @@ def add_synth(command: argparse.ArgumentParser) -> None:
     limits.add_argument("--tokens-per-minute", type=flags.rate, help="of prompts")
     limits.add_argument("--concurrency", type=flags.positive, default=16, help="calls in flight; default: 16")
     limits.add_argument("--max-cost-usd", type=flags.amount, help="of all runs on this directory; never passed")
+    limits.add_argument("--thinking-tokens", type=flags.positive, metavar="N", help="room for thoughts, added to the "
+                        "output limit of each text and to what it may cost; default: what it needs")  # fmt: skip
+    limits.add_argument("--max-wait-s", "--max_wait_s", type=flags.rate, metavar="SECONDS", help="for batch jobs; the "
+                        "same command reads them later; default: no limit")  # fmt: skip
     limits.add_argument("--price", metavar="INPUT,OUTPUT", help="USD per million tokens, in place of the price table")
     command.set_defaults(command=_synth)
 
 
 def _synth(options: argparse.Namespace) -> None:
-    from sft_probe.synth.build import (
-        UNTRAINED_TEMPLATE,
-        Settings,
-        make_docs,
-        make_plan,
-        write_texts,
-        write_untrained,
-    )
+    from sft_probe.synth.build import Settings, make_plan
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
-    from sft_probe.synth.output import STORE, check_directory, write_rejected, write_set
+    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_rejected
     from sft_probe.synth.sources import Rejected
     from sft_probe.synth.store import Store
 
@@ -90,37 +88,53 @@ def _synth(options: argparse.Namespace) -> None:
         raise UserError(f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}.")
     check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
-    settings = Settings(kinds=kinds, **{name: getattr(options, name) for name in names})
-    # made before anything is paid for: it may not be there, or have no place for a prompt
-    untrained = _untrained_writer(options) if "untrained" in kinds and not options.dry_run else None
-    store = Store(options.out / STORE)
+    fields = {name: getattr(options, name) for name in names}
+    thinking_tokens = _thinking_tokens(options)
+    settings = Settings(kinds=kinds, rule=rule_of(options.out), thinking_tokens=thinking_tokens, **fields)
     rejected = Rejected()
+    if options.dry_run:  # needs neither key nor package, and writes nothing
+        _print_estimate(options, make_plan(settings, rejected))
+        return
+    # made before anything is paid for: it may not be there, or have no place for a prompt
+    untrained = _untrained_writer(options) if "untrained" in kinds else None
+    writer = _writer(options)
+    begin_set(options.out)
     try:
-        plan = make_plan(settings, rejected, untrained.tokenizer if untrained else None)
-        _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
-        limits = _limits(options)
-        if options.dry_run:  # needs neither key nor package
-            _print_estimate(plan, _named(options), store, limits)
-            return
-        writer = _writer(options)
-        keys: set[str] = set()
-        written = write_texts(plan, _obtain(writer, store, limits, keys))
-        writers = _written_by(plan, writer)
-        if untrained:
-            write_untrained(plan, written, untrained.tokenizer, _obtain(untrained, store, _local_limits(), keys))
-            writers["untrained"] = f"{untrained.name} {untrained.model}, {UNTRAINED_TEMPLATE}"
-        docs = make_docs(plan, written)
-        # of the texts of this set alone, whatever else was asked or lost: the same set has the same card
-        facts = {
-            "license": _license(options),
-            "cost_usd": round(store.cost_of(keys), 6),
-            "note": _OFFLINE_NOTE if options.writer == "offline" and plan.templates else None,
-        }
-        write_set(options.out, docs, plan, written, writers=writers, facts=facts)
+        with Store(options.out / STORE) as store:
+            plan = make_plan(settings, rejected, untrained.tokenizer if untrained else None)
+            _write(options, plan, store, writer, untrained)
+    except KeyboardInterrupt:
+        _log.warning("stopped; the same command resumes")
+        raise SystemExit(130) from None
     finally:
-        store.close()
-        if rejected.rows and not options.dry_run:
+        if rejected.rows:
             write_rejected(options.out, rejected)
+
+
+def _write(
+    options: argparse.Namespace, plan: "Plan", store: "Store", writer: "AnyWriter", untrained: "HfWriter | None"
+) -> None:
+    """Have the texts of a plan written, and write the set."""
+    from sft_probe.synth.build import UNTRAINED_TEMPLATE, make_docs, write_texts, write_untrained
+    from sft_probe.synth.output import write_set
+
+    _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
+    keys: set[str] = set()
+    asker = _Asker(writer, store, _limits(options), keys)
+    written = write_texts(plan, asker.obtain, asker.note_fault)
+    writers = _written_by(plan, writer)
+    if untrained:
+        local = _Asker(untrained, store, _local_limits(), keys)
+        write_untrained(plan, written, untrained.tokenizer, local.obtain)
+        writers["untrained"] = f"{untrained.name} {untrained.model}, {UNTRAINED_TEMPLATE}"
+    docs = make_docs(plan, written)
+    # of the texts of this set alone, whatever else was asked or lost: the same set has the same card
+    facts = {
+        "license": _license(options),
+        "cost_usd": round(store.cost_of(keys), 6),
+        "note": _OFFLINE_NOTE if options.writer == "offline" and plan.templates else None,
+    }
+    write_set(options.out, docs, plan, written, writers=writers, facts=facts)
     _log.info("wrote %s: %d docs; rows left out: %s", options.out, len(docs), _left_out(plan))
 
 
@@ -130,15 +144,13 @@ def _left_out(plan: "Plan") -> str:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from sft_probe.files import read_json
     from sft_probe.synth.output import STORE
-    from sft_probe.synth.store import Store
+    from sft_probe.synth.store import open_copy
 
     path = options.directory / STORE
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing was written in {options.directory} by `sft-probe synth`.")
-    store = Store(path)
-    try:
+    with open_copy(path) as store:
         lines = [f"{'category':<20}{'status':<12}{'texts':>8}{'tokens in':>12}{'tokens out':>12}{'USD':>12}"]
         for count in store.counts():
             lines.append(
@@ -147,12 +159,17 @@ def _status(options: argparse.Namespace) -> None:
             )
         num_lost, lost_usd = store.lost_calls()
         lines.append(f"spent: {store.cost_usd():.4f} USD, of it {lost_usd:.4f} for {num_lost} calls without an answer")
-    finally:
-        store.close()
-    manifest = options.directory / "probe_set.json"
-    counts = read_json(manifest)["counts"] if manifest.is_file() else None
-    lines.append(f"set: {counts['train']} train, {counts['heldout']} heldout" if counts else "set: not written yet")
+    lines.append(_set_line(options.directory / "probe_set.json"))
     print("\n".join(lines))  # noqa: T201
+
+
+def _set_line(manifest: Path) -> str:
+    from sft_probe.files import read_object
+
+    if not manifest.is_file():
+        return "set: not written yet"
+    counts = read_object(manifest, {"counts": dict})["counts"]
+    return f"set: {counts.get('train', 0)} train, {counts.get('heldout', 0)} heldout"
 
 
 @dataclass
@@ -167,7 +184,25 @@ class _Unasked:
 def _named(options: argparse.Namespace) -> "Named":
     if options.writer in ("hf", "offline"):
         return _writer(options)
-    return _Unasked(options.writer, _model(options), "v1" if options.writer == "openai" else "v1beta")
+    from sft_probe.synth.writers.thinking import key_version
+
+    model = _model(options)
+    api_version = "v1" if options.writer == "openai" else "v1beta"
+    return _Unasked(options.writer, model, key_version(api_version, options.writer, model))
+
+
+def _thinking_tokens(options: argparse.Namespace) -> int:
+    """Return the room for thoughts, and say what a model that thinks is told."""
+    from sft_probe.synth.writers.thinking import least_thinking
+
+    model = _model(options)
+    thinking = least_thinking(options.writer, model)
+    num_tokens = int(options.thinking_tokens or thinking.num_tokens)
+    if thinking.config or num_tokens:
+        said = [f"{name} {value}" for name, value in thinking.config.items()]
+        said += [f"{num_tokens} tokens more in the output limit"] if num_tokens else []
+        _log.info("%s thinks before it writes, so it is asked with %s", model, ", ".join(said))
+    return num_tokens
 
 
 def _model(options: argparse.Namespace) -> str:
@@ -213,17 +248,28 @@ def _make_writer(name: str, model: str, base_url: str | None) -> "AnyWriter":
     return OpenAIWriter(model, base_url=base_url)
 
 
-def _obtain(writer: "AnyWriter", store: "Store", limits: "Limits", keys: set[str]) -> "Obtain":
-    """Asks a writer, and notes the key of each answer."""
-    from sft_probe.synth.run import obtain
-    from sft_probe.synth.store import request_key
+class _Asker:
+    """Asks one writer, notes the key of each answer, and shows in the live line what fails."""
 
-    def noted(requests: "Iterator[Request]", total: int) -> "Iterator[tuple[Request, Answer]]":
-        for request, answer in obtain(requests, writer, store, limits, total=total):
-            keys.add(request_key(writer, request))
-            yield request, answer
+    def __init__(self, writer: "AnyWriter", store: "Store", limits: "Limits", keys: set[str]) -> None:
+        self._writer, self._store, self._limits, self._keys = writer, store, limits, keys
 
-    return noted
+    def obtain(self, requests: "Iterator[Request]", total: int) -> "Iterator[tuple[Request, Answer]]":
+        """Yield every request with its answer, in order."""
+        from sft_probe.synth.progress import Progress
+        from sft_probe.synth.run import obtain
+        from sft_probe.synth.store import request_key
+
+        self._progress = Progress(total)
+        answers = obtain(requests, self._writer, self._store, self._limits, progress=self._progress)
+        with contextlib.closing(answers):
+            for request, answer in answers:
+                self._keys.add(request_key(self._writer, request))
+                yield request, answer
+
+    def note_fault(self, fault: str) -> None:
+        """Show that a text does not pass a check."""
+        self._progress.failed(fault)
 
 
 def _limits(options: argparse.Namespace) -> "Limits":
@@ -237,6 +283,7 @@ def _limits(options: argparse.Namespace) -> "Limits":
         requests_per_minute=options.requests_per_minute,
         tokens_per_minute=options.tokens_per_minute,
         max_cost_usd=options.max_cost_usd,
+        max_wait_s=options.max_wait_s,
         price=parse_price(options.price) if options.price else None,
     )
 
@@ -260,7 +307,7 @@ def _written_by(plan: "Plan", writer: "AnyWriter") -> dict[str, str]:
     names = {"chosen": "source", "rejected": "source"}
     for kind in plan.settings.kinds:
         template = plan.templates.get(kind)
-        made_by = "sentences of the embedded set" if writer.name == "offline" else template.name if template else ""
+        made_by = "pieces of the embedded set" if writer.name == "offline" else template.name if template else ""
         names[kind] = f"{writer.name} {writer.model}, {made_by}" if template else fixed.get(kind, "")
     return names
 
@@ -270,11 +317,26 @@ def _license(options: argparse.Namespace) -> str:
     return str(options.license or ("mit" if is_hh else "unknown"))
 
 
-def _print_estimate(plan: "Plan", writer: "Named", store: "Store", limits: "Limits") -> None:
+def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
+    from sft_probe.synth.output import STORE
     from sft_probe.synth.run import estimate
+    from sft_probe.synth.store import open_copy
 
-    guess = estimate(plan.requests(), writer, store, limits.price)
-    cost = "unknown" if guess.cost_usd is None else f"{guess.cost_usd:.4f} USD, at most {guess.max_cost_usd:.4f}"
+    writer, limits, path = _named(options), _limits(options), options.out / STORE
+    with open_copy(path) if path.is_file() else contextlib.nullcontext() as store:
+        second = (replace(request, sample_index=1) for request in plan.requests())
+        guess = estimate(plan.requests(), writer, store, limits.price, maybe_requests=second)
+        if store and not guess.calls:  # all first texts are there, so it is known which of them fail
+            guess = replace(
+                estimate(_second_requests(plan, writer, store), writer, store, limits.price),
+                num_stored=guess.num_stored,
+            )
+        left_usd = max(0.0, (limits.max_cost_usd or 0.0) - (store.cost_usd() if store else 0.0))
+    if guess.cost_usd is None or guess.max_cost_usd is None:
+        cost = "unknown; give --price INPUT,OUTPUT"
+    else:
+        most_usd = guess.max_cost_usd if limits.max_cost_usd is None else min(left_usd, guess.max_cost_usd)
+        cost = f"{min(guess.cost_usd, most_usd):.4f} USD, at most {most_usd:.4f}"
     lines = [
         f"docs: {len(plan.pairs)}; rows left out so far: {len(plan.rejected.rows)}",
         f"calls: {guess.calls} ({guess.num_stored} texts are stored), and one more for each text that fails a check",
@@ -282,3 +344,21 @@ def _print_estimate(plan: "Plan", writer: "Named", store: "Store", limits: "Limi
         f"cost: {cost}",
     ]
     print("\n".join(lines))  # noqa: T201
+
+
+def _second_requests(plan: "Plan", writer: "Named", store: "Store") -> "list[Request]":
+    """Return the second texts that are missing where all first ones are stored."""
+    from sft_probe.synth.build import write_texts
+
+    missing: list[Request] = []
+
+    def stored(requests: "Iterator[Request]", _: int) -> "Iterator[tuple[Request, Answer]]":
+        for request in requests:
+            answer = store.get(writer, request)
+            if answer is not None and answer.is_final:
+                yield request, answer
+            else:
+                missing.append(request)
+
+    write_texts(plan, stored)
+    return missing

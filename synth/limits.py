@@ -30,6 +30,8 @@ class Limits:
     """Of one call; a call given up counts as paid."""
     max_attempts: int = 6
     """Calls for one answer in one run, after which `error` is stored."""
+    max_wait_s: float | None = None
+    """For batch jobs; without it there is no end to waiting."""
     first_backoff_s: float = 1.0
     """Before the second attempt, where the server does not say how long; doubled each time."""
 

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_jsonl
+from sft_probe.files import find, make_dir, read_json, remove_leftovers, write_json, write_jsonl
 from sft_probe.records import SPLITS
 from sft_probe.synth.build import Plan, Written
 from sft_probe.synth.card import FIGURE, write_card
 from sft_probe.synth.from_table import write_manifest
 from sft_probe.synth.report import near_duplicates, prompt_text
 from sft_probe.synth.sources import Rejected, source_files, source_sha256
+from sft_probe.synth.splits import RULE
 
 WORK_DIR = "synthesis"
 """Beside the set: the store of answers and the rows left out. No part of the set."""
 STORE = f"{WORK_DIR}/answers.sqlite"
+_RULE_FILE = f"{WORK_DIR}/rule.json"
 _WRITTEN = (*(f"{split}.jsonl" for split in SPLITS), "README.md", "probe_set.json", FIGURE)
 
 
@@ -32,12 +34,25 @@ def check_directory(out: Path, source: str) -> None:
             f"{out} holds {', '.join(mine)}, which sft-probe synth has not written and would replace. Choose another "
             "--out."
         )
-    foreign = sorted(path.name for path in out.glob("*.jsonl") if path.stem not in SPLITS)
+    foreign = [path.name for path in find(out, "*.jsonl") if path.stem not in SPLITS]
     if foreign:
         raise UserError(
             f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose another --out."
         )
+
+
+def rule_of(out: Path) -> int:
+    """The version of the rule of draw, split and topics that a directory was begun with, else the newest one."""
+    if (out / _RULE_FILE).is_file():
+        return int(read_json(out / _RULE_FILE)["rule"])
+    return 1 if (out / STORE).is_file() else RULE
+
+
+def begin_set(out: Path) -> None:
+    """Make the directory and note the rule before the first answer is stored."""
+    rule = rule_of(out)
     make_dir(out / WORK_DIR)
+    write_json(out / _RULE_FILE, {"rule": rule})
 
 
 def write_set(
@@ -67,6 +82,7 @@ def write_set(
         raise UserError(
             f"the splits overlap ({overlap}), so the set was not written. This is a defect; please report it."
         )
+    remove_leftovers(out)  # the store's lock is held
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
     for split in SPLITS:
@@ -109,6 +125,7 @@ def _provenance(plan: Plan, docs: Sequence[dict[str, Any]], written: Written) ->
         "seed": settings.seed,
         "limit": settings.limit,
         "heldout_frac": settings.heldout_frac,
+        "rule": settings.rule,
         "rows": {
             "read": plan.num_rows,
             "used": len(docs),

@@ -20,10 +20,15 @@ _PRICES = {
     "gemini-2.5-flash-lite": (0.10, 0.40),
 }
 _BATCH_FACTOR = 0.5
-_LOCAL_WRITERS = ("hf", "offline")
+LOCAL_WRITERS = ("hf", "offline")
+"""They are free, and cannot be misconfigured at a distance."""
 # for the expected cost alone: English text has about four bytes and three quarters of a word per token
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_WORD = 4 / 3
+_TEMPLATE_TOKENS = 128
+# what no count of a working server passes
+_MAX_BYTES_PER_TOKEN = 128
+_MAX_OUTPUT_TOKENS = 200_000
 
 
 @dataclass(frozen=True)
@@ -34,24 +39,25 @@ class Price:
     output_usd: float
 
     def cost_usd(self, num_prompt_tokens: float, num_output_tokens: float) -> float:
-        """Of one or many calls with this many tokens."""
+        """Return the cost of one or many calls with this many tokens."""
         return (num_prompt_tokens * self.input_usd + num_output_tokens * self.output_usd) / 1e6
 
     def answer_usd(self, request: Request, answer: Answer) -> float:
-        """Of one answer; its worst case where the server does not say how many tokens it counted."""
-        if answer.num_prompt_tokens is None and answer.status == "error":
-            return 0.0  # the call was turned down
-        if answer.num_prompt_tokens is None or answer.num_output_tokens is None:
+        """Return the cost of one answer: its worst case where the server's count is missing or cannot be."""
+        prompt, output = answer.num_prompt_tokens, answer.num_output_tokens
+        if answer.num_prompt_tokens == 0 and not answer.is_final:
+            return 0.0  # nothing was written
+        if prompt is None or output is None or _is_absurd(request, answer, prompt, output):
             return self.worst_usd(request)
-        return self.cost_usd(answer.num_prompt_tokens, answer.num_output_tokens)
+        return self.cost_usd(prompt, output)
 
     def worst_usd(self, request: Request) -> float:
-        """The most that one call can cost: no token is shorter than a byte, no output longer than allowed."""
+        """Return the most that one call can cost: no token is shorter than a byte, no output longer than allowed."""
         return self.cost_usd(max_prompt_tokens(request), request.max_output_tokens)
 
 
 def parse_price(text: str) -> Price:
-    """A `Price` from `INPUT,OUTPUT` in USD per million tokens. Raises `UserError` for anything else."""
+    """Return a `Price` from `INPUT,OUTPUT` in USD per million tokens. Raises `UserError` for anything else."""
     parts = text.split(",")
     try:
         input_usd, output_usd = (float(part) for part in parts)
@@ -63,8 +69,8 @@ def parse_price(text: str) -> Price:
 
 
 def price_of(writer: Named) -> Price | None:
-    """The list price of the writer's model; None where it is not in the table. Local writers are free."""
-    if writer.name in _LOCAL_WRITERS:
+    """Return the list price of the writer's model; None where it is not in the table. Local writers are free."""
+    if writer.name in LOCAL_WRITERS:
         return Price(0.0, 0.0)
     prices = _PRICES.get(writer.model.removeprefix("models/"))
     if prices is None or not writer.name.startswith("gemini"):
@@ -73,20 +79,30 @@ def price_of(writer: Named) -> Price | None:
     return Price(prices[0] * factor, prices[1] * factor)
 
 
-def _num_bytes(request: Request) -> int:
-    return len(request.prompt.encode("utf-8", "surrogatepass"))
+def _is_absurd(request: Request, answer: Answer, prompt: int, output: int) -> bool:
+    """Whether a count is far too small for what was sent and written, or far beyond what any model takes."""
+    return (
+        prompt * _MAX_BYTES_PER_TOKEN < _num_bytes(request.prompt)
+        or output * _MAX_BYTES_PER_TOKEN < _num_bytes(answer.text or "")
+        or prompt == 0
+        or output > _MAX_OUTPUT_TOKENS
+    )
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def max_prompt_tokens(request: Request) -> int:
-    """An upper bound: its UTF-8 bytes, and some for the markers of a turn."""
-    return _num_bytes(request) + 16
+    """Return an upper bound: its UTF-8 bytes, and some for what a chat template adds."""
+    return _num_bytes(request.prompt) + _TEMPLATE_TOKENS
 
 
 def expected_prompt_tokens(request: Request) -> float:
-    """A guess without a tokenizer."""
-    return _num_bytes(request) / _BYTES_PER_TOKEN
+    """Return a guess without a tokenizer."""
+    return _num_bytes(request.prompt) / _BYTES_PER_TOKEN
 
 
 def expected_output_tokens(request: Request) -> float:
-    """A guess without a tokenizer: the length asked for."""
+    """Return a guess without a tokenizer: the length asked for."""
     return min(request.num_words * _TOKENS_PER_WORD, request.max_output_tokens)

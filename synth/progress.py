@@ -20,23 +20,33 @@ class Progress:
         self._started_s = self._logged_s = time.monotonic()
         self._num_stored = 0
         self._statuses: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
 
     def stored(self) -> None:
-        """One text that the store had already."""
+        """Count one text that the store had already."""
         self._num_stored += 1
         self._bar.update()
 
     def answered(self, status: str, cost_usd: float | None) -> None:
-        """One text that was asked for; `cost_usd` is what all runs cost so far."""
+        """Count one text that was asked for; `cost_usd` is what all runs cost so far."""
         self._statuses[status] += 1
-        self._bar.set_postfix_str(_cost(cost_usd), refresh=False)
+        self._bar.set_postfix_str("; ".join([_cost(cost_usd), *self._failures()]), refresh=False)
         self._bar.update()
         if self._bar.disable and time.monotonic() - self._logged_s > _LOG_INTERVAL_S:
             self._logged_s = time.monotonic()
             _LOG.info("%s", self.line(cost_usd))
 
+    def failed(self, fault: str) -> None:
+        """Count one text that did not pass a check."""
+        self._faults[fault] += 1
+
+    def _failures(self) -> list[str]:
+        """Return what fails, most often first: answers without a text by status, texts by fault."""
+        without_text = Counter({status: count for status, count in self._statuses.items() if status != "ok"})
+        return [f"{count} {name}" for name, count in (without_text + self._faults).most_common()]
+
     def line(self, cost_usd: float | None) -> str:
-        """The same in words, with the answers by status."""
+        """Return the same in words, with what fails."""
         asked = self._statuses.total()
         rate = asked / max(time.monotonic() - self._started_s, 1e-9)
         done = self._num_stored + asked
@@ -46,11 +56,10 @@ class Progress:
             parts.append(f"{left} left" + (f", {tqdm.format_interval(left / rate)} to go" if left and asked else ""))
         parts.append(f"{rate:.1f} a second")
         parts.append(_cost(cost_usd))
-        parts += [f"{count} {status}" for status, count in sorted(self._statuses.items()) if status != "ok"]
-        return "; ".join(parts)
+        return "; ".join(parts + self._failures())
 
     def close(self, cost_usd: float | None) -> None:
-        """Ends the line."""
+        """End the line."""
         self._bar.close()
         if self._statuses:
             _LOG.info("%s", self.line(cost_usd))

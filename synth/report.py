@@ -8,6 +8,7 @@ from functools import lru_cache
 from datasketch import MinHash
 
 from sft_probe.records import SPLITS, ProbeSet
+from sft_probe.synth.words import count_words, words
 
 NEAR_DUPLICATE_JACCARD = 0.7
 _SHINGLE_WORDS = 3
@@ -16,35 +17,38 @@ _NUM_PERMUTATIONS, _NUM_BANDS, _NUM_ROWS = 128, 14, 9
 
 
 def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of indices of texts whose word trigrams have a Jaccard similarity of about 0.7 or more (MinHash)."""
+    """Links between texts whose word trigrams have a Jaccard similarity of about 0.7 or more (MinHash).
+
+    Each text is linked to the first text with which it shares a band, at most one link for each band: what is linked,
+    directly or through others, is what is alike, in a number of steps that grows with the texts and not with their
+    square. `(i, j)` has i < j.
+    """
+    first_of: dict[str, int] = {}
+    links = [(first_of.setdefault(text, number), number) for number, text in enumerate(texts)]
     index = NearDuplicates()
-    pairs = []
-    for number, text in enumerate(texts):
-        pairs += [(int(other), number) for other in sorted(index.of(text), key=int)]
-        index.add(str(number), text)
-    return pairs
+    for text, number in first_of.items():  # equal texts are compared with others once
+        links += [(other, number) for other in index.first_of(text, number)]
+    return sorted({(first, second) for first, second in links if first != second})
 
 
 class NearDuplicates:
     """An index of texts by the MinHash of their word trigrams: texts with an equal band are near-duplicates.
 
-    It finds what `MinHashLSH` of datasketch finds, which takes a multiple of the memory: a byte string and a set for
+    It joins what `MinHashLSH` of datasketch joins, which takes a multiple of the memory: a byte string and a set for
     each band of each text.
     """
 
     def __init__(self) -> None:
-        self._bands: list[dict[int, tuple[str, ...]]] = [{} for _ in range(_NUM_BANDS)]
+        self._bands: list[dict[int, int]] = [{} for _ in range(_NUM_BANDS)]
 
-    def of(self, text: str) -> list[str]:
-        """Keys of the texts whose Jaccard similarity to `text` is about 0.7 or more."""
-        found = (band.get(value, ()) for band, value in zip(self._bands, _band_values(text), strict=True))
-        return list(dict.fromkeys(key for keys in found for key in keys))
+    def first_of(self, text: str, number: int) -> list[int]:
+        """The first texts that share a band with this one, which is added under its number."""
+        found = (band.setdefault(value, number) for band, value in zip(self._bands, _band_values(text), strict=True))
+        return sorted({first for first in found if first != number})
 
-    def add(self, key: str, text: str) -> None:
-        """Makes `text` findable."""
-        alone = (key,)
-        for band, value in zip(self._bands, _band_values(text), strict=True):
-            band[value] = (*band[value], key) if value in band else alone
+    def holds(self, text: str) -> bool:
+        """Whether a text was added whose Jaccard similarity to this one is about 0.7 or more."""
+        return any(value in band for band, value in zip(self._bands, _band_values(text), strict=True))
 
 
 @lru_cache(maxsize=1)
@@ -58,8 +62,8 @@ def _band_values(text: str) -> list[int]:
 
 def shingles(text: str) -> set[str]:
     """The word trigrams of a text in lower case, or the whole of a shorter one."""
-    words = text.lower().split()
-    return {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+    parts = words(text.lower())
+    return {" ".join(parts[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(parts) - _SHINGLE_WORDS + 1))}
 
 
 def report(probe_set: ProbeSet) -> str:
@@ -84,11 +88,11 @@ def _category_line(probe_set: ProbeSet, category: str) -> str:
     texts = [doc.responses[category] for doc in probe_set.docs]
     if not texts:
         return f"{category:<20}{'-':>12}"
-    words = [len(text.split()) for text in texts]
+    lengths = [count_words(text) for text in texts]
     mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
     return (
-        f"{category:<20}{sum(words) / len(words):>12.1f}{min(words):>6}{max(words):>6}{mean_bytes:>13.1f}"
-        f"{len(near_duplicates(texts)):>17}"
+        f"{category:<20}{sum(lengths) / len(lengths):>12.1f}{min(lengths):>6}{max(lengths):>6}{mean_bytes:>13.1f}"
+        f"{len({second for _, second in near_duplicates(texts)}):>17}"
     )
 
 
@@ -97,7 +101,8 @@ def _prompt_lines(probe_set: ProbeSet) -> list[str]:
     docs = probe_set.docs
     pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
     across = [pair for pair in pairs if docs[pair[0]].split != docs[pair[1]].split]
-    lines = [f"near-duplicate prompts: {len(pairs)}, of them across the splits: {len(across)}"]
+    number = len({second for _, second in pairs})
+    lines = [f"near-duplicates of an earlier prompt: {number}, of them in the other split: {len(across)}"]
     lines += [f"  {docs[first].doc_id} ~ {docs[second].doc_id}" for first, second in across[:5]]
     splits_of = defaultdict(set)
     for doc in docs:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 STATUSES = ("ok", "blocked", "truncated", "refused", "invalid", "error")
-"""Of an answer; only `error` is asked again. No status but `ok` carries a text that may enter a set."""
+"""Of an answer. No status but `ok` carries a text that may enter a set; see `Answer.is_final`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +42,45 @@ class Answer:
     """Why the status is not `ok`, in the writer's words (finish reason, HTTP status)."""
     model_version: str | None = None
     num_prompt_tokens: int | None = None
+    """None where the server does not say, or says what cannot be; the worst case then counts as spent."""
     num_output_tokens: int | None = None
 
+    @property
+    def is_turned_down(self) -> bool:
+        """Whether the server did not take the request as it is (HTTP 400); that cost nothing."""
+        return self.status == "invalid" and self.num_prompt_tokens == 0
 
-def error_answer(reason: str) -> Answer:
-    """Of a request that got none, with the reason; it may get one later."""
-    return Answer(status="error", raw=json.dumps({"error": reason}), reason=reason)
+    @property
+    def is_final(self) -> bool:
+        """Whether a model has answered. Anything else may change when a server is repaired, so it is asked again."""
+        return self.status != "error" and not self.is_turned_down
+
+
+def error_answer(reason: str, raw: str | None = None) -> Answer:
+    """Return what stands for a request without an answer. The next run asks it again; it cost nothing (more)."""
+    raw = json.dumps({"error": reason}) if raw is None else raw
+    return Answer(status="error", raw=raw, reason=reason, num_prompt_tokens=0, num_output_tokens=0)
 
 
 def turned_down(reason: str) -> Answer:
-    """Of a request that the server will not take as it is, now or later; it cost nothing."""
-    return replace(error_answer(reason), status="invalid", num_prompt_tokens=0, num_output_tokens=0)
+    """Return what stands for a request that the server does not take as it is. The next run asks it again."""
+    return replace(error_answer(reason), status="invalid")
 
 
 class Wait(Exception):  # noqa: N818 - an instruction, not a fault
     """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server said how long.
 
-    `maybe_billed` where the call may have been paid for all the same (cut off, timed out, unreadable).
+    `maybe_billed` where the call may have been paid for all the same (cut off, timed out, unreadable); `raw` is what
+    the server sent, if anything.
     """
 
-    def __init__(self, reason: str, wait_s: float | None = None, *, maybe_billed: bool = False) -> None:
+    def __init__(
+        self, reason: str, wait_s: float | None = None, *, maybe_billed: bool = False, raw: str | None = None
+    ) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
         self.maybe_billed = maybe_billed
+        self.raw = raw
 
 
 class Named(Protocol):

@@ -12,9 +12,10 @@ from types import FrameType
 
 from sft_probe.errors import UserError
 from sft_probe.synth.batch import BatchWriter, obtain_batch
-from sft_probe.synth.call import Caller
+from sft_probe.synth.call import MAX_BILLED_CALLS, Caller
 from sft_probe.synth.limits import Limits
 from sft_probe.synth.prices import (
+    LOCAL_WRITERS,
     Price,
     expected_output_tokens,
     expected_prompt_tokens,
@@ -28,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 # Requests held at once. One that waits for its server holds up the order, not the asking, until so many are done.
 _WINDOW = 4096
 _MANY_FAILURES = 20
+_PATIENCE_S = 5.0
+"""With a writer that was told to end."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,46 @@ class Estimate:
     output_tokens: int
     cost_usd: float | None
     max_cost_usd: float | None
-    """If every prompt had as many tokens as bytes and every output its full length."""
+    """No run pays more: every prompt with a token per byte, every output of its full length, every call made as often
+    as it may be paid for, every text that may fail a check written a second time."""
 
 
 def estimate(
-    requests: Iterable[Request], writer: Named, store: Store | None = None, price: Price | None = None
+    requests: Iterable[Request],
+    writer: Named,
+    store: Store | None = None,
+    price: Price | None = None,
+    *,
+    maybe_requests: Iterable[Request] = (),
 ) -> Estimate:
-    """Calls, tokens and cost of what the store lacks; asks nothing. `price` replaces the price table."""
+    """Return calls, tokens and cost of what the store lacks; ask nothing.
+
+    Args:
+        requests: what will be asked.
+        writer: who is asked.
+        store: answers so far.
+        price: replaces the price table.
+        maybe_requests: what may be asked on top; it counts in the upper bound alone.
+    """
     price = price or price_of(writer)
-    calls = num_stored = 0
+
+    def is_missing(request: Request) -> bool:
+        answer = store.get(writer, request) if store is not None else None
+        return answer is None or not answer.is_final
+
+    num_requests = calls = 0
     prompt_tokens = output_tokens = max_cost_usd = 0.0
     for request in requests:
-        if store is not None and _stored(store.get(writer, request)):
-            num_stored += 1
-            continue
-        calls += 1
-        prompt_tokens += expected_prompt_tokens(request)
-        output_tokens += expected_output_tokens(request)
-        max_cost_usd += price.worst_usd(request) if price else 0.0
+        num_requests += 1
+        if is_missing(request):
+            calls += 1
+            prompt_tokens += expected_prompt_tokens(request)
+            output_tokens += expected_output_tokens(request)
+            max_cost_usd += MAX_BILLED_CALLS * price.worst_usd(request) if price else 0.0
+    if price:
+        max_cost_usd += sum(MAX_BILLED_CALLS * price.worst_usd(one) for one in maybe_requests if is_missing(one))
     return Estimate(
-        num_stored=num_stored,
+        num_stored=num_requests - calls,
         calls=calls,
         prompt_tokens=round(prompt_tokens),
         output_tokens=round(output_tokens),
@@ -75,6 +98,7 @@ def obtain(
     limits: Limits,
     *,
     total: int | None = None,
+    progress: Progress | None = None,
 ) -> Generator[tuple[Request, Answer], None, None]:
     """All requests with their answers, in order; what the store lacks is asked for.
 
@@ -102,24 +126,26 @@ def obtain(
         if isinstance(writer, BatchWriter):
             yield from obtain_batch(requests, writer, store, limits)
             return
-        progress = Progress(total)
-        with asyncio.Runner() as runner:
-            run = _Run(requests, writer, store, limits, progress)
-            runner.run(run.start())
-            try:
-                with _stopped_by_signals(run, runner.get_loop()):
-                    while answers := runner.run(run.next_answers()):
-                        yield from answers
-            except KeyboardInterrupt:
-                run.abandon()
-                raise
-            finally:
-                runner.run(run.close())
-                progress.close(run.cost_usd())
+        progress = progress or Progress(total)
+        try:
+            with asyncio.Runner() as runner:
+                yield from _answers(_Run(requests, writer, store, limits, progress), runner)
+        except KeyboardInterrupt:  # the second one
+            _LOG.warning("stopped at once; calls in flight are lost and count as paid")
+            raise SystemExit(130) from None
 
 
-def _stored(answer: Answer | None) -> bool:
-    return answer is not None and answer.status != "error"
+def _answers(run: "_Run", runner: asyncio.Runner) -> Iterator[tuple[Request, Answer]]:
+    runner.run(run.start())
+    try:
+        with _stopped_by_signals(run, runner.get_loop()):
+            while answers := runner.run(run.next_answers()):
+                yield from answers
+    except KeyboardInterrupt:
+        run.abandon()
+        raise
+    finally:
+        runner.run(run.close())
 
 
 def _warn_of_lost_calls(store: Store) -> None:
@@ -160,10 +186,11 @@ def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterato
 class _Slot:
     """Where an answer will be; shared by requests with the same key."""
 
-    __slots__ = ("answer",)
+    __slots__ = ("answer", "is_known_bad")
 
-    def __init__(self, answer: Answer | None) -> None:
-        self.answer = answer
+    def __init__(self, stored: Answer | None) -> None:
+        self.answer = stored if stored is not None and stored.is_final else None
+        self.is_known_bad = stored is not None and stored.is_turned_down
 
 
 class _Run:
@@ -177,6 +204,9 @@ class _Run:
         self._window: deque[tuple[Request, _Slot]] = deque()
         self._in_flight: dict[str, _Slot] = {}
         self._num_failed = 0
+        # Nothing is known of a server yet: one call at first, and one more for each that ends well or costs nothing.
+        self._allowed = limits.concurrency if writer.name in LOCAL_WRITERS else 1
+        self._is_abandoned = False
         self._failure: BaseException | None = None
 
     async def start(self) -> None:
@@ -208,16 +238,24 @@ class _Run:
         self._room.set()
 
     def abandon(self) -> None:
-        """Does not wait for calls in flight."""
+        """Give calls in flight up."""
+        self._is_abandoned = True
         for task in self._tasks:
             task.cancel()
 
     async def close(self) -> None:
-        """Waits for calls in flight and stores them, then closes the writer's connections."""
+        """Wait for calls in flight and store them, then close the writer's connections."""
         self.stop(GeneratorExit())
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._store.drain()
-        await self._writer.close()
+        try:
+            async with asyncio.timeout(_PATIENCE_S if self._is_abandoned else None):
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._writer.close()
+        except TimeoutError:
+            _LOG.warning("the writer does not end; it is left behind")
+        finally:
+            await self._store.drain()
+            self._progress.close(self.cost_usd())
 
     def cost_usd(self) -> float | None:
         """Spent so far by all runs on the store; None where the price is unknown."""
@@ -230,10 +268,13 @@ class _Run:
                 answer = await self._caller.ask(request)
                 if answer is None:
                     return
-                self._in_flight.pop(key).answer = answer
+                slot = self._in_flight.pop(key)
+                slot.answer = answer
+                self._allowed += answer.status in ("ok", "error")
                 self._progress.answered(answer.status, self.cost_usd())
                 self._changed.set()
-                self._count_failure(answer)
+                self._room.set()
+                self._count_failure(answer, slot)
         except BaseException as error:
             self.stop(error)  # raised by `next_answers`: no task ends in silence
         finally:
@@ -242,7 +283,7 @@ class _Run:
     async def _take(self) -> tuple[str, Request] | None:
         """The next request that must be asked; those that the store has are passed on."""
         while self._failure is None:
-            if len(self._window) >= _WINDOW:
+            if len(self._window) >= _WINDOW or len(self._in_flight) >= self._allowed:
                 self._room.clear()
                 await self._room.wait()
                 continue
@@ -252,8 +293,7 @@ class _Run:
             key = request_key(self._writer, request)
             slot = self._in_flight.get(key)
             if slot is None:
-                stored = self._store.get_key(key)
-                slot = _Slot(stored if _stored(stored) else None)
+                slot = _Slot(self._store.get_key(key))
                 self._window.append((request, slot))
                 if slot.answer is None:
                     self._in_flight[key] = slot
@@ -264,12 +304,12 @@ class _Run:
             self._changed.set()
         return None
 
-    def _count_failure(self, answer: Answer) -> None:
-        is_turned_down = answer.status == "invalid" and answer.num_prompt_tokens == 0
-        is_failed = answer.status == "error" or is_turned_down
-        self._num_failed = self._num_failed + 1 if is_failed else 0
+    def _count_failure(self, answer: Answer, slot: _Slot) -> None:
+        if answer.is_turned_down and slot.is_known_bad:
+            return  # of an earlier run: it says nothing new about the server
+        self._num_failed = 0 if answer.is_final else self._num_failed + 1
         if self._num_failed == _MANY_FAILURES:
             raise UserError(
                 f"{_MANY_FAILURES} requests in a row failed, the last with: {answer.reason}. Nothing that was answered "
-                "is lost; when the cause is mended, run the same command again."
+                "is lost, and the others are asked again: fix the cause, then run the same command."
             )

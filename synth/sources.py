@@ -1,10 +1,12 @@
 """Where raw preference pairs come from: local files, directories of them, or the Hugging Face hub."""
 
+import csv
 import gzip
 import hashlib
 import json
 import logging
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +16,15 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
-from sft_probe.synth.hh import Pair, RowRejectedError, parse_row
+from sft_probe.synth.hh import Pair, RowRejectedError, has_lone_surrogate, parse_row
 
 _LOG = logging.getLogger(__name__)
 _HH = "Anthropic/hh-rlhf"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_TABLE_SUFFIXES = (".csv", *_SUFFIXES)
+_HELD_OUT = "test|heldout|held_out|held-out|valid|validation|val|eval|dev"
+_SPLIT_FILE = re.compile(rf"(train|{_HELD_OUT})(-\d+-of-\d+)?")
+_SPLIT_OF_HUB = re.compile(rf"(train|{_HELD_OUT})(_\w+)?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 
 
@@ -85,7 +91,7 @@ def read_pairs(source: str, rejected: Rejected, revision: str | None = None) -> 
             rejected.add(row, "the same as an earlier row", earlier=seen[digest])
             continue
         seen[digest] = f"{row.file}, line {row.line}"
-        doc_id = f"{_stem(row.file)}-{row.line:06d}"
+        doc_id = f"{stem(row.file)}-{row.line:06d}"
         pairs.append(SourcePair(**fields, doc_id=doc_id, file=row.file, line=row.line, split=row.split))
     return pairs
 
@@ -102,9 +108,26 @@ def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
         return
     for file in source_files(path):
         read = _parquet_rows if file.suffix == ".parquet" else _jsonl_rows
-        split = _split_of(file.name) if path.is_dir() else None
+        split = _split_of(_SPLIT_FILE, stem(file.name)) if path.is_dir() else None
         for line, value, fault in read(file):
             yield Row(file=file.name, line=line, split=split, value=value, fault=fault)
+
+
+def read_table(path: Path) -> Iterator[Row]:
+    """The rows of a `.csv` table, or of a file that can be a source.
+
+    Raises:
+        UserError: the file cannot be read, or a row of a `.csv` file has not as many fields as its header.
+    """
+    if not path.name.endswith(_TABLE_SUFFIXES):
+        raise UserError(f"{path}: a table is a {', '.join(_TABLE_SUFFIXES)} file.")
+    if not path.is_file():
+        raise UserError(f"cannot read the table {path}: no such file.")
+    if path.suffix != ".csv":
+        yield from read_rows(str(path))
+        return
+    for line, value, fault in _csv_rows(path):
+        yield Row(file=path.name, line=line, split=None, value=value, fault=fault)
 
 
 def source_files(path: Path) -> list[Path]:
@@ -112,7 +135,7 @@ def source_files(path: Path) -> list[Path]:
     files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES)) if path.is_dir() else [path]
     if not files or not all(file.name.endswith(_SUFFIXES) for file in files):
         raise UserError(f"{path}: a source is a {', '.join(_SUFFIXES)} file, or a directory of them.")
-    if len({_stem(file.name) for file in files}) < len(files):
+    if len({stem(file.name) for file in files}) < len(files):
         raise UserError(f"{path} holds files that differ in their suffix only, so their rows cannot be told apart.")
     return files
 
@@ -136,16 +159,18 @@ def hub_revision(source: str) -> str | None:
         return None
 
 
-def _stem(name: str) -> str:
-    for suffix in _SUFFIXES:
+def stem(name: str) -> str:
+    """The name of a file without what says how it is read."""
+    for suffix in _TABLE_SUFFIXES:
         name = name.removesuffix(suffix)
     return name
 
 
-def _split_of(name: str) -> str | None:
-    if name.startswith("train"):
-        return "train"
-    return "heldout" if name.startswith(("test", "heldout", "held_out", "valid", "eval", "dev")) else None
+def _split_of(pattern: re.Pattern[str], name: str) -> str | None:
+    """The split that a whole name stands for: `train`, `test-00000-of-00002`, but not `testimonials`."""
+    if (match := pattern.fullmatch(name)) is None:
+        return None
+    return "train" if match[1] == "train" else "heldout"
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
@@ -165,6 +190,39 @@ def _parse_json(line: bytes) -> tuple[Any, str | None]:
         return None, "not valid JSON in UTF-8"
 
 
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """Rows with the line that each starts in. Bytes that are no UTF-8 are a fault of their row."""
+    csv.field_size_limit(sys.maxsize)  # of the module, for all readers: a text may be longer than its 131,072
+    try:
+        # utf-8-sig: Excel writes a byte order mark; surrogates stand for bytes that are not UTF-8
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = _checked_header(path, next(reader, []))
+            line = reader.line_num + 1
+            for fields in reader:
+                if len(fields) not in (0, len(header)):
+                    raise UserError(
+                        f"{path}, line {line}: {len(fields)} fields, and the header has {len(header)}. Put a text that "
+                        'holds a comma or a line end in double quotes ("..."), and double the quotes inside it.'
+                    )
+                if fields:
+                    fault = "bytes that are not UTF-8" if any(map(has_lone_surrogate, fields)) else None
+                    yield line, dict(zip(header, fields, strict=True)), fault
+                line = reader.line_num + 1
+    except OSError as error:
+        raise UserError(f"cannot read the table {path}: {error.strerror}.") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
+
+
+def _checked_header(path: Path, header: list[str]) -> list[str]:
+    if not header:
+        raise UserError(f"the table {path} is empty: its first line must name the columns.")
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise UserError(f"{path}, line 1: the column {', '.join(repeated)} comes more than once. Rename one of them.")
+    return header
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     import pyarrow
     import pyarrow.parquet
@@ -172,12 +230,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for value in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=1024):
+                for value, fault in _batch_rows(batch):
                     number += 1
-                    yield number, value, None
+                    yield number, value, fault
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _batch_rows(batch: Any) -> Iterator[tuple[Any, str | None]]:
+    try:
+        yield from ((value, None) for value in batch.to_pylist())
+    except UnicodeDecodeError:  # raised before the first row; one of them is at fault, not all
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0], None
+            except UnicodeDecodeError:
+                yield None, "bytes that are not UTF-8"
 
 
 def _hub_rows(source: str, revision: str | None) -> Iterator[Row]:
@@ -188,9 +257,9 @@ def _hub_rows(source: str, revision: str | None) -> Iterator[Row]:
     name, _, data_dir = source.partition(":")
     data_dir = data_dir or ("helpful-base" if name == _HH else "")
     try:
-        splits = datasets.load_dataset(name, data_dir=data_dir or None, revision=revision)
+        splits = datasets.load_dataset(name, data_dir=data_dir or None, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"no source {source!r}: no file here, and the hub did not give it ({error}).") from error
     for split, rows in splits.items():
         for line, value in enumerate(rows, start=1):
-            yield Row(file=str(split), line=line, split=_split_of(str(split)), value=value)
+            yield Row(file=str(split), line=line, split=_split_of(_SPLIT_OF_HUB, str(split)), value=value)

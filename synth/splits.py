@@ -1,9 +1,13 @@
 """Train and held-out: disjoint by conversation, by near-duplicate prompts and by response."""
 
 import hashlib
-import random
-from collections.abc import Sequence
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -11,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from sft_probe.errors import UserError
 from sft_probe.records import Doc
+from sft_probe.synth import first_rule
 from sft_probe.synth.hh import Pair
 from sft_probe.synth.report import near_duplicates, prompt_text
 from sft_probe.synth.sources import Rejected, SourcePair
@@ -18,10 +23,69 @@ from sft_probe.synth.sources import Rejected, SourcePair
 DEFAULT_HELDOUT_FRAC = 0.2
 
 
-def conversation_id(pair: Pair | Doc) -> str:
+RULE = 2
+"""Version of the rule by which docs are drawn, split and given topics: by hashes of what they say and the seed.
+
+By rule 1 it was their place that counted (`first_rule`). A set and its store keep the rule that they were begun with.
+"""
+MIN_DOCS = 2
+"""Of a split: `random` needs two."""
+
+
+def conversation_id(doc: Pair | Doc) -> str:
     """A hash of the conversation's root, its first user turn: HH holds one conversation at several depths."""
-    root = next(turn["content"] for turn in pair.messages if turn["role"] == "user")
+    return root_id(doc.messages)
+
+
+def root_id(messages: Iterable[dict[str, str]]) -> str:
+    """Return the `conversation_id` of these turns."""
+    root = next(turn["content"] for turn in messages if turn["role"] == "user")
     return hashlib.sha256(root.encode()).hexdigest()[:12]
+
+
+def draw_key(content: dict[str, Any], seed: int) -> bytes:
+    """A place in the order in which docs are drawn, the same wherever a doc stands in its source."""
+    return hashlib.sha256(json.dumps([seed, content], sort_keys=True).encode()).digest()
+
+
+def split_of(conversation: str, threshold: float, seed: int) -> str:
+    """`heldout` where the hash of the conversation, a number from 0 to 1, is below the threshold, else `train`."""
+    return "heldout" if _unit_hash(conversation, seed) < threshold else "train"
+
+
+def choose_threshold(conversations: Sequence[str], heldout: float, seed: int) -> float:
+    """The threshold of `split_of` that holds out as many docs as are asked for.
+
+    Args:
+        conversations: the conversation of each doc.
+        heldout: below 1 the threshold itself, which no doc has a part in, moved only where it would leave a split
+            fewer docs than it needs. From 1 on the number of docs, passed where the last conversation has several.
+        seed: of the hashes.
+    """
+    sizes = Counter(conversations)
+    hashes = sorted((_unit_hash(conversation, seed), size) for conversation, size in sizes.items())
+    totals = list(itertools.accumulate(size for _, size in hashes))
+    if heldout >= 1:
+        last = next((number for number, total in enumerate(totals) if total >= heldout), len(totals) - 1)
+    else:
+        num_below = sum(size for value, size in hashes if value < heldout)
+        allowed = [i for i, total in enumerate(totals) if MIN_DOCS <= total <= len(conversations) - MIN_DOCS]
+        if not allowed or num_below in (totals[i] for i in allowed):
+            return heldout
+        last = min(allowed, key=lambda i: abs(totals[i] - num_below))
+    following = hashes[last + 1][0] if last + 1 < len(hashes) else 1.0
+    return _shortest_above(hashes[last][0], following)
+
+
+def _unit_hash(conversation: str, seed: int) -> float:
+    digest = hashlib.sha256(f"{seed} {conversation}".encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48
+
+
+def _shortest_above(value: float, limit: float) -> float:
+    """The number with the fewest digits that is above `value` and not above `limit`."""
+    steps = ((math.floor(value * 10**digits) + 1) / 10**digits for digits in range(1, 17))
+    return next((step for step in steps if value < step <= limit), limit)
 
 
 def clusters(pairs: Sequence[SourcePair]) -> list[int]:
@@ -37,15 +101,18 @@ def clusters(pairs: Sequence[SourcePair]) -> list[int]:
     return [int(label) for label in connected_components(graph, directed=False)[1]]
 
 
-def split_pairs(pairs: list[SourcePair], heldout_frac: float | None, seed: int, rejected: Rejected) -> list[SourcePair]:
+def split_pairs(
+    pairs: list[SourcePair], heldout_frac: float | None, seed: int, rejected: Rejected, rule: int = RULE
+) -> list[SourcePair]:
     """Gives every pair its split; whoever cannot be held out cleanly goes to `rejected`.
 
     Args:
         pairs: in the order they are kept in.
-        heldout_frac: share of the pairs held out, by whole clusters; `None` takes the source's own splits where it has
-            both, else 0.2.
-        seed: of the draw of the clusters.
+        heldout_frac: share of the conversations held out; `None` takes the source's own splits where it has both, else
+            0.2.
+        seed: of the hashes.
         rejected: gets the held-out pairs that share a conversation, a near-duplicate prompt or a response with train.
+        rule: version of the rule, see `RULE`.
 
     Raises:
         UserError: one of the splits is empty.
@@ -54,9 +121,13 @@ def split_pairs(pairs: list[SourcePair], heldout_frac: float | None, seed: int, 
     own = [pair.split for pair in pairs]
     if heldout_frac is None and {"train", "heldout"} <= set(own):
         splits = [split or "train" for split in own]
-    else:
-        held = _draw(labels, DEFAULT_HELDOUT_FRAC if heldout_frac is None else heldout_frac, seed)
+    elif rule == 1:
+        held = first_rule.held_clusters(labels, heldout_frac or DEFAULT_HELDOUT_FRAC, seed)
         splits = ["heldout" if label in held else "train" for label in labels]
+    else:
+        roots = [conversation_id(pair) for pair in pairs]
+        threshold = choose_threshold(roots, heldout_frac or DEFAULT_HELDOUT_FRAC, seed)
+        splits = [split_of(root, threshold, seed) for root in roots]
     trained_clusters = {label for label, split in zip(labels, splits, strict=True) if split == "train"}
     trained = [pair for pair, split in zip(pairs, splits, strict=True) if split == "train"]
     trained_texts = {text for pair in trained for text in (pair.chosen, pair.rejected)}
@@ -73,26 +144,11 @@ def split_pairs(pairs: list[SourcePair], heldout_frac: float | None, seed: int, 
 
 
 def check_sizes(splits: Sequence[str], rejected: Rejected) -> None:
-    """Raises `UserError` where a split has fewer than the two docs that `random` needs."""
+    """Raises `UserError` where a split has fewer docs than `random` needs."""
     for split in ("train", "heldout"):
-        if splits.count(split) < 2:
+        if splits.count(split) < MIN_DOCS:
             raise UserError(
-                f"the split {split} has {splits.count(split)} usable docs and needs 2 or more. Left out: "
-                f"{rejected.reasons()}. Mend what was left out most, take more rows (--limit), or another "
-                "--heldout-frac."
+                f"the split {split} has {splits.count(split)} usable docs and needs {MIN_DOCS} or more. Left out: "
+                f"{rejected.reasons()}. Fix what was left out most, take more rows (--limit), or another "
+                "--heldout-frac or --seed."
             )
-
-
-def _draw(labels: Sequence[int], heldout_frac: float, seed: int) -> set[int]:
-    """Clusters whose pairs make up about `heldout_frac` of all; a cluster that would overshoot stays in train."""
-    sizes = np.bincount(labels)
-    order = list(range(len(sizes)))
-    random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, not secret
-    target = round(heldout_frac * len(labels))
-    held: set[int] = set()
-    num_held = 0
-    for label in order:
-        if num_held + sizes[label] <= target:
-            held.add(label)
-            num_held += int(sizes[label])
-    return held

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import math
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -19,6 +22,7 @@ from sft_probe.files import make_dir
 from sft_probe.synth.requests import STATUSES, Answer, Named, Request
 
 _SCHEMA_VERSION = 1
+_NUM_COPIES = 10
 _SCHEMA = """
 CREATE TABLE answers (
     key TEXT PRIMARY KEY, writer TEXT, model TEXT, api_version TEXT, template TEXT, template_sha256 TEXT,
@@ -72,7 +76,7 @@ class Count:
 
 
 def request_key(writer: Named, request: Request) -> str:
-    """Hex SHA-256 of everything that an answer depends on; neither the doc nor the category is part of it."""
+    """Return the hex SHA-256 of all that an answer depends on; neither the doc nor the category is part of it."""
     parts = [
         writer.name,
         writer.model,
@@ -98,24 +102,31 @@ class Store:
     def __init__(self, path: Path) -> None:
         make_dir(path.parent)
         self.path = path
+        self._connection = _open(path)
         try:
-            self._connection = _open(path)
             self._reader = _open(path)
-        except sqlite3.Error as error:
-            raise UserError(f"{path} cannot be used as a store of answers ({error}). Choose another one.") from error
+        except UserError:
+            self._connection.close()
+            raise
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._queue: list[tuple[list[Statement], asyncio.Future[int | None]]] = []
         self._flusher: asyncio.Task[None] | None = None
 
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._executor.shutdown()
         self._connection.close()
         self._reader.close()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the store for one writing run. Raises `UserError` where another process holds it."""
+        """Hold the store for one writing run. Raise `UserError` where another process holds it."""
         lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             lock.acquire()
@@ -127,16 +138,16 @@ class Store:
             lock.release()
 
     def get(self, writer: Named, request: Request) -> Answer | None:
-        """The stored answer, of any status."""
+        """Return the stored answer, of any status."""
         return self.get_key(request_key(writer, request))
 
     def get_key(self, key: str) -> Answer | None:
-        """The stored answer of a `request_key`."""
-        row = self._reader.execute(f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE key = ?", (key,)).fetchone()  # noqa: S608
-        return Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), row, strict=True))) if row else None
+        """Return the stored answer of a `request_key`."""
+        rows = self._read(f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE key = ?", key)  # noqa: S608
+        return Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), rows[0], strict=True))) if rows else None
 
     def set_status(self, writer: Named, request: Request, status: str, reason: str) -> None:
-        """Changes the status of a stored answer, for example to `refused` after a look at its text."""
+        """Change the status of a stored answer, for example to `refused` after a look at its text."""
         if status not in STATUSES:
             raise ValueError(f"no status {status!r}")
         sql = "UPDATE answers SET status = ?, reason = ? WHERE key = ?"
@@ -144,59 +155,70 @@ class Store:
         self._executor.submit(self._commit, [statements]).result()
 
     def counts(self) -> list[Count]:
-        """Answers by category and status, with tokens and cost (0 where the price was unknown)."""
-        rows = self._reader.execute(
+        """Return the answers by category and status, with tokens and cost (0 where the price was unknown)."""
+        rows = self._read(
             "SELECT category, status, count(*), total(num_prompt_tokens), total(num_output_tokens), total(cost_usd) "
             "FROM answers GROUP BY category, status ORDER BY category, status"
         )
         return [Count(row[0], row[1], row[2], int(row[3]), int(row[4]), row[5]) for row in rows]
 
     def cost_usd(self) -> float:
-        """All that was or may have been spent: answers, calls of which no answer came back, unread batch jobs."""
+        """Return what was or may have been spent: answers, calls of which no answer came back, unread batch jobs."""
         tables = ("answers", "reservations", "jobs")
         sums = " + ".join(f"(SELECT total(cost_usd) FROM {table})" for table in tables)  # noqa: S608
-        return float(self._reader.execute(f"SELECT {sums}").fetchone()[0])
+        return float(self._read(f"SELECT {sums}")[0][0])
 
     def cost_of(self, keys: Iterable[str]) -> float:
-        """What the answers of these request keys cost."""
+        """Return what the answers of these request keys cost."""
         sql = "SELECT cost_usd FROM answers WHERE key = ?"
-        rows = (self._reader.execute(sql, (key,)).fetchone() for key in keys)
-        return math.fsum(row[0] or 0.0 for row in rows if row)
+        return math.fsum(row[0] or 0.0 for key in keys for row in self._read(sql, key))
 
     def lost_calls(self) -> tuple[int, float]:
-        """Calls of which no answer came back (killed, cut, timed out), and their worst-case cost in USD."""
-        count, cost = self._reader.execute("SELECT count(*), total(cost_usd) FROM reservations").fetchone()
+        """Return the calls of which no answer came back (killed, cut, timed out), and their worst-case cost in USD."""
+        [(count, cost)] = self._read("SELECT count(*), total(cost_usd) FROM reservations")
         return int(count), float(cost)
 
     def num_unpriced(self) -> int:
-        """Answers that were paid for by runs that knew no price."""
+        """Return the number of answers that were paid for by runs that knew no price."""
         is_paid = "status != 'error' AND coalesce(num_prompt_tokens, 1) > 0"
         sql = f"SELECT count(*) FROM answers WHERE cost_usd IS NULL AND {is_paid}"  # noqa: S608
-        return int(self._reader.execute(sql).fetchone()[0])
+        return int(self._read(sql)[0][0])
 
     def model_version(self, writer: Named) -> str | None:
-        """The version that answered so far for this writer and model."""
-        row = self._reader.execute(
+        """Return the version that answered so far for this writer and model."""
+        rows = self._read(
             "SELECT model_version FROM answers WHERE writer = ? AND model = ? AND api_version = ? "
             "AND model_version IS NOT NULL AND status != 'error' LIMIT 1",
-            (writer.name, writer.model, writer.api_version),
-        ).fetchone()
-        return row[0] if row else None
+            *(writer.name, writer.model, writer.api_version),
+        )
+        return rows[0][0] if rows else None
+
+    def has_text(self, writer: Named) -> bool:
+        """Return whether this writer and model have given any text."""
+        sql = "SELECT 1 FROM answers WHERE writer = ? AND model = ? AND api_version = ? AND status = 'ok' LIMIT 1"
+        return bool(self._read(sql, writer.name, writer.model, writer.api_version))
 
     def jobs(self, writer: Named) -> list[Job]:
-        """The batch jobs of this writer and model that are not read yet."""
+        """Return the batch jobs of this writer and model that are not read yet."""
         sql = "SELECT display_name, name, keys, cost_usd FROM jobs WHERE writer = ? AND model = ? ORDER BY rowid"
-        rows = self._reader.execute(sql, (writer.name, writer.model)).fetchall()
-        return [Job(row[0], row[1], tuple(json.loads(row[2])), row[3]) for row in rows]
+        return [
+            Job(row[0], row[1], tuple(json.loads(row[2])), row[3]) for row in self._read(sql, writer.name, writer.model)
+        ]
+
+    def _read(self, sql: str, *values: object) -> list[Any]:
+        try:
+            return self._reader.execute(sql, values).fetchall()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise _damaged(self.path, error) from None
 
     async def reserve(self, cost_usd: float) -> int:
-        """Records that a call is about to be made that may cost this much; returns the number of the reservation."""
+        """Record that a call is about to be made that may cost this much; returns the number of the reservation."""
         row = await self._write([("INSERT INTO reservations (cost_usd) VALUES (?)", (cost_usd,))])
         assert row is not None  # noqa: S101 - an INSERT has a row id
         return row
 
     async def release(self, reservation: int) -> None:
-        """Forgets a reservation of a call that cost nothing."""
+        """Forget a reservation of a call that cost nothing."""
         await self._write([_release(reservation)])
 
     async def save(
@@ -209,7 +231,7 @@ class Store:
         attempts: int,
         reservation: int | None,
     ) -> None:
-        """Stores an answer and settles its reservation in one commit; cost and attempts of earlier ones are added."""
+        """Store an answer and settle its reservation in one commit; cost and attempts of earlier ones are added."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         values = (
             request_key(writer, request), writer.name, writer.model, writer.api_version, request.template,
@@ -222,16 +244,16 @@ class Store:
         )
 
     async def save_job(self, writer: Named, job: Job) -> None:
-        """Stores a batch job, or the name that the server gave to it."""
+        """Store a batch job, or the name that the server gave to it."""
         values = (job.display_name, job.name, writer.name, writer.model, json.dumps(job.keys), job.cost_usd)
         await self._write([("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", values)])
 
     async def close_job(self, job: Job) -> None:
-        """Forgets a job: its answers are stored."""
+        """Forget a job: its answers are stored."""
         await self._write([("DELETE FROM jobs WHERE display_name = ?", (job.display_name,))])
 
     async def drain(self) -> None:
-        """Waits until everything handed over is on disk."""
+        """Wait until everything handed over is on disk."""
         if self._flusher is not None:
             await self._flusher
 
@@ -258,7 +280,7 @@ class Store:
                     future.set_result(row)
 
     def _commit(self, groups: list[list[Statement]]) -> list[int | None]:
-        """Runs all statements in one transaction; the row id of the first statement of each group."""
+        """Run all statements in one transaction; return the row id of the first statement of each group."""
         rows = []
         try:
             with self._connection:
@@ -280,13 +302,53 @@ def _release(reservation: int) -> Statement:
     return "DELETE FROM reservations WHERE id = ?", (reservation,)
 
 
+@contextmanager
+def open_copy(path: Path) -> Iterator[Store]:
+    """Open a copy of a store, so that neither the file nor its directory is written to."""
+    with TemporaryDirectory(prefix="sft-probe-") as folder:
+        copy = Path(folder) / path.name
+        for _ in range(_NUM_COPIES):  # again where a running writer wrote meanwhile
+            before = _state(path)
+            try:
+                for file in _files(path):
+                    shutil.copyfile(file, copy.with_name(file.name))
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}.") from None
+            if _state(path) == before:
+                break
+        with Store(copy) as store:
+            store.path = path  # for messages
+            yield store
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
+
+
+def _state(path: Path) -> list[tuple[int, int]]:
+    return [(file.stat().st_mtime_ns, file.stat().st_size) for file in _files(path)]
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be used as a store of answers ({error}). Choose another one, or bring it back.")
+
+
 def _open(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0:
-        connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
-    elif version != _SCHEMA_VERSION:
-        raise UserError(f"{path} was written by another version of sft-probe (layout {version}). Choose another file.")
+    try:
+        connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise _damaged(path, error) from None
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
+        elif version != _SCHEMA_VERSION:
+            raise UserError(
+                f"{path} was written by another version of sft-probe (layout {version}). Choose another file."
+            )
+    except (sqlite3.Error, UserError) as error:
+        connection.close()
+        raise error if isinstance(error, UserError) else _damaged(path, error) from None
     return connection

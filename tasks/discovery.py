@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -76,7 +77,8 @@ def run_lm_eval(arguments: list[str]) -> None:
     """lm-eval's own command line with our tasks on its include path and our model, `--model sft_probe`.
 
     Raises:
-        UserError: an include path of the user's own is given; lm-eval takes only one.
+        UserError: an include path of the user's own is given (lm-eval takes only one), or a flag that would make the
+            numbers of probe tasks wrong.
     """
     from lm_eval.__main__ import cli_evaluate
 
@@ -89,8 +91,31 @@ def run_lm_eval(arguments: list[str]) -> None:
     if _takes_include_path(arguments):
         import sft_probe.tasks.lm  # noqa: F401 - registers the model
 
+        _refuse_use_cache()
         sys.argv += ["--include_path", str(PACKAGED_TASKS_DIR)]
     cli_evaluate()
+
+
+def _refuse_use_cache() -> None:
+    """Make `--use_cache` an error for probe tasks of models other than ours, which cannot bind the cache to themselves.
+
+    lm-eval's own function is wrapped, since flags also come from its `--config` files. Its command line looks the
+    function up when it runs.
+    """
+    import lm_eval
+
+    simple_evaluate = lm_eval.simple_evaluate
+
+    def checked(*, model: str, tasks: list[Any], use_cache: str | None, **arguments: Any) -> Any:
+        probes = [task for task in tasks if isinstance(task, str) and task.startswith("sft_probe")]
+        if use_cache is not None and probes and model != "sft_probe":
+            raise UserError(
+                f"--use_cache cannot be used with {probes[0]} and --model {model}: lm-eval finds answers by the text "
+                "of a request alone, so another checkpoint would get these. Leave it out, or use --model sft_probe."
+            )
+        return simple_evaluate(model=model, tasks=tasks, use_cache=use_cache, **arguments)
+
+    lm_eval.simple_evaluate = checked
 
 
 def _takes_include_path(arguments: list[str]) -> bool:

@@ -6,8 +6,17 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
-from sft_probe.prompts import Prompt, PromptFormat, encode_probe_set
-from sft_probe.records import DEFAULT_PROBE_SET, Doc, load_probe_set
+from sft_probe.models import load_config, load_tokenizer
+from sft_probe.prompts import (
+    DroppedDoc,
+    Prompt,
+    PromptFormat,
+    dropped_by_faults,
+    encode_probe_set,
+    refused_docs,
+    resolve_format,
+)
+from sft_probe.records import DEFAULT_PROBE_SET, Doc, ProbeSet, load_probe_set
 
 if TYPE_CHECKING:
     import datasets
@@ -37,7 +46,8 @@ def load_docs(
         category: a category of the probe set.
         split: `train` or `heldout`.
         probe_set: path or id; default: the environment's SFT_PROBE_SET, else the embedded set.
-        prompt_format: default: the probe set's own.
+        prompt_format: default: the probe set's own. What the name leaves open (see `PromptFormat`) is chosen by a test
+            on all docs, where the tokenizer is known.
         tokenizer: name or path; default: `pretrained`.
         pretrained: the model's name or path.
         revision: of the tokenizer on the hub.
@@ -62,7 +72,9 @@ def load_docs(
     )
     rows = [row for row in all_rows if row["split"] == split and row["category"] == category]
     if not rows:
-        raise UserError(f"the probe set {source} has no usable doc in the split {split}.")
+        raise UserError(
+            f"the probe set {source} has no usable doc in the split {split}; the log names what was left out."
+        )
     return {split: datasets.Dataset.from_list(rows)}
 
 
@@ -77,22 +89,9 @@ def _rows(
     max_length: int | None,
 ) -> list[dict[str, Any]]:
     probe_set = load_probe_set(source)
-    if tokenizer_name is None:
-        log.warning("no tokenizer is known, so the length of the docs is not checked")
-        prompt_format = PromptFormat(format_name)
-        pairs: list[tuple[Doc, Prompt, dict[str, list[int]]]] = [
-            (doc, prompt_format.render(doc.messages), {}) for doc in probe_set.docs
-        ]
-    else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, revision=revision)
-        prompt_format = PromptFormat(format_name, tokenizer)
-        window = max_length or _window(tokenizer_name, revision)
-        kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, window)
-        for drop in dropped:
-            log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
-        pairs = [(item.doc, item.prompt, item.continuation_ids) for item in kept]
+    prompt_format, pairs, dropped = _usable_docs(probe_set, format_name, tokenizer_name, revision, max_length)
+    for drop in dropped:
+        log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
     return [
         {
             "doc_id": doc.doc_id,
@@ -110,11 +109,30 @@ def _rows(
     ]
 
 
+def _usable_docs(
+    probe_set: ProbeSet, format_name: str, tokenizer_name: str | None, revision: str, max_length: int | None
+) -> tuple[PromptFormat, list[tuple[Doc, Prompt, dict[str, list[int]]]], list[DroppedDoc]]:
+    """Docs with prompts and, where the tokenizer is known, the ids of their responses; and what is left out."""
+    if tokenizer_name is None:
+        log.warning("no tokenizer is known, so the length of the docs is not checked")
+        prompt_format = PromptFormat(format_name)
+        refused = refused_docs(prompt_format, probe_set.docs)
+        names = {drop.doc_id for drop in refused}
+        docs = [doc for doc in probe_set.docs if doc.doc_id not in names]
+        dropped = dropped_by_faults(probe_set) + refused
+        return prompt_format, [(doc, prompt_format.render(doc.messages), {}) for doc in docs], dropped
+    tokenizer = load_tokenizer(tokenizer_name, revision)
+    prompt_format = resolve_format(format_name, tokenizer, probe_set.docs)
+    kept, dropped = encode_probe_set(
+        probe_set, prompt_format, tokenizer, max_length or _window(tokenizer_name, revision)
+    )
+    return prompt_format, [(item.doc, item.prompt, item.continuation_ids) for item in kept], dropped
+
+
 def _window(model_name: str, revision: str) -> int:
     from lm_eval.models.utils import resolve_max_length
-    from transformers import AutoConfig
 
-    return int(resolve_max_length(AutoConfig.from_pretrained(model_name, revision=revision)))
+    return int(resolve_max_length(load_config(model_name, revision)))
 
 
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tqdm import tqdm
 
+from sft_probe.adapters import attach_adapter, check_adapter
 from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
+from sft_probe.models import code_refused, local_folder, needs_code
 from sft_probe.packing import Item
-from sft_probe.prompts import terminator_id
+from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.tasks.cache import bind_cache
 
 log = logging.getLogger(__name__)
 
@@ -69,28 +72,63 @@ class ProbeLM(HFLM):
         **arguments: those of `hf`; `batch_size` is for generation alone.
 
     Raises:
-        UserError: an encoder-decoder, a prompt-tuned model or mixed precision is asked for.
+        UserError: an encoder-decoder, mixed precision, code that comes with a model, or an adapter that does more than
+            change layers is asked for.
     """
 
     def __init__(self, *, max_tokens: int | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        prompt_tuned = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
-        if self.backend != "causal" or self.mixed_precision_dtype is not None or prompt_tuned:
-            raise UserError(
-                "the model sft_probe scores decoder-only models in one dtype and without learned prompts; use hf."
-            )
+        if arguments.pop("trust_remote_code", False):
+            raise UserError("trust_remote_code: the model sft_probe never runs code that comes with a model; use hf.")
+        given = arguments["pretrained"]
+        if isinstance(given, str):
+            self._load(arguments)
+        else:
+            super().__init__(**arguments | {"pretrained": _Untouched(given)})
+            self._model = self.pretrained = given.eval()
+        if self.backend != "causal" or self.mixed_precision_dtype is not None:
+            raise UserError("the model sft_probe scores decoder-only models in one dtype; use hf.")
+        if isinstance(self.model, PeftModel):
+            check_adapter(self.model, str(arguments.get("peft") or "the model"))
         self.scorer = FittingScorer(max_tokens or default_max_tokens(str(self.device)), self.max_length)
         if torch.device(self.device).type == "cpu":
             keep_freed_memory()
             if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
                 log.warning("this CPU multiplies no 16-bit matrices: expect %s to be slow", self.model.dtype)
-        self._ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._modules = _module_types(self.model)
+        self._ids: dict[tuple[str, str, str], tuple[list[int], list[int]]] = {}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take a cache of answers (`--use_cache`). Raises `UserError` where it holds those of another model."""
+        bind_cache(cache_hook.dbdict, self.model, max_length=self.max_length)
+        super().set_cache_hook(cache_hook)
+
+    def _load(self, arguments: dict[str, Any]) -> None:
+        """Let `hf` load the model, except for its adapter, and keep the weights as the files hold them."""
+        try:
+            super().__init__(**arguments, trust_remote_code=False)
+        except ValueError as error:
+            if needs_code(error):
+                raise code_refused("model", arguments["pretrained"]) from error
+            raise
+        del self._model.tie_weights
+
+    def _create_model(self, *args: Any, peft: str | None = None, **arguments: Any) -> None:
+        super()._create_model(*args, **arguments)
+        if peft:  # `hf` would cut or pad the vocabulary to the tokenizer's first
+            self._model = attach_adapter(self._model, local_folder(peft, arguments.get("revision") or "main"))
+        # `hf` ties the weights next, also those that transformers has left apart because the files hold them so
+        self._model.tie_weights = lambda: None
 
     def use(self, model: Any) -> None:
-        """Replaces the model by another one of the same architecture; token ids stay cached."""
+        """Replace the model by another one of the same architecture, or by none; token ids stay cached."""
         self._model = model
-        if self.scorer.way is not None and not self.scorer.way.shared:
-            self.scorer.way = None  # it may have been these weights, with NaN in them, that failed the check
+        if model is None:
+            return
+        modules = _module_types(model)
+        # another adapter's layers may not take the masks, and weights with NaN in them fail the check for all others
+        if modules != self._modules or (self.scorer.way is not None and not self.scorer.way.shared):
+            self.scorer.way = None
+        self._modules = modules
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[ProbeScore]:
         """Scores all requests, in one go.
@@ -99,7 +137,7 @@ class ProbeLM(HFLM):
             UserError: a continuation is empty or longer than the window; nothing is scored.
             NonFiniteError: after all others are scored.
         """
-        pairs = [self._encode(*request.args) for request in requests]
+        pairs = [self._encode(request) for request in requests]
         terminators = [self._terminator(request) for request in requests]
         self._check(requests, pairs, terminators)
         items = [self._fit(*pair, end) for pair, end in zip(pairs, terminators, strict=True)]
@@ -126,11 +164,15 @@ class ProbeLM(HFLM):
         results = dict(self._score([self._fit(context, ids, None) for _, context, ids in requests], disable_tqdm))
         return [results[i] for i in range(len(requests))]
 
-    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both; those of an empty context are the prefix token, as in `hf`."""
-        key = (context, continuation)
+    def _encode(self, request: Instance) -> tuple[list[int], list[int]]:
+        """Ids of context and continuation: those of the format's join rule for probe tasks, else as in `hf`."""
+        context, continuation = request.args
+        rule = str(request.doc["prompt_format"]) if _is_probe(request) else ""
+        key = (context, continuation, rule)
         if key not in self._ids:
-            if context:
+            if rule and context:
+                self._ids[key] = self._join(context, continuation, rule)
+            elif context:
                 self._ids[key] = self._encode_pair(context, continuation)
             else:
                 ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -138,8 +180,15 @@ class ProbeLM(HFLM):
                 self._ids[key] = (ids[:1], ids[1:]) if has_prefix else ([self.prefix_token_id], ids)
         return self._ids[key]
 
+    def _join(self, context: str, continuation: str, format_name: str) -> tuple[list[int], list[int]]:
+        """Ids under the rule that training and live probe have; no continuation where it finds no split."""
+        text, response = context.rstrip(), continuation.lstrip()
+        separator = context[len(text) :] + continuation[: len(continuation) - len(response)]
+        prompt = Prompt(text, separator)
+        return encode_pair(self.tokenizer, prompt, response, in_use=joins_in_use(format_name)) or ([], [])
+
     def _terminator(self, request: Instance) -> int | None:
-        if not (request.task_name or "").startswith("sft_probe"):
+        if not _is_probe(request):
             return None
         return terminator_id(request.doc["prompt_format"], self.tokenizer)
 
@@ -152,7 +201,10 @@ class ProbeLM(HFLM):
         faults = []
         for request, (_, ids), end in zip(requests, pairs, terminators, strict=True):
             num_tokens = len(ids) + (end is not None)
-            if not ids:
+            if not ids and _is_probe(request):
+                reason = no_pair_reason(joins_in_use(request.doc["prompt_format"]))
+                faults.append(f'{_name(request)}: {reason}; name the tokenizer: --metadata \'{{"tokenizer": "..."}}\'')
+            elif not ids:
                 faults.append(f"{_name(request)}: no token is left of the continuation {request.args[1]!r}")
             elif num_tokens > self.max_length:
                 faults.append(f"{_name(request)}: {num_tokens} tokens to predict, over max_length {self.max_length}")
@@ -169,6 +221,23 @@ class ProbeLM(HFLM):
         scores = self.scorer.score(model, items)
         for index, result in tqdm(scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0):
             yield index, ProbeScore.of(result)
+
+
+def _is_probe(request: Instance) -> bool:
+    return (request.task_name or "").startswith("sft_probe")
+
+
+class _Untouched:
+    """All that `HFLM.__init__` may know of a model that it is handed: it would tie the weights of the model itself."""
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config
+        self.device = model.device
+        self.name_or_path = model.config._name_or_path  # whose tokenizer it takes where none is given
+
+
+def _module_types(model: Any) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in model.named_modules()]
 
 
 def _name(request: Instance) -> str:

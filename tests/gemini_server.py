@@ -2,7 +2,8 @@
 
 A prompt may hold `@faults(a,b,c)`: the first call with it meets fault a, the second b, the third c, later ones none.
 Answers: blocked_prompt safety recitation max_tokens empty no_finish surrogate thought other_version bad_request bad_key
-no_model echo_key. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut hangup malformed malformed_error.
+no_model echo_key. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut hangup malformed
+malformed_error, and those of gemini_faults.py. `always` is a fault of every call, whatever its prompt says.
 It also answers chat completions as OpenAI does (`/openai/v1`), with the same faults.
 Run: python tests/gemini_server.py --port 0 --latency-s 0.05    (prints its address; GET /calls counts calls by prompt)
 """
@@ -16,6 +17,7 @@ from collections import Counter, deque
 from typing import Any
 
 from aiohttp import web
+from gemini_faults import USAGES, endless, escaped, wire_fault
 from synth_fakes import text_of
 
 VERSION = "test-model-001"
@@ -27,8 +29,13 @@ _RETRY_S = 0.05
 class GeminiServer:
     """The server and what it has seen; as a context manager it runs in a thread of its own."""
 
-    def __init__(self, latency_s: float = 0.0) -> None:
+    def __init__(self, latency_s: float = 0.0, always: str = "", thief: str = "") -> None:
         self.latency_s = latency_s
+        self.always = always
+        self.thief = thief
+        """Address that redirects lead to."""
+        self.billed: list[tuple[int, int]] = []
+        """Tokens of prompt and output of every call that is paid for."""
         self.calls: Counter[str] = Counter()
         """Calls by prompt that were answered with tokens to pay for."""
         self.requests: Counter[str] = Counter()
@@ -38,6 +45,9 @@ class GeminiServer:
         self.bodies: deque[dict[str, Any]] = deque(maxlen=100)
         self.polls_needed = 2
         self.in_flight = self.most_in_flight = 0
+        self.num_requests = 0
+        self.seen: deque[str] = deque(maxlen=1000)
+        """Path and headers of the last requests."""
         self.job_faults: list[str] = []
         self.list_faults: list[str] = []
         self.keeps_results = True
@@ -48,7 +58,7 @@ class GeminiServer:
 
     def app(self) -> web.Application:
         """The routes."""
-        app = web.Application(client_max_size=2**30)
+        app = web.Application(client_max_size=2**30, middlewares=[self._wire])
         app.router.add_get("/calls", self._counts)
         app.router.add_post("/{version:v1|v1beta}/models/{model}:generateContent", self._generate)
         app.router.add_post("/{version:v1|v1beta}/models/{model}:batchGenerateContent", self._create_job)
@@ -94,6 +104,20 @@ class GeminiServer:
             {"calls": self.calls, "requests": self.requests, "most_in_flight": self.most_in_flight}
         )
 
+    @web.middleware
+    async def _wire(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Counts every request, and fails before anything is understood of it where `always` says so."""
+        if request.path == "/calls":
+            return await handler(request)
+        self.num_requests += 1
+        self.seen.append(f"{request.raw_path} {dict(request.headers)}")
+        fault = wire_fault(self.always, _key_of(request.headers), f"{self.thief}{request.path}", self.num_requests)
+        if fault is None and self.always != "endless":
+            return await handler(request)
+        if fault is None or fault.status == 200:
+            self.billed.append((50, 50))
+        return await endless(request) if fault is None else fault
+
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await self._received(request)
         return await self._answer(request, body["contents"][0]["parts"][0]["text"], _gemini_answer)
@@ -121,11 +145,15 @@ class GeminiServer:
         if failure is not None:
             return failure
         self.calls[prompt] += 1
-        text = json.dumps(render(prompt, fault))
+        answer = render(prompt, fault, _key_of(request.headers))
+        self.billed.append((len(prompt) // 4, 1021 if fault == "thoughts" else 25))
+        text = json.dumps(answer)
         if fault == "malformed":
             text = text[: len(text) // 2]
         if fault == "echo_key":
             text = text.replace("Answer ", f"Answer {_key_of(request.headers)} ")
+        if fault == "echo_escaped":
+            text = text.replace("Answer ", f"Answer {escaped(_key_of(request.headers))} ")
         if fault in ("cut", "hangup"):
             return await _cut(request, text if fault == "cut" else "")
         return web.Response(text=text, content_type="application/json")
@@ -135,12 +163,15 @@ class GeminiServer:
         number = self.requests[prompt]
         self.requests[prompt] += 1
         names = faults[1].split(",") if faults else []
+        if self.always:
+            return self.always
         return names[number] if number < len(names) else ""
 
     async def _start_upload(self, _: web.Request) -> web.Response:
         name = f"file{len(self._files)}"
         self._files[name] = b""
-        return web.Response(headers={"X-Goog-Upload-URL": f"{self.url}/upload/bytes/{name}"})
+        url = self.thief if self.always == "upload_elsewhere" else self.url
+        return web.Response(headers={"X-Goog-Upload-URL": f"{url}/upload/bytes/{name}"})
 
     async def _upload(self, request: web.Request) -> web.Response:
         name = request.match_info["file"]
@@ -163,7 +194,8 @@ class GeminiServer:
         }
         self._jobs[name] = job
         lines = [json.loads(line) for line in self._files[source].splitlines()]
-        self._files[f"out{name[8:]}"] = b"".join(self._batch_line(line) for line in reversed(lines))
+        key = _key_of(request.headers)
+        self._files[f"out{name[8:]}"] = b"".join(self._batch_line(line, key) for line in reversed(lines))
         if fault == "job_failed":
             job["metadata"]["state"] = "BATCH_STATE_FAILED"
         if fault == "cut":
@@ -172,7 +204,7 @@ class GeminiServer:
             return _error(500, "the job was made all the same")
         return web.json_response(job)
 
-    def _batch_line(self, line: dict[str, Any]) -> bytes:
+    def _batch_line(self, line: dict[str, Any], key: str) -> bytes:
         prompt = line["request"]["contents"][0]["parts"][0]["text"]
         fault = self._next_fault(prompt)
         if fault == "missing":
@@ -183,8 +215,12 @@ class GeminiServer:
             answer = {"key": line["key"], "error": {"code": int(fault), "message": "no luck"}}
         else:
             self.calls[prompt] += 1
-            answer = {"key": line["key"], "response": _gemini_answer(prompt, fault)}
-        return json.dumps(answer).encode() + b"\n"
+            answer = {"key": line["key"], "response": _gemini_answer(prompt, fault, key)}
+            self.billed.append((len(prompt) // 4, 1021 if fault == "thoughts" else 25))
+        text = json.dumps(answer)
+        if fault == "echo_escaped":
+            text = text.replace("Answer ", f"Answer {escaped(key)} ")
+        return text.encode() + b"\n"
 
     async def _list_jobs(self, request: web.Request) -> web.Response:
         failure = _failure(self.list_faults.pop(0) if self.list_faults else "", request.headers)
@@ -210,10 +246,19 @@ class GeminiServer:
         return web.Response(body=self._files[request.match_info["file"]])
 
 
-def _gemini_answer(prompt: str, fault: str) -> dict[str, Any]:
-    usage = {"promptTokenCount": len(prompt) // 4, "candidatesTokenCount": 20, "thoughtsTokenCount": 5}
+def _gemini_answer(prompt: str, fault: str, key: str) -> dict[str, Any]:
+    usage: dict[str, Any] = {"promptTokenCount": len(prompt) // 4, "candidatesTokenCount": 20, "thoughtsTokenCount": 5}
+    if fault == "thoughts":
+        usage = {"promptTokenCount": len(prompt) // 4, "thoughtsTokenCount": 1021}
     usage["totalTokenCount"] = sum(usage.values())
-    answer: dict[str, Any] = {"usageMetadata": usage, "modelVersion": VERSION, "responseId": "r"}
+    answer: dict[str, Any] = {"usageMetadata": USAGES.get(fault, usage), "modelVersion": VERSION, "responseId": "r"}
+    if fault == "thoughts":
+        return answer | {"candidates": [{"finishReason": "MAX_TOKENS", "content": {"role": "model"}}]}
+    if fault == "echo_split":
+        parts = [{"text": key[:9]}, {"text": f"{key[9:]} " + text_of(prompt)}]
+        return answer | {"candidates": [{"finishReason": "STOP", "content": {"parts": parts}}]}
+    if fault == "echo_finish":
+        return answer | {"modelVersion": key, "candidates": [{"finishReason": key}]}
     if fault == "blocked_prompt":
         usage.pop("candidatesTokenCount")
         return answer | {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}
@@ -232,16 +277,22 @@ def _gemini_answer(prompt: str, fault: str) -> dict[str, Any]:
     return answer | {"candidates": [candidate]}
 
 
-def _openai_answer(prompt: str, fault: str) -> dict[str, Any]:
+def _openai_answer(prompt: str, fault: str, key: str) -> dict[str, Any]:
+    num_tokens = {"prompt_tokens": len(prompt) // 4, "completion_tokens": 25, "total_tokens": len(prompt) // 4 + 25}
+    if fault == "thoughts":
+        num_tokens |= {"completion_tokens": 1021, "completion_tokens_details": {"reasoning_tokens": 1021}}
     message: dict[str, Any] = {"role": "assistant", "content": "" if fault == "empty" else text_of(prompt)}
     if fault == "refusal":
         message = {"role": "assistant", "content": None, "refusal": "I will not."}
-    finish = {"max_tokens": "length", "safety": "content_filter"}.get(fault, "stop")
+    if fault in ("thoughts", "reasoning"):
+        message = {"role": "assistant", "content": None, "reasoning_content": "Let me think."}
+    finishes = {"max_tokens": "length", "thoughts": "length", "safety": "content_filter", "echo_finish": key}
+    finish = finishes.get(fault, "stop")
     return {
         "id": "c",
         "model": "test-model-002" if fault == "other_version" else VERSION,
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-        "usage": {"prompt_tokens": len(prompt) // 4, "completion_tokens": 25, "total_tokens": len(prompt) // 4 + 25},
+        "usage": USAGES.get(fault, num_tokens),
     }
 
 

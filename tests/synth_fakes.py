@@ -37,7 +37,7 @@ def text_of(prompt: str) -> str:
 
 
 # the server answers with what stands before the @: with these prompts a text that passes the checks
-ECHOED = "{{ ([topic] * (num_words // 10)) | join(' ') }}."
+ECHOED = "{{ ([topic] * ([num_words // 15, 1] | max)) | join(' ') }}."
 TEMPLATES = {
     "paraphrase.txt": "{# version p #}\n" + ECHOED + "@ {{ rejected }}",
     "variant.txt": "{# version 7 #}\nNow " + ECHOED + "@ {{ conversation }}",

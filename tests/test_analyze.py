@@ -3,15 +3,20 @@
 import json
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import SHARED, Run, needs_shared, user_error
+from hypothesis import given
+from hypothesis import strategies as st
 from score_files import CURVES, NUM_TOKENS, STEPS, write_run
 
 from sft_probe.analysis.curves import half_step
+from sft_probe.analysis.imports import read_metrics
+from sft_probe.analysis.recordings import load_recording
 
 REFERENCE = SHARED / "reference/qwen1.5-1.8b_sft_extend.csv"
 
@@ -174,7 +179,37 @@ def test_repeated_responses_are_one_cluster(sft_probe: Run, tmp_path: Path) -> N
     for doc in docs[:5]:
         doc["non_response"] = "the same for five"
     (run / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    assert "24 held-out prompts in 20 clusters" in sft_probe("analyze", run).stdout
+    text = sft_probe("analyze", run).stdout
+    assert "24 held-out prompts in 20 to 24 clusters" in text
+    assert "one cluster holds over 10% of the docs: non_response (21%)" in text
+    _, verdict, _ = _tables(run / "analysis")
+    assert verdict["num_clusters"].to_dict() == {"chosen": 24, "rejected": 24, "non_response": 20}
+    assert sft_probe("plot", run, "--format", "svg").returncode == 0
+    trajectory = pd.read_csv(run / "trajectory.csv").query("step == 8").set_index("category")
+    ends = trajectory.loc[verdict.index, ["delta_ci_low", "delta_ci_high"]]
+    np.testing.assert_allclose(ends, verdict[["low", "high"]], atol=6e-5, err_msg="one mean has one interval")
+
+
+def test_a_foreign_sweep_finds_its_probe_set_from_any_directory(
+    sft_probe: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    docs = [
+        {
+            "doc_id": f"d{number}", "conversation_id": f"c{number}", "split": "heldout", "chosen": f"Answer {number}.",
+            "non_response": f"The same for {number // 4}.", "messages": [{"role": "user", "content": f"Q{number}"}],
+        }
+        for number in range(12)
+    ]  # fmt: skip
+    Path("set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    for step in (0, 1):
+        shutil.copytree(tiny_model, f"ck/checkpoint-{step}")
+    result = sft_probe("sweep", "out", "--checkpoints", "ck/*", "--probe_set", "set.jsonl")
+    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir("/")
+    recording = load_recording(tmp_path / "out")
+    assert recording.texts["d7"]["chosen"] == "Answer 7."
+    assert not [note for note in recording.notes if "probe set" in note]
 
 
 def test_live_and_swept_rows_that_differ_are_told(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
@@ -202,6 +237,44 @@ def test_a_forerunners_metric_file(sft_probe: Run, tmp_path: Path) -> None:
     verdict = pd.read_csv(tmp_path / "out/verdict.csv").set_index("category")
     assert verdict["change"].to_dict() == pytest.approx({"chosen": 43.0, "reject_gptformat": 36.5})
     assert set(verdict["split"]) == {"train"}
+    assert "keys left out (no log-prob of a category, or not finite in every line): p_e" in result.stdout
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.floats(-4e-4, 4e-4)), min_size=2, max_size=30).filter(
+        lambda lines: len({number for number, _ in lines}) > 1
+    )
+)
+def test_repeated_and_interleaved_evaluations_count_once(lines: list[tuple[int, float]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "metrics.json")
+        path.write_text("".join(f'{{"logps_eval_prob_train/a": {-n + e}, "p_e": NaN}}\n' for n, e in lines))
+        means, unit, notes = read_metrics(path)
+    first = list(dict.fromkeys(number for number, _ in lines))
+    assert list(means["value"].round()) == [-number for number in first], "in the order of their first line"
+    assert (list(means["step"]), unit) == (list(range(len(first))), "evaluation")
+    repeats = len(lines) - len(first)
+    assert any(f"{repeats} of {len(lines)} lines repeat" in note for note in notes) == (repeats > 0)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "evaluations", "first_last"),
+    [
+        ("pythia410m_dpo", 50, (-151.98, -146.34)),
+        ("qwen1.8b_sft_chosen", 40, (-122.81, -56.41)),
+        ("qwen1.8b_dpo_after_sft", 30, (-54.38, None)),
+    ],
+)
+def test_published_metrics(name: str, evaluations: int, first_last: tuple[float, float | None]) -> None:
+    means, _, notes = read_metrics(SHARED / f"reference/learning-dynamics/{name}.metrics.json")
+    chosen = means[means["category"] == "chosen"]["value"]
+    assert len(chosen) == evaluations
+    assert means["category"].nunique() == 12
+    assert chosen.iloc[0] == pytest.approx(first_last[0], abs=0.01)
+    if first_last[1] is not None:
+        assert chosen.iloc[-1] == pytest.approx(first_last[1], abs=0.02)
+    assert "except_argmax_prob_logits" in notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -214,9 +287,14 @@ def test_a_forerunners_metric_file(sft_probe: Run, tmp_path: Path) -> None:
         (
             "a.json",
             '{"logps_eval_prob_train/chosen": -1}\n{"logps_eval_prob_train/chosen": NaN}\n',
-            "line 2: no finite",
+            "no key logps_eval_prob_train/CATEGORY holds a finite number in every line",
         ),
-        ("a.json", '{"loss": 1}\n', "line 1: no finite numbers named logps_eval_prob_train/CATEGORY"),
+        ("a.json", '{"loss": 1}\n', "no key logps_eval_prob_train/CATEGORY holds a finite number"),
+        (
+            "a.json",
+            3 * '{"logps_eval_prob_train/chosen": -1}\n',
+            "one evaluation only, so nothing can have changed. 2 of 3 lines repeat an earlier evaluation",
+        ),
         ("a.json", "[]\n", "line 1: not a JSON object"),
         ("a.json", "", "is empty"),
         ("a.parquet", "not parquet", "no parquet file of score rows"),

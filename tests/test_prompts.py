@@ -8,11 +8,12 @@ from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
+from tokenizer_matrix import make
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
-from sft_probe.prompts import PromptFormat, encode_pair, encode_probe_set
+from sft_probe.prompts import Prompt, PromptFormat, encode, encode_after, encode_pair, encode_probe_set
 from sft_probe.records import load_probe_set
 from sft_probe.train.data import IGNORED_LABEL, Example, PadRight, TrainingExamples, build_examples
 from sft_probe.train.mixture import assign, parse_mixture
@@ -82,16 +83,16 @@ def test_ids_are_those_of_lm_eval(bos: bool, tiny_model: Path) -> None:
     @settings(max_examples=150, deadline=None)
     @given(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
     def check(question: str, response: str) -> None:
-        prompt, separator = PromptFormat("hh").render([{"role": "user", "content": question}])
-        pair = encode_pair(tokenizer, prompt, separator + response)
-        assert pair == lm._encode_pair(prompt, separator + response)
+        prompt = PromptFormat("hh").render([{"role": "user", "content": question}])
+        pair = encode_pair(tokenizer, prompt, response)
+        assert pair == lm._encode_pair(prompt.text, prompt.separator + response)
 
     check()
 
 
 def test_chat_prompts_get_no_second_bos(tiny_model: Path) -> None:
     tokenizer = make_tokenizer(bos=True)
-    pair = encode_pair(tokenizer, "<|bos|>Hello", " there")
+    pair = encode_pair(tokenizer, Prompt("<|bos|>Hello", " "), "there")
     assert pair is not None
     assert pair[0].count(tokenizer.bos_token_id) == 1
     assert pair == harness(tokenizer, tiny_model)._encode_pair("<|bos|>Hello", " there")
@@ -100,8 +101,28 @@ def test_chat_prompts_get_no_second_bos(tiny_model: Path) -> None:
 def test_a_token_that_spans_the_join_is_found() -> None:
     tokenizer = make_tokenizer()
     (whole,) = tokenizer.encode(" water")
-    assert encode_pair(tokenizer, "some wa", "ter") is None
-    assert encode_pair(tokenizer, "some", " water") == (tokenizer.encode("some"), [whole])
+    assert encode_pair(tokenizer, Prompt("some wa", ""), "ter") is None
+    assert encode_pair(tokenizer, Prompt("some", " "), "water") == (tokenizer.encode("some"), [whole])
+
+
+def test_what_a_tokenizer_adds_is_added_once() -> None:
+    """As GLM-4's `[gMASK]<sop>`, which its template writes too; and EOS after a text is no part of a prompt."""
+    tokenizer = make("llama3", bos=None, eos="</s>", adds="[gMASK] <sop> A </s>")
+    start = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    plain = tokenizer.encode("Hello there", add_special_tokens=False)
+    assert encode(tokenizer, "Hello there") == start + plain
+    assert encode(tokenizer, "[gMASK]<sop>Hello there") == start + plain
+    assert encode(tokenizer, "Hello there</s>") == [*start, *plain, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "gemma", "llama3"])
+def test_a_response_alone_has_no_space_before_it(kind: str) -> None:
+    """Where a token spans even the join of prompt with separator and response: SentencePiece would write ` Well`."""
+    tokenizer = make(kind, eos="</s>")
+    after = tokenizer.encode("so:\nWell, then", add_special_tokens=False)
+    ids = encode_after(tokenizer, "Well, then")
+    assert after[-len(ids) :] == ids
+    assert str(tokenizer.decode(after)).endswith("\nWell, then")
 
 
 def train_examples(

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +13,7 @@ from helpers import Run, user_error
 from score_files import CURVES, NUM_TOKENS, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_probe.analysis.simplicity import surplus
+from sft_probe.analysis.curves import half_bracket
 from sft_probe.prompts import PromptFormat, encode
 from sft_probe.records import load_probe_set
 
@@ -46,10 +45,11 @@ def test_code_length_and_half_gain(sft_probe: Run, tmp_path: Path) -> None:
     row = table.iloc[0].to_dict()
     assert row["code_length"] == pytest.approx(sum(losses))
     assert row["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / (160 * NUM_TRAIN))
-    half = np.interp(CURVES["chosen"](8) / 2, [CURVES["chosen"](step) for step in (1, 4)], [4, 16])  # 4 examples a step
-    assert row["half_gain_examples"] == pytest.approx(half, abs=1.0)
-    assert math.isnan(row["surplus"])
-    assert "not estimable: no converged run (under two epochs)" in text
+    half = CURVES["chosen"](8) / 2
+    assert CURVES["chosen"](1) < half < CURVES["chosen"](4), "four examples a step"
+    assert (row["half_gain_after_examples"], row["half_gain_by_examples"]) == (4, 16)
+    assert " 4-16" in text
+    assert "surplus" not in text
     assert "step-0 scores of 0 of 32 training texts" in text
     assert "a claim needs at least 3" in text
     assert set(pd.read_csv(tmp_path / "out/simplicity_ranks.csv")["what"]) == {"prequential", "half gain"}
@@ -69,28 +69,19 @@ def test_learned_bits(sft_probe: Run, tmp_path: Path) -> None:
     assert row["learned_bits"] == pytest.approx((start - 100.0 * 24) / math.log(2))
 
 
-@pytest.mark.parametrize(("rate", "converged"), [(0.0, True), (3.0, False)])
-def test_the_surplus_needs_a_converged_run(sft_probe: Run, tmp_path: Path, rate: float, converged: bool) -> None:
-    curves = {"chosen": lambda step: 20.0 * min(step, 4) / 4 + rate * max(step - 4, 0)}
-    run = _losses(write_run(tmp_path / "run", curves=curves, steps=(0, 4, 8, 16, 24)), [140.0] * NUM_TRAIN)
-    table, text = _table(sft_probe, tmp_path / "out", run)
-    value = float(table["surplus"].iloc[0])
-    assert math.isnan(value) != converged
-    if converged:
-        limit = float(text.partition("limit: ")[2].partition(" nats")[0])
-        assert value == pytest.approx(NUM_TRAIN * (140 - limit * (NUM_TOKENS + 1)), rel=0.01)
-    else:
-        assert "still fell by over 1 % in the last epoch" in text
-
-
-def test_surplus_counts_blocks_not_examples() -> None:
-    noise = np.random.default_rng(0).normal(0, 20, size=512)
-    learned = np.where(np.arange(512) < 64, 50.0, 0.0)
-    losses = pd.DataFrame({"loss_sum": 100 + noise - noise.mean() + learned, "num_tokens": 50})
-    truth = 64 * 50.0
-    assert surplus(losses, 2.0) == pytest.approx(truth, rel=0.4)
-    assert surplus(losses, 2.0, block=1) > 1.5 * truth, "the floor that single examples have"
-    assert surplus(losses, 2.0) < surplus(losses, 2.0, block=1)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([0, 1, 2, 4], (4, 8)),
+        ([0, -1, -3, -4], (4, 8)),
+        ([0, 5, 5, 4], (0, 4)),
+        ([3, 3, 3, 3], (0, 0)),
+        ([0, 1, 2, 0], (math.nan, math.nan)),
+        ([0, 1, 2, math.nan], (math.nan, math.nan)),
+    ],
+)
+def test_half_of_a_gain_lies_between_two_probed_steps(changes: list[float], expected: tuple[float, float]) -> None:
+    assert half_bracket([0, 4, 8, 16], changes) == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_contrast_is_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> None:
@@ -111,19 +102,23 @@ def test_the_contrast_is_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> No
             order = [
                 (number + (category == "random")) % 24 for number in range(24)
             ]  # the text, not the prompt, has a cost
-            runs.append(_losses(run, [100.0 + text + extra + seed for text in order], category))
+            noise = [(text % 3 - 1 + 0.1 * (seed - 1)) * (category == "random") for text in order]  # of mean 0
+            losses = [100.0 + text + extra + seed + own for text, own in zip(order, noise, strict=True)]
+            runs.append(_losses(run, losses, category))
     _, text = _table(sft_probe, tmp_path / "out", *runs)
     table = pd.read_csv(tmp_path / "out/simplicity_contrasts.csv").iloc[0].to_dict()
     assert table["num_texts"] == 24
     assert table["num_runs"] == 3
     assert table["difference_bits"] == pytest.approx(12.0 * 24 / math.log(2))
     assert "random costs +415 bits" in text
+    assert table["low"] <= table["low_orders"] <= 12.0 * 24 / math.log(2) <= table["high_orders"] <= table["high"]
+    assert "for other orders and texts" in text
 
 
 def test_runs_without_prompts_gain_on_their_responses(sft_probe: Run, tmp_path: Path) -> None:
     run = _losses(write_run(tmp_path / "bare", train_category="chosen_no_prompt"), [100.0] * NUM_TRAIN)
     table, text = _table(sft_probe, tmp_path / "out", run)
-    assert table["half_gain_examples"].notna().all()
+    assert table["half_gain_by_examples"].notna().all()
     assert "sweep RUN --splits" not in text, "no sweep scores them without their prompts"
 
 
@@ -175,7 +170,10 @@ def test_the_kl_against_plain_transformers(sft_probe: Run, swept_run: Path, tmp_
         total += float(torch.distributions.kl_divergence(start, last).sum())
         count += len(ids) - len(prompt)
     assert total > 0
-    assert table["kl_per_token"] == pytest.approx(total / count, rel=1e-4), "one run: at its last step"
+    assert (table["kl_step_before"], table["kl_step_at"]) == (1, 4), "the two snapshots, half of the gain between them"
+    assert table["kl_gain_before"] < table["matched_gain"] <= table["kl_gain_at"]
+    assert 0 < table["kl_before"] < table["kl_at"]
+    assert table["kl_at"] == pytest.approx(total / count, rel=1e-4)
     assert "forward KL of tiny from its start" in result.stdout
     rows = [json.loads(line) for line in (run / "kl/step_000000.jsonl").read_text().splitlines()]
     assert max(abs(row["kl_sum"]) for row in rows) == 0.0

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
-from sft_probe.synth.categories import KINDS, load_templates, make_requests, permuted, topics
+from sft_probe.synth import report
+from sft_probe.synth.categories import KINDS, load_templates, make_requests, permuted, read_topics, topic_of
 from sft_probe.synth.checks import fault_of
 from sft_probe.synth.report import near_duplicates, shingles
 from sft_probe.synth.requests import Answer, Request
 from sft_probe.synth.sources import Rejected, SourcePair
-from sft_probe.synth.splits import clusters, conversation_id, split_pairs
+from sft_probe.synth.splits import choose_threshold, clusters, conversation_id, split_of, split_pairs
 from sft_probe.synth.writers.offline import OfflineWriter
 
 CHOSEN = "You could rinse the rice first, use a little less water, and let it stand for ten minutes with the lid on."
@@ -100,12 +102,17 @@ def test_paraphrase_is_of_rejected_and_the_length_that_of_chosen() -> None:
     assert "rice" not in requests["non_response"].prompt
 
 
-def test_no_two_topics_are_alike_and_more_docs_keep_the_first_ones() -> None:
-    many = topics(40_000, None, 0)
-    assert len(set(many)) == 40_000
-    assert topics(10, None, 0) == many[:10] != topics(10, None, 1)
-    with pytest.raises(UserError, match="48000 topics and 48001 are needed"):
-        topics(48_001, None, 0)
+def test_the_topic_is_that_of_the_doc_and_hardly_ever_that_of_another(tmp_path: Path) -> None:
+    parts = read_topics(None, 50_000)
+    topics = [topic_of(parts, f"doc {i}".encode()) for i in range(5000)]
+    assert len(set(topics)) >= 4980
+    assert topics[17] == topic_of(parts, b"doc 17")
+    for number in range(len(parts)):  # every entry of every list is used
+        assert {topic.count(part) > 0 for topic in topics for part in parts[number][-1:]} == {True, False}
+    (tmp_path / "topics.yaml").write_text("subjects: [a, b]\nplaces: [c]\nangles: [d, e]\n")
+    assert topic_of(read_topics(tmp_path, 4), b"doc") in {"a c d", "a c e", "b c d", "b c e"}
+    with pytest.raises(UserError, match="4 topics and 5 are needed"):
+        read_topics(tmp_path, 5)
 
 
 @given(st.text(min_size=1).map(str.strip).filter(bool))
@@ -135,22 +142,54 @@ def test_the_offline_writer_keeps_to_the_length_and_repeats_itself() -> None:
     assert len({write(), write(sample_index=1), write(prompt="q"), write(category="paraphrase")}) == 4
 
 
-def test_near_duplicates_are_those_of_datasketch() -> None:
+def groups(num_texts: int, links: list[tuple[int, int]]) -> set[frozenset[int]]:
+    """What is joined by the links, directly or through others."""
+    group = {number: frozenset({number}) for number in range(num_texts)}
+    for first, second in links:
+        joined = group[first] | group[second]
+        group.update(dict.fromkeys(joined, joined))
+    return set(group.values())
+
+
+def drifting_texts(num_texts: int) -> list[str]:
+    """Texts each of which is a little further from one before."""
     generator = random.Random(0)
-    words = [f"w{i}" for i in range(60)]
-    texts = [" ".join(words)]
-    for _ in range(150):  # each one a little further from one before
+    vocabulary = [f"w{i}" for i in range(60)]
+    texts = [" ".join(vocabulary)]
+    for _ in range(num_texts - 1):
         copied = generator.choice(texts).split()
-        copied[generator.randrange(60)] = generator.choice(words)
+        copied[generator.randrange(60)] = generator.choice(vocabulary)
         texts.append(" ".join(copied))
+    return texts
+
+
+def test_near_duplicates_are_joined_as_those_of_datasketch() -> None:
+    texts = drifting_texts(150)
     index, expected = MinHashLSH(threshold=0.7, num_perm=128), []
     for number, text in enumerate(texts):
         sketch = MinHash(num_perm=128)
         sketch.update_batch([shingle.encode() for shingle in shingles(text)])
         expected += [(other, number) for other in sorted(index.query(sketch))]
         index.insert(number, sketch)
-    assert near_duplicates(texts) == expected
-    assert 100 < len(expected) < 150 * 151 / 2
+    found = near_duplicates(texts)
+    assert set(found) <= set(expected)
+    assert groups(150, found) == groups(150, expected)
+    assert {second for _, second in found} == {second for _, second in expected}
+    assert len(groups(150, found)) < 150
+
+
+@pytest.mark.parametrize("kind", ["equal", "alike"])
+def test_near_duplicates_cost_a_sketch_and_some_links_each(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 texts that are equal, or all alike, have 2 million pairs; that many are neither compared nor listed."""
+    base = " ".join(f"w{i}" for i in range(200))
+    texts = [base if kind == "equal" else f"{base} {i}" for i in range(2000)]
+    sketches: list[str] = []
+    real = report.shingles
+    monkeypatch.setattr(report, "shingles", lambda text: (sketches.append(text), real(text))[1])
+    links = near_duplicates(texts)
+    assert len(sketches) <= len(texts)
+    assert len(links) <= 14 * len(texts)
+    assert {second for _, second in links} == set(range(1, 2000))
 
 
 def test_clusters_join_conversations_and_near_duplicates_transitively() -> None:
@@ -196,6 +235,38 @@ def test_the_splits_of_the_source_are_kept_unless_a_fraction_is_asked_for() -> N
     own = split_pairs(pairs, None, 0, Rejected())
     assert [p.doc_id for p in own if p.split == "heldout"] == [f"d{i}" for i in range(6)]
     drawn = split_pairs(pairs, 0.5, 0, Rejected())
-    assert sum(p.split == "heldout" for p in drawn) == 20
+    assert 12 <= sum(p.split == "heldout" for p in drawn) <= 28
     assert [p.split for p in drawn] == [p.split for p in split_pairs(pairs, 0.5, 0, Rejected())]
     assert [p.split for p in drawn] != [p.split for p in split_pairs(pairs, 0.5, 1, Rejected())]
+
+
+conversations = st.lists(st.integers(0, 40).map(str), min_size=3, max_size=60)
+
+
+@given(conversations, conversations, st.floats(0.05, 0.9), st.integers(0, 9))
+def test_a_share_keeps_every_doc_in_its_split(rows: list[str], appended: list[str], share: float, seed: int) -> None:
+    """Appended, reordered, limited: the split of a conversation is what it was."""
+
+    def splits(of: list[str]) -> dict[str, str]:
+        threshold = choose_threshold(of, share, seed)
+        return {row: split_of(row, threshold, seed) for row in of}
+
+    before, after = splits(rows), splits([*rows, *appended])
+    assert splits(rows[::-1]) == before
+    is_split = set(before.values()) == {"train", "heldout"}
+    if is_split and choose_threshold(rows, share, seed) == share:  # a split of fewer than two docs is mended
+        assert before.items() <= after.items()
+    elif len(set(rows)) == len(rows) >= 4:
+        assert is_split
+
+
+@given(conversations, st.integers(1, 30), st.integers(0, 9))
+def test_a_number_is_reached_by_whole_conversations_and_has_a_threshold(
+    rows: list[str], number: int, seed: int
+) -> None:
+    threshold = choose_threshold(rows, number, seed)
+    held = [row for row in rows if split_of(row, threshold, seed) == "heldout"]
+    assert len(held) >= min(number, len(rows))
+    assert any(len(held) - held.count(row) < number for row in held)
+    if 2 <= len(held) <= len(rows) - 2:
+        assert choose_threshold([*rows, "a", "b"], threshold, seed) == threshold

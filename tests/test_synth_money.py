@@ -121,7 +121,10 @@ def test_an_estimate_counts_what_the_store_lacks(store: Store) -> None:
     assert (guess.num_stored, guess.calls) == (2, 10)
     assert guess.output_tokens == 10 * 40  # 30 words each
     assert guess.cost_usd == pytest.approx((guess.prompt_tokens + 10 * guess.output_tokens) / 1e6, rel=0.01)
-    assert guess.max_cost_usd == pytest.approx(10 * (18 + 100 * 10) / 1e6, rel=0.01)
+    assert guess.max_cost_usd == pytest.approx(2 * 10 * (2 + 128 + 1000) / 1e6, rel=0.01)  # each call may be cut once
+    more = estimate(prompts(12), FakeWriter(), store, Price(1.0, 10.0), maybe_requests=prompts(14))
+    assert more.max_cost_usd == pytest.approx(guess.max_cost_usd * 2.2, rel=0.01)  # 12 of them are missing
+    assert (more.calls, more.cost_usd) == (guess.calls, guess.cost_usd)
     unknown = estimate(prompts(1), FakeWriter())
     assert (unknown.calls, unknown.cost_usd, unknown.max_cost_usd) == (1, None, None)
 

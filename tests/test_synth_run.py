@@ -37,7 +37,7 @@ def test_all_answers_come_in_order_and_are_asked_for_once(store: Store) -> None:
     writer, requests = FakeWriter(), prompts(300)
     expected = [(request.prompt, text_of(request.prompt)) for request in requests]
     assert texts(obtain(requests, writer, store, FAST)) == expected
-    assert writer.most_in_flight == 8
+    assert 1 < writer.most_in_flight <= 8
     assert set(writer.calls.values()) == {1}
     assert texts(obtain(requests, FakeWriter(lambda *_: ValueError("called again")), store, FAST)) == expected
     assert writer.num_closed == 1

@@ -1,6 +1,8 @@
 """From raw pairs to a set on disk, through the command line."""
 
+import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ from helpers import Run, user_error
 from synth_fakes import ECHOED, raw_rows, read_rows, write_rows, write_templates
 
 from sft_probe.records import load_probe_set
+from sft_probe.synth.build import Plan, Settings, make_plan
 from sft_probe.synth.sources import Rejected, read_pairs
+from sft_probe.synth.store import request_key
 from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+from sft_probe.synth.writers.offline import OfflineWriter
 
 KEY = "test-key-123"
 
@@ -122,7 +127,7 @@ def test_status_and_dry_run(
                     "http://127.0.0.1:9/v1", "--price", "1,2", "--out", tmp_path / "dry", "--dry-run")  # fmt: skip
     assert "calls: 72 (0 texts are stored)" in dry.stdout, dry.stderr
     assert "cost: 0.0" in dry.stdout
-    assert "set: not written yet" in sft_probe("synth", "status", tmp_path / "dry").stdout
+    assert not (tmp_path / "dry").exists()
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     gemini = ("synth", "--source", raw, "--writer", "gemini", "--out", tmp_path / "gemini")
@@ -275,3 +280,66 @@ def test_the_untrained_model_adds_its_own_answer(tmp_path: Path, sft_probe: Run)
     assert len(answers) == 4
     assert "Paris" in answers["What is the capital of France?"]
     assert "<|im" not in "".join(answers.values())
+
+
+def plan_of(source: Path, **changes: Any) -> Plan:
+    settings = {"source": str(source), "kinds": ("paraphrase", "non_response"), "templates": None,
+                "prompt_format": "hh", "heldout_frac": None, "limit": None, "seed": 3}  # fmt: skip
+    return make_plan(Settings(**(settings | changes)), Rejected())
+
+
+def many_rows(first: int, last: int) -> list[dict[str, str]]:
+    """Rows of which every fifth goes on with the conversation of the one before."""
+    rows = []
+    for i in range(first, last):
+        root = f"Tell me of matter {i - (i % 5 == 4)}, {hashlib.sha256(str(i - (i % 5 == 4)).encode()).hexdigest()}."
+        more = "\n\nAssistant: Yes?\n\nHuman: Go on." if i % 5 == 4 else ""
+        rows.append({side: f"\n\nHuman: {root}{more}\n\nAssistant: {side} {i}." for side in ("chosen", "rejected")})
+    return rows
+
+
+@pytest.mark.parametrize("frac", [None, 0.3])
+def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(frac: float | None, tmp_path: Path) -> None:
+    rows = many_rows(0, 400)
+    appended = rows + many_rows(400, 440)
+    shuffled = random.Random(0).sample(appended, len(appended))
+    plans = [
+        plan_of(write_rows(tmp_path / f"{name}.jsonl", of), heldout_frac=frac, limit=limit)
+        for name, of, limit in (
+            ("whole", rows, None), ("one", [*rows, many_rows(500, 501)[0]], None), ("appended", appended, None),
+            ("shuffled", shuffled, None), ("some", rows[1::2], None), ("limited", rows, 100), ("more", appended, 150),
+        )
+    ]  # fmt: skip
+    splits = [{pair.chosen: pair.split for pair in plan.pairs} for plan in plans]
+    asked = [{request_key(OfflineWriter(), request) for request in plan.requests()} for plan in plans]
+    for number in range(1, len(plans)):
+        common = splits[0].keys() & splits[number].keys()
+        assert {splits[0][chosen] == splits[number][chosen] for chosen in common} == {True}
+    assert splits[2] == splits[3]
+    assert asked[2] == asked[3]
+    assert asked[0] < asked[1]
+    assert len(asked[1] - asked[0]) == 2
+    assert asked[0] < asked[2]
+    assert asked[5] < asked[0]
+    assert 2 * 395 <= len(asked[0]) <= 2 * 400
+    share = list(splits[0].values()).count("heldout") / 400
+    assert abs(share - (frac or 0.2)) < 0.09
+
+
+def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+    source = write_rows(tmp_path / "pairs.jsonl", raw_rows(24))
+    plan = plan_of(source, rule=1, heldout_frac=0.25, limit=20)
+    rows = [(pair.doc_id, pair.split, plan.topics[pair.doc_id]) for pair in plan.pairs]
+    assert rows[0] == ("pairs-000007", "train", "a lighthouse at a crossroads at dawn in winter")
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "8c7bf3b59282c79f"  # as version 0.1 made it
+    command = ("synth", "--source", raw, "--writer", "offline", "--out")
+    for name in ("old", "new"):
+        assert sft_probe(*command, tmp_path / name / "set").returncode == 0
+    rule = tmp_path / "old/set/synthesis/rule.json"
+    rule.unlink()  # version 0.1 wrote none
+    rules = []
+    for name in ("old", "new"):
+        assert sft_probe(*command, tmp_path / name / "set").returncode == 0
+        rules.append(load_probe_set(str(tmp_path / name / "set")).manifest["provenance"]["rule"])
+    assert rules == [1, 2]
+    assert json.loads(rule.read_text()) == {"rule": 1}

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import PromptFormat
-from sft_probe.synth.hh import Pair, RowRejectedError, parse_row
+from sft_probe.synth.build import Settings, make_docs, make_plan, write_texts
+from sft_probe.synth.hh import Pair, RowRejectedError, parse_prompt, parse_row, parse_turns
 from sft_probe.synth.sources import Rejected, SourcePair, read_pairs
 
 text = st.text(st.characters(codec="utf-8")).map(str.strip).filter(
@@ -117,6 +119,92 @@ def test_messages_and_columns() -> None:
     assert "not a list of messages" in reason({"chosen": [question, {"role": "bot"}], "rejected": [question, rejected]})
 
 
+MULTI = transcript(["First?", "Middle.", "Second?"], "")
+FORMS = {
+    "published": lambda text: text,
+    "stripped": str.strip,
+    "blank lines before": lambda text: "\n\n" + text,
+    "windows": lambda text: text.replace("\n", "\r\n"),
+    "windows, stripped": lambda text: text.strip().replace("\n", "\r\n"),
+    "single line ends": lambda text: text.strip().replace("\n\n", "\n"),
+    "single before the assistant": lambda text: text.replace("\n\nAssistant", "\nAssistant"),
+    "three line ends": lambda text: text.replace("\n\n", "\n\n\n"),
+    "blanks in the empty line": lambda text: text.replace("\n\n", "\n \n"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_prompt_in_any_form_is_the_same_turns(form: str) -> None:
+    """As a prompt beside texts or messages, as a transcript, and as a prompt to train on."""
+    write = FORMS[form]
+    prompt = MULTI.rstrip()
+    expected = parse_row({side: f"{prompt} {side}" for side in ("chosen", "rejected")})
+    assert [turn["content"] for turn in expected.messages] == ["First?", "Middle.", "Second?"]
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    assert parse_row({side: write(f"{prompt} {side}") for side in ("chosen", "rejected")}) == expected
+    assert parse_row({"prompt": write(prompt), "chosen": "chosen", "rejected": "rejected"}) == expected
+    assert parse_row({"prompt": write(prompt), **answers}) == expected
+    assert parse_turns(write(prompt)) == parse_prompt(write(prompt)) == expected.messages
+    assert parse_turns(write(prompt.removesuffix("Assistant:"))) == expected.messages
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("Human: Human: Hi\n\nAssistant:", "still starts with `Human:`"),
+        ("Who?\n\nAssistant:", "ends with `Assistant:`"),
+        ("A story.\n\nHuman: Hi\n\nAssistant:", "ends with `Assistant:`"),
+        ("A story.\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Ha", "more turns follow inside a text"),
+        ([{"role": "user", "content": "Human: Hi"}], "still starts with `Human:`"),
+        ([{"role": "user", "content": "Hi Assistant:"}], "ends with `Assistant:`"),
+        ([{"role": "user", "content": "Hi\n\nHuman: Ho"}], "more turns follow inside a text"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "not a list of messages"),
+        (7, "the prompt is a number"),
+        (["Hi"], "not a list of messages"),
+        ([], "not a list of messages"),
+    ],
+)
+def test_a_label_that_is_left_in_a_text_is_a_fault(prompt: Any, words: str) -> None:
+    assert words in reason({"prompt": prompt, "chosen": "a", "rejected": "b"})
+    assistant = [{"role": "assistant", "content": text} for text in ("a", "b")]
+    if isinstance(prompt, list):
+        assert words in reason({"chosen": [*prompt, assistant[0]], "rejected": [*prompt, assistant[1]]}) or not prompt
+
+
+def test_a_turn_inside_a_reply_is_a_fault_in_every_form() -> None:
+    reply = "Yes.\n\nHuman: And?\n\nAssistant: No."
+    question = {"role": "user", "content": "Q?"}
+    for row in (
+        {"prompt": "Q?", "chosen": reply, "rejected": "b"},
+        {"prompt": "Human: Q?\n\nAssistant:", "chosen": "b", "rejected": reply},
+        {"prompt": [question], "chosen": reply.replace("\n", "\r\n"), "rejected": "b"},
+        {side: [question, {"role": "assistant", "content": text}]
+         for side, text in (("chosen", reply), ("rejected", "b"))},
+        {"chosen": f"\n\nHuman: Q?\n\nAssistant: {reply}", "rejected": "\n\nHuman: Q?\n\nAssistant: b"},
+    ):  # fmt: skip
+        assert "more turns follow" in reason(row)
+
+
+def test_messages_are_compared_by_role_and_content() -> None:
+    system, question = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}
+    answers = [{"role": "assistant", "content": text} for text in ("Because.", "No idea.")]
+    expected = Pair(messages=[system, question], chosen="Because.", rejected="No idea.")
+    marked = {**question, "id": 7, "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y? "}]}
+    for prompt, before in (
+        ([system, question], []), ([system, question], [marked]), ([system, question], [system, marked]),
+        ([system], [marked]), (None, [system, marked]), ("Why?", [system, question]),
+    ):  # fmt: skip
+        row = {"prompt": prompt, "chosen": [*before, answers[0]], "rejected": [*before, answers[1]]}
+        assert parse_row(row) == expected, (prompt, before)
+
+
+def test_missing_columns_are_named() -> None:
+    words = reason({"prompt": "Q?", "response": "A.", "helpfulness": 3})
+    assert "missing: `chosen`, `rejected`. The columns are prompt, response, helpfulness" in words
+    assert "--category NAME=COLUMN" in words
+    assert "`chosen` is a number" in reason({"prompt": "Q?", "chosen": 1, "rejected": "b"})
+
+
 def rows_of(num: int) -> list[dict[str, str]]:
     return [
         {side: f"\n\nHuman: Q{i}?\n\nAssistant: {side} {i}." for side in ("chosen", "rejected")} for i in range(num)
@@ -152,6 +240,32 @@ def test_gzip_parquet_and_directories_hold_the_same_rows(tmp_path: Path) -> None
         ("test-000002", "heldout"),
         *[(f"train-{i:06d}", "train") for i in range(1, 5)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train", "train"), ("test", "heldout"), ("heldout", "heldout"), ("validation", "heldout"),
+        ("test-00000-of-00002", "heldout"), ("testimonials", None), ("evaluations", None), ("trains", None),
+        ("device", None), ("trained_by_hand", None), ("validity", None),
+    ],
+)  # fmt: skip
+def test_a_file_is_a_split_by_its_whole_name(name: str, split: str | None, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(2)))
+    assert {pair.split for pair in read(tmp_path)[0]} == {split}
+
+
+def test_broken_text_in_parquet_costs_its_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {side: [row[side].encode() for row in rows_of(5)] for side in ("chosen", "rejected")}
+    columns["chosen"][2] += b"\xff"
+    arrays = {name: pyarrow.array(values, pyarrow.binary()).view(pyarrow.string()) for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(arrays), tmp_path / "raw.parquet")
+    pairs, rejected = read(tmp_path / "raw.parquet")
+    assert [pair.line for pair in pairs] == [1, 2, 4, 5]
+    assert rejected == [{"file": "raw.parquet", "line": 3, "reason": "bytes that are not UTF-8"}]
 
 
 def test_what_cannot_be_read_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,3 +305,95 @@ def test_published_transcripts_come_back_exactly(tmp_path: Path) -> None:
         assert (pair.chosen, pair.rejected) == (row["chosen"].strip(), row["rejected"].strip())
         same += rendered.render(pair.messages).text == row["prompt"].rstrip()
     assert same >= 478  # the others have stray white space inside a turn, which is stripped
+
+
+def recount(path: Path) -> dict[int, str]:
+    """By line: what an HH file holds, read by the shortest rule that can be written down, without our parser."""
+    seen: dict[tuple[str, ...], int] = {}
+    kinds = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            sides = ["\n\n" + row[name].replace("\r\n", "\n").lstrip() for name in ("chosen", "rejected")]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            kinds[number] = "no pair"
+            continue
+        cut = 0  # the last label of the assistant up to which the sides are equal
+        while (after := sides[0].find("\n\nAssistant:", cut) + 12) > 11 and sides[1].startswith(sides[0][:after]):
+            cut = after
+        prompt, answers = sides[0][:cut], [side[cut:] for side in sides]
+        turns = [part.strip() for part in prompt.split("\n\nHuman:")[1:]]
+        last_turn = turns[-1].removesuffix("Assistant:").strip() if turns else ""
+        is_fault = (
+            not last_turn or not all(map(str.strip, answers)) or answers[0].strip() == answers[1].strip()
+            or any("\n\nHuman:" in side or "\n\nAssistant:" in side for side in answers)
+            or any(turn.startswith("Human:") for turn in turns) or last_turn.endswith("Assistant:")
+            or any("\ud800" <= letter <= "\udfff" for side in sides for letter in side)
+        )  # fmt: skip
+        key = (prompt, *map(str.strip, answers))
+        kinds[number] = "no pair" if is_fault else "repeated" if key in seen else "pair"
+        if not is_fault:
+            seen.setdefault(key, number)
+    return kinds
+
+
+def dirty_rows(num_rows: int) -> list[str]:
+    """HH rows as they come: most are sound, and there is one of each fault that was ever seen, again and again."""
+    generator = random.Random(5)
+    lines = []
+    for i in range(num_rows):
+        texts = [f"Question {i} of {generator.randrange(9)}?", f"Which one, {i}?", f"The {i % 7}th."][: 1 + 2 * (i % 2)]
+        row = {side: transcript(texts, f"{side} {i}") for side in ("chosen", "rejected")}
+        fault = generator.randrange(40)
+        lines.append(json.dumps({
+            0: {**row, "rejected": row["chosen"]},
+            1: {**row, "chosen": transcript(texts, "")},
+            2: {**row, "rejected": row["rejected"] + "\n\nHuman: More?\n\nAssistant: No."},
+            3: {side: transcript(["Human: " + texts[0]], side) for side in row},
+            4: {side: text.replace("\n", "\r\n") for side, text in row.items()},
+            5: {side: text.strip() for side, text in row.items()},
+            6: {**row, "chosen": row["chosen"] + " \ud83d"},
+            7: {"prompt": "x"}, 8: {**row, "chosen": None}, 9: {**row, "chosen": i}, 10: [row],
+            11: {side: transcript(["  "], side) for side in row},
+            12: {side: transcript([f"Only {side}?"], side) for side in row},
+        }.get(fault, row)))  # fmt: skip
+        if fault in (13, 14, 15):
+            lines[-1] = {13: lines[-1][:-5], 14: "", 15: lines[generator.randrange(len(lines))]}[fault]
+    return lines
+
+
+@pytest.mark.parametrize("kind", ["made up", "published"])
+def test_every_row_is_a_doc_or_named_by_an_independent_count(kind: str, tmp_path: Path) -> None:
+    """Line by line, all the way through the plan of a set: nothing is lost and nothing is counted twice."""
+    path = tmp_path / "raw.jsonl"
+    if kind == "made up":
+        path.write_text("\n".join(dirty_rows(2312)) + "\n", "utf-8")
+    else:
+        published = SHARED / "data/helpful-base/probe_train.jsonl"
+        if not published.is_file():
+            pytest.skip("the development data in ../shared is not here")
+        rows = [json.loads(line) for line in published.read_text("utf-8").splitlines()]
+        path.write_text("".join(
+            json.dumps({side: row["prompt"] + row[name] for side, name in (("chosen", first), ("rejected", second))})
+            + "\n"
+            for row in rows
+            for first, second in (("chosen", "rejected"), ("rejected", "chosen_initial"))
+        ))  # fmt: skip
+    expected = recount(path)
+    pairs, rejected = read(path)
+    assert {pair.line for pair in pairs} == {line for line, what in expected.items() if what == "pair"}
+    assert {row["line"] for row in rejected if row["reason"] == "the same as an earlier row"} == {
+        line for line, what in expected.items() if what == "repeated"
+    }
+    plan = make_plan(
+        Settings(source=str(path), kinds=("random",), templates=None, prompt_format="hh", heldout_frac=0.2, limit=None,
+                 seed=0), Rejected(),
+    )  # fmt: skip
+    docs = make_docs(plan, write_texts(plan, lambda *_: iter(())))
+    used, left_out = [doc["meta"]["line"] for doc in docs], [row["line"] for row in plan.rejected.rows]
+    assert sorted(used + left_out) == sorted(expected)
+    assert all(row["reason"] and row["file"] == "raw.jsonl" for row in plan.rejected.rows)
+    assert plan.num_rows == len(expected)
+    assert len(used) > 0.6 * len(expected)

@@ -19,7 +19,7 @@ from sft_probe.synth.store import Store
 from sft_probe.synth.writers.gemini import GeminiWriter, read_answer
 from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
 from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
-from sft_probe.synth.writers.http import wait_s
+from sft_probe.synth.writers.http import Connection, Reply, Secret, wait_s
 from sft_probe.synth.writers.openai import OpenAIWriter, read_completion
 
 KEY = "AIza-a-secret-key"
@@ -161,14 +161,16 @@ def test_a_changed_version_stops(writer: Any, store: Store) -> None:
         ask(prompt_with("other_version"), writer, store)
 
 
-def test_a_request_that_the_server_refuses_is_not_asked_again(writer: Any, server: GeminiServer, store: Store) -> None:
+def test_a_request_that_the_server_refuses_is_asked_again_by_the_next_run_alone(
+    writer: Any, server: GeminiServer, store: Store
+) -> None:
     prompt = prompt_with("bad_request")
-    for _ in range(2):
-        answer = ask(prompt, writer, store)
-        assert (answer.status, answer.text) == ("invalid", None)
-        assert "HTTP 400" in str(answer.reason)
+    answer = ask(prompt, writer, store)
+    assert (answer.status, answer.text, answer.is_final) == ("invalid", None, False)
+    assert "HTTP 400" in str(answer.reason)
     assert server.requests[prompt] == 1
     assert store.cost_usd() == 0
+    assert ask(prompt, writer, store).text == text_of(prompt)  # the server is repaired
 
 
 @pytest.mark.parametrize(("fault", "message"), [("no_model", "no such model"), ("bad_key", "not valid")])
@@ -242,7 +244,7 @@ def test_keys_come_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "body",
-    ["[]", "{}",
+    ["[]", "{}", '{"error": "no"}', '{"detail": "Not Found"}',
      '{"candidates": {}}', '{"candidates": [1]}', '{"candidates": [{"finishReason": "STOP", "content": 1}]}',
      '{"candidates": [{"finishReason": ["STOP"]}]}', '{"promptFeedback": []}',
      '{"candidates": [{"finishReason": "STOP", "content": {"parts": [{"text": 5}, 7]}}], "usageMetadata": [1]}',
@@ -250,14 +252,16 @@ def test_keys_come_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -
      '{"usageMetadata": {"promptTokenCount": 1e99, "totalTokenCount": -5}}'],
 )  # fmt: skip
 @pytest.mark.parametrize("read", [read_answer, read_completion])
-def test_any_json_is_read_and_none_of_it_becomes_data(read: Callable[[str], Answer], body: str) -> None:
+def test_any_json_is_read_and_none_of_it_becomes_data(read: Callable[..., Answer], body: str) -> None:
+    connection, reply = Connection(Secret(KEY), "http://127.0.0.1"), Reply(200, {}, body.encode())
     if body == "[]":
         with pytest.raises(Wait):
-            read(body)
+            connection.read(reply, read)
         return
-    answer = read(body)
+    answer = connection.read(reply, read)
     assert (answer.text, answer.raw) == (None, body)
-    assert answer.status in ("blocked", "invalid")
+    assert answer.status in ("blocked", "invalid", "error")
+    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (None, None)  # so it counts at its worst case
 
 
 def test_how_long_to_wait() -> None:
@@ -265,6 +269,7 @@ def test_how_long_to_wait() -> None:
     assert wait_s({"error": {"details": [{"@type": "x"}, info]}}, {}) == 13.5
     assert wait_s({"details": [info]}, {"Retry-After": "7"}) == 13.5
     assert wait_s({"details": "no list"}, {"retry-after": "7"}) == 7
-    assert wait_s("text", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
-    assert wait_s(None, {"Retry-After": "soon"}) is None
+    assert wait_s("text", {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    for odd in ("soon", "\u00b2", "-5", "nan", "1e999", "9" * 400, "Wed, 99 Foo 0000", ""):
+        assert wait_s(None, {"retry-after": odd}) is None
     assert wait_s({}, {}) is None

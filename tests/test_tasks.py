@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import Run, make_docs, user_error
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from test_tokenizer_matrix import save_model, write_mixed_set
+from tokenizer_matrix import MEMBERS
+from transformers import AutoModelForCausalLM
 
 from sft_probe.errors import UserError
 from sft_probe.records import CATEGORIES
 from sft_probe.tasks.discovery import PACKAGED_TASKS_DIR
+from sft_probe.tasks.lm import ProbeLM
 
 NAMES = [f"sft_probe_{prefix}{category}" for prefix in ("", "train_") for category in CATEGORIES]
 WriteSet = Callable[[list[dict[str, Any]]], Path]
@@ -95,6 +101,38 @@ def test_an_over_long_response_costs_the_doc_in_every_category(
     assert "d2" in caplog.text
     assert "over max_length 1024" in caplog.text
     assert "d4" in caplog.text
+
+
+def test_the_join_rule_is_that_of_training_and_sweep(tmp_path: Path) -> None:
+    """lm-eval with our model, on prompts whose last token spans the join; a float64 pass over ids made by hand."""
+    member = next(member for member in MEMBERS if member.name.startswith("llama3 plain"))
+    tokenizer = member.make()
+    model = save_model(tokenizer, tmp_path / "model")
+    metadata = {"probe_set": str(write_mixed_set(tmp_path / "set.jsonl")), "prompt_format": "plain"}
+    task = load(["sft_probe_chosen"], pretrained=str(model), **metadata)
+    lm = ProbeLM(pretrained=str(model), dtype="float32", device="cpu")
+    samples = evaluate(lm, task, bootstrap_iters=0)["samples"]["sft_probe_chosen"]
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    assert len(samples) == 4
+    for sample in samples:
+        doc, score = sample["doc"], sample["resps"][0][0]
+        assert doc["prompt_format"] == "plain+in_use"
+        context = tokenizer.encode(doc["prompt"] + "\n\n")
+        response = tokenizer.encode(doc["continuation"].strip(), add_special_tokens=False)
+        assert doc["num_tokens"] == score.num_tokens == len(response)
+        with torch.no_grad():
+            logprobs = reference(torch.tensor([context + response])).logits[0].log_softmax(-1)
+        expected = sum(float(logprobs[len(context) + i - 1, token]) for i, token in enumerate(response))
+        assert score[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_a_tokenizer_a_join_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    member = next(member for member in MEMBERS if member.name.startswith("llama3 plain"))
+    model = save_model(member.make(), tmp_path / "model")
+    task = load(["sft_probe_chosen"], probe_set=str(write_mixed_set(tmp_path / "set.jsonl")), prompt_format="plain")
+    lm = ProbeLM(pretrained=str(model), dtype="float32", device="cpu")
+    with pytest.raises(UserError, match=r"2 of 4 requests cannot be scored:\n.* doc d3: .*name the tokenizer"):
+        evaluate(lm, task, bootstrap_iters=0)
 
 
 def test_a_category_the_set_lacks_is_named(write_set: WriteSet) -> None:

@@ -10,7 +10,7 @@ from helpers import Run, user_error
 from score_files import NUM_TOKENS, write_run
 
 from sft_probe.analysis.curves import crossing
-from sft_probe.analysis.transfer_maths import efficiency, omega, selectivity
+from sft_probe.analysis.transfer_maths import divide, omega, selectivity
 
 RATES = {  # nats per response and step: row to probe category
     "chosen": {"chosen": 4.0, "rejected": 3.0, "random": 3.6, "non_response": -1.0},
@@ -30,9 +30,8 @@ def _tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_closed_forms() -> None:
-    matrix = np.array([[4.0, 2.0, -1.0], [1.0, 5.0, 3.0]])
-    np.testing.assert_allclose(efficiency(matrix, [0, 1, None]), [[1, 0.4, np.nan], [0.25, 1, np.nan]])
-    np.testing.assert_allclose(selectivity(matrix, [0, 1]), [1 - (2 + 0) / 2 / 4, 1 - (1 + 3) / 2 / 5])
+    np.testing.assert_allclose(selectivity(np.array([4.0]), np.array([[2.0], [-1.0]])), [1 - (2 - 1) / 2 / 4])
+    assert np.isnan(divide(0.0, np.zeros(1))).all()
     same, apart = np.array(2.0), np.array(0.0)
     assert omega(same, same, same, same) == 0
     assert omega(same, apart, apart, same) == 1
@@ -64,12 +63,11 @@ def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
     omegas = tables["omega"].set_index(["row", "other"])
     assert omegas["omega"].to_dict()["chosen", "rejected"] == pytest.approx(known / 8, abs=0.03)
     assert (omegas["low"] < omegas["omega"]).all()
-    assert (omegas["seeds_low"] < omegas["seeds_high"]).all()
     share = tables["shares"].set_index("row")["share"].to_dict()
     assert share["random"] == pytest.approx(3.0 / 4.0, abs=0.03)
     assert "training on random gives 0.7" in result.stdout
     selective = tables["selectivity"].set_index("row")["selectivity"].to_dict()
-    assert selective["chosen"] == pytest.approx(1 - (3.0 + 3.6 + 0.0) / 3 / 4, abs=0.02)
+    assert selective["chosen"] == pytest.approx(1 - (3.0 + 3.6 - 1.0) / 3 / 4, abs=0.02)
 
 
 def test_omega_at_matched_gain_does_not_depend_on_speed(sft_probe: Run, tmp_path: Path) -> None:
@@ -88,12 +86,11 @@ def test_disjoint_halves_are_the_null(sft_probe: Run, tmp_path: Path) -> None:
     other = _write(tmp_path, "non_response", seed=3)
     rows = (f"half_1={one}", f"half_2={two}", f"slower={slower}")
     result = sft_probe("transfer", "--runs", *rows, other, "--out", tmp_path / "out")
-    assert "noise floor of omega, from half_1 and half_2: -0.0" in result.stdout, result.stderr
+    assert "noise floor of omega, from half_1 and half_2: 0.0" in result.stdout, result.stderr
     table = _tables(tmp_path / "out")["omega"]
     null = table[table["is_null"]].iloc[0].to_dict()
     real = table[~table["is_null"]].iloc[0].to_dict()
-    assert null["low"] < 0 < null["high"]
-    assert null["high"] < 0.1 < real["low"]
+    assert 0 < null["omega"] < 0.05 < real["low"]
     found = _tables(tmp_path / "out")["differences"].set_index(["row", "other"])
     assert found["low"].to_dict()["half_1", "half_2"] < 0 < found["high"].to_dict()["half_1", "half_2"]
     assert found["low"].to_dict()["half_1", "slower"] > 0, "rows of one target that do differ"
@@ -114,7 +111,7 @@ def test_omega_without_a_gain_is_not_defined(sft_probe: Run, tmp_path: Path) -> 
     result = sft_probe("transfer", "--runs", *runs, "--out", tmp_path / "out")
     assert "not defined" in result.stdout, result.stderr
     table = _tables(tmp_path / "out")["omega"]
-    assert table[["omega", "matched_omega", "seeds_low"]].isna().all(axis=None)
+    assert table[["omega", "matched_omega"]].isna().all(axis=None)
     still = _write(tmp_path / "still", "chosen", seed=2, scale=0.0)
     rows = (f"chosen={still}", _write(tmp_path, "random", seed=3))
     result = sft_probe("transfer", "--runs", *rows, "--out", tmp_path / "share")

@@ -1,7 +1,13 @@
 """The flags of `sft-probe train`: every flag of `transformers.TrainingArguments`, and ours."""
 
+import json
+import logging
+import math
 import os
 import socket
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -11,14 +17,19 @@ import torch
 import yaml
 from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from sft_probe import ds_configs
 from sft_probe.errors import UserError
+from sft_probe.files import read_json
 from sft_probe.models import DTYPES, EMBEDDED_MODEL
 from sft_probe.records import DEFAULT_PROBE_SET
 from sft_probe.train import extensions
 from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 
+log = logging.getLogger(__name__)
+
+_ORDERS = ("random", "sequential")
 _REQUIRED = {
     "save_only_model": False,  # these three: a resume would not be exact
     "ignore_data_skip": False,
@@ -30,6 +41,12 @@ _REQUIRED = {
     "load_best_model_at_end": False,
     "resume_from_checkpoint": None,  # the same command goes on by itself
     "save_on_each_node": False,  # all nodes see one run directory
+    "logging_nan_inf_filter": False,  # the console would show another loss than the files
+    "dataloader_in_order": True,
+    "enable_jit_checkpoint": False,  # it would answer SIGTERM in its own way
+    "push_to_hub": False,
+    "parallelism_config": None,
+    "fsdp_config": None,
     "fsdp": None,  # snapshots are gathered from DeepSpeed's ZeRO
 }
 """Flags of `TrainingArguments` that would break a promise of this program, and the value that they must keep."""
@@ -92,21 +109,15 @@ class SftArguments(TrainingArguments):
     save_total_limit: int = _flag(2, "Resume states kept, at least 2: the last one may be half-written.")
     report_to: str = _flag("none", "none, wandb, tensorboard, trackio.")
     logging_steps: float = _flag(1, "Steps between two log lines.")
+    logging_nan_inf_filter: bool = _flag(False, "Leave it: what is logged is what the files say.")
     remove_unused_columns: bool = _flag(False, "The examples hold exactly what the model takes.")
 
     def __post_init__(self) -> None:
-        if self.output_dir is None:
-            raise UserError("--output_dir is missing: where shall the run go?")
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}.")
-        if self.snapshot_dtype not in (None, *SNAPSHOT_DTYPES):
-            raise UserError(f"--snapshot_dtype {self.snapshot_dtype}: use one of {', '.join(SNAPSHOT_DTYPES)}.")
-        if self.save_strategy != "no" or self.save_total_limit < 2:
-            raise UserError("resume states are saved at --resume_steps, with --save_total_limit 2 or more.")
-        for name, required in _REQUIRED.items():
-            if (value := getattr(self, name)) != required:
-                raise UserError(f"--{name} {value} does not work here. Leave it out: it must be {required}.")
+        self._check_values()
+        self._settle_cpu()
         self.deepspeed = config = _deepspeed_config(self.deepspeed)
+        self._settle_precision()
+        self.accelerator_config = _accelerator_config(self.accelerator_config)
         if self.dry_run:  # neither needs what the training needs
             self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
         elif self.deepspeed is not None:
@@ -118,12 +129,73 @@ class SftArguments(TrainingArguments):
         super().__post_init__()
         self.deepspeed = config
         self._check_single_gpu()
-        keeps_float32 = self.dtype == "float32" or (self.deepspeed is not None and (self.bf16 or self.fp16))
-        if self.snapshot_dtype == "float32" and not keeps_float32:
+
+    def _check_values(self) -> None:
+        """Raise `UserError` for values that no training here can have."""
+        if self.output_dir is None:
+            raise UserError("--output_dir is missing: where shall the run go?")
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}.")
+        if self.snapshot_dtype not in (None, *SNAPSHOT_DTYPES):
+            raise UserError(f"--snapshot_dtype {self.snapshot_dtype}: use one of {', '.join(SNAPSHOT_DTYPES)}.")
+        if self.save_strategy != "no" or self.save_total_limit < 2:
+            raise UserError("resume states are saved at --resume_steps, with --save_total_limit 2 or more.")
+        if self.train_sampling_strategy not in _ORDERS:
+            raise UserError(
+                f"--train_sampling_strategy {self.train_sampling_strategy}: use one of {', '.join(_ORDERS)}. Another "
+                "order would follow from the lengths of the texts."
+            )
+        if self.max_steps == 0 or self.num_train_epochs <= 0:
+            raise UserError("a run has one step at least: raise --max_steps or --num_train_epochs.")
+        for name, value in vars(self).items():
+            if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
+                raise UserError(f"--{name} {value}: a JSON object is needed.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name} {value}: a finite number is needed.")
+        for name, required in _REQUIRED.items():
+            if (value := getattr(self, name)) != required:
+                raise UserError(f"--{name} {value} does not work here. Leave it out: it must be {required}.")
+
+    def _settle_cpu(self) -> None:
+        """`--use_cpu` would switch DeepSpeed off without a word; without a GPU it is what happens anyway."""
+        if not self.use_cpu or self.deepspeed == "none":
+            return
+        if not torch.cuda.is_available():
+            self.use_cpu = False
+        elif self.deepspeed is None:
+            self.deepspeed = "none"
+        else:
+            raise UserError(f"--use_cpu switches --deepspeed {self.deepspeed} off. Leave one of them out.")
+
+    def _settle_precision(self) -> None:
+        """Under DeepSpeed 16-bit weights get float32 masters, as with `--bf16` and `--fp16`; else they get none."""
+        flags = {"bfloat16": "bf16", "float16": "fp16"}
+        for dtype, flag in flags.items():
+            if getattr(self, flag) and self.dtype not in ("float32", dtype):
+                raise UserError(f"--dtype {self.dtype} and --{flag} contradict each other. Leave one of them out.")
+        if self.deepspeed is None and self.dtype == "float16" and self.fp16:
+            raise UserError("--fp16 without DeepSpeed scales the gradients of float32 weights: use --dtype float32.")
+        if self.deepspeed is not None and self.dtype in flags:
+            setattr(self, flags[self.dtype], True)
+        if self.fp16 and not torch.accelerator.is_available():
+            raise UserError("fp16 needs a GPU. Use --bf16 true, or --dtype bfloat16.")
+        asked = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", asked):
+            raise UserError(
+                f"the launcher asks for mixed precision {launcher}, the flags do not: add --{launcher} true."
+            )
+        if self.snapshot_dtype == "float32" and self.dtype != "float32" and self.deepspeed is None:
             raise UserError(
                 f"--snapshot_dtype float32: training in {self.dtype} keeps no float32 weights. Train with --dtype "
                 "float32 (with --bf16 true for speed), or with DeepSpeed and --bf16 true."
             )
+
+    def _validate_args(self) -> None:
+        """Check as `TrainingArguments` does (private there), which takes bf16 without a GPU only beside `--use_cpu`."""
+        asked = self.use_cpu
+        self.use_cpu = asked or not torch.cuda.is_available()
+        super()._validate_args()
+        self.use_cpu = asked
 
     def _check_single_gpu(self) -> None:
         """One process on several GPUs would be `torch.nn.DataParallel`, which gathers no loss of each example."""
@@ -138,12 +210,10 @@ class SftArguments(TrainingArguments):
 
     def _join_ranks_on_cpu(self) -> None:
         """Left alone, accelerate sees one process on CPU ranks under DeepSpeed, and with `use_cpu` drops DeepSpeed."""
-        if self.use_cpu:
-            raise UserError("--use_cpu switches DeepSpeed off without a word. Leave it out, or add --deepspeed none.")
         if not torch.cuda.is_available():
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
             PartialState(backend="gloo", timeout=timedelta(seconds=self.ddp_timeout))
-            self.accelerator_config = {"use_configured_state": True}
+            self.accelerator_config["use_configured_state"] = True
 
 
 def _deepspeed_config(name: str | None) -> str | None:
@@ -154,6 +224,24 @@ def _deepspeed_config(name: str | None) -> str | None:
     if not path.is_file():
         raise UserError(f"--deepspeed {name}: use one of {', '.join(ds_configs.available())}, none, or a JSON file.")
     return str(path)
+
+
+def _accelerator_config(given: Any) -> dict[str, Any]:
+    """Read `--accelerator_config`, JSON or a file of it. Raises `UserError` for what changes batches or their order."""
+    if isinstance(given, str):
+        given = json.loads(given) if given.startswith("{") else read_json(Path(given))
+    if not isinstance(given, dict | None):
+        raise UserError("--accelerator_config must be a JSON object, or a file that holds one.")
+    defaults = AcceleratorConfig().to_dict()
+    for name, value in (given or {}).items():
+        if name not in defaults:
+            raise UserError(f"--accelerator_config: there is no {name!r}; accelerate knows {', '.join(defaults)}.")
+        if name != "non_blocking" and value != defaults[name]:
+            raise UserError(
+                f"--accelerator_config: {name!r} {value} changes which examples make a step, or when. Leave it out: it "
+                f"must be {defaults[name]}."
+            )
+    return dict(given or {})
 
 
 def _single_process_environment() -> None:
@@ -183,13 +271,23 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
         recipe = recipe_flags(Path(flags[index + 1]))
         flags = recipe + flags[:index] + flags[index + 2 :]
     parser = HfArgumentParser(SftArguments, prog="sft-probe train", conflict_handler="resolve", allow_abbrev=False)
-    try:
+    with told_plainly():
         (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"train: {error}") from error
     if arguments.hub_token is not None:
         raise UserError("--hub_token would end up in the manifest; set HF_TOKEN in the environment instead.")
     return arguments, _asked(flags)
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Turn what the Trainer and its libraries raise about flags into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: a missing package, a setting that does not fit another one
+        log.debug("the trainer refuses the flags", exc_info=True)
+        raise UserError(f"train: {textwrap.shorten(str(error), 400) or type(error).__name__}") from error
 
 
 def _split(argument: str) -> list[str]:

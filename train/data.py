@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft_probe.errors import UserError
-from sft_probe.prompts import DroppedDoc, PromptFormat, encode, encode_pair, terminator_id
+from sft_probe.prompts import DroppedDoc, Prompt, PromptFormat, encode, encode_pair, no_pair_reason, terminator_id
 from sft_probe.records import Doc
 from sft_probe.train.mixture import Part
 
@@ -73,8 +73,9 @@ def build_examples(
     """Encodes docs for SFT.
 
     Prompts over `max_prompt_tokens` lose whole turns on the left; responses are never cut: a doc that does not fit
-    `max_length` tokens is dropped and named. Without its prompt a response has the same token ids; they follow BOS, or
-    EOS where the tokenizer has no BOS, which is what lm-eval conditions an empty prompt on.
+    `max_length` tokens, or that the format refuses, is dropped and named. Without its prompt a response has the same
+    token ids; they follow BOS, or EOS where the tokenizer has no BOS, which is what lm-eval conditions an empty prompt
+    on.
 
     Args:
         docs: each with the part of the mixture that it is for, as from `mixture.assign`.
@@ -87,23 +88,31 @@ def build_examples(
     kept, num_cut = [], 0
     dropped = list(dropped)
     for doc, part in docs:
-        messages = _cut_turns(doc, prompt_format, tokenizer, max_prompt_tokens)
-        if messages is None:
-            reason = f"the last turn alone is over max_prompt_tokens {max_prompt_tokens}"
-            dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=reason))
+        try:
+            messages = _cut_turns(doc, prompt_format, tokenizer, max_prompt_tokens)
+            prompt = prompt_format.render(messages)
+            context, continuation = _encode(tokenizer, prompt, doc.responses[part.category], prompt_format, max_length)
+        except UserError as error:
+            dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=str(error)))
             continue
-        prompt = prompt_format.render(messages)
-        pair = encode_pair(tokenizer, prompt.text, prompt.separator + doc.responses[part.category])
-        if pair is None or len(pair[0]) + len(pair[1]) + 1 > max_length:
-            reason = "prompt and response do not join" if pair is None else f"over max_length {max_length} tokens"
-            dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=reason))
-            continue
-        prompt_ids = pair[0] if part.with_prompt else [_empty_prompt_id(tokenizer)]
-        kept.append(_example(doc, part, prompt_ids, [*pair[1], end_id]))
+        prompt_ids = context if part.with_prompt else [_empty_prompt_id(tokenizer)]
+        kept.append(_example(doc, part, prompt_ids, [*continuation, end_id]))
         num_cut += len(messages) < len(doc.messages)
     if not kept:
         raise UserError(f"no doc is left to train on; {len(dropped)} were dropped: {describe_first(dropped)}")
     return TrainingExamples(examples=kept, dropped=dropped, num_cut_prompts=num_cut)
+
+
+def _encode(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str, prompt_format: PromptFormat, max_length: int
+) -> tuple[list[int], list[int]]:
+    """Ids of context and continuation; raises `UserError` where the doc is to be dropped."""
+    pair = encode_pair(tokenizer, prompt, response, in_use=prompt_format.in_use)
+    if pair is None:
+        raise UserError(no_pair_reason(prompt_format.in_use))
+    if len(pair[0]) + len(pair[1]) + 1 > max_length:
+        raise UserError(f"over max_length {max_length} tokens")
+    return pair
 
 
 def _example(doc: Doc, part: Part, prompt_ids: list[int], target_ids: list[int]) -> Example:
@@ -122,13 +131,14 @@ def _empty_prompt_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 def describe_first(dropped: Sequence[DroppedDoc]) -> str:
     """Why the first few docs were dropped, for a message."""
-    return "; ".join(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3])
+    more = [f"and {len(dropped) - 3} more"] if len(dropped) > 3 else []
+    return "; ".join([*(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3]), *more])
 
 
 def _cut_turns(
     doc: Doc, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int | None
-) -> Sequence[dict[str, str]] | None:
-    """The longest run of last turns, starting with a user's, that fits; `None` where none does."""
+) -> Sequence[dict[str, str]]:
+    """The longest run of last turns, starting with a user's, that fits; raises `UserError` where none does."""
     if max_prompt_tokens is None:
         return doc.messages
     starts = [0, *(i for i, turn in enumerate(doc.messages) if i and turn["role"] == "user")]
@@ -136,7 +146,7 @@ def _cut_turns(
         text = prompt_format.render(doc.messages[start:]).text
         if len(encode(tokenizer, text)) <= max_prompt_tokens:
             return doc.messages[start:]
-    return None
+    raise UserError(f"the last turn alone is over max_prompt_tokens {max_prompt_tokens}")
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch.nn.modules.dropout import _DropoutNd  # the base of all dropout modules
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.models import check_window, load_model, load_tokenizer, model_without_weights, resolve_model
-from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults
+from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, resolve_format
 from sft_probe.records import Doc, ProbeSet
 from sft_probe.train.arguments import SftArguments
 from sft_probe.train.data import TrainingExamples, build_examples, describe_first
 from sft_probe.train.lora import add_lora
 from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.run_dir import recorded_format
 from sft_probe.train.schedule import parse_steps
 from sft_probe.train.source import read_docs, with_random, without_heldout
 
@@ -31,8 +33,8 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
         parse_steps(getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
-    prompt_format = PromptFormat(arguments.prompt_format or probe_set.prompt_format, tokenizer)
     docs, categories, dropped = _train_docs(arguments, probe_set)
+    prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
     parts = parse_mixture(arguments.train_category, categories, arguments.train_data or arguments.probe_set)
     examples = build_examples(
         assign(docs, parts, arguments.seed),
@@ -43,6 +45,17 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
         dropped=dropped,
     )
     return tokenizer, prompt_format, examples
+
+
+def _resolve_format(
+    arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, probe_set: ProbeSet, docs: Sequence[Doc]
+) -> PromptFormat:
+    """The format that all ranks, and every further attempt at this run, share."""
+    given = arguments.prompt_format or probe_set.prompt_format
+    recorded = recorded_format(Path(str(arguments.output_dir)))
+    found = resolve_format(given, tokenizer, [*probe_set.docs, *docs], recorded)
+    (source,) = broadcast_object_list([found.source])  # each rank may have read another time
+    return PromptFormat(source, tokenizer)
 
 
 def _train_docs(arguments: SftArguments, probe_set: ProbeSet) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from sft_probe.errors import UserError
-from sft_probe.files import write_jsonl
+from sft_probe.files import to_json, write_jsonl
 from sft_probe.train.data import TrainingExamples
 from sft_probe.train.trainer import SftTrainer
 
@@ -116,7 +116,7 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Lines for whoever watches; they are durable once a resume state is (`resume.py` syncs them)."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write("".join(to_json(row) + "\n" for row in rows))
     except OSError as error:
         raise UserError(f"cannot write {path}: {os.strerror(error.errno or 0)}") from error
 

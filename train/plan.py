@@ -13,8 +13,9 @@ from transformers import Trainer
 
 from sft_probe.errors import UserError
 from sft_probe.models import check_window, model_without_weights
-from sft_probe.prompts import PromptFormat, terminator_id
-from sft_probe.train.arguments import SftArguments
+from sft_probe.prompts import DroppedDoc, PromptFormat, encode_doc, terminator_id
+from sft_probe.records import ProbeSet
+from sft_probe.train.arguments import SftArguments, told_plainly
 from sft_probe.train.data import IGNORED_LABEL, PadRight, TrainingExamples
 from sft_probe.train.lora import add_lora
 from sft_probe.train.schedule import parse_steps
@@ -90,7 +91,21 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in [folder, *folder.resolve().parents] if path.exists())).free
 
 
-def describe(arguments: SftArguments, tokenizer: Any, prompt_format: PromptFormat, examples: TrainingExamples) -> str:
+def find_unscorable(
+    probe_set: ProbeSet, prompt_format: PromptFormat, tokenizer: Any, max_length: int
+) -> list[DroppedDoc]:
+    """Return the held-out docs that no probe and no sweep of this run will score, with the reason."""
+    encoded = (encode_doc(doc, prompt_format, tokenizer, max_length) for doc in probe_set.of_split("heldout"))
+    return [doc for doc in encoded if isinstance(doc, DroppedDoc)]
+
+
+def describe(
+    arguments: SftArguments,
+    probe_set: ProbeSet,
+    tokenizer: Any,
+    prompt_format: PromptFormat,
+    examples: TrainingExamples,
+) -> str:
     """The plan as text, the same on every rank; a collective where there are several.
 
     Raises:
@@ -103,13 +118,14 @@ def describe(arguments: SftArguments, tokenizer: Any, prompt_format: PromptForma
         model = add_lora(model, arguments)
     scratch = copy.copy(arguments)
     scratch.output_dir = tempfile.gettempdir()  # a Trainer makes this directory
-    trainer = Trainer(
-        model=torch.nn.Linear(1, 1),  # the batches do not depend on the model
-        args=scratch,
-        train_dataset=examples,
-        data_collator=PadRight(terminator_id(prompt_format.name, tokenizer)),
-    )
-    plan = make_plan(arguments, trainer, model)
+    with told_plainly():
+        trainer = Trainer(
+            model=torch.nn.Linear(1, 1),  # the batches do not depend on the model
+            args=scratch,
+            train_dataset=examples,
+            data_collator=PadRight(terminator_id(prompt_format.name, tokenizer)),
+        )
+        plan = make_plan(arguments, trainer, model)
     counts = _counts(arguments, trainer, plan)
     folder = Path(str(arguments.output_dir))
     check_disk(plan, folder)
@@ -120,6 +136,10 @@ def describe(arguments: SftArguments, tokenizer: Any, prompt_format: PromptForma
             f"data     {len(examples)} examples of {arguments.train_category} ({len(examples.dropped)} dropped, "
             f"{examples.num_cut_prompts} prompts cut)",
             *(f"         dropped: {drop.doc_id}: {drop.reason}" for drop in examples.dropped),
+            *(
+                f"         held out, but cannot be scored: {drop.doc_id}: {drop.reason}"
+                for drop in find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length)
+            ),
             f"batches  {arguments.world_size} processes x {arguments.per_device_train_batch_size} examples x "
             f"{arguments.gradient_accumulation_steps} accumulated; {padding / positions:.0%} of {positions:,} "
             "positions are padding",

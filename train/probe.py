@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, write_json, write_jsonl
+from sft_probe.files import make_dir, read_object, remove_leftovers, write_json, write_jsonl
 from sft_probe.models import check_window
 from sft_probe.packing import Item
-from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, terminator_id
+from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, resolve_format, terminator_id
 from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.rows import score_row
 from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.train.adapted import inner_model, num_virtual_tokens, score_adapted
+from sft_probe.train.precision import name_of, weights_dtype
 from sft_probe.train.schedule import resolve_steps
-from sft_probe.train.trainer import causal_lm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -96,36 +97,47 @@ class ProbeCallback(TrainerCallback):
         self.steps = resolve_steps(
             self.asked_steps, flag="probe steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
         )
-        model = causal_lm(kwargs["model"])
-        check_window(self.max_length, model)
+        whole = kwargs["model"]
+        model = inner_model(whole)
+        check_window(self.max_length + num_virtual_tokens(whole), model)
         tokenizer = self.tokenizer or kwargs["processing_class"]
         if tokenizer is None:
             raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
         self.columns["model"] = self.columns["model"] or model.config._name_or_path or None
-        self._encode(tokenizer, str(model.dtype).removeprefix("torch."), state.is_world_process_zero)
+        self._encode(
+            tokenizer,
+            str(model.dtype).removeprefix("torch."),
+            is_main=state.is_world_process_zero,
+            is_resumed=state.global_step > 0,
+        )
         self.scorer = FittingScorer(
             self.max_tokens or default_max_tokens(str(model.device)),
             self.max_length,
             may_shrink=not is_deepspeed_zero3_enabled(),
         )
         if state.is_world_process_zero:
+            remove_leftovers(self.folder)
             for path in self.folder.glob("*_*.jsonl"):  # steps and their faults
                 if int(path.stem.rpartition("_")[2]) > state.global_step or state.global_step == 0:
                     path.unlink()
         if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
-            self._probe(args, state, model)
+            self._probe(args, state, whole)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Scores if this step is asked for."""
         if state.global_step in self.steps:
-            self._probe(args, state, causal_lm(kwargs["model"]))
+            self._probe(args, state, kwargs["model"])
 
     def _path(self, state: TrainerState) -> Path:
         return self.folder / f"step_{state.global_step:06d}.jsonl"
 
-    def _encode(self, tokenizer: "PreTrainedTokenizerBase", dtype: str, is_main: bool) -> None:
+    def _encode(self, tokenizer: "PreTrainedTokenizerBase", dtype: str, *, is_main: bool, is_resumed: bool) -> None:
         """Token ids of all docs; what is left out is named and, with the rest, noted in `probe/manifest.json`."""
-        prompt_format = PromptFormat(self.prompt_format_name, tokenizer)
+        path = self.folder / "manifest.json"
+        recorded = read_object(path).get("prompt_format_source") if path.exists() and is_resumed else None
+        found = resolve_format(self.prompt_format_name, tokenizer, self.probe_set.docs, recorded)
+        (source,) = broadcast_object_list([found.source])  # each rank may have read another time
+        prompt_format = PromptFormat(source, tokenizer)
         kept, dropped = encode_probe_set(self.probe_set, prompt_format, tokenizer, self.max_length)
         train = [doc for doc in kept if doc.doc.split == "train"]
         sample = random.Random(_SAMPLE_SEED).sample(train, min(self.num_train, len(train)))  # noqa: S311
@@ -141,8 +153,10 @@ class ProbeCallback(TrainerCallback):
         manifest = {
             **self.columns,
             "probe_set": self.probe_set.name,
+            "probe_set_source": self.probe_set.absolute_source,
             "probe_set_sha256": self.probe_set.sha256,
             "prompt_format": prompt_format.name,
+            "prompt_format_source": prompt_format.source,
             "terminator_id": end_id,
             "max_length": self.max_length,
             "dtype": dtype,
@@ -151,9 +165,9 @@ class ProbeCallback(TrainerCallback):
             "doc_ids": [doc.doc_id for doc in self.docs],
             "dropped": [vars(drop) for drop in dropped],
         }
-        write_json(self.folder / "manifest.json", manifest)
+        write_json(path, manifest)
 
-    def _probe(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> None:
+    def _probe(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Each rank scores its share of the docs; the first one writes.
 
         Under ZeRO-3 a forward pass is a collective, so each rank scores all docs: the same passes in the same order.
@@ -161,7 +175,7 @@ class ProbeCallback(TrainerCallback):
         is_shared = not is_deepspeed_zero3_enabled()
         mine = self.docs[args.process_index :: args.world_size] if is_shared else self.docs
         with _evaluating(model):
-            found = dict(self.scorer.score(model, [item for doc in mine for item in doc.items]))
+            found = dict(score_adapted(self.scorer, model, [item for doc in mine for item in doc.items]))
         scores = iter([found[index] for index in range(len(found))])
         columns = self._step_columns(args, state, model)
         rows = [row for doc in mine for row in doc.rows(columns, scores)]
@@ -183,19 +197,18 @@ class ProbeCallback(TrainerCallback):
         write_jsonl(self._path(state), scored)
         self._report(scored)
 
-    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: "PreTrainedModel") -> dict[str, Any]:
+    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seen: dict[str, Any] = {"examples_seen": state.global_step * per_step, "tokens_seen": None}
         if self.totals is not None:
             seen |= self.totals()
-        dtype = str(model.dtype).removeprefix("torch.")
         return {
             **self.columns,
             **seen,
             "step": state.global_step,
             "epoch": state.epoch or 0.0,
-            "weights_dtype": dtype,
-            "compute_dtype": dtype,
+            "weights_dtype": weights_dtype(model),
+            "compute_dtype": name_of(inner_model(model).dtype),
             "source": "live",
         }
 
@@ -206,9 +219,12 @@ class ProbeCallback(TrainerCallback):
             / sum(row["category"] == category for row in heldout)
             for category in dict.fromkeys(row["category"] for row in heldout)
         }
-        if self.trainer is not None:
+        if self.trainer is not None and means:
+            from transformers import Trainer
+
             should_log = self.trainer.control.should_log
-            self.trainer.log({f"probe/{category}": round(mean, 4) for category, mean in means.items()})
+            # not the trainer's own `log`: TRL's averages its metrics there and starts them again from nothing
+            Trainer.log(self.trainer, {f"probe/{category}": round(mean, 4) for category, mean in means.items()})
             self.trainer.control.should_log = should_log  # else the loss of this step, a collective, is left out
 
 

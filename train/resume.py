@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_probe.files import fsync_path, read_json, write_json
+from sft_probe.files import fsync_path, read_object, write_json
 from sft_probe.train.losses import LOG_NAMES, LossLog
 from sft_probe.train.schedule import resolve_steps
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 STOPPED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again. Of a run that stopped early with a state."""
 _MARKER = "sft_probe_state.json"
+_COUNTS = {"times_shown": dict, "tokens_seen": int, "lr_since_snapshot": float}
 
 
 def latest_state(run_dir: Path) -> Path | None:
@@ -84,7 +85,7 @@ class ResumeCallback(TrainerCallback):
                 self.resume_steps, flag="--resume_steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
             )
         if self.resumed is not None:
-            ours = read_json(self.resumed / _MARKER)
+            ours = read_object(self.resumed / _MARKER, _COUNTS)
             self.losses.restore(ours, state.global_step)
         self._before = signal.signal(signal.SIGTERM, self._note)
 

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sft_probe.errors import UserError
-from sft_probe.files import read_json, write_json
+from sft_probe.files import read_object, write_json
 from sft_probe.train.resume import latest_state, remove_after, remove_states
 
 _MAY_DIFFER = ("max_wall_time_s", "dry_run", "local_rank")
@@ -59,8 +59,9 @@ def is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
     for name in ("manifest.json", "started.json"):
         if not (run_dir / name).exists():
             continue
-        earlier = read_json(run_dir / name)
-        earlier = earlier["request"] if name == "manifest.json" else earlier
+        is_manifest = name == "manifest.json"
+        earlier = read_object(run_dir / name, {"request": dict} if is_manifest else {})
+        earlier = earlier["request"] if is_manifest else earlier
         if earlier != request:
             raise UserError(
                 f"{run_dir} holds another run ({_difference(earlier, request)}). Choose another --output_dir."
@@ -72,6 +73,18 @@ def is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
     if (run_dir / "weights").exists() or list(run_dir.glob("checkpoint-*")):
         raise UserError(f"{run_dir} holds weights of another origin. Choose another --output_dir.")
     return False
+
+
+def recorded_format(run_dir: Path) -> str | None:
+    """The prompt format of an earlier attempt in this directory, finished or not; `None` where there was none."""
+    for name in ("manifest.json", "started.json"):
+        if (run_dir / name).exists():
+            earlier = read_object(run_dir / name)
+            found: str | None = (earlier.get("request", {}) if name == "manifest.json" else earlier).get(
+                "prompt_format"
+            )
+            return found
+    return None
 
 
 def claim(run_dir: Path, request: dict[str, Any]) -> str | None:

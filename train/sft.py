@@ -23,15 +23,16 @@ from sft_probe.malloc import keep_freed_memory
 from sft_probe.prompts import terminator_id
 from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
-from sft_probe.train.arguments import SftArguments, parse_arguments
+from sft_probe.train.arguments import SftArguments, parse_arguments, told_plainly
 from sft_probe.train.data import PadRight, TrainingExamples
+from sft_probe.train.finite import FiniteTrainer, NonFiniteLossError, save_last_good_step, weights_are_finite
 from sft_probe.train.inputs import Inputs, load_inputs, load_trained_model, model_version
 from sft_probe.train.losses import LossLog
+from sft_probe.train.precision import PrecisionCallback
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.snapshots import SnapshotCallback
 from sft_probe.train.source import sha256_of_source
-from sft_probe.train.trainer import SftTrainer
 
 log = logging.getLogger("sft_probe.train")
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     inputs = load_inputs(arguments, probe_set)
     _check_launch(arguments, len(inputs[-1]))
     if arguments.dry_run:
-        text = plan.describe(arguments, *inputs)
+        text = plan.describe(arguments, probe_set, *inputs)
         if arguments.should_log:
             print(text)  # noqa: T201
         return
@@ -67,7 +68,7 @@ def _train_or_leave(
     arguments: SftArguments, asked: dict[str, str], probe_set: ProbeSet, inputs: Inputs, folder: Path
 ) -> bool:
     """True where the run stopped early. The first rank alone looks at what an earlier attempt has left."""
-    _, prompt_format, examples = inputs
+    tokenizer, prompt_format, examples = inputs
     request: dict[str, Any] = {}
     if arguments.should_save:
         request = run_dir.request_of(
@@ -81,6 +82,9 @@ def _train_or_leave(
             encoded_data_sha256=examples.sha256,
         )
     (is_complete,) = broadcast_object_list([arguments.should_save and run_dir.is_complete(folder, request)])
+    if arguments.should_save and not is_complete:
+        for drop in plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length):
+            log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
     if is_complete:
         log.info("the run in %s is complete", folder)
     else:
@@ -103,9 +107,15 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    trainer = SftTrainer(
-        model=load_trained_model(arguments), args=arguments, train_dataset=examples, data_collator=PadRight(end_id)
-    )
+    model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
+    with told_plainly():
+        trainer = FiniteTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=PadRight(end_id),
+            callbacks=[precision],
+        )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
     state = latest_state(folder)
@@ -116,14 +126,15 @@ def train(
     resume = ResumeCallback(
         losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
     )
-    probes = [_probe(arguments, tokenizer, losses)] if arguments.probe_steps else []
+    probes = [_probe(arguments, tokenizer, prompt_format.source, losses)] if arguments.probe_steps else []
     for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
-    needed = plan.make_plan(arguments, trainer, trainer.model)
+    with told_plainly():
+        needed = plan.make_plan(arguments, trainer, trainer.model)
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
         _log_plan(arguments, examples, run_dir.claim(folder, request))
-    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    _run(trainer, losses, precision, state)
     if resume.stopped:
         log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
         return None
@@ -131,20 +142,44 @@ def train(
         losses.write_exposure()
         log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
     return {
+        **precision.columns,
         **losses.columns,
         "prompt_format": prompt_format.name,
-        "prompt_format_source": arguments.prompt_format or probe_set.prompt_format,
+        "prompt_format_source": prompt_format.source,
         "terminator_id": end_id,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
         "noise_nats": trainer.noise_nats,
-        **_about(arguments, examples),
+        **_about(arguments, probe_set, examples),
     }
 
 
-def _about(arguments: SftArguments, examples: TrainingExamples) -> dict[str, Any]:
+def _run(trainer: FiniteTrainer, losses: LossLog, precision: PrecisionCallback, state: Path | None) -> None:
+    """Train to the end or to an early stop.
+
+    Raises:
+        UserError: the Trainer cannot be set up with these flags; or a loss or a weight is no longer finite.
+    """
+    started_finite = weights_are_finite(trainer.model, trainer.args.device)
+    try:
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    except NonFiniteLossError as error:
+        raise save_last_good_step(trainer, losses, state) from error
+    except Exception:
+        if precision.columns:  # training had begun, so that no flag is to blame
+            raise
+        with told_plainly():
+            raise
+    if started_finite and not weights_are_finite(trainer.model, trainer.args.device):
+        raise UserError(
+            f"after step {trainer.state.global_step} some weights are NaN or infinite: the last update diverged. Lower "
+            "--learning_rate."
+        )
+
+
+def _about(arguments: SftArguments, probe_set: ProbeSet, examples: TrainingExamples) -> dict[str, Any]:
     return {
-        "probe_set": _absolute(arguments.probe_set),
+        "probe_set": probe_set.absolute_source,
         "train_data": arguments.train_data,
         "max_length": arguments.max_length,
         "num_examples": len(examples),
@@ -166,13 +201,15 @@ def _run_columns(arguments: SftArguments, folder: Path) -> dict[str, Any]:
     }
 
 
-def _probe(arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, losses: LossLog) -> ProbeCallback:
+def _probe(
+    arguments: SftArguments, tokenizer: PreTrainedTokenizerBase, format_source: str, losses: LossLog
+) -> ProbeCallback:
     probe = ProbeCallback(
         arguments.probe_set,
         out=losses.run_dir,
         steps=str(arguments.probe_steps),
         num_train=arguments.probe_train,
-        prompt_format=arguments.prompt_format,
+        prompt_format=format_source,
         max_length=arguments.max_length,
         tokenizer=tokenizer,
         max_tokens=arguments.probe_max_tokens,
@@ -208,10 +245,6 @@ def _log_plan(arguments: SftArguments, examples: TrainingExamples, taken_up: str
         examples.num_cut_prompts,
         arguments.snapshot_steps,
     )
-
-
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from sft_probe.errors import UserError
-from sft_probe.files import fsync_path, new_dir, read_json, sha256_file, write_json
+from sft_probe.files import fsync_path, new_dir, read_object, sha256_file, write_json
 from sft_probe.train.gather import gather_weights, has_masters
 from sft_probe.train.losses import LossLog
+from sft_probe.train.precision import most_common_dtype, name_of
 from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:
@@ -81,13 +82,13 @@ class SnapshotCallback(TrainerCallback):
     def save_s(self) -> float:
         """Seconds spent on saving, in all attempts at the run."""
         metas = self.weights_dir.glob("step_*/meta.json")
-        return sum(float(read_json(path)["save_s"]) for path in metas)
+        return float(sum(read_object(path, {"save_s": float})["save_s"] for path in metas))
 
     def _write(self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float) -> None:
-        dtype = "float32" if self.masters else str(model.dtype).removeprefix("torch.")
+        dtype = name_of(most_common_dtype(weights.values()))
         model.save_pretrained(folder, state_dict=weights)
         if self.masters and (folder / "config.json").exists():  # else they would load in the dtype of the model
-            config = read_json(folder / "config.json")
+            config = read_object(folder / "config.json")
             write_json(folder / "config.json", {**config, "dtype": "float32"})
         self.tokenizer.save_pretrained(folder)
         files = sorted(folder.glob("*.safetensors"))
@@ -111,7 +112,10 @@ class SnapshotCallback(TrainerCallback):
     def _duplicate_of(self, step: int, sha256: dict[str, str]) -> int | None:
         """The snapshot before, where it has the same weights for want of an update (rate 0, or fp16 overflow)."""
         earlier = [other for other in self.steps if other < step]
-        if not earlier or read_json(self.weights_dir / f"step_{earlier[-1]:06d}/meta.json")["sha256"] != sha256:
+        if not earlier:
+            return None
+        meta = self.weights_dir / f"step_{earlier[-1]:06d}/meta.json"
+        if read_object(meta, {"sha256": dict})["sha256"] != sha256:
             return None
         if self.losses.lr_since_snapshot:
             raise UserError(

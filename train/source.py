@@ -9,9 +9,9 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.prompts import DroppedDoc
-from sft_probe.records import Doc
+from sft_probe.records import LONE_SURROGATE, Doc, find_lone_surrogate
 from sft_probe.synth.derange import derangement
-from sft_probe.synth.hh import Pair, RowRejectedError, parse_prompt, parse_row
+from sft_probe.synth.hh import Pair, RowRejectedError, clean_response, kind_of, parse_messages, parse_row, parse_turns
 from sft_probe.synth.sources import Row, read_rows, source_sha256
 from sft_probe.synth.splits import conversation_id
 
@@ -67,18 +67,23 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
     value = row.value
     if row.fault or not isinstance(value, dict):
         raise RowRejectedError(row.fault or "not a JSON object")
+    if place := find_lone_surrogate(value):
+        raise RowRejectedError(f"`{place}` holds {LONE_SURROGATE}")
     if "chosen" in value and "rejected" in value:
         return parse_row(value), ("chosen", "rejected")
     messages: Any = value.get("messages")
     if messages is None:
-        prompt, response = value.get(prompt_column), value.get(response_column)
-        if not isinstance(response, str) or not isinstance(prompt, str | list):
-            raise RowRejectedError(f"neither `messages` nor `chosen` and `rejected` nor `{response_column}`")
-        turns = parse_prompt(prompt) if isinstance(prompt, str) else prompt
-        messages = [*turns, {"role": "assistant", "content": response}]
-    # a preference of nothing over nothing: the checks of turns and texts are those of pairs
-    pair = parse_row({"chosen": messages, "rejected": [*messages[:-1], {"role": "assistant", "content": "-"}]})
-    return pair, ("chosen",)
+        if missing := [f"`{name}`" for name in (prompt_column, response_column) if name not in value]:
+            raise RowRejectedError(
+                f"neither `messages` nor `chosen` and `rejected` nor {' and '.join(missing)}; the columns are "
+                f"{', '.join(value) or 'none'}: name yours with --prompt_column and --response_column"
+            )
+        response = value[response_column]
+        if not isinstance(response, str):
+            raise RowRejectedError(f"`{response_column}` is {kind_of(response)}, not text")
+        messages = [*parse_turns(value[prompt_column]), {"role": "assistant", "content": clean_response(response)}]
+    turns, response = parse_messages(messages)
+    return Pair(messages=turns, chosen=response, rejected=""), ("chosen",)
 
 
 def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:

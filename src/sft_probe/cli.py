@@ -9,7 +9,7 @@ from pathlib import Path
 from sft_probe import __version__
 from sft_probe.analysis.commands import add_analysis_commands
 from sft_probe.errors import UserError, exit_on_user_error
-from sft_probe.flags import names, positive, shard
+from sft_probe.flags import heldout, names, positive, shard
 from sft_probe.synth.command import add_synth
 
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
@@ -66,9 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=Path, help="a run, or where the results of foreign checkpoints go")
-    command.add_argument("--checkpoints", nargs="+", default=[], metavar="GLOB", help="Hugging Face model directories")
+    command.add_argument(
+        "--checkpoints", nargs="+", default=[], metavar="GLOB",
+        help="Hugging Face model directories; PATH=STEP where the name tells no step",
+    )  # fmt: skip
     command.add_argument("--model", help="a model on the hub, with --revisions")
-    command.add_argument("--revisions", type=names, default=(), metavar="A,B", help="e.g. step0,step1000")
+    command.add_argument("--revisions", type=names, default=(), metavar="A,B", help="e.g. step0,step1000,main=2000")
     command.add_argument("--splits", type=names, default=("heldout",), help="heldout, train or both; default: heldout")
     command.add_argument("--probe_set", "--probe-set", help="default: the one of the run")
     command.add_argument("--prompt_format", "--prompt-format", help="default: that of the run or probe set")
@@ -91,7 +94,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     benchmarks.add_argument("--batch_size", type=positive, default=8, help="of what generates; default: 8")
     benchmarks.add_argument("--num_fewshot", type=int)
     benchmarks.add_argument("--limit", type=float)
-    benchmarks.add_argument("--apply_chat_template", action="store_true")
+    benchmarks.add_argument("--apply_chat_template", action="store_true", help="to the prompts of --tasks")
     command.set_defaults(command=_sweep)
 
 
@@ -103,7 +106,8 @@ def _add_probe_set(command: argparse.ArgumentParser) -> None:
     table.add_argument("--prompt", metavar="COLUMN")
     table.add_argument("--category", action="append", default=[], metavar="NAME=COLUMN")
     table.add_argument("--prompt-format", default="hh", help="default: hh")
-    table.add_argument("--heldout", type=positive, default=100, help="docs held out; default: 100")
+    table.add_argument("--heldout", type=heldout, default=100, metavar="N", help="docs held out, or a share "
+                       "below 1, with which no doc changes its split when rows are added; default: 100")  # fmt: skip
     table.add_argument("--limit", type=positive, help="docs at most, drawn at random")
     table.add_argument("--seed", type=int, default=0)
     command.set_defaults(command=_probe_set)
@@ -137,6 +141,11 @@ def _sweep(options: argparse.Namespace) -> None:
         raise UserError("--model and --revisions go together.")
     if unknown := set(options.splits) - {"heldout", "train"}:
         raise UserError(f"--splits: {', '.join(sorted(unknown))} is no split; use heldout, train or heldout,train.")
+    idle = [name for name in ("num_fewshot", "limit", "apply_chat_template") if getattr(options, name)]
+    if idle and not options.tasks:
+        raise UserError(
+            f"--{idle[0]} is for benchmarks (--tasks): probe texts are rendered by the prompt format alone."
+        )
     fields = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     for path in sweep(SweepRequest(directory=options.run, **fields)):
         logging.getLogger(__name__).info("wrote %s", path)
@@ -183,11 +192,14 @@ def _probe_set_from_table(options: argparse.Namespace) -> None:
     pairs = [item.partition("=") for item in options.category]
     if not options.prompt or not options.out or not pairs or not all(name and column for name, _, column in pairs):
         raise UserError("--from-csv needs --prompt COLUMN, --out DIRECTORY and --category NAME=COLUMN, once for each.")
+    categories = {name: column for name, _, column in pairs}
+    if len(categories) < len(pairs):
+        raise UserError("--category names a category twice. Give each one column.")
     left_out = write_probe_set(
         options.from_csv,
         options.out,
         prompt_column=options.prompt,
-        categories={name: column for name, _, column in pairs},
+        categories=categories,
         prompt_format=options.prompt_format,
         heldout=options.heldout,
         limit=options.limit,

@@ -1,13 +1,20 @@
-"""Files that are complete or absent: temporary name, fsync, rename."""
+"""Files that are complete or absent: temporary name, fsync, rename.
+
+A temporary name starts with a dot, ends in `.tmp` and is used by one writer alone. Readers of a folder go through
+`find`, which leaves such names out.
+"""
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from sft_probe.errors import UserError
@@ -39,25 +46,82 @@ def make_dir(path: Path) -> Path:
     return path
 
 
+def find(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths below `folder` that match `pattern`, sorted, without hidden ones.
+
+    `Path.glob("*")` also matches names that start with a dot: files that are being written, or that a killed process
+    left behind.
+    """
+    paths = folder.glob(pattern)
+    return sorted(path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left half-written in `folder`, of the file or directory `name` or of all.
+
+    The caller holds the lock of what is written there, so that nobody else is writing it.
+    """
+    for path in folder.glob(f".{name}*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """Yield a temporary path; what the block writes there replaces `final` in one rename, unless it raises."""
+    temporary = _temporary(final)
+    try:
+        yield temporary
+        fsync_path(temporary)
+        temporary.replace(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(final.parent)
+
+
+def _temporary(final: Path) -> Path:
+    """Return a name beside `final` that no other process or thread uses."""
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file atomically: readers see the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_path(path.parent)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes one JSON object per line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON, with null for NaN and infinities, which JSON does not have."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def jsonl_lines(text: str) -> list[str]:
@@ -74,21 +138,82 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
 
 
+Kinds = Mapping[str, type | UnionType]
+"""Keys of a JSON object to the types of their values. `float` takes whole numbers too, and `int` no booleans."""
+
+
+def read_object(path: Path, required: Kinds | None = None, optional: Kinds | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        required: keys that must be there.
+        optional: keys that may be absent.
+
+    Raises:
+        UserError: the file is unreadable or of another shape; names file and key.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {_shown(value)}.")
+    for key in required or {}:
+        if key not in value:
+            raise UserError(f"{path} has no {key!r}.")
+    for key, kind in {**(required or {}), **(optional or {})}.items():
+        if key in value and not _fits(value[key], kind):
+            raise UserError(f"{path}: {key!r} is {_shown(value[key])}, not {_named(kind)}.")
+    return value
+
+
+def _fits(value: Any, kind: type | UnionType) -> bool:
+    kinds = _alternatives(kind)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _named(kind: type | UnionType) -> str:
+    names = {"int": "a whole number", "float": "a number", "str": "a text", "dict": "an object", "list": "a list"}
+    return " or ".join(names.get(part.__name__, "null") for part in _alternatives(kind))
+
+
+def _alternatives(kind: type | UnionType) -> tuple[type, ...]:
+    return kind.__args__ if isinstance(kind, UnionType) else (kind,)
+
+
 @contextmanager
 def new_dir(final: Path) -> Iterator[Path]:
-    """Yields a temporary directory that becomes `final` in one rename when the block ends without an error.
+    """Yield a temporary directory that becomes `final` in one rename when the block ends without an error.
 
-    A leftover of an earlier, killed attempt under the same name is removed first, so that `final` exists only complete.
+    `final` exists only complete. Where it exists at the end, another process has written it meanwhile: the new
+    directory is discarded.
     """
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(final)
     make_dir(temporary)
-    yield temporary
-    for path in temporary.rglob("*"):
-        fsync_path(path)
-    temporary.rename(final)
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            fsync_path(path)
+        _rename_dir(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     fsync_path(final.parent)
+
+
+def _rename_dir(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -47,3 +47,8 @@ def fraction(text: str) -> float:
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
+
+
+def heldout(text: str) -> float:
+    """A number of docs, or a share of all between 0 and 1."""
+    return float(positive(text)) if text.isdigit() else fraction(text)

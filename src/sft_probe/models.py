@@ -4,16 +4,19 @@ import importlib.util
 import logging
 import os
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, new_dir, sha256_file
+from sft_probe.files import make_dir, new_dir, remove_leftovers, sha256_file
+from sft_probe.weights import ADAPTER_CONFIG, base_of, check_weight_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ def cache_dir() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """The embedded model's directory for its name (made at first use); any other name as it is.
+    """Return the embedded model's directory for its name (made at first use); any other name as it is.
 
     Raises:
         UserError: the wheel with the embedded model is not installed, or is not the pinned file.
@@ -40,10 +43,48 @@ def resolve_model(name: str) -> str:
     return str(_embedded_model_dir()) if name == EMBEDDED_MODEL else name
 
 
+def local_folder(name: str, revision: str) -> Path:
+    """Return the directory of a model: as it is, of the embedded one, or of a hub revision, downloaded at need.
+
+    Raises:
+        UserError: there is no such model or revision.
+    """
+    path = Path(resolve_model(name))
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=["*/*"],
+            )
+        )
+    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(f"no directory and no model on the hub: {name!r} (revision {revision}).") from error
+
+
+def load_config(name: str, revision: str = "main") -> "PretrainedConfig":
+    """Load a model's config. Raises `UserError` where there is none, or one that transformers itself cannot read."""
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # a config of another shape makes transformers raise errors of any kind
+        raise _load_error("config", name, error) from error
+    return config
+
+
 def load_model(
     name: str, dtype: str, revision: str = "main", attn_implementation: str | None = None
 ) -> "PreTrainedModel":
-    """Loads a causal LM with its weights in exactly `dtype`, in eval mode, on the CPU.
+    """Load a causal LM with its weights in exactly `dtype`, in eval mode, on the CPU.
 
     Args:
         name: hub id, path or the embedded model.
@@ -52,24 +93,32 @@ def load_model(
         attn_implementation: sdpa, eager, flash_attention_2, ...; default: what transformers chooses.
 
     Raises:
-        UserError: there is no such model, its weights are damaged, or some of its tensors are missing or left over.
+        UserError: there is no such model, it is an adapter, its weights are damaged, some of its tensors are missing
+            or left over, or it needs Python code of its own.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    folder = Path(resolve_model(name))
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(f"{name} is an adapter, not a whole model; merge it into its base, or name the base.")
+    if folder.is_dir():
+        check_weight_files(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name),
-            revision=revision,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {name!r}: {_one_line(error)}") from error
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                resolve_model(name),
+                revision=revision,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below
+            )
+    except Exception as error:  # files of another shape make transformers raise errors of any kind
+        raise _load_error("model", name, error) from error
+    info["mismatched_keys"] = [f"{key} {[*here]}, not {[*there]}" for key, here, there in info["mismatched_keys"]]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"the weights of {name!r} do not fit its config: {kind} {sorted(map(str, info[kind]))[:5]}")
@@ -77,29 +126,57 @@ def load_model(
     return loaded
 
 
-def model_without_weights(name: str) -> "PreTrainedModel":
-    """A causal LM on the meta device, from its config alone. Raises `UserError` where there is no such model."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a progress bar and a report of what did not fit off the screen for the length of a block."""
+    from transformers.utils import logging as library
 
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(resolve_model(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the config of {name!r}: {_one_line(error)}") from error
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+
+
+def model_without_weights(name: str) -> "PreTrainedModel":
+    """Return a causal LM on the meta device, from its config alone. Raises `UserError` where there is no such model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:  # no causal LM of this kind, or one in Python code of its own
+        raise _load_error("model", name, error) from error
     model.tie_weights()
     return model
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a model. Raises `UserError` where there is none."""
+    """Load the tokenizer of a model, or the one in an adapter's directory as the config of the adapter's base says.
+
+    transformers reads tokenizer files otherwise where no `config.json` tells it the type of the model.
+
+    Raises:
+        UserError: there is none, or it needs Python code of its own.
+    """
     from transformers import AutoTokenizer
 
+    folder = Path(resolve_model(name))
+    config = None
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        config = load_config(*base_of(folder, revision))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(name), revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {name!r}: {_one_line(error)}") from error
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, config=config, trust_remote_code=False
+        )
+    except Exception as error:  # files of another shape make transformers raise errors of any kind
+        raise _load_error("tokenizer", name, error) from error
     return tokenizer
 
 
@@ -112,9 +189,29 @@ def check_window(max_length: int, model: "PreTrainedModel") -> None:
         raise UserError(f"max_length {max_length} is over the model's window of {window} tokens; set --max_length.")
 
 
-def _one_line(error: Exception) -> str:
-    """The message on one line, cut: transformers' own run to dozens of lines."""
-    return textwrap.shorten(str(error), 300) or type(error).__name__
+def one_line(error: Exception) -> str:
+    """Return the message of an error on one line, cut: transformers' own run to dozens of lines."""
+    message = textwrap.shorten(str(error), 300)
+    return message if message and isinstance(error, OSError | ValueError | RuntimeError) else f"{error!r:.300}"
+
+
+def needs_code(error: Exception) -> bool:
+    """Return whether transformers raised `error` because a model or tokenizer comes with Python code of its own."""
+    return "trust_remote_code" in str(error)
+
+
+def code_refused(what: str, name: str) -> UserError:
+    """Return the error for a checkpoint that cannot be loaded without running its own Python code."""
+    return UserError(
+        f"the {what} of {name!r} needs Python code that comes with it (`auto_map`), and code of a checkpoint is never "
+        "run here. Use a model whose architecture and tokenizer are part of transformers."
+    )
+
+
+def _load_error(what: str, name: str, error: Exception) -> UserError:
+    if needs_code(error):
+        return code_refused(what, name)
+    return UserError(f"cannot load the {what} of {name!r}: {one_line(error)}")
 
 
 def _embedded_model_dir() -> Path:
@@ -132,6 +229,7 @@ def _embedded_model_dir() -> Path:
     make_dir(directory.parent)
     with FileLock(directory.with_suffix(".lock")):  # the ranks of one launch ask for it at the same moment
         if not directory.exists():
+            remove_leftovers(directory.parent, directory.name)
             with new_dir(directory) as temporary:
                 _dequantise(gguf, temporary)
     return directory
@@ -146,11 +244,13 @@ def _dequantise(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf.parent), gguf.name
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
     config = quantised.config
     del config.quantization_config
     config._name_or_path = EMBEDDED_MODEL
-    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(out)

@@ -1,24 +1,31 @@
 """The one renderer and the one join rule of training, live probe and sweep.
 
 A prompt is rendered to `(text, separator)`: the text never ends in white space; the separator stands between prompt and
-response and is trained on and scored with the response. Token ids are those of lm-eval's `_encode_pair(prompt,
-separator + response)`: the joint text is encoded, and what follows the ids of the prompt alone is the continuation.
+response. By the ordinary rule token ids are those of lm-eval's `_encode_pair(prompt, separator + response)`: the joint
+text is encoded, and what follows the ids of the prompt alone is the continuation. Where a token spans that join, in one
+item or more, the rule of the whole run is `in_use`: the context is prompt and separator, as a model is given them.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft_probe.errors import UserError
 from sft_probe.records import Doc, ProbeSet
+from sft_probe.templates import ChatTemplate, Messages, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HH_ROLES = {"user": "Human", "assistant": "Assistant"}
 BUILT_IN_FORMATS = ("hh", "chat", "plain")
+_SPEC = re.compile(
+    r"(?P<base>.+?)(?:@(?P<time>\d{4}-\d\d-\d\d(?:T\d\d:\d\d:\d\d)?))?(?P<full>\+full_render)?(?P<rule>\+prefix|\+in_use)?"
+)
 
 
 class Prompt(NamedTuple):
@@ -31,56 +38,167 @@ class Prompt(NamedTuple):
 class PromptFormat:
     """`hh`, `chat` (the tokenizer's own template), `plain`, or the path of a Jinja file that is given `messages`.
 
+    What `resolve_format` has chosen follows the name: `@` and the time that a chat template reads, `+full_render` where
+    the prompt is what stands before an answer in a full rendering instead of the generation prompt, and the join rule,
+    `+prefix` or `+in_use`.
+
     Raises:
         UserError: the name is no format and no file, or `chat` is asked of a tokenizer without a template.
     """
 
-    def __init__(self, name: str, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
-        self.name = name
-        self.tokenizer: Any = tokenizer
+    def __init__(self, spec: str, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
+        base, time, full, rule = _parse(spec)
+        self._base = base
+        self.in_use = rule == "+in_use"
+        self.full_render = bool(full)
+        self.chat: ChatTemplate | None = None
         self._template: Any = None
-        if name == "chat":
+        name = base
+        if base == "chat":
             if tokenizer is None or not tokenizer.chat_template:
                 raise UserError("the prompt format `chat` needs a tokenizer with a chat template; use hh or plain.")
-        elif name not in BUILT_IN_FORMATS:
-            self._template = _read_template(name)
-            self.name = f"jinja:{Path(name).name}@{hashlib.sha256(Path(name).read_bytes()).hexdigest()[:12]}"
+            self.chat = ChatTemplate(tokenizer, _time(time))
+        elif base not in BUILT_IN_FORMATS:
+            self._template = _read_template(base)
+            name = f"jinja:{Path(base).name}@{hashlib.sha256(Path(base).read_bytes()).hexdigest()[:12]}"
+        chosen = (f"@{time}" if time else "") + full
+        self.name = name + chosen + (rule if self.in_use else "")
+        """As it stands in rows and manifests; nothing stands there for the ordinary rule."""
+        self.source = base + chosen + (rule or "+prefix")
+        """What gives this very format again."""
 
-    def render(self, messages: Sequence[dict[str, str]]) -> Prompt:
+    def render(self, messages: Messages) -> Prompt:
         """Renders chat turns. Raises `UserError` where the format has no place for a turn."""
-        if self.name == "hh":
-            return Prompt(_render_hh(messages), " ")
-        if self.name == "plain":
-            return Prompt("\n\n".join(turn["content"].strip() for turn in messages), "\n\n")
-        try:
-            if self._template is not None:
+        if self.chat is not None:
+            text = self.chat.answer_prompt(messages) if self.full_render else self.chat.generation_prompt(messages)
+        elif self._template is not None:
+            try:
                 text = str(self._template.render(messages=list(messages)))
-            else:
-                text = str(
-                    self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-                )
-        except Exception as error:  # templates raise what they like: for a system turn, for turns out of order
-            roles = ", ".join(turn["role"] for turn in messages)
-            raise UserError(
-                f"the prompt format {self.name} refuses the turns {roles} ({error}); use hh, plain or a Jinja file."
-            ) from error
+            except Exception as error:  # as in a chat template
+                raise refusal(self.name, messages, error) from error
+        elif self._base == "hh":
+            return Prompt(_render_hh(messages), " ")
+        else:
+            return Prompt("\n\n".join(turn["content"].strip() for turn in messages), "\n\n")
         stripped = text.rstrip()
         return Prompt(stripped, text[len(stripped) :])
 
 
+def resolve_format(
+    given: str, tokenizer: "PreTrainedTokenizerBase", docs: Sequence[Doc], recorded: str | None = None
+) -> PromptFormat:
+    """The format with what is chosen once for a whole run, by a test on all docs and responses; see `PromptFormat`.
+
+    Args:
+        given: what the user or the probe set names; what it leaves open is chosen.
+        tokenizer: of the model.
+        docs: all that the run will train on or score.
+        recorded: the name or source of the format that the run has used so far; nothing is chosen again.
+
+    Raises:
+        UserError: the format is unusable, the tokenizer puts something other than EOS after a text, or the template
+            reads a clock and what is recorded names no time.
+    """
+    _check_suffix(tokenizer)
+    spec = _recorded_spec(given, recorded) or given
+    base, time, full, rule = _parse(spec)
+    found = PromptFormat(spec, tokenizer)
+    if rule and (found.chat is None or time):
+        return found
+    prompts = [(doc, prompt) for doc in docs if (prompt := _render_or_none(found, doc)) is not None]
+    if found.chat is not None:
+        pinned = time or found.chat.pinned_time()
+        if rule and pinned:
+            raise UserError(
+                f"the chat template shows the time, and the format {recorded or given!r} does not say which. Name the "
+                "day that the run was trained on: --prompt_format chat@YYYY-MM-DD"
+            )
+        opened = not rule and any(found.chat.answer_prompt(doc.messages) != "".join(prompt) for doc, prompt in prompts)
+        spec = base + (f"@{pinned}" if pinned else "") + (full or ("+full_render" if opened else ""))
+        found = PromptFormat(spec, tokenizer)
+        prompts = [(doc, found.render(doc.messages)) for doc, _ in prompts]
+    is_split = all(_splits(tokenizer, prompt, text) for doc, prompt in prompts for text in doc.responses.values())
+    return PromptFormat(spec + (rule or ("+prefix" if is_split else "+in_use")), tokenizer)
+
+
+def same_format(recorded: str, name: str) -> bool:
+    """True for equal names, and where the recorded one is of a time when the clock of a template was not recorded."""
+    old, new = _parse(recorded), _parse(name)
+    return recorded == name or (not old[1] and (old[0], *old[2:]) == (new[0], *new[2:]))
+
+
+def joins_in_use(name: str) -> bool:
+    """True where the rule in a format's name is `+in_use`."""
+    return _parse(name)[3] == "+in_use"
+
+
+def _parse(spec: str) -> tuple[str, str, str, str]:
+    """Base, time, `+full_render` and join rule; empty where the spec leaves them open."""
+    match = _SPEC.fullmatch(spec)
+    base, time, full, rule = match.groups(default="") if match else (spec, "", "", "")
+    return base, time, full, rule
+
+
+def _recorded_spec(given: str, recorded: str | None) -> str | None:
+    """What was recorded, as a full spec, where what is given does not contradict it; else `None`.
+
+    A recorded format without a rule is of the ordinary one; a time that is given fills in one that was not recorded.
+    """
+    old, new = _parse(recorded or ""), _parse(given)
+    old = (*old[:3], old[3] or "+prefix")
+    if (
+        old[0] != new[0]
+        or (old[1] and new[1] not in ("", old[1]))
+        or any(part not in ("", known) for part, known in zip(new[2:], old[2:], strict=True))
+    ):
+        return None
+    time = old[1] or new[1]
+    return old[0] + (f"@{time}" if time else "") + old[2] + old[3]
+
+
+def _time(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text) if text else datetime.now().replace(microsecond=0)
+    except ValueError as error:
+        raise UserError(f"the prompt format chat@{text} names no time ({error}).") from error
+
+
+def _render_or_none(prompt_format: PromptFormat, doc: Doc) -> Prompt | None:
+    try:
+        return prompt_format.render(doc.messages)
+    except UserError:
+        return None
+
+
+def _splits(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str) -> bool:
+    prompt_ids = encode(tokenizer, prompt.text)
+    return encode(tokenizer, "".join(prompt) + response)[: len(prompt_ids)] == prompt_ids
+
+
+def _check_suffix(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises `UserError` where the tokenizer puts something after every text that is not EOS."""
+    ids, plain = encode(tokenizer, "a"), list(tokenizer.encode("a", add_special_tokens=False))
+    if ids[len(ids) - len(plain) :] != plain:
+        after = tokenizer.decode(ids[-1:])
+        raise UserError(
+            f"the tokenizer puts {after!r} after every text, which is not its EOS token ({tokenizer.eos_token!r}), so "
+            "that no response can follow a prompt. Change its post-processor."
+        )
+
+
 def terminator_id(format_name: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id that ends a response: the special token that the chat template puts there, else EOS.
+    """The id that ends a response: the token with which the chat template ends an answer, else EOS.
 
     Raises:
         UserError: the tokenizer has no EOS token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so no terminator can be trained or scored.")
-    if format_name == "chat":
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "RESPONSE"}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        ids = tokenizer.encode(text.rpartition("RESPONSE")[2].strip(), add_special_tokens=False)
-        if ids and ids[0] in tokenizer.all_special_ids:
+    if _parse(format_name)[0] == "chat":
+        end = ChatTemplate(tokenizer, _time("")).answer_end()
+        ids = [i for i in tokenizer.encode(end, add_special_tokens=False) if str(tokenizer.decode([i])).strip()]
+        # whatever its registration: an added token, or a text that is one token of the vocabulary
+        if ids and (len(ids) == 1 or ids[0] in tokenizer.get_added_vocab().values()):
             return int(ids[0])
     return int(tokenizer.eos_token_id)
 
@@ -92,14 +210,20 @@ def _read_template(name: str) -> Any:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"no prompt format {name!r}: use {', '.join(BUILT_IN_FORMATS)} or the path of a Jinja file.")
+    text = path.read_text("utf-8")
+    if "add_generation_prompt" in text:
+        raise UserError(
+            f"{path} is a chat template (it reads `add_generation_prompt`), not a prompt format. "
+            "Save it as chat_template.jinja beside the tokenizer and use the prompt format chat."
+        )
     try:
         # S701: prompts are plain text for a model, not HTML
-        return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(path.read_text("utf-8"))
+        return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(text)
     except TemplateError as error:
         raise UserError(f"{path}: not a valid Jinja template ({error}).") from error
 
 
-def _render_hh(messages: Sequence[dict[str, str]]) -> str:
+def _render_hh(messages: Messages) -> str:
     parts = []
     for turn in messages:
         if turn["role"] not in _HH_ROLES:
@@ -109,30 +233,55 @@ def _render_hh(messages: Sequence[dict[str, str]]) -> str:
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids under the BOS rule of lm-eval's `hf`: the tokenizer's own, but never a second BOS."""
+    """Token ids under the BOS rule of lm-eval's `hf`: the tokenizer's own, but no second BOS, and no EOS at the end."""
     prefix_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    has_bos = prefix_id is not None and text.startswith(str(tokenizer.decode([prefix_id])))
-    return list(tokenizer.encode(text, add_special_tokens=False) if has_bos else tokenizer.encode(text))
+    if prefix_id is not None and text.startswith(str(tokenizer.decode([prefix_id]))):
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    ids = list(tokenizer.encode(text))
+    ends_in_eos = ids[-1:] == [tokenizer.eos_token_id]
+    if ids and tokenizer.num_special_tokens_to_add() and (ends_in_eos or ids.count(ids[0]) > 1):
+        plain = list(tokenizer.encode(text, add_special_tokens=False))
+        if plain[:1] == ids[:1]:  # the text begins with what the tokenizer would put before it
+            return plain
+        return ids[:-1] if ends_in_eos and ids[len(ids) - len(plain) :] != plain else ids
+    return ids
 
 
 def encode_pair(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, continuation: str
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str, *, in_use: bool = False
 ) -> tuple[list[int], list[int]] | None:
-    """Ids of a prompt without trailing white space and of what follows it.
+    """Ids of the context and of the continuation that is trained on and scored.
 
-    Returns `None` where the prompt's ids are not a prefix of the joint ids, so that no split between them exists, and
-    where no id is left for the continuation.
+    Returns `None` where the ordinary rule finds no split, since the prompt's ids are not a prefix of the joint ids, and
+    where no id is left on one side.
     """
-    prompt_ids = encode(tokenizer, prompt)
-    joint_ids = encode(tokenizer, prompt + continuation)
-    if joint_ids[: len(prompt_ids)] != prompt_ids or len(joint_ids) == len(prompt_ids) or not prompt_ids:
-        return None
-    return prompt_ids, joint_ids[len(prompt_ids) :]
+    context = encode(tokenizer, "".join(prompt) if in_use else prompt.text)
+    joint = encode(tokenizer, "".join(prompt) + response)
+    if joint[: len(context)] == context:
+        continuation = joint[len(context) :]
+    else:
+        continuation = encode_after(tokenizer, response) if in_use else []
+    return (context, continuation) if context and continuation else None
+
+
+def no_pair_reason(in_use: bool) -> str:
+    """Why `encode_pair` has found none."""
+    if in_use:
+        return "no token is left of the prompt or of the response"
+    return "the tokens of the prompt are not a prefix of those of prompt and response, which the run's rule asks for"
+
+
+def encode_after(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Ids of a text that follows others: without the space that SentencePiece puts before a text."""
+    line_end = list(tokenizer.encode("\n", add_special_tokens=False))
+    ids = list(tokenizer.encode("\n" + text, add_special_tokens=False))
+    is_split = ids[: len(line_end)] == line_end
+    return ids[len(line_end) :] if is_split else list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def first_visible(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> int:
     """Index of the first token that holds a character other than white space."""
-    return next(i for i, token_id in enumerate(ids) if str(tokenizer.decode([token_id])).strip())
+    return next((i for i, token_id in enumerate(ids) if str(tokenizer.decode([token_id])).strip()), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +305,7 @@ class DroppedDoc:
 def encode_probe_set(
     probe_set: ProbeSet, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[list[EncodedDoc], list[DroppedDoc]]:
-    """Encodes every doc; a doc with one response that does not fit is dropped from all categories.
+    """Encodes every doc; one that the format refuses, or with one response that does not fit, is dropped and named.
 
     `max_length` is in tokens and counts prompt, response and terminator.
     """
@@ -170,18 +319,31 @@ def dropped_by_faults(probe_set: ProbeSet) -> list[DroppedDoc]:
     return [DroppedDoc(doc_id=fault.doc_id or "?", reason=str(fault)) for fault in probe_set.faults]
 
 
+def refused_docs(prompt_format: PromptFormat, docs: Sequence[Doc]) -> list[DroppedDoc]:
+    """The docs whose turns the format cannot render, with the template's own words."""
+    refused = []
+    for doc in docs:
+        try:
+            prompt_format.render(doc.messages)
+        except UserError as error:
+            refused.append(DroppedDoc(doc_id=doc.doc_id, reason=str(error)))
+    return refused
+
+
 def encode_doc(
     doc: Doc, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> EncodedDoc | DroppedDoc:
     """Encodes one doc, or says why it cannot be scored. `max_length` as in `encode_probe_set`."""
-    prompt = prompt_format.render(doc.messages)
+    try:
+        prompt = prompt_format.render(doc.messages)
+    except UserError as error:
+        return DroppedDoc(doc_id=doc.doc_id, reason=str(error))
     prompt_ids: list[int] = []
     continuation_ids = {}
     for category, response in doc.responses.items():
-        pair = encode_pair(tokenizer, prompt.text, prompt.separator + response)
+        pair = encode_pair(tokenizer, prompt, response, in_use=prompt_format.in_use)
         if pair is None:
-            reason = f"`{category}`: the tokens of the prompt are not a prefix of those of prompt and response"
-            return DroppedDoc(doc_id=doc.doc_id, reason=reason)
+            return DroppedDoc(doc_id=doc.doc_id, reason=f"`{category}`: {no_pair_reason(prompt_format.in_use)}")
         prompt_ids, continuation_ids[category] = pair
         num_tokens = len(prompt_ids) + len(continuation_ids[category]) + 1
         if num_tokens > max_length:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
+from sft_probe.files import find, read_object
 
 CATEGORIES = ("chosen", "rejected", "paraphrase", "variant", "random", "non_response")
 SPLITS = ("train", "heldout")
@@ -22,7 +22,9 @@ EMBEDDED_PROBE_SETS = ("helpful-mini",)
 DEFAULT_PROBE_SET = "helpful-mini"
 DEFAULT_PROMPT_FORMAT = "hh"
 RESERVED_COLUMNS = ("doc_id", "conversation_id", "split", "messages", "random_doc_id", "meta")
-_CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
+_MANIFEST = {"name": str, "prompt_format": str, "categories": dict}
+LONE_SURROGATE = "half a surrogate pair, which is no Unicode text"
+CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Fault:
     doc_id: str | None
     message: str
     skippable: bool
-    """True where leaving the doc out of every category repairs the set (an empty response)."""
+    """True where leaving the doc out of every category repairs the set (an empty response, half a character)."""
 
     def __str__(self) -> str:
         name = f" ({self.doc_id})" if self.doc_id else ""
@@ -72,11 +74,18 @@ class ProbeSet:
         """The docs of `train` or `heldout`, in file order."""
         return [doc for doc in self.docs if doc.split == split]
 
+    @property
+    def absolute_source(self) -> str:
+        """What finds the set again from any directory: its absolute path, else its embedded name or hub id."""
+        path = Path(self.source).expanduser()
+        is_file = self.source not in EMBEDDED_PROBE_SETS and path.exists()
+        return str(path.resolve()) if is_file else self.source
+
 
 def load_probe_set(source: str) -> ProbeSet:
     """Reads and validates a probe set.
 
-    Docs with an empty response are left out and stay listed in `faults`.
+    Docs with an empty response or half a surrogate pair are left out and stay listed in `faults`.
 
     Raises:
         UserError: the set does not exist, or has a fault that leaving out a doc cannot repair; names file and line.
@@ -99,7 +108,9 @@ def read_probe_set(source: str) -> ProbeSet:
     """
     files = _files_of(source)
     manifest_path = files[0].parent / "probe_set.json"
-    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    manifest = read_object(manifest_path, optional=_MANIFEST) if manifest_path.exists() else {}
+    if place := find_lone_surrogate(manifest):
+        raise UserError(f"{manifest_path}: `{place}` holds {LONE_SURROGATE}.")
     faults: list[Fault] = []
     rows = list(_parse_lines(files, faults))
     categories = _categories(manifest, manifest_path, rows)
@@ -128,7 +139,7 @@ class _Row:
         return Fault(
             path=self.path,
             line=self.line,
-            doc_id=doc_id if isinstance(doc_id, str) else None,
+            doc_id=_printable(doc_id) if isinstance(doc_id, str) else None,
             message=message,
             skippable=skippable,
         )
@@ -141,7 +152,7 @@ def _files_of(source: str) -> list[Path]:
         path = Path(source).expanduser()
     if not path.exists():
         path = _hub_snapshot(source)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = find(path, "*.jsonl") if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .jsonl file, so it is no probe set.")
     return files
@@ -194,7 +205,7 @@ def _categories(manifest: dict[str, Any], manifest_path: Path, rows: list[_Row])
         first = rows[0].value if rows else {}
         names = [name for name, text in first.items() if isinstance(text, str) and name not in RESERVED_COLUMNS]
     for name in names:
-        if not _CATEGORY_NAME.fullmatch(name):
+        if not CATEGORY_NAME.fullmatch(name):
             raise UserError(
                 f"{manifest_path if manifest else rows[0].path}: {name!r} cannot name a category: use lower-case "
                 "letters, digits and `_`, and do not start with `train_`."
@@ -223,8 +234,41 @@ def _check_docs(rows: Iterable[_Row], categories: tuple[str, ...], faults: list[
     return docs
 
 
+def find_lone_surrogate(value: Any, name: str = "") -> str | None:
+    """Return where a JSON value holds half of a surrogate pair, as in `messages[0].content`; `None` where it does not.
+
+    JSON can write it (`"\\ud83d"`), but it is no Unicode text: no file and no tokenizer takes it, and what replaces it
+    is another text.
+    """
+    if _is_unicode(value):
+        return None
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        named = [(f"{name}.{_printable(str(key))}".lstrip("."), key, part) for key, part in value.items()]
+        parts = [(place, item) for place, key, part in named for item in (key, part)]
+    elif isinstance(value, list):
+        parts = [(f"{name}[{number}]", part) for number, part in enumerate(value)]
+    return next((find_lone_surrogate(part, place) for place, part in parts if not _is_unicode(part)), name)
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=repr).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    """The text, with `\\ud83d` for what is half of a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _row_faults(row: _Row, categories: tuple[str, ...]) -> Iterator[Fault]:
     value = row.value
+    if place := find_lone_surrogate(value):
+        yield row.fault(f"`{place}` holds {LONE_SURROGATE}: the doc is left out of all categories", skippable=True)
+        return
     for name in ("doc_id", "conversation_id"):
         if not isinstance(value.get(name), str) or not value[name]:
             yield row.fault(f"`{name}` must be a non-empty string")

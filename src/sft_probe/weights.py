@@ -1,103 +1,77 @@
-"""Weights of a checkpoint, read by mmap into a model that is already in memory. Safetensors only."""
+"""The files that hold a checkpoint's weights, checked before anything loads them. Safetensors only."""
 
-from collections import defaultdict
-from contextlib import ExitStack
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+from sft_probe.files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
-def copy_weights(model: "PreTrainedModel", folder: Path) -> bool:
-    """Copies the tensors of a Hugging Face directory into `model`, cast to its dtype; tied ones may be stored once.
-
-    Returns False, with the model as it was, where the names in the files are not those of the model: transformers'
-    own loader knows the renamings of each architecture, and names what does not fit.
+def check_weight_files(folder: Path) -> None:
+    """Check that a model's directory holds `model.safetensors`, or all the files that its index names.
 
     Raises:
-        UserError: the directory holds no safetensors or damaged ones; a tensor has another shape; tied ones differ.
+        UserError: there is neither, a file is missing or damaged, or the index has another shape than transformers
+            reads.
     """
-    with ExitStack() as stack:
-        stored: dict[str, Any] = {}
-        for path in weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, "pt"))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot read {path}: {error}") from error
-            stored |= dict.fromkeys(file.keys(), file)
-        groups = _tied_groups(model)
-        names = {name for group in groups for name in group}
-        if not set(stored) <= names or not all(set(group) & set(stored) for group in groups):
-            return False
-        _check_shapes(groups, stored, folder)
-        for group, target in groups.items():
-            first, *others = [stored[name].get_tensor(name) for name in group if name in stored]
-            if any(not torch.equal(first, other) for other in others):
-                raise UserError(f"{folder}: the model ties {' and '.join(group)}, but the stored ones differ.")
-            target.copy_(first)
-    return True
+    for path in weight_files(folder):
+        check_safetensors(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the files that its index names. Raises `UserError` where there is neither."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise UserError(f"{folder} holds no model.safetensors; weights of other kinds are not read.")
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
-
-def _tied_groups(model: "PreTrainedModel") -> dict[tuple[str, ...], torch.Tensor]:
-    """Names of the model's tensors to their tensor; those that are one in memory stand together."""
-    state: dict[str, torch.Tensor] = model.state_dict()
-    by_place = defaultdict(list)
-    for name, tensor in state.items():
-        by_place[tensor.data_ptr(), tensor.shape].append(name)
-    return {tuple(names): state[names[0]] for names in by_place.values()}
-
-
-def _check_shapes(groups: dict[tuple[str, ...], torch.Tensor], stored: dict[str, Any], folder: Path) -> None:
-    wrong = []
-    for group, target in groups.items():
-        for name in set(group) & set(stored):
-            shape = list(stored[name].get_slice(name).get_shape())
-            if shape != list(target.shape):
-                wrong.append(f"{name} {shape}, not {list(target.shape)}")
-    if wrong:
-        raise UserError(f"{folder}: tensors of another shape than the model's: {'; '.join(sorted(wrong)[:5])}")
-
-
-def copy_adapter(model: "PeftModel", folder: Path) -> None:
-    """Copies an adapter's tensors into a model that has one of the same configuration.
+    """Return `model.safetensors`, or all the files that its index names.
 
     Raises:
-        UserError: there are no safetensors or damaged ones; tensors are missing, left over or of another shape.
+        UserError: there is neither, or the index has another shape than transformers reads.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    return [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else _indexed_files(folder)
 
-    path = folder / _ADAPTER_WEIGHTS
+
+def check_safetensors(path: Path) -> None:
+    """Raise `UserError` where a file is missing or its header and length are not those of a safetensors file."""
     try:
-        stored = load_file(path)
+        with safe_open(path, "pt"):
+            pass
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if missing := sorted(set(expected) - set(stored)):
-        raise UserError(f"{path} lacks tensors of the adapter: {missing[:5]}")
-    if extra := sorted(set(stored) - set(expected) - set(model.state_dict())):
-        raise UserError(f"{path} has tensors that the adapter has no place for: {extra[:5]}")
-    if wrong := sorted(name for name in expected if expected[name].shape != stored[name].shape):
-        raise UserError(f"{path}: tensors of another shape than the adapter's: {wrong[:5]}")
-    set_peft_model_state_dict(model, stored)
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    path = folder / _INDEX
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {_WEIGHTS}; weights of other kinds are not read.")
+    index = read_object(path)
+    for key in ("weight_map", "metadata"):
+        if not isinstance(index.get(key), dict):
+            raise UserError(f"{path}: `{key}` must be an object. Save the model again.")
+    names = list(index["weight_map"].values())
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise UserError(f"{path}: `weight_map` must give the name of a file here for each tensor.")
+    return [folder / name for name in sorted(set(names))]
+
+
+def base_of(folder: Path, revision: str) -> tuple[str, str]:
+    """Return name and revision of the whole model: the directory itself, or the base of the adapter that it holds.
+
+    Raises:
+        UserError: the adapter's config names no base, or another adapter.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.exists():
+        return str(folder), revision
+    adapter = read_object(path)
+    base, base_revision = adapter.get("base_model_name_or_path"), adapter.get("revision") or "main"
+    if not isinstance(base, str) or not base:
+        state = f"is {json.dumps(base)}" if "base_model_name_or_path" in adapter else "is missing"
+        raise UserError(f"{path}: `base_model_name_or_path` {state}; it must name the model the adapter was made for.")
+    if (Path(base) / ADAPTER_CONFIG).exists():
+        raise UserError(f"{path}: the base, {base}, is an adapter itself; merge that one into its own base first.")
+    if not isinstance(base_revision, str):
+        raise UserError(f"{path}: `revision` is {base_revision!r}; it must be the name of a revision of {base}.")
+    return base, base_revision

@@ -1,20 +1,44 @@
 """Gemini through `google-genai`, over REST."""
 
-import json
-from collections.abc import Mapping
+import os
 from typing import Any
-from urllib.request import getproxies
 
-import aiohttp
 from google import genai
-from google.genai import errors, types
+from google.genai import types
+from google.genai.client import DebugConfig
 
-from sft_probe.synth.requests import Answer, Request, Wait
-from sft_probe.synth.writers.http import checked_text, key_from_environment, refused_call, strike, token_count
+from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.writers.http import Connection, checked_text, read_key, token_count
+from sft_probe.synth.writers.thinking import key_version, least_thinking
+from sft_probe.synth.writers.transport import guarded_client
 
+GEMINI_URL = "https://generativelanguage.googleapis.com"
 _BLOCKED = (
     "SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY", "MODEL_ARMOR",
 )  # fmt: skip
+
+
+def gemini_connection(base_url: str | None, **options: Any) -> Connection:
+    """Return the connection of a Gemini writer: to `base_url`, else to GOOGLE_GEMINI_BASE_URL, else to Google."""
+    key = read_key("GEMINI_API_KEY", "GOOGLE_API_KEY")
+    return Connection(key, base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL") or GEMINI_URL, **options)
+
+
+def gemini_client(connection: Connection, api_version: str) -> genai.Client:
+    """Return the SDK's client on a connection, with its own retries off; for the running event loop."""
+    return genai.Client(
+        api_key=connection.key.value,
+        vertexai=False,
+        # the defaults come from the environment, where GOOGLE_GENAI_CLIENT_MODE makes it write requests to files
+        debug_config=DebugConfig(client_mode="", replays_directory="", replay_id=""),
+        http_options=types.HttpOptions(
+            base_url=connection.base_url,
+            api_version=api_version,
+            httpx_async_client=guarded_client(connection),
+            # without this the SDK asks again after a cut connection, which may be paid for twice
+            retry_options=types.HttpRetryOptions(attempts=1),
+        ),
+    )
 
 
 class GeminiWriter:
@@ -33,89 +57,54 @@ class GeminiWriter:
 
     def __init__(self, model: str, *, api_version: str = "v1beta", base_url: str | None = None) -> None:
         self.model = model
-        self.api_version = api_version
-        self._base_url = base_url
-        self.key = key_from_environment("GEMINI_API_KEY", "GOOGLE_API_KEY")
+        self.thinking = least_thinking(self.name, model)
+        self.api_version = key_version(api_version, self.name, model)
+        self._rest_version = api_version
+        self._connection = gemini_connection(base_url)
         self._client: genai.Client | None = None
-        self._session: aiohttp.ClientSession | None = None
 
     async def write(self, request: Request) -> Answer:
-        """One `generateContent` call."""
-        try:
-            response = await self.client().aio.models.generate_content(
-                model=self.model, contents=request.prompt, config=_config(request)
-            )
-        except errors.APIError as error:
-            return refused(error, self.key)
-        except aiohttp.ClientError as error:
-            raise cut_off(error) from None
-        except json.JSONDecodeError:
-            raise Wait("the body of an HTTP error is no JSON") from None
-        return read_answer(strike(response.sdk_http_response.body or "", self.key))
+        """Make one `generateContent` call."""
+        self._client = self._client or gemini_client(self._connection, self._rest_version)
+        config = types.GenerateContentConfig.model_validate(
+            {
+                **generation_config(request, self.thinking.config),
+                "automaticFunctionCalling": {"disable": True},
+                "shouldReturnHttpResponse": True,
+            }
+        )
+        called = await self._connection.call(
+            self._client.aio.models.generate_content(model=self.model, contents=request.prompt, config=config)
+        )
+        return self._connection.read(called.reply, read_answer)
 
     async def close(self) -> None:
-        """Closes the connections; the next call opens new ones."""
-        if self._client is not None and self._session is not None:
+        """Close the connections; the next call opens new ones."""
+        if self._client is not None:
             await self._client.aio.aclose()
-            await self._session.close()
-            self._client = self._session = None
-
-    def client(self) -> genai.Client:
-        """The SDK's client, with its own retries off; for the running event loop."""
-        if self._client is None:
-            # the SDK's own session looks into ~/.netrc before each call, in a thread
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=bool(getproxies()))
-            self._client = genai.Client(
-                api_key=self.key,
-                vertexai=False,
-                http_options=types.HttpOptions(
-                    base_url=self._base_url,
-                    api_version=self.api_version,
-                    aiohttp_client=self._session,
-                    # without this the SDK asks again after a cut connection, which may be paid for twice
-                    retry_options=types.HttpRetryOptions(attempts=1),
-                ),
-            )
-        return self._client
+            self._client = None
 
 
-def _config(request: Request) -> types.GenerateContentConfig:
-    return types.GenerateContentConfig(
-        temperature=request.temperature,
-        max_output_tokens=request.max_output_tokens,
-        automatic_function_calling=types.AutomaticFunctionCallingConfig(disable=True),
-        should_return_http_response=True,
-    )
+def generation_config(request: Request, thinking: dict[str, int | str]) -> dict[str, Any]:
+    """Return the `generationConfig` of a request, as the REST API has it."""
+    config: dict[str, Any] = {"temperature": request.temperature, "maxOutputTokens": request.max_output_tokens}
+    return config | ({"thinkingConfig": thinking} if thinking else {})
 
 
-def refused(error: errors.APIError, key: str) -> Answer:
-    """What to make of an HTTP error; see `refused_call`."""
-    headers: Mapping[str, str] = getattr(error.response, "headers", None) or {}
-    return refused_call(error.code, str(error.message), error.details, headers, key)
-
-
-def cut_off(error: Exception) -> Wait:
-    """A connection that broke: paid for, perhaps, unless it never stood."""
-    billed = not isinstance(error, aiohttp.ClientConnectorError)
-    return Wait(f"connection failed ({type(error).__name__})", maybe_billed=billed)
-
-
-def read_answer(raw: str) -> Answer:
-    """Reads the JSON of a `GenerateContentResponse`.
+def read_answer(response: dict[str, Any], raw: str) -> Answer:
+    """Return the answer in a `GenerateContentResponse`.
 
     A blocked prompt has no candidate; a blocked answer may have text, which is not used; nor is that of a cut one.
-
-    Raises:
-        Wait: `raw` is no JSON object.
     """
-    try:
-        response = json.loads(raw)
-    except ValueError:
-        response = None
-    if not isinstance(response, dict):
-        raise Wait(f"the answer is no JSON object: {raw[:100]!r}", maybe_billed=True)
+    counts = response.get("usageMetadata")
+    counts = counts if isinstance(counts, dict) else {}
+    prompt_tokens, output_tokens = _usage(counts)
+    if not any(response.get(name) for name in ("candidates", "promptFeedback", "usageMetadata")):
+        return Answer(status="error", raw=raw, reason="the answer is none of the Gemini API")
     status, text, reason = _read_candidate(response)
-    prompt_tokens, output_tokens = _usage(response.get("usageMetadata"))
+    thoughts = token_count(counts.get("thoughtsTokenCount")) or 0
+    if status != "ok" and output_tokens and thoughts > output_tokens / 2:
+        reason = f"{reason}: {thoughts} of {output_tokens} output tokens are thoughts"
     version = response.get("modelVersion")
     return Answer(
         status=status,
@@ -129,7 +118,7 @@ def read_answer(raw: str) -> Answer:
 
 
 def _read_candidate(response: dict[str, Any]) -> tuple[str, str | None, str | None]:
-    """Status, text and reason."""
+    """Return status, text and reason."""
     feedback, candidates = response.get("promptFeedback"), response.get("candidates")
     if isinstance(feedback, dict) and feedback.get("blockReason"):
         return "blocked", None, f"prompt: {feedback['blockReason']}"
@@ -146,7 +135,7 @@ def _read_candidate(response: dict[str, Any]) -> tuple[str, str | None, str | No
 
 
 def _text(content: Any) -> str:
-    """The parts joined, less the model's thoughts."""
+    """Return the parts joined, less the model's thoughts."""
     parts = content.get("parts") if isinstance(content, dict) else None
     if not isinstance(parts, list):
         return ""
@@ -154,14 +143,17 @@ def _text(content: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _usage(usage: Any) -> tuple[int | None, int | None]:
-    """Tokens of the prompt and of the output; thinking is billed as output."""
-    counts = usage if isinstance(usage, dict) else {}
-    prompt = token_count(counts.get("promptTokenCount"))
-    if prompt is None:
+def _usage(counts: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return the tokens of prompt and output, None where they are missing, partial or contradict each other.
+
+    Thinking is billed as output.
+    """
+    names = ("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
+    given = {name: token_count(counts[name]) for name in names if counts.get(name) is not None}
+    prompt, total = given.get("promptTokenCount"), given.get("totalTokenCount")
+    if prompt is None or None in given.values() or (total is None and "candidatesTokenCount" not in given):
         return None, None
-    output = (token_count(counts.get("candidatesTokenCount")) or 0) + (
-        token_count(counts.get("thoughtsTokenCount")) or 0
-    )
-    total = token_count(counts.get("totalTokenCount")) or 0
-    return prompt, max(output, total - prompt)
+    output = (given.get("candidatesTokenCount") or 0) + (given.get("thoughtsTokenCount") or 0)
+    if total is None:
+        return prompt, output
+    return (prompt, total - prompt) if total >= prompt + output else (None, None)

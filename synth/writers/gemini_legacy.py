@@ -1,35 +1,39 @@
 """Gemini through `google-generativeai`, the package that came before `google-genai`, over REST."""
 
-import asyncio
+import io
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import requests
-from google.protobuf.json_format import MessageToJson, ParseError
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
 
-from sft_probe.synth.requests import Answer, Request, Wait
-from sft_probe.synth.writers.gemini import read_answer
-from sft_probe.synth.writers.http import key_from_environment, refused_call, strike
+from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.writers.gemini import gemini_connection, read_answer
+from sft_probe.synth.writers.http import Connection, StoppedError
+from sft_probe.synth.writers.thinking import least_thinking
+from sft_probe.synth.writers.threads import in_thread
 
 with warnings.catch_warnings():
     # at each import it says that it is retired, and that Python 3.11 will be
     warnings.simplefilter("ignore", FutureWarning)
     import google.generativeai as genai
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.ai.generativelanguage_v1beta import GenerativeServiceClient
+    from google.api_core.client_options import ClientOptions
 
-_MAX_THREADS = 10  # as many connections as the package keeps
+_CHUNK_BYTES = 65536
+_NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ProxyError)
+_MAX_CONNECTIONS = 100
 
 
 class LegacyGeminiWriter:
-    """Writes with a Gemini model; each call takes a thread, 10 at most. The package knows the API v1beta only.
+    """Writes with a Gemini model; each call takes a thread. The package knows the API v1beta only.
 
     Args:
         model: name, such as `gemini-2.5-flash-lite`.
         base_url: of the server; default: GOOGLE_GEMINI_BASE_URL, else Google's.
-        timeout_s: after which a thread gives up its call.
+        timeout_s: of silence, after which a thread gives up its call.
 
     Raises:
         UserError: neither GEMINI_API_KEY nor GOOGLE_API_KEY is set.
@@ -40,52 +44,63 @@ class LegacyGeminiWriter:
 
     def __init__(self, model: str, *, base_url: str | None = None, timeout_s: float = 120.0) -> None:
         self.model = model
+        self.thinking = least_thinking(self.name, model)
         self._timeout_s = timeout_s
-        self._key = key_from_environment("GEMINI_API_KEY", "GOOGLE_API_KEY")
-        base_url = base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL")
-        genai.configure(
-            api_key=self._key,
-            transport="rest",
-            client_options={"api_endpoint": base_url} if base_url else None,
-        )
+        self._connection = gemini_connection(base_url)
+        options = ClientOptions(api_key=self._connection.key.value, api_endpoint=self._connection.base_url)
+        self._service = GenerativeServiceClient(transport="rest", client_options=options)
+        # private: the package has no other way to the session that it sends through
+        session: requests.Session = self._service.transport._session
+        session.trust_env = False  # neither ~/.netrc nor proxies that would see the key
+        session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, _GuardedAdapter(self._connection))
         self._model = genai.GenerativeModel(model)
-        self._executor: ThreadPoolExecutor | None = None
+        self._model._client = self._service  # private: else the package makes a client of its own, with other sessions
 
     async def write(self, request: Request) -> Answer:
-        """One `generateContent` call."""
-        self._executor = self._executor or ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="gemini-legacy")
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._write, request)
+        """Make one `generateContent` call."""
+        called = await in_thread(self._connection.call_blocking, lambda: self._generate(request))
+        return self._connection.read(called.reply, read_answer)
 
     async def close(self) -> None:
-        """Ends the threads."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-            self._executor = None
+        """Close the connections; the next call opens new ones."""
+        self._service.transport._session.close()
 
-    def _write(self, request: Request) -> Answer:
+    def _generate(self, request: Request) -> object:
+        return self._model.generate_content(
+            request.prompt,
+            generation_config={"temperature": request.temperature, "max_output_tokens": request.max_output_tokens},
+            request_options={"retry": None, "timeout": self._timeout_s},
+        )
+
+
+class _GuardedAdapter(HTTPAdapter):
+    """Sends requests to one origin, and reads each body whole before the package sees it."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(pool_maxsize=_MAX_CONNECTIONS)
+        self._connection = connection
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
+        """Send one request. Raises `StoppedError` for everything but a success."""
+        self._connection.note_request(str(request.url))
+        proxy = self._connection.proxy()
+        options |= {"stream": True, "proxies": {"https": proxy} if proxy else {}}
+        body = bytearray()
         try:
-            response = self._model.generate_content(
-                request.prompt,
-                generation_config={"temperature": request.temperature, "max_output_tokens": request.max_output_tokens},
-                request_options={"retry": None, "timeout": self._timeout_s},
-            )
-        except GoogleAPICallError as error:
-            headers = getattr(error.response, "headers", {})
-            return refused_call(int(error.code), error.message, {"details": error.details}, headers, self._key)
-        except requests.RequestException as error:
-            raise Wait(f"connection failed ({type(error).__name__})", maybe_billed=_was_connected(error)) from None
-        except ParseError:
-            raise Wait("the answer is no JSON object", maybe_billed=True) from None
-        return read_answer(strike(_to_json(response), self._key))
+            with super().send(request, *args, **options) as response:
+                for chunk in response.iter_content(_CHUNK_BYTES):
+                    self._connection.add_chunk(body, chunk)
+        except (requests.RequestException, OSError) as error:
+            self._connection.note_problem(f"connection failed ({type(error).__name__})", is_sent=_is_sent(error))
+            raise StoppedError from None
+        shown = requests.Response()
+        shown.raw = io.BytesIO(self._connection.note_reply(response.status_code, response.headers, bytes(body)))
+        shown.status_code, shown.url, shown.request = response.status_code, response.url, request
+        return shown
 
 
-def _was_connected(error: requests.RequestException) -> bool:
+def _is_sent(error: Exception) -> bool:
     cause = getattr(error.args[0], "reason", None) if error.args else None
-    return not isinstance(cause, NewConnectionError | ConnectTimeoutError)
-
-
-def _to_json(response: Any) -> str:
-    """The answer as the REST API gave it, less fields that the package does not know."""
-    message = genai.protos.GenerateContentResponse(response.to_dict())
-    text: str = MessageToJson(genai.protos.GenerateContentResponse.pb(message))
-    return text
+    return not isinstance(cause, _NEVER_SENT)

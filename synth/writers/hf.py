@@ -13,6 +13,7 @@ from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
 from sft_probe.prompts import encode
 from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.writers.threads import in_thread
 
 BATCH_SIZE = 16
 CONCURRENCY = 4 * BATCH_SIZE
@@ -71,7 +72,7 @@ class HfWriter:
             self._pending.sort(key=lambda item: _token_budget(item[0]))  # a batch takes as long as its longest text
             batch = self._pending[:BATCH_SIZE]
             try:
-                answers = await asyncio.to_thread(self._generate, [request for request, _ in batch])
+                answers = await in_thread(self._generate, [request for request, _ in batch])
             except Exception as error:  # every caller must hear of it
                 for _, future in self._pending:
                     if not future.done():

@@ -1,4 +1,4 @@
-"""A writer without a model: sentences of the embedded set, drawn by a hash. For trying out the whole path."""
+"""A writer without a model: pieces of sentences of the embedded set, drawn by a hash. For trying out the whole path."""
 
 import hashlib
 import json
@@ -10,6 +10,10 @@ from sft_probe.synth.requests import Answer, Request
 
 _MATERIAL = ("paraphrase", "variant", "non_response")
 _SENTENCE = re.compile(r"\S.*?[.!?](?=\s|$)")
+_PIECE_WORDS = 4
+_SENTENCE_WORDS = 12
+_MIN_WORDS = 6
+"""Of a text, since shorter ones soon repeat; the checks allow that many for any length."""
 
 
 class OfflineWriter:
@@ -17,34 +21,31 @@ class OfflineWriter:
 
     name = "offline"
     model = "helpful-mini"
-    api_version = "1"
+    api_version = "2"
 
     def __init__(self) -> None:
-        docs = load_probe_set(self.model).docs
-        texts = [doc.responses[category] for doc in docs for category in _MATERIAL]
-        self._sentences = list(dict.fromkeys(sentence for text in texts for sentence in _SENTENCE.findall(text)))
+        texts = [doc.responses[category] for doc in load_probe_set(self.model).docs for category in _MATERIAL]
+        sentences = [sentence.split() for text in texts for sentence in _SENTENCE.findall(text)]
+        pieces = (words[i : i + _PIECE_WORDS] for words in sentences for i in range(0, len(words), _PIECE_WORDS))
+        plain = (re.findall(r"[A-Za-z]+", " ".join(piece)) for piece in pieces)
+        self._pieces = list(dict.fromkeys(tuple(words) for words in plain if len(words) == _PIECE_WORDS))
 
     async def write(self, request: Request) -> Answer:
-        """Sentences in an order drawn from the prompt and the sample index, up to the number of words asked for."""
+        """Return pieces drawn by the prompt and the sample index, as many as make the number of words asked for."""
         seed = hashlib.sha256(f"{request.category}\n{request.sample_index}\n{request.prompt}".encode()).hexdigest()
-        sentences = list(self._sentences)
-        random.Random(seed).shuffle(sentences)  # noqa: S311 - reproducible, not secret
-        text = _fill(sentences, request.num_words)
+        draw = random.Random(seed)  # noqa: S311 - reproducible, not secret
+        num_words = max(request.num_words, _MIN_WORDS)
+        words: list[str] = []
+        while len(words) < num_words:
+            words += draw.choice(self._pieces)
+        text = _as_sentences(words[:num_words])
         return Answer(status="ok", raw=json.dumps({"text": text}), text=text, model_version=self.model)
 
     async def close(self) -> None:
         """Nothing to free."""
 
 
-def _fill(sentences: list[str], num_words: int) -> str:
-    """The first sentences that fit, until a tenth or less is missing; for few words the shortest sentence."""
-    taken: list[str] = []
-    left = num_words
-    for sentence in sentences:
-        length = len(sentence.split())
-        if length <= left * 1.1:
-            taken.append(sentence)
-            left -= length
-        if left <= 0.1 * num_words:
-            break
-    return " ".join(taken or [min(sentences, key=lambda sentence: len(sentence.split()))])
+def _as_sentences(words: list[str]) -> str:
+    """Return words in sentences of a dozen, with a capital and a full stop."""
+    starts = range(0, len(words), _SENTENCE_WORDS)
+    return " ".join(" ".join(words[i : i + _SENTENCE_WORDS]).lower().capitalize() + "." for i in starts)

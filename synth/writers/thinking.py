@@ -1,0 +1,45 @@
+"""How little a model may think: thoughts are billed as output and leave no room for the text."""
+
+import re
+from dataclasses import dataclass
+
+_FLASH_LITE = re.compile(r"gemini-(?:[3-9]|\d\d)[\d.]*-flash-lite")
+_LEAST: tuple[tuple[str, dict[str, int | str], int], ...] = (
+    (r"gemini-2\.5-flash(?!-lite)", {"thinkingBudget": 0}, 0),
+    (r"gemini-2\.5-pro", {"thinkingBudget": 128}, 128),
+    (r"gemini-(?:[3-9]|\d\d)[\d.]*-pro", {"thinkingLevel": "low"}, 1024),
+    (r"gemini-(?:[3-9]|\d\d)[\d.]*-flash", {"thinkingLevel": "minimal"}, 256),
+)
+_UNLIMITED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What a model is told about thoughts, and the room that is left to them."""
+
+    config: dict[str, int | str]
+    """`thinkingConfig` of the API; empty where nothing is said."""
+    num_tokens: int
+    """Added to the output limit of each text."""
+
+
+NO_THINKING = Thinking({}, 0)
+
+
+def least_thinking(writer: str, model: str) -> Thinking:
+    """Return the least thinking that the API allows for a model of Gemini; nothing for all others."""
+    name = model.removeprefix("models/")
+    if not writer.startswith("gemini") or _FLASH_LITE.match(name):  # flash-lite thinks least by itself
+        return NO_THINKING
+    for pattern, config, num_tokens in _LEAST:
+        if re.match(pattern, name):
+            if writer == "gemini-legacy":  # its package knows nothing of thoughts
+                return Thinking({}, _UNLIMITED_TOKENS)
+            return Thinking(config, num_tokens)
+    return NO_THINKING
+
+
+def key_version(api_version: str, writer: str, model: str) -> str:
+    """Return what stands for the API in the key of an answer: thoughts change what is written."""
+    config = least_thinking(writer, model).config
+    return ", ".join([api_version, *(f"{name} {value}" for name, value in config.items())])
