@@ -208,9 +208,7 @@ def attentions(model_type: str) -> Iterator[str | None]:
 
 def _row(model_type: str, name: str, attention: str | None) -> Row:
     model = make_model(model_type, attention)
-    exact = copy.deepcopy(model).double()
-    exact.config._experts_implementation = "eager"  # the grouped products know no float64
-    notes = []
+    exact, notes = float64(model), []
     try:
         _logprobs(exact, [*range(10, 20)])
     except RuntimeError:
@@ -238,6 +236,13 @@ def _row(model_type: str, name: str, attention: str | None) -> Row:
         model_type=model_type, class_name=name, result=kind if is_right else "WRONG", note="; ".join(notes),
         error_nats=max(errors), loss_error=loss_error,
     )  # fmt: skip
+
+
+def float64(model: Any) -> Any:
+    """Return a copy of the model in float64."""
+    exact = copy.deepcopy(model).double()
+    exact.config._experts_implementation = "eager"  # the grouped products know no float64
+    return exact
 
 
 def _errors(model: Any, exact: Any, item: Item, found: Score) -> tuple[float, float]:

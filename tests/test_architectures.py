@@ -14,6 +14,7 @@ from architectures import (
     LONGEST,
     Row,
     architecture_row,
+    float64,
     make_items,
     make_model,
     tiny_config,
@@ -227,7 +228,7 @@ def test_dropout_is_off(model_type: str) -> None:
     items = make_items()[:3]
     trainer = trainer_of(model)
     assert trainer._noise(items) > LARGEST_NOISE, "there was none to begin with"
-    error, noise = training_loss_error(model, make_model(model_type, **NOISY[model_type]).double())
+    error, noise = training_loss_error(model, float64(make_model(model_type, **NOISY[model_type])))
     assert noise == 0
     assert error < 1e-5
     assert not model.config.to_dict().get("attention_dropout")
@@ -248,10 +249,11 @@ def test_noise_that_cannot_be_turned_off_is_reported(caplog: pytest.LogCaptureFi
 def test_trying_changes_nothing() -> None:
     model = make_model("llama").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = trainer_of(model)
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    trainer_of(model).try_model()
+    trainer.try_model()
     assert torch.equal(torch.rand(3), expected)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
