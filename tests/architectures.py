@@ -219,7 +219,7 @@ def _row(model_type: str, name: str, attention: str | None) -> Row:
         found = dict(score(model, make_items(), max_tokens=256, way=way))
     except UserError as refusal:
         return Row(model_type=model_type, class_name=name, result="refused", note=str(refusal))
-    errors, own_errors = zip(*(_errors(model, exact, i, found[n]) for n, i in enumerate(make_items())), strict=True)
+    errors, own_errors = zip(*(item_errors(model, exact, i, found[n]) for n, i in enumerate(make_items())), strict=True)
     if max(own_errors) > LARGEST_ERROR:
         notes.append(f"rounding chooses experts or keys: transformers' own float32 is {max(own_errors):.2g} nats off")
     loss_error = 0.0
@@ -245,7 +245,7 @@ def float64(model: Any) -> Any:
     return exact
 
 
-def _errors(model: Any, exact: Any, item: Item, found: Score) -> tuple[float, float]:
+def item_errors(model: Any, exact: Any, item: Item, found: Score) -> tuple[float, float]:
     """Of the scorer and of transformers' own float32 pass, summed, against float64.
 
     Where the second is off, experts or keys were chosen by rounding, and the scorer is held against the float32 pass.
@@ -254,7 +254,7 @@ def _errors(model: Any, exact: Any, item: Item, found: Score) -> tuple[float, fl
     expected, own = (_logprobs(part, ids)[len(item.prefix_ids) - 1 :] for part in (exact, model))
     own_error = _distance(own, expected)
     reference = expected if own_error <= LARGEST_ERROR else own
-    return _distance(np.append(found.token_logprobs, found.logprob_eos), reference), own_error
+    return _distance(np.append(found.token_logprobs, found.logprob_eos or 0.0), reference), own_error
 
 
 def _distance(found: Array, expected: Array) -> float:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TRIED_TOKENS = 48
 _NOISE_PASSES = 4
 """A layer that is dropped now and then is kept in two passes by chance."""
 
@@ -88,7 +89,7 @@ class SftTrainer(Trainer):
         dtype = torch.bfloat16 if self.args.bf16 or self.args.fp16 else model.dtype
         with _mode(model, training=False):
             check_language_model(model, dtype)
-            items = made_up_items(model, longest=0)
+            items = made_up_items(model, _TRIED_TOKENS)
             expected = -np.concatenate([plain_logprobs(model, item) for item in items])
             found = self._losses_of(items)
         is_right, difference = is_close(found, expected, dtype)

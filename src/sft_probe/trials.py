@@ -47,9 +47,10 @@ def check_language_model(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 def made_up_items(model: "PreTrainedModel", longest: int) -> list[Item]:
     """Prefixes with continuations that start alike; one past every length that the config names, if `longest` is."""
     random = np.random.default_rng(0)
-    lengths = {_SHORT, *(min(length + 8, longest - 16) for length in _named_lengths(model) if length < longest)}
+    room = max(longest - 16, 1)
+    lengths = {_SHORT, *(length + 8 for length in _named_lengths(model) if length < longest)}
     items = []
-    for length in sorted(max(_SHORT, length) for length in lengths):
+    for length in sorted({min(max(_SHORT, length), room) for length in lengths}):
         prefix, stem = (_token_ids(model, n, random) for n in (length, 3))
         items += [Item(prefix, stem + _token_ids(model, n, random), 0) for n in (2, 9)]
     return items
@@ -110,7 +111,8 @@ def _token_ids(model: "PreTrainedModel", num_tokens: int, random: np.random.Gene
     """Ids of text: those that the config gives a meaning to, images for one, are left out."""
     special = set(_numbers(model.config.to_dict(), ("token_id", "token_index")))
     ids = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), list(special))
-    return random.choice(ids, size=num_tokens).tolist()
+    chosen: list[int] = random.choice(ids, size=num_tokens).tolist()
+    return chosen
 
 
 def _named_lengths(model: "PreTrainedModel") -> set[int]:
