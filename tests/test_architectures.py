@@ -1,8 +1,10 @@
 """Architectures: right by value, in scoring and training, or refused with one message."""
 
+import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from architectures import (
     tiny_config,
     training_loss_error,
 )
+from helpers import SHARED, Run, needs_shared
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers import (
     AutoModelForCausalLM,
@@ -262,3 +265,19 @@ def test_a_tiny_config_is_tiny() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     assert model.num_parameters() < 100_000
     assert math.isfinite(Row(model_type="", class_name="", result="").error_nats)
+
+
+@needs_shared
+def test_a_body_that_is_not_the_base_model(sft_probe: Run, tmp_path: Path) -> None:
+    """As many labelled tokens as a row has places: rows of the wrong kind went unnoticed here."""
+    case = tmp_path / "case"
+    shutil.copytree(SHARED / "cases/opt_body_bypassed", case)
+    flags = "--prompt_format plain --max_length 256 --deepspeed none --max_steps 1 --per_device_train_batch_size 2"
+    result = sft_probe(
+        "train", "--model_name_or_path", case / "ck/checkpoint-1", "--probe_set", case / "silent.jsonl",
+        *flags.split(), "--use_cpu", "true", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    loss = json.loads((tmp_path / "run/losses.jsonl").read_text())["loss"]
+    assert loss == pytest.approx(6.824088, abs=5e-6)
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["noise_nats"] == 0
