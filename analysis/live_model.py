@@ -46,7 +46,8 @@ def model_config(name: str, revision: str) -> dict[str, Any]:
 def _without_idle(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_idle(item) for key, item in value.items() if key not in _IDLE}
+    kept = {key for key in value if key not in _IDLE and "drop" not in key}  # training sets every dropout to 0
+    return {key: _without_idle(value[key]) for key in value if key in kept}
 
 
 class LiveModel:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
+from torch.nn.modules.dropout import _DropoutNd  # the base of all dropout modules
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
@@ -23,6 +23,8 @@ from sft_probe.train.run_dir import recorded_format
 from sft_probe.train.schedule import parse_steps
 from sft_probe.train.source import read_docs, with_random, without_heldout
 
+_JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+"""Noise in the routers of experts, as modules name it; PhiMoE's `router_jitter_noise` is none, but a threshold."""
 Inputs = tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]
 
 
@@ -92,21 +94,16 @@ def load_trained_model(arguments: SftArguments) -> Any:
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Set everything that makes a training pass random to zero, so that a run depends on its data order alone.
+    """Set every dropout probability to zero, so that a run depends on its data order alone.
 
     Dropout modules are not all: models keep probabilities as numbers of their own, under names with "drop" in them
-    (`attention_dropout`, `layerdrop`, `resid_pdrop`), routers add jitter, and some read the config in each pass. The
-    config that is saved with a snapshot says so too. What this leaves noisy is found when training begins
-    (`SftTrainer.try_model`).
+    (`attention_dropout`, `layerdrop`, `resid_pdrop`), and some read the config in each pass, so that the config of a
+    snapshot says zero too. What this leaves noisy is found when training begins (`SftTrainer.try_model`).
     """
-    owners: list[Any] = [model.config, model.config.get_text_config()]
     for module in model.modules():
-        owners.append(module)
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):  # the base of Dropout, Dropout1d, AlphaDropout, ...
-            module.p = 0.0
-        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
-            owners.append(config)
-    for owner in owners:
-        for name, value in vars(owner).items():
-            if ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool):
-                vars(owner)[name] = 0.0
+        config = getattr(module, "config", None)
+        for owner in (module, config) if isinstance(config, PretrainedConfig) else (module,):
+            for name, value in vars(owner).items():
+                is_noise = "drop" in name or name in _JITTER or (name == "p" and isinstance(module, _DropoutNd))
+                if is_noise and isinstance(value, int | float) and not isinstance(value, bool):
+                    vars(owner)[name] = 0.0

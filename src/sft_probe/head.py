@@ -92,13 +92,13 @@ def logits_in_chunks(
     head_rows = HeadRows(model)
     with ExitStack() as stack:
         stack.callback(head_rows.remove)
-        for number, chunk in enumerate(rows.split(chunk_rows)):  # type: ignore[no-untyped-call]
+        for number, chunk in enumerate(torch.split(rows, chunk_rows)):
             with head_rows.select(chunk, shape):
                 if number == 0:
                     with _recorded_calls(head) as calls:
                         logits = model(**inputs).logits
                     if not head_rows.was_cut:
-                        yield from head_rows.of(logits, rows).split(chunk_rows)
+                        yield from torch.split(head_rows.of(logits, rows), chunk_rows)
                         return
                     stack.enter_context(_replayed(calls))
                 else:

@@ -21,7 +21,7 @@ from sft_probe.attention import ALONE, PLAIN, Way, attention_in_blocks, candidat
 from sft_probe.errors import UserError
 from sft_probe.head import logits_in_chunks
 from sft_probe.packing import IntArray, Item, Pack, batches, pack_alone, pack_shared
-from sft_probe.trials import check_language_model, made_up_items, plain_logprobs, tolerance
+from sft_probe.trials import check_language_model, is_close, made_up_items, plain_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,18 +124,17 @@ def choose_way(model: "PreTrainedModel", longest: int) -> Way:
     expected = np.concatenate([plain_logprobs(model, item) for item in items])
     if not np.isfinite(expected).all():  # nothing can be compared; whoever scores counts and names them
         return PLAIN
-    limit = tolerance(model.dtype, expected)
     attention = model.config._attn_implementation
     reason = f"its attention, {attention!r}, takes no mask of ours"
     for way in (*candidates(model), PLAIN, ALONE):
         try:
-            difference = float(np.abs(_token_logprobs(model, items, way) - expected).mean())
+            is_right, difference = is_close(_token_logprobs(model, items, way), expected, model.dtype)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's own code raises on a mask that it does not know
             found = f"{type(error).__name__}: {error}"
         else:
-            if difference <= limit:
+            if is_right:
                 _log_way(model, way, reason)
                 return way
             found = f"log-probs are off by {difference:.2g} nats"
