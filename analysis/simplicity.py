@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sft_probe.analysis.clusters import Ints, cluster_ids
 from sft_probe.analysis.curves import half_bracket
 from sft_probe.analysis.recordings import Recording, load_recordings
-from sft_probe.analysis.statistics import Floats, Ints, cluster_ids, over_runs, over_runs_and_docs
+from sft_probe.analysis.statistics import Floats, over_runs, over_runs_and_docs
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 
