@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from sft_probe.analysis.checkpoints import Checkpoint, of_run
+from sft_probe.analysis.curves import matched_gain
 from sft_probe.analysis.identity import check_undamaged, identify
 from sft_probe.analysis.live_model import LiveModel
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, resolve_settings
@@ -134,8 +135,7 @@ def at_matched_gain(runs: Sequence[Path], gains: Sequence[pd.DataFrame | None]) 
         gains: `step gain` of each, nats per body token; `None` where it is not known.
     """
     last = [math.nan if gain is None else float(gain["gain"].iloc[-1]) for gain in gains]
-    known = [value for value in last if not math.isnan(value)]
-    matched = min(known) / 2 if known and min(known) > 0 else math.nan
+    matched = matched_gain(last)
     rows = []
     for run, gain in zip(runs, gains, strict=True):
         table = divergences(run)
