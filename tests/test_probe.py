@@ -13,19 +13,14 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from helpers import Run, make_docs, user_error
 from peft import LoraConfig, get_peft_model
+from references import ROW_KEY, expected_logprob, live_rows, make_trainer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe import ProbeCallback
 from sft_probe.errors import UserError
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
-KEY = ["step", "split", "category", "doc_id"]
-
-
-def live_rows(run: Path) -> Any:
-    lines = [line for path in sorted(run.glob("probe/step_*.jsonl")) for line in path.read_text().splitlines()]
-    return pd.DataFrame([json.loads(line) for line in lines]).set_index(KEY).sort_index()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def test_live_numbers_are_those_of_the_sweep(probed_run: Path, sft_probe: Run, t
     shutil.copytree(probed_run, run)
     result = sft_probe("sweep", run, "--splits", "heldout,train")
     assert result.returncode == 0, result.stderr
-    scores = pd.read_parquet(run / "scores.parquet").set_index(KEY)
+    scores = pd.read_parquet(run / "scores.parquet").set_index(ROW_KEY)
     live, swept = (scores[scores["source"] == source].sort_index() for source in ("live", "lm_eval"))
     assert live.index.is_unique
     assert len(live) == 3 * (32 + 5) * 6
@@ -68,29 +63,6 @@ def test_a_run_that_was_only_probed_is_drawn(probed_run: Path, sft_probe: Run, t
     shutil.copytree(probed_run, tmp_path / "tiny")
     assert sft_probe("plot", tmp_path / "tiny").returncode == 0
     assert "32 held-out prompts" in (tmp_path / "tiny/figures/trajectory_heldout.svg").read_text()
-
-
-def make_trainer(model: Any, tokenizer: Any, out: Path, callback: ProbeCallback, **flags: Any) -> Trainer:
-    """Somebody else's: plain `transformers.Trainer` on 8 rows."""
-    rows = [{"input_ids": (ids := tokenizer.encode(doc["chosen"])), "labels": ids} for doc in make_docs(8)]
-    arguments = TrainingArguments(
-        output_dir=str(out), max_steps=5, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-        save_strategy="no", learning_rate=1e-2, logging_steps=1, **flags,
-    )  # fmt: skip
-    data: Any = rows
-    return Trainer(
-        model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback],
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-    )  # fmt: skip
-
-
-def expected(model: Any, tokenizer: Any, doc: dict[str, Any]) -> float:
-    """Float64 log p of the `chosen` response of `make_docs`."""
-    prompt = f"\n\nHuman: {doc['messages'][0]['content']}\n\nAssistant:"
-    ids = tokenizer.encode(f"{prompt} {doc['chosen']}")
-    with torch.no_grad():
-        logprobs = model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return sum(float(logprobs[i - 1, ids[i]]) for i in range(len(tokenizer.encode(prompt)), len(ids)))
 
 
 def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
@@ -112,7 +84,7 @@ def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_pat
     assert logged[-1]["probe/chosen"] == pytest.approx(last["logprob"].mean(), abs=1e-3)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
     merged = model.merge_and_unload()
-    assert last.loc["d2", "logprob"] == pytest.approx(expected(merged, tokenizer, make_docs()[2]), abs=1e-3)
+    assert last.loc["d2", "logprob"] == pytest.approx(expected_logprob(merged, tokenizer, make_docs()[2]), abs=1e-3)
     manifest = json.loads((tmp_path / "run/probe/manifest.json").read_text())
     assert manifest["doc_ids"] == ["d0", "d2", "d4"]
 
@@ -135,7 +107,7 @@ def test_under_mixed_precision_the_probe_computes_in_the_dtype_of_the_weights(
     del model.forward
     for step, reference in ((0, plain), (5, model)):
         live = rows.loc[(step, "heldout", "chosen", "d2"), "logprob"]
-        assert live == pytest.approx(expected(reference, tokenizer, make_docs()[2]), abs=2e-3)
+        assert live == pytest.approx(expected_logprob(reference, tokenizer, make_docs()[2]), abs=2e-3)
 
 
 def test_eval_mode_is_taken_back_module_by_module(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:

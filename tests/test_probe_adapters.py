@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from helpers import make_docs
-from test_probe import live_rows, make_trainer
+from references import live_rows, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe import ProbeCallback

@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapter_forms import load_reference, save_adapter
 from helpers import SHARED, Run, make_docs, needs_shared, user_error
-from test_sweep_weights import expected
+from references import expected_logprob
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -126,7 +126,8 @@ def test_an_adapters_own_tokenizer_is_read_as_its_base_says(tiny_model: Path, tm
     assert sweep("both/*", "out").returncode == 0
     assert num_tokens(tmp_path / "alone", 5) == num_tokens(tmp_path / "out", 5) == num_tokens(tmp_path / "out", 0)
     score = pd.read_parquet(tmp_path / "out/scores.parquet").query("step == 5 and doc_id == 'd2'").set_index("category")
-    reference = expected(load_reference(base, tmp_path / "both/checkpoint-5"), AutoTokenizer.from_pretrained(base), 2)
+    adapted, tokenizer = load_reference(base, tmp_path / "both/checkpoint-5"), AutoTokenizer.from_pretrained(base)
+    reference = expected_logprob(adapted, tokenizer, make_docs()[2])
     assert score.loc["chosen", "logprob"] == pytest.approx(reference, abs=1e-3)
 
 

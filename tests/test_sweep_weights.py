@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import Run, make_docs, make_tokenizer, user_error
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from references import expected_logprob
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,16 +56,6 @@ def table(checkpoints: Path) -> Any:
     return pd.read_parquet(checkpoints / "run/scores.parquet").set_index(["step", "doc_id", "category"])
 
 
-def expected(model: Any, tokenizer: Any, number: int) -> float:
-    """Float64 log p of the `chosen` response of `make_docs`."""
-    doc = make_docs()[number]
-    prompt = f"\n\nHuman: {doc['messages'][0]['content']}\n\nAssistant:"
-    ids = tokenizer.encode(f"{prompt} {doc['chosen']}")
-    with torch.no_grad():
-        logprobs = model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return sum(float(logprobs[i - 1, ids[i]]) for i in range(len(tokenizer.encode(prompt)), len(ids)))
-
-
 def check(checkpoints: Path, steps: tuple[int, ...]) -> None:
     """The steps in the table, and their numbers against a model loaded afresh."""
     scores = table(checkpoints)
@@ -72,7 +63,7 @@ def check(checkpoints: Path, steps: tuple[int, ...]) -> None:
     for step in steps:
         folder = checkpoints / f"checkpoint-{step}"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        reference = expected(model, AutoTokenizer.from_pretrained(folder), 2)
+        reference = expected_logprob(model, AutoTokenizer.from_pretrained(folder), make_docs()[2])
         row: Any = scores.loc[(step, "d2", "chosen")]
         assert row["logprob"] == pytest.approx(reference, abs=1e-3)
 
@@ -227,7 +218,7 @@ def test_adapters(sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     for step, model in enumerate(models, start=1):
         row: Any = table(tmp_path).loc[(step, "d2", "chosen")]
-        assert row["logprob"] == pytest.approx(expected(model, tokenizer, 2), abs=1e-3)
+        assert row["logprob"] == pytest.approx(expected_logprob(model, tokenizer, make_docs()[2]), abs=1e-3)
     path = tmp_path / "checkpoint-2/adapter_model.safetensors"
     tensors = load_file(path)
     lost = sorted(tensors)[0]
