@@ -75,6 +75,7 @@ def test_answers_are_greedy(sft_probe: Run, run: Path, monkeypatch: pytest.Monke
         tensors["model.embed_tokens.weight"][end] = 3 * tensors["model.embed_tokens.weight"][third]
 
     change(last, favour_the_end, do_sample=True, temperature=5.0, repetition_penalty=3.0)
+    assert sft_probe("sweep", run).returncode == 0, "other weights are scored again"
     before = (run / "scores.parquet").read_bytes()
     assert sft_probe("sweep", run, "--generate", NUM_DOCS, "--batch_size", 2).returncode == 0
     table = pd.read_parquet(run / "generations.parquet")

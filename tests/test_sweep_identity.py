@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_does_not_cost_its_scores(models: Path, sweep: Any)
     before = means(models / "out")
     path = models / "A/checkpoint-20/model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    assert "step 20: cannot load" in user_error(sweep("A/checkpoint-*"))
+    assert "step 20: cannot read" in user_error(sweep("A/checkpoint-*"))
     assert means(models / "out") == before
     path.unlink()
     result = sweep("A/checkpoint-*")
