@@ -20,7 +20,7 @@ _REWRITE = (
 _ABOUT_TEXT = (
     rf"(?:{_REWRITE}|versi[o\u00f3]ne?s?|wording|phrasing|attempt|my take|draft|passage|other words|different words"
     r"|otras palabras|anderen worten|d'autres mots|altre parole|outras palavras|requested|\d+[- ]?words?|sentence"
-    r"|random|unrelated|alternative|output|short text|new text|texte?o? (?:original|reformul)\w*)"
+    r"|random|unrelated|alternative|options?|ways? to (?:say|put|phrase|express)|output|short text|new text|paragraph|texte?o? (?:original|reformul)\w*)"
 )
 _ABOUT_TASK = rf"(?:{_REWRITE}|my (?:attempt|take)|requested|\d+[- ]words?|random|output sentence)"
 _GIVEN_TEXT = regex.compile(
@@ -50,6 +50,7 @@ _TOKEN = regex.compile(
     r"<[|\uff5c][^<>\n]{1,40}[|\uff5c]>|<(?:start|end)_of_\w+>|</?s>|\[/?INST\]|<</?SYS>>|<(?:eos|bos|pad|unk|sep"
     r"|cls|mask)>"
     r"|\[(?:EOS|BOS|PAD|UNK|SEP|CLS|MASK)\]|assistantfinal|\Aanalysis(?=[A-Z])"
+    r"|\n\s*(?:Human|Assistant):"
     r"|</?(?:think|thinking|thoughts?|reason|reasoning|scratchpad|reflection|analysis|text|conversation|passage"
     r"|answer"
     r"|response|output|result|paraphrase\w*|re-?writ\w*|rephras\w*|final\w*|draft|assistant|user|system"
@@ -60,13 +61,14 @@ _FENCED = regex.compile(r"\s*```(?:text|txt|markdown|md|plaintext|plain)?\s*\n[\
 _LABEL = regex.compile(
     rf"\W*(?:(?:the|my|final|revised|new|first|second|updated|improved|suggested|alternative|{_REWRITE})\s+)*"
     rf"(?:{_REWRITE}|output|answer|response|result|draft|version|option|variante?|text|passage|sentence|assistant"
-    r"|ai|model|user|human|system|reply|r\u00e9ponse|antwort|respuesta|risposta|resposta|ответ|вариант|回答|答案|답변|返答)"
+    r"|original|topic|theme|th(?:inking|ought) process|thoughts|analysis|ai|model|user|human|system|reply|r\u00e9ponse|antwort|respuesta|risposta|resposta|ответ|вариант|回答|答案|답변|返答)"
     r"\s*(?:[A-D]|\d)?(?:\s*[(\[][^()\n]{1,40}[)\]])?(?:[*_\"]*\s*[:\uff1a]|[*_#]*\s*\n)"
     r"|\W*(?:\w+ ){0,2}(?:text[eo]?|testo|tekst|текст|version|versi[o\u00f3]n|vers\u00e3o|fassung|wording|phrasing"
     r"|title|titre|titel"
     rf"|t\u00edtulo|titolo|{_REWRITE})(?: \w+)?\s*[:\uff1a]",
     regex.IGNORECASE,
 )
+_INNER_LABEL = regex.compile(rf"\n[^\w\n]*(?:\w+ ){{0,2}}{_REWRITE}(?: \w+)?[^\w\n]*[:\uff1a]", regex.IGNORECASE)
 _ANNOUNCEMENT = regex.compile(r"[^\n]{1,120}[:\uff1a][*_ ]*\n\s*\n(?!\s*(?:[-*+\u2022\u2013|>]|\(?\w{1,3}[.)]\s|```))")
 """A short paragraph that ends in a colon, with prose after it: in any language it says what follows."""
 _ASIDE = regex.compile(r"\n\s*\n\W{0,3}[(\[\uff08\u3010][^\n]+[)\]\uff09\u3011]\W{0,3}$")
@@ -193,6 +195,8 @@ def _is_wrapped(text: str, context: str) -> bool:
 def _is_announced(text: str, context: str, is_answer: bool) -> bool:
     """The text starts with a label, a thought, or a line that says what follows."""
     if _THOUGHT.match(text) or _AS_ASKED.match(text) or (_LABEL.match(text) and not _LABEL.match(context)):
+        return True
+    if _INNER_LABEL.search(text) and _search(_REWRITE, context) is None:
         return True
     if not is_answer and _is_headed(text, context):
         return True
