@@ -52,7 +52,7 @@ _TOKEN = regex.compile(
     r"[\u25c1\u27e8\[]/?think\w*[\u25b7\u27e9\]]|\A\W*thinking\.\.\.|\bdone thinking\b|\\boxed\{|"
     r"<[|\uff5c][^<>\n]{1,40}[|\uff5c]>|<(?:start|end)_of_\w+>|</?s>|\[/?INST\]|<</?SYS>>|<(?:eos|bos|pad|unk|sep"
     r"|cls|mask)>"
-    r"|\[(?:EOS|BOS|PAD|UNK|SEP|CLS|MASK)\]|assistantfinal|\Aanalysis(?=[A-Z])"
+    r"|\Athoughts?\s*\n|\[(?:BEGIN|START|END|EOS|BOS|PAD|UNK|SEP|CLS|MASK)\]|assistantfinal|\Aanalysis(?=[A-Z])"
     r"|\n\s*(?:Human|Assistant):|<\|?(?:unused|extra_id_|reserved_|0x)\w+\|?>"
     r"|</?(?:think|thinking|thoughts?|reason|reasoning|scratchpad|reflection|analysis|text|conversation|passage"
     r"|answer"
@@ -78,7 +78,9 @@ _INNER_LABEL = regex.compile(
 _ANNOUNCEMENT = regex.compile(r"[^\n]{1,120}[:\uff1a][*_ ]*\n\s*\n(?!\s*(?:[-*+\u2022\u2013|>]|\(?\w{1,3}[.)]\s|```))")
 """A short paragraph that ends in a colon, with prose after it: in any language it says what follows."""
 _OWN_LABEL = regex.compile(r"\W*(?:here(?:'s| is) )?([^\n:\uff1a]{1,80})[:\uff1a]", regex.IGNORECASE)
-_HEADING = regex.compile(r"\W*(?:(?<=\*\*|__)[^\n*_]+(?:\*\*|__)|(?<=#)[^\n]+)\W*\n")
+_HEADING = regex.compile(
+    r"[^\n.!?\u3002\uff01\uff1f\u2026,:;]{1,60}\w\n\s*\n|\W*(?:(?<=\*\*|__)[^\n*_]+(?:\*\*|__)|(?<=#)[^\n]+)\W*\n"
+)
 _REMARK = regex.compile(
     r"(?<=[.!?\u3002\uff01\uff1f\"*])\s*\W{0,3}[(\[\uff08\u3010]([^()\n]+)[)\]\uff09\u3011]\W{0,3}$"
 )
@@ -136,7 +138,8 @@ _DID = regex.compile(
 _COUNT = regex.compile(
     r"(?:[(\[\uff08]|\n)\W*(?:approx\w*\.?|about|around|roughly|total|exactly|circa|environ|etwa"
     r"|ca\.?)?\W*(?:word count\W*)?\d+\s*"
-    r"(?:words?|w\u00f6rter|mots|palabras|parole|palavras|слов\w*|字|語|단어)\W*$|\bword count\b\W*\d*\W*$",
+    r"(?:words?|w\u00f6rter|mots|palabras|parole|palavras|слов\w*|字|語|단어)\W*$|\bword count\b\W*\d*\W*$"
+    r"|\b(?:that|this|which|it)(?:'s| is| should be) (?:about|around|exactly|roughly|approximately) \d+ words\W*$",
     regex.IGNORECASE,
 )
 _OFFER = regex.compile(
@@ -266,7 +269,8 @@ def _has_remark(text: str, context: str, is_answer: bool) -> bool:
     if _ACCOUNT.match(text) and not _ACCOUNT.match(context):
         return True
     for paragraph in paragraphs[1:]:
-        if _ACCOUNT.match(paragraph) or (_NOTE.match(paragraph) and _ON_TEXT.search(paragraph)):
+        is_rewriting = _search(rf"\A\W*{_REWRITE}", paragraph) is not None and _search(_REWRITE, context) is None
+        if is_rewriting or _ACCOUNT.match(paragraph) or (_NOTE.match(paragraph) and _ON_TEXT.search(paragraph)):
             return True
     tail = " ".join([*sentences[-2:][-1:], *(paragraphs[1:][-1:])]) if len(sentences) > 1 else ""
     tail = " ".join([*sentences[1:][-2:], tail])
