@@ -13,6 +13,7 @@ from sft_probe.synth import first_rule
 from sft_probe.synth.categories import Template, load_templates, make_requests, permuted, read_topics, topic_of
 from sft_probe.synth.checks import fault_of
 from sft_probe.synth.from_table import add_random
+from sft_probe.synth.opinion import FAULT, fault_in, opinion_request
 from sft_probe.synth.report import NearDuplicates
 from sft_probe.synth.requests import Answer, Request
 from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
@@ -23,6 +24,8 @@ from sft_probe.synth.words import count_words
 UNTRAINED_TEMPLATE = "untrained@1"
 Obtain = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
 """Gives every request, of which the number is told, its answer, in order."""
+Checked = tuple[Request, Answer, str | None]
+"""A request, its answer, and what is wrong with it."""
 
 
 def _ignore(_: str) -> None:
@@ -43,6 +46,8 @@ class Settings:
     seed: int
     thinking_tokens: int = 0
     """Room for a model's thoughts, on top of the output limit of each text."""
+    judge: bool = False
+    """Whether the writer is asked about each text that passes the checks."""
     rule: int = RULE
     """Version of the rule by which docs are drawn, split and given topics."""
 
@@ -90,6 +95,8 @@ class Written:
     last_faults: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Faults that a second text did not mend."""
     model_versions: set[str] = field(default_factory=set)
+    opinions: Counter[str] = field(default_factory=Counter)
+    """What the writer says of its texts: `yes`, `judged` (bad) or `no verdict`."""
 
     def accept(self, request: Request, answer: Answer) -> None:
         """Keeps a text."""
@@ -166,42 +173,80 @@ def write_texts(plan: Plan, obtain: Obtain, note_fault: Callable[[str], None] = 
     Raises:
         UserError: some texts have no answer, or nothing that comes back can be used.
     """
-    trial, judge, again = Trial(), _Judge(plan, note_fault), []
-    for request, answer in _answered(obtain(plan.requests(), plan.num_requests)):
-        fault = judge.fault(request, answer)
-        trial.note(request.category, answer, fault)
+    keeper, again = _Keeper(plan, obtain, note_fault), []
+    for request, answer, fault in keeper.checked(plan.requests(), plan.num_requests, Trial()):
         if fault and answer.is_turned_down:  # a second try would be the same request
-            judge.leave_out(request, fault, f": not taken by the server: {answer.reason}")
+            keeper.leave_out(request, fault, f": not taken by the server: {answer.reason}")
         elif fault:
-            judge.written.first_faults[request.category, fault] += 1
+            keeper.written.first_faults[request.category, fault] += 1
             again.append(replace(request, sample_index=1))
-    for request, answer in _answered(obtain(iter(again), len(again))):
-        if fault := judge.fault(request, answer):
-            judge.leave_out(request, fault, f", written twice: {fault}")
-    return judge.written
+    for request, _, fault in keeper.checked(iter(again), len(again)):
+        if fault:
+            keeper.leave_out(request, fault, f", written twice: {fault}")
+    return keeper.written
 
 
-class _Judge:
+class _Keeper:
     """Keeps the texts that pass the checks, and leaves out docs whose texts do not."""
 
-    def __init__(self, plan: Plan, note_fault: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, obtain: Obtain, note_fault: Callable[[str], None]) -> None:
         self.written = Written()
-        self._plan, self._note_fault = plan, note_fault
+        self._plan, self._obtain, self._note_fault = plan, obtain, note_fault
         self._pairs = {pair.doc_id: pair for pair in plan.pairs}
         self._indexes = {kind: NearDuplicates() for kind in plan.templates}
 
-    def fault(self, request: Request, answer: Answer) -> str | None:
-        """Return what is wrong with an answer; keep it where nothing is."""
-        pair, index = self._pairs[request.doc_id], self._indexes[request.category]
-        fault = fault_of(request, answer, pair, self._plan.templates[request.category])
-        if fault is None and index.holds(str(answer.text)):
-            fault = "near-duplicate"
-        if fault is None:
-            index.add(str(answer.text))
-            self.written.accept(request, answer)
-        elif answer.status == "ok":
-            self._note_fault(fault)
-        return fault
+    def checked(self, requests: Iterator[Request], number: int, trial: Trial | None = None) -> Iterator[Checked]:
+        """Yield each request with its answer and what is wrong with it; keep the texts with which nothing is.
+
+        Raises:
+            UserError: some have no answer, or the trial ends the run.
+        """
+        for request, answer, fault in self._judged(self._looked_at(requests, number, trial), trial):
+            if fault is None:
+                self.written.accept(request, answer)
+            yield request, answer, fault
+        if self.written.opinions[FAULT]:  # a second text may be like one that was turned down
+            self._indexes = {kind: NearDuplicates() for kind in self._plan.templates}
+            for texts in self.written.texts.values():
+                for kind, text in texts.items():
+                    self._indexes[kind].add(text)
+
+    def _looked_at(self, requests: Iterator[Request], number: int, trial: Trial | None) -> Iterator[Checked]:
+        """Yield each answer with the fault that the checks see."""
+        for request, answer in _answered(self._obtain(requests, number)):
+            pair, index = self._pairs[request.doc_id], self._indexes[request.category]
+            fault = fault_of(request, answer, pair, self._plan.templates[request.category])
+            if fault is None and index.holds(str(answer.text)):
+                fault = "near-duplicate"
+            if fault is None:
+                index.add(str(answer.text))
+            elif answer.status == "ok":
+                self._note_fault(fault)
+            if trial:
+                trial.note(request.category, answer, fault)
+            yield request, answer, fault
+
+    def _judged(self, checked: Iterator[Checked], trial: Trial | None) -> Iterator[Checked]:
+        """Have the writer say which of the texts that passed are bad, where this is asked for; hold them meanwhile."""
+        if not self._plan.settings.judge:
+            yield from checked
+            return
+        held, extra = list(checked), self._plan.settings.thinking_tokens
+        opinions = {
+            i: opinion_request(request, str(answer.text), extra)
+            for i, (request, answer, fault) in enumerate(held) if fault is None
+        }  # fmt: skip
+        found: dict[str, str | None] = {}
+        for opinion, answer in _answered(self._obtain(iter(opinions.values()), len(opinions))):
+            found[opinion.prompt] = fault = fault_in(answer)
+            self.written.opinions[fault or "yes"] += 1
+            if fault == FAULT:
+                self._note_fault(fault)
+            if trial:
+                trial.note(opinion.category, answer, fault)
+        for i, (request, answer, fault) in enumerate(held):
+            is_bad = i in opinions and found.get(opinions[i].prompt) == FAULT
+            yield request, answer, FAULT if is_bad else fault
 
     def leave_out(self, request: Request, fault: str, why: str) -> None:
         """Leave a doc out for the fault of one of its texts."""

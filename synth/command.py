@@ -46,7 +46,8 @@ def add_synth(command: argparse.ArgumentParser) -> None:
     command.add_argument("--source", help="a .jsonl, .jsonl.gz or .parquet file, a directory of them, or ID[:DATA_DIR] "
                          "on the hub (Anthropic/hh-rlhf is read as its helpful-base)")  # fmt: skip
     command.add_argument("--out", type=Path, metavar="DIR", help="directory of the set; the same one resumes")
-    command.add_argument("--writer", choices=WRITERS)
+    command.add_argument("--writer", choices=WRITERS, help="who writes the texts; the keys come from GEMINI_API_KEY or "
+                         "OPENAI_API_KEY")  # fmt: skip
     command.add_argument("--model", help="of the writer; default: gemini-3.5-flash-lite, for hf the embedded model")
     command.add_argument("--base-url", help="of the server; openai: needed but for OpenAI's own")
     command.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
@@ -56,14 +57,16 @@ def add_synth(command: argparse.ArgumentParser) -> None:
                           "format_flip, permuted, untrained")  # fmt: skip
     contents.add_argument("--untrained-model", help="whose own answer `untrained` is; default: the embedded model")
     contents.add_argument("--templates", type=Path, metavar="DIR", help="your prompts, named CATEGORY.txt")
+    contents.add_argument("--judge", action="store_true", help="ask the writer about each text that passes the checks "
+                          "whether it does what was asked; one call more per text")  # fmt: skip
     contents.add_argument("--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh")
     contents.add_argument("--heldout-frac", type=flags.fraction, help="default: the source's own splits, else 0.2")
     contents.add_argument("--limit", type=flags.positive, help="docs at most, drawn at random")
-    contents.add_argument("--seed", type=int, default=0)
+    contents.add_argument("--seed", type=int, default=0, help="of the draw, the splits and the topics; default: 0")
     contents.add_argument("--license", help="of the source, for the card; default: mit for Anthropic/hh-rlhf")
     limits = command.add_argument_group("rates and money")
-    limits.add_argument("--requests-per-minute", type=flags.rate)
-    limits.add_argument("--tokens-per-minute", type=flags.rate, help="of prompts")
+    limits.add_argument("--requests-per-minute", type=flags.rate, help="at most; default: no limit")
+    limits.add_argument("--tokens-per-minute", type=flags.rate, help="of prompts, at most; default: no limit")
     limits.add_argument("--concurrency", type=flags.positive, default=16, help="calls in flight; default: 16")
     limits.add_argument("--max-cost-usd", type=flags.amount, help="of all runs on this directory; never passed")
     limits.add_argument("--thinking-tokens", type=flags.positive, metavar="N", help="room for thoughts, added to the "
@@ -86,8 +89,10 @@ def _synth(options: argparse.Namespace) -> None:
     kinds = options.categories or DEFAULT_KINDS
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}.")
+    if options.judge and options.writer == "offline":
+        raise UserError("--judge needs a writer that can read; offline is no model. Choose another --writer.")
     check_directory(options.out, options.source)
-    names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed")
+    names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed", "judge")
     fields = {name: getattr(options, name) for name in names}
     settings = Settings(kinds=kinds, rule=rule_of(options.out), thinking_tokens=_thinking_tokens(options), **fields)
     rejected = Rejected()
@@ -328,30 +333,54 @@ def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
 
     writer, limits, path = _named(options), _limits(options), options.out / STORE
     with open_copy(path) if path.is_file() else contextlib.nullcontext() as store:
-        second = (replace(request, sample_index=1) for request in plan.requests())
-        guess = estimate(plan.requests(), writer, store, limits.price, maybe_requests=second)
+        guess = estimate(plan.requests(), writer, store, limits.price, maybe_requests=_second_texts(plan))
+        num_stored = guess.num_stored
         if store and not guess.calls:  # all first texts are there, so it is known which of them fail
-            guess = replace(
-                estimate(_second_requests(plan, writer, store), writer, store, limits.price),
-                num_stored=guess.num_stored,
-            )
+            missing = _missing_requests(plan, writer, store)
+            # what the writer has not been asked about may be turned down yet
+            maybe = _second_texts(plan) if options.judge and missing else ()
+            guess = estimate(missing, writer, store, limits.price, maybe_requests=maybe)
+        elif options.judge:
+            guess = estimate(_with_opinions(plan), writer, store, limits.price, maybe_requests=_second_texts(plan))
         left_usd = max(0.0, (limits.max_cost_usd or 0.0) - (store.cost_usd() if store else 0.0))
     if guess.cost_usd is None or guess.max_cost_usd is None:
         cost = "unknown; give --price INPUT,OUTPUT"
     else:
         most_usd = guess.max_cost_usd if limits.max_cost_usd is None else min(left_usd, guess.max_cost_usd)
         cost = f"{min(guess.cost_usd, most_usd):.4f} USD, at most {most_usd:.4f}"
+    again = "one more or two" if options.judge else "one more"
     lines = [
         f"docs: {len(plan.pairs)}; rows left out so far: {len(plan.rejected.rows)}",
-        f"calls: {guess.calls} ({guess.num_stored} texts are stored), and one more for each text that fails a check",
+        f"calls: {guess.calls} ({num_stored} texts are stored), and {again} for each text that fails a check",
         f"tokens, by a guess: {guess.prompt_tokens} in, {guess.output_tokens} out",
         f"cost: {cost}",
     ]
     print("\n".join(lines))  # noqa: T201
 
 
-def _second_requests(plan: "Plan", writer: "Named", store: "Store") -> "list[Request]":
-    """Return the second texts that are missing where all first ones are stored."""
+def _with_opinions(plan: "Plan") -> "Iterator[Request]":
+    """Yield the first texts, and what the writer will be asked about them."""
+    from sft_probe.synth.opinion import expected_opinion
+
+    for request in plan.requests():
+        yield request
+        yield expected_opinion(request, plan.settings.thinking_tokens)
+
+
+def _second_texts(plan: "Plan") -> "Iterator[Request]":
+    """Yield every text that may be written a second time, with the longest opinions on both where they are asked."""
+    from sft_probe.synth.opinion import longest_opinion
+
+    for request in plan.requests():
+        second = replace(request, sample_index=1)
+        yield second
+        if plan.settings.judge:
+            yield longest_opinion(request, plan.settings.thinking_tokens)
+            yield longest_opinion(second, plan.settings.thinking_tokens)
+
+
+def _missing_requests(plan: "Plan", writer: "Named", store: "Store") -> "list[Request]":
+    """Return the opinions and second texts that are missing where all first texts are stored."""
     from sft_probe.synth.build import write_texts
 
     missing: list[Request] = []

@@ -10,6 +10,7 @@ _EMOJI = regex.compile(
     r"[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{Regional_Indicator}\ufe0f\u200d]+$|[:;]-?[)D(P]$|[(\uff08]\u7b11[)\uff09]$"
 )
 _ADDRESS = regex.compile(r"(?:https?://|www\.)\S+$|\S+@\S+\.\w+$|#\w+$", regex.IGNORECASE)
+_FORMULA = regex.compile(r"[=\u2248]\s*\p{Sc}?[\d.,]*\d\s?\S{0,5}$")
 _NO_FULL_STOP = regex.compile(r"[\p{Thai}\p{Lao}]\p{M}*$")
 _ABBREVIATION = regex.compile(r"\b(?:e\.g|i\.e|z\.\s?B|d\.\s?h|p\.\s?ex|vs|Mrs?|Dr|Prof|Nr|No)\.$")
 _MARKER = r"(?:[-*+\u2022\u2013]|\(?\w{1,3}[.)])"
@@ -44,13 +45,16 @@ def _ends_sentence(line: str) -> bool:
     return any((
         _EMOJI.search(line), _EMOJI.search(core), _TERMINAL.search(core), _GREEK_QUESTION.search(core),
         _ADDRESS.search(line), _NO_FULL_STOP.search(core),
+        _FORMULA.search(core),
     ))  # fmt: skip
 
 
 def _ends_block(lines: list[str]) -> bool:
     """The last of several lines that have no full stop by their nature, and does not break off inside a phrase."""
     last, others = lines[-1], lines[:-1]
-    if last.endswith(("```", "|")):
+    if last.endswith("|") and others:
+        return last.count("|") >= others[-1].count("|")
+    if last.endswith("```"):
         return True
     if not others or _DANGLING.search(_CLOSERS.sub("", last)):
         return False

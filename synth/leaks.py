@@ -20,11 +20,14 @@ _REWRITE = (
 _ABOUT_TEXT = (
     rf"(?:{_REWRITE}|versi[o\u00f3]ne?s?|wording|phrasing|attempt|my take|draft|passage|other words|different words"
     r"|otras palabras|anderen worten|d'autres mots|altre parole|outras palavras|requested|\d+[- ]?words?|sentence"
-    r"|random|unrelated|alternative|output|short text|new text|texte?o? (?:original|reformul)\w*)"
+    r"|random|unrelated|alternative|(?:few|some|several|two|three|couple of|possible) options(?=\W*[:\n])"
+    r"|ways? to (?:say|put|phrase|express)|how I(?:'d| would) (?:say|put|phrase|word)|output|short text|new text"
+    r"|paragraph|texte?o? (?:original|reformul)\w*)"
 )
 _ABOUT_TASK = rf"(?:{_REWRITE}|my (?:attempt|take)|requested|\d+[- ]words?|random|output sentence)"
 _GIVEN_TEXT = regex.compile(
-    r"\b(?:sentence|text|passage|paragraph)s? (?:that )?you(?:'ve| have)? (?:provided|gave|given|shared|sent)\b"
+    r"\A\W*this (?:passage|text|paragraph|version) (?:is|describes|explores)\b"
+    r"|\b(?:sentence|text|passage|paragraph)s? (?:that )?you(?:'ve| have)? (?:provided|gave|given|shared|sent)\b"
     r"|\bplease (?:provide|share|send)(?: me)?(?: with)? (?:the|a|some|your) (?:\w+ )?(?:sentence|text|passage)\b",
     regex.IGNORECASE,
 )
@@ -36,7 +39,7 @@ _REWRITTEN_TEXT = regex.compile(
 _OPENING = 250
 """Characters."""
 _YES = (
-    r"(?:sure|certainly|of course|okay|ok|absolutely|no problem|gladly"
+    r"(?:sure|sure thing|certainly|of course|okay|ok|alright|got it|understood|absolutely|no problem|gladly"
     r"|bien s\u00fbr|gerne?|nat\u00fcrlich|claro|por supuesto|certo|конечно|好的|当然|はい|네)"
 )
 _HERE = (
@@ -49,7 +52,8 @@ _TOKEN = regex.compile(
     r"[\u25c1\u27e8\[]/?think\w*[\u25b7\u27e9\]]|\A\W*thinking\.\.\.|\bdone thinking\b|\\boxed\{|"
     r"<[|\uff5c][^<>\n]{1,40}[|\uff5c]>|<(?:start|end)_of_\w+>|</?s>|\[/?INST\]|<</?SYS>>|<(?:eos|bos|pad|unk|sep"
     r"|cls|mask)>"
-    r"|\[(?:EOS|BOS|PAD|UNK|SEP|CLS|MASK)\]|assistantfinal|\Aanalysis(?=[A-Z])"
+    r"|\Athoughts?\s*\n|\[(?:BEGIN|START|END|EOS|BOS|PAD|UNK|SEP|CLS|MASK)\]|assistantfinal|\Aanalysis(?=[A-Z])"
+    r"|\n\s*(?:Human|Assistant):|<\|?(?:unused|extra_id_|reserved_|0x)\w+\|?>"
     r"|</?(?:think|thinking|thoughts?|reason|reasoning|scratchpad|reflection|analysis|text|conversation|passage"
     r"|answer"
     r"|response|output|result|paraphrase\w*|re-?writ\w*|rephras\w*|final\w*|draft|assistant|user|system"
@@ -60,19 +64,32 @@ _FENCED = regex.compile(r"\s*```(?:text|txt|markdown|md|plaintext|plain)?\s*\n[\
 _LABEL = regex.compile(
     rf"\W*(?:(?:the|my|final|revised|new|first|second|updated|improved|suggested|alternative|{_REWRITE})\s+)*"
     rf"(?:{_REWRITE}|output|answer|response|result|draft|version|option|variante?|text|passage|sentence|assistant"
-    r"|ai|model|user|human|system|reply|r\u00e9ponse|antwort|respuesta|risposta|resposta|ответ|вариант|回答|答案|답변|返答)"
+    r"|original|topic|theme|th(?:inking|ought) process|thoughts|analysis|ai|model|user|human|system|reply"
+    r"|r\u00e9ponse|antwort|respuesta|risposta|resposta|ответ|вариант|回答|答案|답변|返答)"
     r"\s*(?:[A-D]|\d)?(?:\s*[(\[][^()\n]{1,40}[)\]])?(?:[*_\"]*\s*[:\uff1a]|[*_#]*\s*\n)"
     r"|\W*(?:\w+ ){0,2}(?:text[eo]?|testo|tekst|текст|version|versi[o\u00f3]n|vers\u00e3o|fassung|wording|phrasing"
     r"|title|titre|titel"
-    rf"|t\u00edtulo|titolo|{_REWRITE})(?: \w+)?\s*[:\uff1a]",
+    rf"|t\u00edtulo|titolo|{_REWRITE}\w{{0,6}})(?: \w+)?\s*[:\uff1a]",
     regex.IGNORECASE,
+)
+_INNER_LABEL = regex.compile(
+    rf"\n[^\w\n]*(?:\w+ ){{0,2}}{_REWRITE}\w{{0,6}}(?: \w+)?[^\w\n]*[:\uff1a]", regex.IGNORECASE
 )
 _ANNOUNCEMENT = regex.compile(r"[^\n]{1,120}[:\uff1a][*_ ]*\n\s*\n(?!\s*(?:[-*+\u2022\u2013|>]|\(?\w{1,3}[.)]\s|```))")
 """A short paragraph that ends in a colon, with prose after it: in any language it says what follows."""
+_OWN_LABEL = regex.compile(r"\W*(?:here(?:'s| is) )?([^\n:\uff1a]{1,80})[:\uff1a]", regex.IGNORECASE)
+_HEADING = regex.compile(
+    r"[^\n.!?\u3002\uff01\uff1f\u2026,:;]{1,60}\w\n\s*\n|\W*(?:(?<=\*\*|__)[^\n*_]+(?:\*\*|__)|(?<=#)[^\n]+)\W*\n"
+)
+_REMARK = regex.compile(
+    r"(?<=[.!?\u3002\uff01\uff1f\"*])\s*\W{0,3}[(\[\uff08\u3010]([^()\n]+)[)\]\uff09\u3011]\W{0,3}$"
+)
 _ASIDE = regex.compile(r"\n\s*\n\W{0,3}[(\[\uff08\u3010][^\n]+[)\]\uff09\u3011]\W{0,3}$")
 """A last paragraph in brackets."""
 _THOUGHT = regex.compile(
-    r"\W*(?:(?:okay|ok|alright|hmm|wait|so|well|first)\b\W*)*(?:"
+    r"\W*(?:(?:okay|ok|alright|hmm|wait|so|well|first|(?:let me|let's) (?:think|see)[^.:\n]*)\b\W*)*(?:"
+    r"the (?:original|source|given|input)(?: text| passage| sentence| response)?"
+    r" (?:says|states|talks|mentions|is about)|"
     r"the user (?:wants|asks|is asking|asked|requested|needs|would like|has asked)|the (?:task|prompt"
     r"|instructions?) (?:is|are|asks?|says?)"
     r"|(?:we|I) (?:need|have|should|must|want|am asked|'m asked) ?(?:to )?(?:\w+ )?(?:keep|preserve|write|put"
@@ -121,11 +138,13 @@ _DID = regex.compile(
 _COUNT = regex.compile(
     r"(?:[(\[\uff08]|\n)\W*(?:approx\w*\.?|about|around|roughly|total|exactly|circa|environ|etwa"
     r"|ca\.?)?\W*(?:word count\W*)?\d+\s*"
-    r"(?:words?|w\u00f6rter|mots|palabras|parole|palavras|слов\w*|字|語|단어)\W*$|\bword count\b\W*\d*\W*$",
+    r"(?:words?|w\u00f6rter|mots|palabras|parole|palavras|слов\w*|字|語|단어)\W*$|\bword count\b\W*\d*\W*$"
+    r"|\b(?:that|this|which|it)(?:'s| is| should be) (?:about|around|exactly|roughly|approximately) \d+ words\W*$",
     regex.IGNORECASE,
 )
 _OFFER = regex.compile(
-    r"\blet me know (?:if|whether|should|what you)|\b(?:would you like|do you want|shall I|should I) (?:me )?(?:to )?"
+    r"\bwant me to\b|\blet me know (?:if|whether|should|what you)"
+    r"|\b(?:would you like|do you want|shall I|should I) (?:me )?(?:to )?"
     r"|\bI hope (?:this|that|it) |\bhope (?:this|that) helps|\bis there anything else|\bhappy to (?:adjust|revise"
     r"|tweak|help)"
     r"|\bdoes (?:this|that) work|希望.{0,12}(?:符合|满意|滿意|帮助|有用)"
@@ -135,7 +154,7 @@ _OFFER = regex.compile(
     regex.IGNORECASE,
 )
 _TO_READER = regex.compile(
-    r"\blet me know (?:if|whether|what you)|\bhope (?:this|that|it) (?:helps|works|meets|is what)"
+    r"\blet me know (?:if|whether|what you)|\bhope (?:this|that|it) (?:\w+ )?(?:helps|works|meets|fits|suits|is what)"
     r"|ich hoffe,? (?:das|dies|es) "
     r"|j'esp\u00e8re que (?:cela|\u00e7a)|espero que (?:esto|isto|te|le|lhe)|希望|お役に立て|ご満足|도움이 되",
     regex.IGNORECASE,
@@ -148,7 +167,7 @@ _REVISION = regex.compile(
     regex.IGNORECASE,
 )
 _SENTENCE = regex.compile(r"(?<=[.!?\u3002\uff01\uff1f])[\s\"')]+|\n+")
-_LEAKED_WORDS = 6
+_LEAKED_WORDS, _LONG_LETTERS = 6, 4
 
 
 def is_leak(text: str, template_text: str, context: str, *, is_answer: bool) -> bool:
@@ -166,7 +185,10 @@ def is_leak(text: str, template_text: str, context: str, *, is_answer: bool) -> 
     if not word_runs(text).isdisjoint(word_runs(template_text)):
         return True
     return (
-        _is_wrapped(text, context) or _is_announced(text, context, is_answer) or _has_remark(text, context, is_answer)
+        _is_wrapped(text, context)
+        or _is_labelled(text, template_text, context)
+        or _is_announced(text, context, is_answer)
+        or _has_remark(text, context, is_answer)
     )
 
 
@@ -190,9 +212,21 @@ def _is_wrapped(text: str, context: str) -> bool:
         return False
 
 
+def _is_labelled(text: str, template_text: str, context: str) -> bool:
+    """The text starts with a label, or an announcement, in the words of its template."""
+    found = _OWN_LABEL.match(text)
+    if found is None or found[0] in context:
+        return False
+    parts = [part for part in regex.findall(r"\w+", found[1].lower()) if len(part) >= _LONG_LETTERS]
+    known = set(regex.findall(r"\w+", template_text.lower()))
+    return len(parts) > 1 and known.issuperset(parts)
+
+
 def _is_announced(text: str, context: str, is_answer: bool) -> bool:
     """The text starts with a label, a thought, or a line that says what follows."""
     if _THOUGHT.match(text) or _AS_ASKED.match(text) or (_LABEL.match(text) and not _LABEL.match(context)):
+        return True
+    if _INNER_LABEL.search(text) and _search(_REWRITE, context) is None:
         return True
     if not is_answer and _is_headed(text, context):
         return True
@@ -203,6 +237,9 @@ def _is_announced(text: str, context: str, is_answer: bool) -> bool:
         found = _search(about, said)
         if found is not None and found[0].lower() not in context.lower() and _PREAMBLE.match(sentence):
             return True
+    plans = _search(_REWRITE, said) is not None and bool(_FIRST_PERSON.search(said))
+    if plans and not is_answer and _search(_REWRITE, context) is None:
+        return True
     opening = said if len(said.split()) <= 3 else _SENTENCE.split(text[:_OPENING].lstrip())[0]
     line = text.lstrip().split("\n", 1)[0].rstrip("*_ ")
     found = _search(_REWRITE, opening)
@@ -213,7 +250,7 @@ def _is_announced(text: str, context: str, is_answer: bool) -> bool:
 def _is_headed(text: str, context: str) -> bool:
     """The text starts with a line for what follows, in any language, or speaks of the text that was given."""
     opening = text[:_OPENING]
-    if _GIVEN_TEXT.search(opening):
+    if _GIVEN_TEXT.search(opening) or (_HEADING.match(text) and not _HEADING.match(context)):
         return True
     rewritten = _REWRITTEN_TEXT.search(opening)
     if rewritten is not None and _search(_REWRITE, context) is None:
@@ -223,14 +260,17 @@ def _is_headed(text: str, context: str) -> bool:
 
 def _has_remark(text: str, context: str, is_answer: bool) -> bool:
     """The text ends with a word on itself: a note, an account of changes, its length, an offer to do it again."""
-    if _COUNT.search(text) or (not is_answer and _ASIDE.search(text) and not _ASIDE.search(context)):
+    remark = _REMARK.search(text)
+    is_aside = bool(_ASIDE.search(text) and not _ASIDE.search(context)) or bool(remark and _ON_TEXT.search(remark[1]))
+    if _COUNT.search(text) or (is_aside and not is_answer):
         return True
     paragraphs = [part for part in regex.split(r"\n\s*\n|\n(?=[-*_]{3,}\s*\n)", text) if part.strip("-*_ \n")]
     sentences = [part for part in _SENTENCE.split(text) if part.strip()]
     if _ACCOUNT.match(text) and not _ACCOUNT.match(context):
         return True
     for paragraph in paragraphs[1:]:
-        if _ACCOUNT.match(paragraph) or (_NOTE.match(paragraph) and _ON_TEXT.search(paragraph)):
+        is_rewriting = _search(rf"\A\W*{_REWRITE}", paragraph) is not None and _search(_REWRITE, context) is None
+        if is_rewriting or _ACCOUNT.match(paragraph) or (_NOTE.match(paragraph) and _ON_TEXT.search(paragraph)):
             return True
     tail = " ".join([*sentences[-2:][-1:], *(paragraphs[1:][-1:])]) if len(sentences) > 1 else ""
     tail = " ".join([*sentences[1:][-2:], tail])

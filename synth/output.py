@@ -147,6 +147,7 @@ def _provenance(plan: Plan, docs: Sequence[dict[str, Any]], written: Written) ->
         },
         "failed_checks": {"first": _nested(written.first_faults), "second": _nested(written.last_faults)},
         "model_versions": sorted(written.model_versions),
+        **({"opinions": dict(sorted(written.opinions.items()))} if settings.judge else {}),
     }
 
 

@@ -219,6 +219,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
 def _checked_header(path: Path, header: list[str]) -> list[str]:
     if not header:
         raise UserError(f"the table {path} is empty: its first line must name the columns.")
+    if not is_unicode(header) or "\0" in "".join(header):
+        raise UserError(f"{path}, line 1: not UTF-8 (UTF-16, as some programs save it?). Save the table as UTF-8.")
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+        raise UserError(f"{path}, line 1: no commas between the columns. Save the table with commas as separators.")
     if repeated := [name for name, count in Counter(header).items() if count > 1]:
         raise UserError(f"{path}, line 1: the column {', '.join(repeated)} comes more than once. Rename one of them.")
     return header

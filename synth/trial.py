@@ -12,6 +12,8 @@ NUM_WITHOUT_USE = 50
 _CURES = {
     "truncated": "The output limit is too low for the text: shorten what the template asks for.",
     "blocked": "The server blocks these prompts or answers: try another model or another source.",
+    "judged": "The writer turns its own texts down (--judge): look at them in the store, then change the template.",
+    "no verdict": "The model says neither yes nor no: take a larger one, or leave --judge out.",
     "refused": "The model refuses: change the template (--templates) or the model.",
     "invalid": "The server sends no text: check the model and the address, and the request that it complains about.",
 }

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from sft_probe.synth.requests import Answer, Request
 
 FAST = Limits(concurrency=8, first_backoff_s=0.001)
 CENT = Price(0.0, 100.0)  # 100 tokens of output cost a cent
+
+
+_JUDGED = re.compile(r"<answer>\nAnswer (\w{16}) to")
 
 
 def make_request(prompt: str, **fields: Any) -> Request:
@@ -32,7 +36,9 @@ def prompts(number: int) -> list[Request]:
 
 
 def text_of(prompt: str) -> str:
-    """What the model writes: the same for the same prompt."""
+    """What the model writes: the same for the same prompt. Of its own texts it turns down about a fifth."""
+    if judged := _JUDGED.search(prompt):
+        return "**No.**" if int(judged[1], 16) % 5 == 0 else "Yes, it is."
     return f"Answer {hashlib.sha256(prompt.encode()).hexdigest()[:16]} to {prompt.split('@', maxsplit=1)[0].strip()}"
 
 

@@ -124,6 +124,26 @@ def test_a_row_with_other_fields_than_the_header_is_refused(
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize(
+    ("encoding", "separator", "message"),
+    [
+        ("utf-16", ",", "line 1: not UTF-8"),
+        ("utf-16-le", ",", "line 1: not UTF-8"),
+        ("utf-8", ";", "line 1: no commas between the columns"),
+        ("utf-8", "\t", "line 1: no commas between the columns"),
+    ],
+)
+def test_a_table_of_another_encoding_or_separator_is_named_as_such(
+    encoding: str, separator: str, message: str, tmp_path: Path, sft_probe: Run
+) -> None:
+    rows = [separator.join(("prompt", "chosen")), *(separator.join((f"Q, {i}?", f"Good {i}.")) for i in range(20))]
+    (tmp_path / "t.csv").write_bytes("\n".join(rows).encode(encoding))
+    result = sft_probe("probe-set", "--from-csv", tmp_path / "t.csv", "--prompt", "prompt", "--category",
+                       "chosen=chosen", "--out", tmp_path / "set")  # fmt: skip
+    assert message in user_error(result)
+    assert not (tmp_path / "set").exists()
+
+
 def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) -> None:
     rows: list[dict[str, Any]] = [{"prompt": f"Q {i}?", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(16)]
     rows[2]["chosen"] = 7

@@ -103,13 +103,14 @@ def _add_probe_set(command: argparse.ArgumentParser) -> None:
     table = command.add_argument_group("make one from a table")
     table.add_argument("--from-csv", type=Path, metavar="FILE", help="a .csv, .jsonl or .parquet file")
     table.add_argument("--out", type=Path, help="directory of the new set")
-    table.add_argument("--prompt", metavar="COLUMN")
-    table.add_argument("--category", action="append", default=[], metavar="NAME=COLUMN")
-    table.add_argument("--prompt-format", default="hh", help="default: hh")
+    table.add_argument("--prompt", metavar="COLUMN", help="column of the prompts")
+    table.add_argument("--category", action="append", default=[], metavar="NAME=COLUMN", help="a category of responses "
+                       "and its column; once for each")  # fmt: skip
+    table.add_argument("--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh")
     table.add_argument("--heldout", type=heldout, default=100, metavar="N", help="docs held out, or a share "
                        "below 1, with which no doc changes its split when rows are added; default: 100")  # fmt: skip
     table.add_argument("--limit", type=positive, help="docs at most, drawn at random")
-    table.add_argument("--seed", type=int, default=0)
+    table.add_argument("--seed", type=int, default=0, help="of the draw, the splits and `random`; default: 0")
     command.set_defaults(command=_probe_set)
 
 
@@ -183,7 +184,8 @@ def _probe_set(options: argparse.Namespace) -> None:
     probe_set = read_probe_set(str(options.out) if options.from_csv is not None else options.source)
     print(report(probe_set))  # noqa: T201
     if probe_set.faults:
-        raise UserError(f"{len(probe_set.faults)} faults")
+        faults = "1 fault" if len(probe_set.faults) == 1 else f"{len(probe_set.faults)} faults"
+        raise UserError(f"{probe_set.name} has {faults} (listed above). Fix these lines, or remove them.")
 
 
 def _probe_set_from_table(options: argparse.Namespace) -> None:
