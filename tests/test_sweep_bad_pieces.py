@@ -82,13 +82,40 @@ def index_of_metadata(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
 
 
+def one_layer_more(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))
+
+
+def unknown_quantisation(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+
+
+def state_of_brackets(path: Path) -> None:
+    (path / "trainer_state.json").write_text("[" * 100_000)
+
+
+def state_of_digits(path: Path) -> None:
+    (path / "trainer_state.json").write_text('{"global_step": ' + "9" * 5000 + "}")
+
+
+def step_of_no_int64(path: Path) -> None:
+    (path / "trainer_state.json").write_text('{"global_step": 1000000000000000000000000}')
+
+
+def negative_step(path: Path) -> None:
+    (path / "trainer_state.json").write_text('{"global_step": -5}')
+
+
 def break_state(path: Path) -> None:
     (path / "trainer_state.json").write_text('{"global_step": null}')
 
 
 BREAKS = [
     remove_config, break_config, list_as_config, break_tokenizer, break_weights, remove_weights, index_alone,
-    index_of_metadata, break_state,
+    index_of_metadata, break_state, one_layer_more, unknown_quantisation, state_of_brackets, state_of_digits,
+    step_of_no_int64, negative_step,
 ]  # fmt: skip
 
 

@@ -148,6 +148,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+        raise UserError(f"{path}: JSON that cannot be read ({error}).") from error
 
 
 Kinds = Mapping[str, type | UnionType]
