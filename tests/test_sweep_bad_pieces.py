@@ -262,11 +262,20 @@ def test_what_reads_runs_names_the_file(swept_run: Path, sft_probe: Run, tmp_pat
         assert str(run / name) in user_error(sft_probe("analyze", run))
 
 
-@pytest.mark.parametrize("text", [*WRONG_SHAPES[:-1], '{"categories": []}'])
+@pytest.mark.parametrize("text", [*WRONG_SHAPES[:-1], '{"categories": []}', '{"categories": {}}'])
 def test_probe_sets_of_another_shape(sft_probe: Run, tmp_path: Path, text: str) -> None:
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)))
     (tmp_path / "probe_set.json").write_text(text, encoding="latin-1")
     assert str(tmp_path / "probe_set.json") in user_error(sft_probe("probe-set", tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"doc_id": ' + "9" * 5000 + "}"])
+def test_a_line_that_no_parser_takes_is_a_fault(sft_probe: Run, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)) + text + "\n")
+    result = sft_probe("probe-set", path)
+    assert result.returncode == 2
+    assert f"{path}, line 5: not valid JSON" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("text", slice_of(WRONG_SHAPES))
