@@ -288,6 +288,21 @@ def test_a_run_of_another_shape_is_not_trained_on(
     assert str(run / "manifest.json") in user_error(sft_probe("train", *tiny_flags, "--output_dir", run))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(name, text) for name in ("rows.jsonl", "benchmarks.jsonl") for text in ("[1]", '{"a": 1')]
+    + [("rows.jsonl", "{}")],
+)
+def test_rows_of_another_shape_name_their_file(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, name: str, text: str
+) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(swept_run, run)
+    path = run / "sweep/step_000001/heldout" / name
+    path.write_text(text + "\n")
+    assert str(path) in user_error(sft_probe("sweep", run))
+
+
 @pytest.mark.parametrize("text", slice_of([*WRONG_SHAPES, *wrong_values("place", "files")]))
 def test_a_damaged_record_costs_its_step_alone(swept_run: Path, sft_probe: Run, tmp_path: Path, text: str) -> None:
     run = tmp_path / "tiny"

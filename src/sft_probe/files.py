@@ -152,6 +152,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: JSON that cannot be read ({error}).") from error
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line. Raises `UserError` naming the file and line of a fault."""
+    rows = []
+    for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: must be a JSON object, not {_shown(row)}.")
+        rows.append(row)
+    return rows
+
+
 Kinds = Mapping[str, type | UnionType]
 """Keys of a JSON object to the types of their values. `float` takes whole numbers too, and `int` no booleans."""
 
