@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sft_probe.analysis.steps import REMEDY, STEP, NamedStep, common_unit, split_explicit, step_in
+from sft_probe.analysis.steps import REMEDY, STEP, NamedStep, check_step, common_unit, split_explicit, step_in
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_object
 
@@ -67,9 +67,10 @@ def of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
 
 
 def _of_snapshot(folder: Path) -> Checkpoint:
-    meta = read_object(folder / "meta.json", _META)
+    path = folder / "meta.json"
+    meta = read_object(path, _META)
     return Checkpoint(
-        step=meta["step"],
+        step=check_step(meta["step"], f"{path}: 'step'"),
         model=str(folder),
         source=OWN_SNAPSHOTS,
         examples_seen=meta["examples_seen"],
@@ -97,7 +98,8 @@ def of_patterns(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
         state = folder / "trainer_state.json"
         if given[folder] is None and state.exists():
             try:
-                states[folder] = NamedStep(read_object(state, {"global_step": int})["global_step"], STEP)
+                step = read_object(state, {"global_step": int})["global_step"]
+                states[folder] = NamedStep(check_step(step, f"{state}: 'global_step'"), STEP)
             except UserError as error:
                 problems.append(f"{folder.name}: {error}")
                 del given[folder]
@@ -155,6 +157,7 @@ def _read_steps(names: Mapping[Key, tuple[str, int | None]]) -> dict[Key, NamedS
     for key, (name, step) in names.items():
         try:
             steps[key] = step_in(name) if step is None else NamedStep(step, None)
+            check_step(steps[key].step, repr(name))
         except UserError as error:
             faults.append(str(error))
     if faults:

@@ -39,15 +39,16 @@ def model_config(name: str, revision: str) -> dict[str, Any]:
         UserError: there is no config, or it is none.
     """
     folder = local_folder(*base_of(local_folder(name, revision), revision))
-    active: dict[str, Any] = _without_idle(json.loads(load_config(str(folder)).to_json_string(use_diff=False)))
+    active: dict[str, Any] = active_part(json.loads(load_config(str(folder)).to_json_string(use_diff=False)))
     return active
 
 
-def _without_idle(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kept = {key for key in value if key not in _IDLE and "drop" not in key}  # training sets every dropout to 0
-    return {key: _without_idle(value[key]) for key in value if key in kept}
+def active_part(config: Any) -> Any:
+    """Return what of a config may change a log-prob, at any depth. A value that is no object is returned as it is."""
+    if not isinstance(config, dict):
+        return config
+    kept = {key for key in config if key not in _IDLE and "drop" not in key}  # training sets every dropout to 0
+    return {key: active_part(config[key]) for key in config if key in kept}
 
 
 class LiveModel:

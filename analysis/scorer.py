@@ -1,6 +1,5 @@
 """Scores the parts of one checkpoint: a split of the probe set or a benchmark, each written whole or not at all."""
 
-import json
 import logging
 import textwrap
 import traceback
@@ -30,7 +29,7 @@ from sft_probe.analysis.ownership import StepBusyError, owned_step, remove_parts
 from sft_probe.analysis.results import benchmark_rows, write_results
 from sft_probe.analysis.settings import SweepRequest, SweepSettings, record
 from sft_probe.errors import UserError
-from sft_probe.files import jsonl_lines, new_dir, write_json, write_jsonl, write_text
+from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
 from sft_probe.models import check_window
 from sft_probe.prompts import first_visible, terminator_id
 from sft_probe.rows import score_row
@@ -300,7 +299,7 @@ def _faults(folder: Path) -> list[str]:
     path = folder / "faults.jsonl"
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in jsonl_lines(path.read_text("utf-8"))]
+    rows = read_jsonl(path)
     names = ", ".join(f"{row['doc_id']} {row['category']}" for row in rows[:_MAX_NAMED])
     more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
     return [f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} ({path})"]

@@ -13,10 +13,10 @@ from filelock import FileLock
 
 from sft_probe import __version__
 from sft_probe.analysis.checkpoints import Checkpoint
-from sft_probe.analysis.live_model import model_config, tokenizer_of
+from sft_probe.analysis.live_model import active_part, model_config, tokenizer_of
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
-from sft_probe.models import load_tokenizer
+from sft_probe.models import check_weights_fit, load_tokenizer, local_folder
 from sft_probe.prompts import (
     DroppedDoc,
     EncodedDoc,
@@ -28,6 +28,7 @@ from sft_probe.prompts import (
 )
 from sft_probe.records import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
 from sft_probe.scoring import default_max_tokens
+from sft_probe.weights import base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +99,7 @@ class SweepSettings:
     """As it stands in rows."""
     tokenizer: "PreTrainedTokenizerBase"
     decided_by: Checkpoint
-    """The first one whose tokenizer and config can be read; they hold for all."""
+    """The first one whose tokenizer and config can be read and whose weights fit; they hold for all."""
     tokenizer_source: tuple[str, str]
     """Name or path, and revision."""
     model_config: dict[str, Any]
@@ -154,20 +155,35 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
     )
 
 
-def _first_readable(
-    checkpoints: Sequence[Checkpoint],
-) -> tuple[Checkpoint, tuple[str, str], "PreTrainedTokenizerBase", dict[str, Any]]:
-    """Return the first checkpoint whose tokenizer and config can be read, and these."""
+_Readable = tuple[Checkpoint, tuple[str, str], "PreTrainedTokenizerBase", dict[str, Any]]
+
+
+def _first_readable(checkpoints: Sequence[Checkpoint]) -> _Readable:
+    """Return the first checkpoint whose tokenizer and config can be read, and these.
+
+    One whose weights do not fit its config is passed over, unless there is no other: such a config is not to be that
+    of all. Weights that are gone from every place still have their scores.
+    """
     faults = []
+    without_weights: _Readable | None = None
     for checkpoint in checkpoints:
         try:
             source = tokenizer_of(checkpoint)
-            return checkpoint, source, load_tokenizer(*source), model_config(checkpoint.model, checkpoint.revision)
+            config = model_config(checkpoint.model, checkpoint.revision)
+            readable = (checkpoint, source, load_tokenizer(*source), config)
+            without_weights = without_weights or readable
+            folder = local_folder(checkpoint.model, checkpoint.revision)
+            check_weights_fit(local_folder(*base_of(folder, checkpoint.revision)))
+            return readable
         except Exception as error:  # of whatever library reads it; one bad checkpoint must not stop the others
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             faults.append(f"step {checkpoint.step}: {name}{textwrap.shorten(str(error), 300)}")
+    if without_weights:
+        return without_weights
     more = [f"and {len(faults) - _MAX_NAMED} more"] if len(faults) > _MAX_NAMED else []
     raise UserError("\n".join(["no checkpoint can be scored:", *faults[:_MAX_NAMED], *more]))
+
+
 def _recorded_format(directory: Path) -> str | None:
     """The format of an earlier sweep into this directory, so that a clock or a rule in it stays what it was."""
     earlier = sweep_manifest(directory) or {}
@@ -225,6 +241,7 @@ def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
             write_json(path, manifest)
         earlier = sweep_manifest(request.directory) or {}
     earlier.setdefault("step_unit", manifest["step_unit"])  # of an earlier version
+    earlier["model_config"] = active_part(earlier.get("model_config"))  # an earlier version kept dropouts too
     differing = [_difference(name, earlier.get(name), manifest[name]) for name in _FIXED]
     differing = [difference for difference in differing if difference]
     if differing:

@@ -8,6 +8,8 @@ from sft_probe.errors import UserError
 
 STEP, EPOCH = "optimizer step", "epoch"
 REMEDY = "Say the step with NAME=STEP, e.g. `--revisions main=2000` or `--checkpoints out/final=2000`."
+_LAST_STEP = 2**53
+"""The largest that every reader of the tables, JavaScript and spreadsheets included, keeps exactly."""
 _WORDS = {
     STEP: r"(?:global[-_. ]?)?steps?|checkpoints?|ckpts?|iter(?:ation)?s?",
     EPOCH: r"epochs?",
@@ -23,6 +25,13 @@ class NamedStep:
     step: int
     unit: str | None
     """`STEP` or `EPOCH`; `None` where the user has given the number."""
+
+
+def check_step(step: int, where: str) -> int:
+    """Return `step`. Raises `UserError`, beginning with `where`, for one that no training makes."""
+    if not 0 <= step <= _LAST_STEP:
+        raise UserError(f"{where}: {step} is no step; a step is a whole number from 0 to {_LAST_STEP}.")
+    return step
 
 
 def find_step(name: str) -> NamedStep | None:

@@ -1,6 +1,5 @@
 """The tables of a run, built from the rows of all its complete steps, live and swept."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,7 @@ from sft_probe.analysis.generations import read_generations
 from sft_probe.analysis.recordings import recording_of_rows
 from sft_probe.analysis.rows import read_rows, write_parquet
 from sft_probe.analysis.trajectory import trajectory
-from sft_probe.files import find, jsonl_lines, write_text
+from sft_probe.files import find, read_jsonl, write_text
 
 
 def tables_lock(directory: Path) -> FileLock:
@@ -35,17 +34,12 @@ def write_tables(directory: Path) -> list[Path]:
             write_parquet(directory / "scores.parquet", scores)
             write_text(directory / "trajectory.csv", _trajectories(directory, scores).to_csv(index=False))
             written += [directory / "scores.parquet", directory / "trajectory.csv"]
-        lines = [
-            line
-            for path in find(directory, "sweep/step_*/*/benchmarks.jsonl")
-            for line in jsonl_lines(path.read_text("utf-8"))
-        ]
+        benchmarks = [row for path in find(directory, "sweep/step_*/*/benchmarks.jsonl") for row in read_jsonl(path)]
         if len(answers := read_generations(directory)):
             write_parquet(directory / "generations.parquet", pa.Table.from_pandas(answers, preserve_index=False))
             written.append(directory / "generations.parquet")
-        if lines:
-            table = pd.DataFrame([json.loads(line) for line in lines])
-            write_text(directory / "benchmarks.csv", table.to_csv(index=False))
+        if benchmarks:
+            write_text(directory / "benchmarks.csv", pd.DataFrame(benchmarks).to_csv(index=False))
             written.append(directory / "benchmarks.csv")
     return written
 

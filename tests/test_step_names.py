@@ -58,6 +58,12 @@ def test_all_unclear_names_are_listed_at_once() -> None:
     assert "'step1-iter2' tells several steps: 1, 2" in message
 
 
+@pytest.mark.parametrize("name", ["step9007199254740993", f"step{10**30}", f"final={10**30}"])
+def test_a_step_that_tables_cannot_hold_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="is no step; a step is a whole number from 0 to"):
+        steps_of("step5", name)
+
+
 @pytest.mark.parametrize("name", EPOCHS)
 def test_epochs_alone_are_an_axis_of_their_own(name: str) -> None:
     (checkpoint,) = of_revisions("some/model", [name])

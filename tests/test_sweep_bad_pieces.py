@@ -82,13 +82,40 @@ def index_of_metadata(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
 
 
+def one_layer_more(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))
+
+
+def unknown_quantisation(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+
+
+def state_of_brackets(path: Path) -> None:
+    (path / "trainer_state.json").write_text("[" * 100_000)
+
+
+def state_of_digits(path: Path) -> None:
+    (path / "trainer_state.json").write_text('{"global_step": ' + "9" * 5000 + "}")
+
+
+def step_of_no_int64(path: Path) -> None:
+    (path / "trainer_state.json").write_text('{"global_step": 1000000000000000000000000}')
+
+
+def negative_step(path: Path) -> None:
+    (path / "trainer_state.json").write_text('{"global_step": -5}')
+
+
 def break_state(path: Path) -> None:
     (path / "trainer_state.json").write_text('{"global_step": null}')
 
 
 BREAKS = [
     remove_config, break_config, list_as_config, break_tokenizer, break_weights, remove_weights, index_alone,
-    index_of_metadata, break_state,
+    index_of_metadata, break_state, one_layer_more, unknown_quantisation, state_of_brackets, state_of_digits,
+    step_of_no_int64, negative_step,
 ]  # fmt: skip
 
 
@@ -235,11 +262,20 @@ def test_what_reads_runs_names_the_file(swept_run: Path, sft_probe: Run, tmp_pat
         assert str(run / name) in user_error(sft_probe("analyze", run))
 
 
-@pytest.mark.parametrize("text", [*WRONG_SHAPES[:-1], '{"categories": []}'])
+@pytest.mark.parametrize("text", [*WRONG_SHAPES[:-1], '{"categories": []}', '{"categories": {}}'])
 def test_probe_sets_of_another_shape(sft_probe: Run, tmp_path: Path, text: str) -> None:
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)))
     (tmp_path / "probe_set.json").write_text(text, encoding="latin-1")
     assert str(tmp_path / "probe_set.json") in user_error(sft_probe("probe-set", tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"doc_id": ' + "9" * 5000 + "}"])
+def test_a_line_that_no_parser_takes_is_a_fault(sft_probe: Run, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)) + text + "\n")
+    result = sft_probe("probe-set", path)
+    assert result.returncode == 2
+    assert f"{path}, line 5: not valid JSON" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("text", slice_of(WRONG_SHAPES))
@@ -250,6 +286,21 @@ def test_a_run_of_another_shape_is_not_trained_on(
     shutil.copytree(tiny_run, run)
     (run / "manifest.json").write_text(text, encoding="latin-1")
     assert str(run / "manifest.json") in user_error(sft_probe("train", *tiny_flags, "--output_dir", run))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(name, text) for name in ("rows.jsonl", "benchmarks.jsonl") for text in ("[1]", '{"a": 1')]
+    + [("rows.jsonl", "{}")],
+)
+def test_rows_of_another_shape_name_their_file(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, name: str, text: str
+) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(swept_run, run)
+    path = run / "sweep/step_000001/heldout" / name
+    path.write_text(text + "\n")
+    assert str(path) in user_error(sft_probe("sweep", run))
 
 
 @pytest.mark.parametrize("text", slice_of([*WRONG_SHAPES, *wrong_values("place", "files")]))

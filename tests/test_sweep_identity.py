@@ -173,6 +173,22 @@ def test_parts_of_an_earlier_version_are_kept(models: Path, sweep: Any, sft_prob
     assert "another model's" in user_error(sweep("B/checkpoint-*"))
 
 
+def test_a_sweep_of_an_earlier_version_goes_on(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+    """Earlier versions recorded dropouts too, which are not compared any more."""
+    run = tmp_path / "tiny"
+    shutil.copytree(swept_run, run)
+    path = run / "sweep/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model_config"] |= {"attention_dropout": 0.0, "pad_token_id": 0}
+    path.write_text(json.dumps(manifest))
+    result = sft_probe("sweep", run)
+    assert result.returncode == 0, result.stderr
+    assert "step 4 is complete" in result.stderr
+    manifest["model_config"]["hidden_size"] = 33
+    path.write_text(json.dumps(manifest))
+    assert "model_config.hidden_size (33 there, 32 now)" in user_error(sft_probe("sweep", run))
+
+
 def test_an_overwritten_snapshot_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)

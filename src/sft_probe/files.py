@@ -148,6 +148,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+        raise UserError(f"{path}: JSON that cannot be read ({error}).") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line. Raises `UserError` naming the file and line of a fault."""
+    rows = []
+    for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: must be a JSON object, not {_shown(row)}.")
+        rows.append(row)
+    return rows
 
 
 Kinds = Mapping[str, type | UnionType]

@@ -97,6 +97,18 @@ def load_model(
             or left over, or it needs Python code of its own.
     """
     import torch
+
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    model: PreTrainedModel = _from_pretrained(name, revision, **options).eval()
+    return model
+
+
+def check_weights_fit(folder: Path) -> None:
+    """Raise `UserError` where `load_model` would, as far as names and shapes of tensors tell; no tensor is read."""
+    _from_pretrained(str(folder), "main", device_map="meta")
+
+
+def _from_pretrained(name: str, revision: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     folder = Path(resolve_model(name))
@@ -109,18 +121,16 @@ def load_model(
             model, info = AutoModelForCausalLM.from_pretrained(
                 resolve_model(name),
                 revision=revision,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # named below
+                **options,
             )
     except Exception as error:  # files of another shape make transformers raise errors of any kind
         raise _load_error("model", name, error) from error
     _check_fit(name, info)
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return model
 
 
 def _check_fit(name: str, info: dict[str, Any]) -> None:

@@ -186,7 +186,7 @@ def _parse_lines(files: list[Path], faults: list[Fault]) -> Iterator[_Row]:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter: brackets in thousands of brackets
                 faults.append(_Row(str(path), number, {}).fault(f"not valid JSON ({error})"))
                 continue
             if isinstance(value, dict):
@@ -198,8 +198,8 @@ def _parse_lines(files: list[Path], faults: list[Fault]) -> Iterator[_Row]:
 def _categories(manifest: dict[str, Any], manifest_path: Path, rows: list[_Row]) -> tuple[str, ...]:
     """From `probe_set.json`; without one, every text column that the first line has is a category."""
     if manifest:
-        if not isinstance(manifest.get("categories"), dict):
-            raise UserError(f"{manifest_path}: `categories` must map each category to its writer.")
+        if not isinstance(manifest.get("categories"), dict) or not manifest["categories"]:
+            raise UserError(f"{manifest_path}: `categories` must map each category, one at least, to its writer.")
         names = list(manifest["categories"])
     else:
         first = rows[0].value if rows else {}
