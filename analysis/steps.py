@@ -15,6 +15,8 @@ _WORDS = {
     EPOCH: r"epochs?",
 }
 _SEPARATOR = r"[-_=. :#]"
+_NO_POSITION = "".join(rf"(?<!{word}[-_. ])" for word in ("warmup", "max", "total", "num", "every", "save", "eval"))
+"""`warmup_steps100` names a setting, not where the training stood."""
 _ANY_NUMBER = re.compile(r"\d+")
 
 
@@ -61,7 +63,7 @@ def step_in(name: str) -> NamedStep:
 
 
 def _pattern(unit: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![a-z])(?:{_WORDS[unit]}){_SEPARATOR}*(\d+)", re.IGNORECASE)
+    return re.compile(rf"(?<![a-z]){_NO_POSITION}(?:{_WORDS[unit]}){_SEPARATOR}*(\d+)", re.IGNORECASE)
 
 
 def _plain_number(name: str, match: re.Match[str]) -> int:

@@ -23,6 +23,7 @@ RIGHT = {
     "step1000-lr2e-5": 1000, "step_size3-step100": 100,
 }  # fmt: skip
 ASKED = [
+    "warmup_steps100", "max_steps1000",
     "final", "base", "last", "main", "best", "checkpoint-last", "checkpoint-best", "step", "500", "0000500",
     "model-500", "tokens294B", "checkpoint-tokens4B", "footstep3", "timestep-7", "500steps", "a1b2c3d4", "step1.5",
     "step10k", "step1M", "checkpoint-1e3", "step1_000", "step1,000", "step100-200", "step_100_200",
