@@ -65,6 +65,7 @@ def analyze(
             model=group[0].model,
             train_category=group[0].train_category,
             order_seeds=", ".join(recording.order_seed for recording in group),
+            runs=", ".join(recording.name for recording in group),
         )
         for group in groups_of_runs(recordings)
     ]
@@ -181,21 +182,22 @@ def over_runs_text(table: pd.DataFrame) -> str:
     if table.empty:
         return ""
     blocks = []
-    for (model, trained, split), part in table.groupby(["model", "train_category", "split"], sort=False):
+    for (runs, split), part in table.groupby(["runs", "split"], sort=False):
         last = part[part["step"] == part["step"].max()]
+        first = last.iloc[0]
         head = (
-            f"mean of {last['num_runs'].iloc[0]} runs of {model} on {trained} that differ in their order seed alone "
-            f"({last['order_seeds'].iloc[0]}), {SPLIT_NAMES[str(split)]}, step {last['step'].iloc[0]}\n"
-            f"{'category':<22}{'change':>8}  {'other runs':<20}other runs and prompts"
+            f"mean of {first['num_runs']} runs of {first['model']} on {first['train_category']} that differ in their "
+            f"order seed alone ({first['order_seeds']}): {runs}\n"
+            f"{SPLIT_NAMES[str(split)]} that all runs scored at steps {part['step'].min()} and {first['step']}\n"
+            f"{'category':<22}{'docs':>6}{'change':>8}  {'other runs':<20}other runs and prompts"
         )
         lines = [
-            f"{str(row['category'])[:21]:<22}{row['change']:>+8.1f}  {_interval(row['low'], row['high']):<20}"
-            f"{_interval(row['both_low'], row['both_high'])}"
+            f"{str(row['category'])[:21]:<22}{row['num_docs']:>6}{_number(row['change'], '+.1f'):>8}  "
+            f"{_interval(row['low'], row['high']):<20}{_interval(row['both_low'], row['both_high'])}"
             for _, row in last.iterrows()
         ]
-        blocks.append(
-            "\n".join([head, *lines, *(f"! {note}" for note in few_runs_note(int(last["num_runs"].iloc[0])))])
-        )
+        notes = [*cluster_warnings(last), *few_runs_note(int(first["num_runs"]))]
+        blocks.append("\n".join([head, *lines, *(f"! {note}" for note in notes)]))
     return "\n\n".join(blocks)
 
 

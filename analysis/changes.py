@@ -157,11 +157,11 @@ def groups_of_runs(recordings: Sequence[Recording]) -> list[list[Recording]]:
 
 
 def table_over_runs(group: Sequence[Recording], measure: str, categories: Sequence[str] | None = None) -> pd.DataFrame:
-    """Changes averaged over runs, on the docs, categories and steps that all of them have; empty where there are none.
+    """Return changes averaged over runs, each point on the docs that all runs have there; empty where there are none.
 
-    Columns: `split category step change low high both_low both_high num_runs num_docs`. `low` to `high` is the
-    t-interval on run means (these prompts, other runs), `both_low` to `both_high` that of `over_runs_and_docs` (other
-    prompts too).
+    Columns: `split category step change low high both_low both_high num_runs num_docs effective_clusters
+    largest_cluster`. `low` to `high` is the t-interval on run means (these prompts, other runs), `both_low` to
+    `both_high` that of `over_runs_and_docs` (other prompts too).
     """
     tables = []
     for split in group[0].splits:
@@ -182,17 +182,18 @@ def _split_over_runs(cubes: list[Cube], measure: str) -> pd.DataFrame:
     if not doc_ids or len(steps) < 2 or any(item.steps[0] != steps[0] for item in cubes):
         return pd.DataFrame()
     changes = np.stack([_aligned(item, measure, doc_ids, steps) for item in cubes])  # [runs, docs, categories, steps]
-    complete = ~np.isnan(changes).any(axis=(0, 2, 3))
-    if not complete.any():
-        return pd.DataFrame()
-    changes = changes[:, complete]
-    clusters = first.clusters[[first.doc_ids.index(name) for name in doc_ids]][complete]
-    mean, _, low, high = over_runs(changes.mean(axis=1))
-    both = over_runs_and_docs(changes, renumber(clusters))
+    changes = np.where(np.isnan(changes).any(axis=0), np.nan, changes)
+    clusters = renumber(first.clusters[[first.doc_ids.index(name) for name in doc_ids]])
+    mean, _, low, high = over_runs(weighted_mean(np.moveaxis(changes, 1, 0)))
+    both = over_runs_and_docs(changes, clusters)
     table = pd.DataFrame(itertools.product(first.categories, steps), columns=["category", "step"])
-    columns = {"change": mean, "low": low, "high": high, "both_low": both.low, "both_high": both.high}
+    columns = {
+        "change": mean, "low": low, "high": high, "both_low": both.low, "both_high": both.high,
+        "num_docs": both.num_docs, "effective_clusters": both.effective_clusters,
+        "largest_cluster": both.largest_cluster,
+    }  # fmt: skip
     flat = {name: values.reshape(-1) for name, values in columns.items()}
-    return table.assign(**flat, num_runs=len(cubes), num_docs=int(complete.sum()))
+    return table.assign(**flat, num_runs=len(cubes))
 
 
 def _aligned(arrays: Cube, measure: str, doc_ids: list[str], steps: list[int]) -> Floats:

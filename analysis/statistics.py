@@ -339,11 +339,11 @@ def over_runs_and_docs(values: Floats, clusters: Ints) -> Estimate:
     """Estimate means where runs and docs are both samples; a single run gives the interval over docs alone.
 
     Args:
-        values: [runs, docs, points] or [runs, docs, categories, points], complete.
+        values: [runs, docs, points] or [runs, docs, categories, points]; NaN in all runs or in none.
         clusters: [docs] or [docs, categories]
     """
     found = estimate(values.mean(axis=0), clusters)
-    return add_runs(found, values.mean(axis=1)) if len(values) > 1 else found
+    return add_runs(found, weighted_mean(np.moveaxis(values, 1, 0))) if len(values) > 1 else found
 
 
 def slope(x: Floats, values: Floats, clusters: Ints) -> Estimate:
