@@ -12,15 +12,16 @@ from sft_probe.analysis.changes import change_table, groups_of_runs, table_over_
 from sft_probe.analysis.clusters import count_text
 from sft_probe.analysis.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.generations import generations_text
+from sft_probe.analysis.measures import PARTS
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.rows import write_parquet
-from sft_probe.analysis.verdict import cluster_warnings, verdict_table
+from sft_probe.analysis.verdict import cluster_warnings, share_text, verdict_table
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
 _HEAD = (
     f"{'category':<22}{'start':>8}{'change':>8}  {'95 % interval':<16}{'sign':>4}{'p (Holm)':>10}{'body':>8}"
-    f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>16}{'rank':>5}{'SE':>7}"
+    f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>24}{'rank':>5}{'SE':>7}"
 )
 
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
@@ -143,7 +144,8 @@ def sentences_of(rows: pd.DataFrame, contrasts: pd.DataFrame) -> list[str]:
 
 def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analysis) -> str:
     first = rows.iloc[0]
-    docs = f"{first['num_docs']} {SPLIT_NAMES[split]} in {count_text(rows['num_clusters'].to_numpy())}"
+    docs = count_text(rows["num_docs"].to_numpy(), SPLIT_NAMES[split])
+    docs += f" in {count_text(rows['num_clusters'].to_numpy())}"
     if recording.means is not None:
         docs = "means over an unknown number of prompts"
     return "\n".join(
@@ -162,14 +164,14 @@ def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analy
 
 def _line(row: pd.Series) -> str:
     interval = "-" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
-    shares = [row[f"share_{part}"] for part in ("first", "body", "eos")]
-    split = "-" if math.isnan(shares[0]) else "/".join(str(round(100 * share)) for share in shares) + " %"
+    shares = [share_text(row, part) for part in PARTS]
+    split = "-" if "-" in shares else "/".join(shares) + " %"
     numbers = {name: _number(row[name], "+.1f") for name in ("change", "body", "peak")}
     p_holm = "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.1g}" if row["p_holm"] >= 1e-4 else "<0.0001"
     return (
         f"{row['category'][:21]:<22}{row['start']:>8.1f}{numbers['change']:>8}  {interval:<16}{row['sign']:>4}"
         f"{p_holm:>10}{numbers['body']:>8}{numbers['peak']:>8} {row['peak_step']:<7}"
-        f"{_number(row['half_step'], '.1f'):>8}{split:>16}{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
+        f"{_number(row['half_step'], '.1f'):>8}{split:>24}{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
     )
 
 

@@ -12,6 +12,7 @@ from sft_probe.analysis.charts import table_rule
 from sft_probe.analysis.figure import Figure
 from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
+from sft_probe.analysis.statistics import weighted_mean
 from sft_probe.analysis.style import (
     Style,
     category_color,
@@ -79,7 +80,7 @@ def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
             {
                 "category": category, "label": style.label(category), "writer": str(writers.get(category, "?")),
                 "num_docs": len(arrays.doc_ids),
-                "mean_bytes": float(np.nanmean(arrays.at_start("num_bytes")[:, number])),
+                "mean_bytes": float(weighted_mean(arrays.at_start("num_bytes")[:, number, 0])),
                 **{f"q{100 * q:02.0f}": value for q, value in zip(_QUANTILES, quantiles, strict=True)},
                 "repeated": 1 - len(set(texts)) / len(texts) if texts else np.nan,
                 "leading_space": np.mean([text[:1].isspace() for text in texts]) if texts else np.nan,

@@ -15,10 +15,12 @@ import vl_convert
 from sft_probe.analysis.analyze import Analysis, analyze, notes_of, over_runs_text, sentences_of
 from sft_probe.analysis.figures import figures_of
 from sft_probe.analysis.generations import generations_text
+from sft_probe.analysis.measures import PARTS
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
 from sft_probe.analysis.report_docs import browser
 from sft_probe.analysis.run_figures import code_length_figure
 from sft_probe.analysis.style import Style
+from sft_probe.analysis.verdict import share_text
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
@@ -182,12 +184,12 @@ def _cells(row: "pd.Series[Any]") -> list[str]:
     def number(name: str, form: str) -> str:
         return "-" if math.isnan(row[name]) else format(row[name], form)
 
-    shares = [number(f"share_{part}", ".0%") for part in ("first", "body", "eos")]
+    shares = [share_text(row, part) for part in PARTS]
     interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
     return [
         str(row["category"]), str(row["num_docs"] or "?"), number("start", ".1f"), number("change", "+.1f"), interval,
         row["sign"], number("p_holm", ".2g"), number("body", "+.1f"), number("peak", "+.1f"), str(row["peak_step"]),
-        number("half_step", ".1f"), "-" if "-" in shares else " / ".join(shares), number("rank", ".0f"),
+        number("half_step", ".1f"), "-" if "-" in shares else " / ".join(shares) + " %", number("rank", ".0f"),
         number("stderr", ".2f"),
     ]  # fmt: skip
 

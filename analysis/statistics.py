@@ -45,6 +45,8 @@ class Estimate:
     critical: float
     """Half width of the band in standard errors"""
     num_docs: Ints
+    num_clusters: Ints
+    """Clusters with a doc that was measured"""
     effective_clusters: Floats
     """(sum of weights)^2 / sum of squared weights, over clusters: as many as there are if all weigh the same"""
     largest_cluster: Floats
@@ -103,6 +105,7 @@ class _Fit:
     mean: Floats
     stderr: Floats
     num_docs: Ints
+    num_clusters: Ints
     effective_clusters: Floats
     largest_cluster: Floats
     sums: _Sums
@@ -167,7 +170,7 @@ def estimate(
     )
     found = {
         name: np.stack([getattr(fit, name) for fit in fits]).reshape(values.shape[1:])
-        for name in ("mean", "stderr", "num_docs", "effective_clusters", "largest_cluster")
+        for name in ("mean", "stderr", "num_docs", "num_clusters", "effective_clusters", "largest_cluster")
     }
     nothing = np.full(values.shape[1:], np.nan)
     result = Estimate(
@@ -200,7 +203,7 @@ def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
         effective = total**2 / (sizes**2).sum(axis=0)
         largest = sizes.max(axis=0) / total
     return _Fit(
-        mean, stderr, (weights > 0).sum(axis=0), effective, largest,
+        mean, stderr, (weights > 0).sum(axis=0), count, effective, largest,
         _Sums(errors, sizes, errors**2, errors * sizes, sizes**2),
     )  # fmt: skip
 
@@ -344,6 +347,25 @@ def over_runs_and_docs(values: Floats, clusters: Ints) -> Estimate:
     """
     found = estimate(values.mean(axis=0), clusters)
     return add_runs(found, weighted_mean(np.moveaxis(values, 1, 0))) if len(values) > 1 else found
+
+
+def share(part: Floats, whole: Floats, clusters: Ints) -> Estimate:
+    """Estimate the mean of a part over the mean of the whole, of docs that have both, as a linearised ratio.
+
+    Unlike the denominators of `estimate`, the whole of a doc may be below 0.
+
+    Args:
+        part: [docs, points], or [docs, categories, points].
+        whole: of the same shape.
+        clusters: [docs] or [docs, categories]
+    """
+    present = ~(np.isnan(part) | np.isnan(whole))
+    part, whole = np.where(present, part, np.nan), np.where(present, whole, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = weighted_mean(whole)
+        value = weighted_mean(part) / total
+        errors = (part - value * whole) / total
+    return replace(estimate(np.where(np.isfinite(errors), errors, np.nan), clusters), mean=value)
 
 
 def slope(x: Floats, values: Floats, clusters: Ints) -> Estimate:

@@ -31,7 +31,7 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     result = sft_probe("analyze", run)
     assert result.returncode == 0, result.stderr
     for words in (
-        "chosen rose 13.0 nats by step 8, half of it by step 3; prompts only",
+        "chosen rose 13.0 nats by step 8, half of it by step 4; prompts only",
         "then fell to",
         "below its start; prompts only",
         "24 held-out prompts in 24 clusters",
@@ -110,6 +110,7 @@ def test_means_over_runs_are_of_the_docs_that_all_runs_have_and_of_one_setting(s
     assert result.stdout.count("mean of 2 runs of made-up") == 2, result.stderr
     for rate in (1e-5, 2e-5):
         assert f"alone (0, 1): rate{rate}-s0, rate{rate}-s1\n" in result.stdout
+    assert "; 5 to 30 held-out prompts in 5 to 30 clusters" in result.stdout
     over = result.stdout.partition("mean of 2 runs")[2]
     assert "under 10 effective clusters: rejected (5.0)" in over
     table = pd.read_csv(tmp_path / "out/over_runs.csv").query("step == 8")
