@@ -72,7 +72,8 @@ def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
         lengths = arrays.at_start("num_tokens")[:, number, 0]
         if np.isnan(lengths).all():
             lengths = arrays.at_start("num_bytes")[:, number, 0]
-        quantiles = np.nanquantile(lengths, _QUANTILES)
+        lengths = lengths[~np.isnan(lengths)]
+        quantiles = np.quantile(lengths, _QUANTILES) if len(lengths) else np.full(len(_QUANTILES), np.nan)
         texts = [
             recording.texts[name][category] for name in arrays.doc_ids if category in recording.texts.get(name, {})
         ]

@@ -156,6 +156,14 @@ def _manifest(recording: Recording) -> dict[str, Any]:
     return found | {name: arguments[name] for name in _ARGUMENTS if name in arguments}
 
 
+def _change_text(row: "pd.Series[Any]") -> str:
+    """Return the change with its interval in parentheses, as far as they are known."""
+    if math.isnan(row["change"]):
+        return ""
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
+    return f" ({row['change']:+.1f}{interval})"
+
+
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     """What rose, what fell and what did not, in one sentence, from the verdict on held-out prompts if there are any."""
     split = str(verdict["split"].iloc[0])
@@ -169,7 +177,7 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     ):
         if len(chosen):
             ordered = chosen.sort_values("change", ascending=False, key=abs)
-            names = [f"{row['category']} ({row['change']:+.1f})" for _, row in ordered.iterrows()]
+            names = [f"{row['category']}{_change_text(row)}" for _, row in ordered.iterrows()]
             parts.append(f"{', '.join(names)} {verb}")
     docs = f"{rows['num_docs'].max()} {SPLIT_NAMES[split]}"
     if not rows["num_docs"].max():

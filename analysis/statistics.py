@@ -141,7 +141,7 @@ def estimate(
     c the quantile of the largest |t| over all points (Montiel Olea & Plagborg-Moller 2019, doi:10.1002/jae.2656), drawn
     from the clusters that join those of every category with a band. Points with under `MIN_CLUSTERS` effective clusters
     have no band and stay out of the maximum; so do those whose change is made of so few docs that the bootstrap has no
-    variance.
+    variance. A point whose clusters all have the very same mean, other than 0, has no error: they look like copies.
 
     Args:
         values: [docs, points], or [docs, categories, points].
@@ -200,6 +200,8 @@ def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
         count = (sizes > 0).sum(axis=0)
         errors = sums - mean * sizes
         stderr = np.where(count > 1, np.sqrt((errors**2).sum(axis=0) * count / (count - 1)) / total, np.nan)
+        copies = (errors**2).sum(axis=0) <= 1e-24 * (sums**2).sum(axis=0)  # of one doc: they tell of no other
+        stderr[copies & (mean != 0)] = np.nan
         effective = total**2 / (sizes**2).sum(axis=0)
         largest = sizes.max(axis=0) / total
     return _Fit(

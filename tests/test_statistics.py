@@ -137,6 +137,14 @@ def test_one_cluster_has_a_mean_and_no_interval() -> None:
     assert np.isnan([found.stderr, found.low, found.band_low]).all()
 
 
+def test_copies_of_one_change_have_no_interval_and_no_change_at_all_has_one_of_no_width() -> None:
+    values = np.stack([np.full(24, 0.1), np.zeros(24), np.random.default_rng(0).normal(size=24)], axis=1)
+    found = estimate(values, np.arange(24), band=True)
+    assert list(np.isnan(found.low)) == [True, False, False]
+    assert (found.low[1], found.high[1]) == (0, 0)
+    assert np.isnan(found.p_values[0])
+
+
 def test_the_band_is_wider_than_one_interval_and_narrower_than_bonferroni() -> None:
     generator = np.random.default_rng(4)
     values = _trajectories(np.arange(100), 30, generator)

@@ -66,7 +66,7 @@ def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
     assert (omegas["low"] < omegas["omega"]).all()
     share = tables["shares"].set_index("row")["share"].to_dict()
     assert share["random"] == pytest.approx(3.0 / 4.0, abs=0.03)
-    assert "training on random gives 0.7" in result.stdout
+    assert "that training on random gives: 0.7" in result.stdout
     assert "3 runs: intervals for other runs and prompts hold the truth in 92%" in result.stdout
     against = tables["differences"].set_index(["row", "other"]).to_dict("index")["rejected", "chosen"]
     assert against["category"] == "chosen"
