@@ -12,15 +12,16 @@ from sft_probe.analysis.changes import change_table, groups_of_runs, table_over_
 from sft_probe.analysis.clusters import count_text
 from sft_probe.analysis.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.generations import generations_text
+from sft_probe.analysis.measures import PARTS
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.rows import write_parquet
-from sft_probe.analysis.verdict import cluster_warnings, verdict_table
+from sft_probe.analysis.verdict import cluster_warnings, share_text, verdict_table
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
 _HEAD = (
     f"{'category':<22}{'start':>8}{'change':>8}  {'95 % interval':<16}{'sign':>4}{'p (Holm)':>10}{'body':>8}"
-    f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>16}{'rank':>5}{'SE':>7}"
+    f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>24}{'rank':>5}{'SE':>7}"
 )
 
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
@@ -65,6 +66,7 @@ def analyze(
             model=group[0].model,
             train_category=group[0].train_category,
             order_seeds=", ".join(recording.order_seed for recording in group),
+            runs=", ".join(recording.name for recording in group),
         )
         for group in groups_of_runs(recordings)
     ]
@@ -142,7 +144,8 @@ def sentences_of(rows: pd.DataFrame, contrasts: pd.DataFrame) -> list[str]:
 
 def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analysis) -> str:
     first = rows.iloc[0]
-    docs = f"{first['num_docs']} {SPLIT_NAMES[split]} in {count_text(rows['num_clusters'].to_numpy())}"
+    docs = count_text(rows["num_docs"].to_numpy(), SPLIT_NAMES[split])
+    docs += f" in {count_text(rows['num_clusters'].to_numpy())}"
     if recording.means is not None:
         docs = "means over an unknown number of prompts"
     return "\n".join(
@@ -161,14 +164,14 @@ def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analy
 
 def _line(row: pd.Series) -> str:
     interval = "-" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
-    shares = [row[f"share_{part}"] for part in ("first", "body", "eos")]
-    split = "-" if math.isnan(shares[0]) else "/".join(str(round(100 * share)) for share in shares) + " %"
+    shares = [share_text(row, part) for part in PARTS]
+    split = "-" if "-" in shares else "/".join(shares) + " %"
     numbers = {name: _number(row[name], "+.1f") for name in ("change", "body", "peak")}
     p_holm = "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.1g}" if row["p_holm"] >= 1e-4 else "<0.0001"
     return (
         f"{row['category'][:21]:<22}{row['start']:>8.1f}{numbers['change']:>8}  {interval:<16}{row['sign']:>4}"
         f"{p_holm:>10}{numbers['body']:>8}{numbers['peak']:>8} {row['peak_step']:<7}"
-        f"{_number(row['half_step'], '.1f'):>8}{split:>16}{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
+        f"{_number(row['half_step'], '.1f'):>8}{split:>24}{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
     )
 
 
@@ -181,21 +184,22 @@ def over_runs_text(table: pd.DataFrame) -> str:
     if table.empty:
         return ""
     blocks = []
-    for (model, trained, split), part in table.groupby(["model", "train_category", "split"], sort=False):
+    for (runs, split), part in table.groupby(["runs", "split"], sort=False):
         last = part[part["step"] == part["step"].max()]
+        first = last.iloc[0]
         head = (
-            f"mean of {last['num_runs'].iloc[0]} runs of {model} on {trained} that differ in their order seed alone "
-            f"({last['order_seeds'].iloc[0]}), {SPLIT_NAMES[str(split)]}, step {last['step'].iloc[0]}\n"
-            f"{'category':<22}{'change':>8}  {'other runs':<20}other runs and prompts"
+            f"mean of {first['num_runs']} runs of {first['model']} on {first['train_category']} that differ in their "
+            f"order seed alone ({first['order_seeds']}): {runs}\n"
+            f"{SPLIT_NAMES[str(split)]} that all runs scored at steps {part['step'].min()} and {first['step']}\n"
+            f"{'category':<22}{'docs':>6}{'change':>8}  {'other runs':<20}other runs and prompts"
         )
         lines = [
-            f"{str(row['category'])[:21]:<22}{row['change']:>+8.1f}  {_interval(row['low'], row['high']):<20}"
-            f"{_interval(row['both_low'], row['both_high'])}"
+            f"{str(row['category'])[:21]:<22}{row['num_docs']:>6}{_number(row['change'], '+.1f'):>8}  "
+            f"{_interval(row['low'], row['high']):<20}{_interval(row['both_low'], row['both_high'])}"
             for _, row in last.iterrows()
         ]
-        blocks.append(
-            "\n".join([head, *lines, *(f"! {note}" for note in few_runs_note(int(last["num_runs"].iloc[0])))])
-        )
+        notes = [*cluster_warnings(last), *few_runs_note(int(first["num_runs"]))]
+        blocks.append("\n".join([head, *lines, *(f"! {note}" for note in notes)]))
     return "\n\n".join(blocks)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from sft_probe.analysis.clusters import renumber
-from sft_probe.analysis.measures import MEASURES, Cube
+from sft_probe.analysis.measures import MEASURES, PARTS, Cube
 from sft_probe.analysis.recordings import Recording
 from sft_probe.analysis.statistics import (
     Estimate,
@@ -16,6 +16,7 @@ from sft_probe.analysis.statistics import (
     estimate,
     over_runs,
     over_runs_and_docs,
+    share,
     weighted_mean,
 )
 from sft_probe.errors import UserError
@@ -33,10 +34,13 @@ def change_table(recording: Recording, categories: Sequence[str] | None = None) 
     """Return every change of one run: a row per split, category, step, measure and unit.
 
     Columns: `run split step_unit category step examples_seen epoch measure unit level change stderr low high band_low
-    band_high rest_low rest_high num_docs num_clusters effective_clusters largest_cluster p_value`. `change` is the mean
+    band_high rest_low rest_high share share_low share_high num_docs num_clusters effective_clusters
+    largest_cluster p_value`. `change` is the mean
     paired change from the first step; `low` to `high` its 95 % interval over prompts, `band_low` to `band_high` a 95 %
     band over all categories and steps of that measure. `rest_low` to `rest_high` is such a band of the change from
-    this step to the last, for `HEADLINES`. `num_docs` counts the docs that both steps have. `nats/body token` and
+    this step to the last, for `HEADLINES`. `share` with its interval is that of a part in the change of first token,
+    body and terminator, null where the interval of that whole holds 0. `num_docs` counts the docs that both steps have,
+    `num_clusters` their clusters. `nats/body token` and
     `nats/byte` are ratios of sums.
 
     Raises:
@@ -85,27 +89,38 @@ def _table_of_split(recording: Recording, split: str, arrays: Cube) -> pd.DataFr
         rest = None
         if measure in HEADLINES and unit == PER_RESPONSE:
             rest = estimate(values[:, :, -1:] - values, arrays.clusters, band=True)
-        tables.append(_rows(places, levels, found, rest).assign(measure=measure, unit=unit))
+        table = _rows(places, levels, found, rest)
+        if measure in PARTS and unit == PER_RESPONSE:
+            table = table.assign(**_shares(arrays, measure))
+        tables.append(table.assign(measure=measure, unit=unit))
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "run", recording.name)
     table.insert(1, "split", split)
     table.insert(2, "step_unit", recording.step_unit)
-    num_clusters = dict(zip(arrays.categories, (arrays.clusters.max(axis=0) + 1).tolist(), strict=True))
-    return table.assign(num_clusters=table["category"].map(num_clusters))
+    return table
 
 
 def _rows(places: pd.DataFrame, levels: Floats, found: Estimate, rest: Estimate | None) -> pd.DataFrame:
     columns = {
         "level": levels, "change": found.mean, "stderr": found.stderr, "low": found.low, "high": found.high,
         "band_low": found.band_low, "band_high": found.band_high, "num_docs": found.num_docs,
-        "effective_clusters": found.effective_clusters, "largest_cluster": found.largest_cluster,
-        "p_value": found.p_values,
+        "num_clusters": found.num_clusters, "effective_clusters": found.effective_clusters,
+        "largest_cluster": found.largest_cluster, "p_value": found.p_values,
     }  # fmt: skip
     nothing = np.full(levels.shape, np.nan)
-    columns |= {"rest_low": nothing, "rest_high": nothing}
+    columns |= dict.fromkeys(("rest_low", "rest_high", "share", "share_low", "share_high"), nothing)
     if rest is not None:
         columns |= {"rest_low": rest.band_low, "rest_high": rest.band_high}
     return places.assign(**{name: values.reshape(-1) for name, values in columns.items()})
+
+
+def _shares(arrays: Cube, part: str) -> dict[str, Floats]:
+    """Return the share of a part in the change of all parts with its interval, by point."""
+    whole = arrays.change("logprob_with_eos")
+    found = share(arrays.change(part), whole, arrays.clusters)
+    known = estimate(whole, arrays.clusters).has_sign
+    columns = {"share": found.mean, "share_low": found.low, "share_high": found.high}
+    return {name: np.where(known, values, np.nan).reshape(-1) for name, values in columns.items()}
 
 
 def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> pd.DataFrame:
@@ -121,7 +136,7 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
     start = means.groupby(["split", "category"])["value"].transform("first")
     unknown = (
         "stderr", "low", "high", "band_low", "band_high", "rest_low", "rest_high", "effective_clusters",
-        "largest_cluster", "p_value",
+        "largest_cluster", "p_value", "share", "share_low", "share_high",
     )  # fmt: skip
     table = means.rename(columns={"value": "level"}).assign(
         run=recording.name,
@@ -157,11 +172,11 @@ def groups_of_runs(recordings: Sequence[Recording]) -> list[list[Recording]]:
 
 
 def table_over_runs(group: Sequence[Recording], measure: str, categories: Sequence[str] | None = None) -> pd.DataFrame:
-    """Changes averaged over runs, on the docs, categories and steps that all of them have; empty where there are none.
+    """Return changes averaged over runs, each point on the docs that all runs have there; empty where there are none.
 
-    Columns: `split category step change low high both_low both_high num_runs num_docs`. `low` to `high` is the
-    t-interval on run means (these prompts, other runs), `both_low` to `both_high` that of `over_runs_and_docs` (other
-    prompts too).
+    Columns: `split category step change low high both_low both_high num_runs num_docs effective_clusters
+    largest_cluster`. `low` to `high` is the t-interval on run means (these prompts, other runs), `both_low` to
+    `both_high` that of `over_runs_and_docs` (other prompts too).
     """
     tables = []
     for split in group[0].splits:
@@ -182,17 +197,18 @@ def _split_over_runs(cubes: list[Cube], measure: str) -> pd.DataFrame:
     if not doc_ids or len(steps) < 2 or any(item.steps[0] != steps[0] for item in cubes):
         return pd.DataFrame()
     changes = np.stack([_aligned(item, measure, doc_ids, steps) for item in cubes])  # [runs, docs, categories, steps]
-    complete = ~np.isnan(changes).any(axis=(0, 2, 3))
-    if not complete.any():
-        return pd.DataFrame()
-    changes = changes[:, complete]
-    clusters = first.clusters[[first.doc_ids.index(name) for name in doc_ids]][complete]
-    mean, _, low, high = over_runs(changes.mean(axis=1))
-    both = over_runs_and_docs(changes, renumber(clusters))
+    changes = np.where(np.isnan(changes).any(axis=0), np.nan, changes)
+    clusters = renumber(first.clusters[[first.doc_ids.index(name) for name in doc_ids]])
+    mean, _, low, high = over_runs(weighted_mean(np.moveaxis(changes, 1, 0)))
+    both = over_runs_and_docs(changes, clusters)
     table = pd.DataFrame(itertools.product(first.categories, steps), columns=["category", "step"])
-    columns = {"change": mean, "low": low, "high": high, "both_low": both.low, "both_high": both.high}
+    columns = {
+        "change": mean, "low": low, "high": high, "both_low": both.low, "both_high": both.high,
+        "num_docs": both.num_docs, "effective_clusters": both.effective_clusters,
+        "largest_cluster": both.largest_cluster,
+    }  # fmt: skip
     flat = {name: values.reshape(-1) for name, values in columns.items()}
-    return table.assign(**flat, num_runs=len(cubes), num_docs=int(complete.sum()))
+    return table.assign(**flat, num_runs=len(cubes))
 
 
 def _aligned(arrays: Cube, measure: str, doc_ids: list[str], steps: list[int]) -> Floats:

@@ -43,7 +43,7 @@ def membership(clusters: Ints) -> sparse.csr_matrix:
     return sparse.csr_matrix((ones, (clusters, places)), (int(clusters.max()) + 1, len(clusters)))
 
 
-def count_text(num_clusters: Sequence[int] | Ints) -> str:
+def count_text(numbers: Sequence[int] | Ints, of: str = "clusters") -> str:
     """Return `24 clusters`, or `20 to 24 clusters` where categories differ."""
-    least, most = min(num_clusters), max(num_clusters)
-    return f"{most} clusters" if least == most else f"{least} to {most} clusters"
+    least, most = min(numbers), max(numbers)
+    return f"{most} {of}" if least == most else f"{least} to {most} {of}"

@@ -12,6 +12,7 @@ from sft_probe.analysis.charts import table_rule
 from sft_probe.analysis.figure import Figure
 from sft_probe.analysis.measures import Cube
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
+from sft_probe.analysis.statistics import weighted_mean
 from sft_probe.analysis.style import (
     Style,
     category_color,
@@ -71,7 +72,8 @@ def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
         lengths = arrays.at_start("num_tokens")[:, number, 0]
         if np.isnan(lengths).all():
             lengths = arrays.at_start("num_bytes")[:, number, 0]
-        quantiles = np.nanquantile(lengths, _QUANTILES)
+        lengths = lengths[~np.isnan(lengths)]
+        quantiles = np.quantile(lengths, _QUANTILES) if len(lengths) else np.full(len(_QUANTILES), np.nan)
         texts = [
             recording.texts[name][category] for name in arrays.doc_ids if category in recording.texts.get(name, {})
         ]
@@ -79,7 +81,7 @@ def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
             {
                 "category": category, "label": style.label(category), "writer": str(writers.get(category, "?")),
                 "num_docs": len(arrays.doc_ids),
-                "mean_bytes": float(np.nanmean(arrays.at_start("num_bytes")[:, number])),
+                "mean_bytes": float(weighted_mean(arrays.at_start("num_bytes")[:, number, 0])),
                 **{f"q{100 * q:02.0f}": value for q, value in zip(_QUANTILES, quantiles, strict=True)},
                 "repeated": 1 - len(set(texts)) / len(texts) if texts else np.nan,
                 "leading_space": np.mean([text[:1].isspace() for text in texts]) if texts else np.nan,

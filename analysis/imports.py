@@ -99,17 +99,15 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, str, tuple[str, ...]]:
 
 def _without_repeats(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines whose finite values are not all within 1e-3 of those of an earlier line that is returned."""
-    kept: list[dict[str, Any]] = []
-    values: dict[tuple[str, ...], list[list[float]]] = {}  # of the kept lines, by the keys that are finite
-    for line in lines:
-        finite = {key: float(value) for key, value in sorted(line.items()) if _is_finite(value)}
-        earlier = values.setdefault(tuple(finite), [])
-        own = list(finite.values())
-        if finite and earlier and (np.abs(np.array(earlier) - own) <= _REPEAT_TOLERANCE).all(axis=1).any():
-            continue
-        earlier.append(own)
-        kept.append(line)
-    return kept
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    values = np.array([[float(line[key]) if _is_finite(line.get(key)) else np.nan for key in keys] for line in lines])
+    kept: list[int] = []
+    for number, own in enumerate(values):
+        finite = np.isfinite(own)
+        near = np.abs(values[kept][:, finite] - own[finite]) <= _REPEAT_TOLERANCE  # never of what is not finite
+        if not (finite.any() and near.all(axis=1).any()):
+            kept.append(number)
+    return [lines[number] for number in kept]
 
 
 def _is_finite(value: object) -> bool:

@@ -15,10 +15,12 @@ import vl_convert
 from sft_probe.analysis.analyze import Analysis, analyze, notes_of, over_runs_text, sentences_of
 from sft_probe.analysis.figures import figures_of
 from sft_probe.analysis.generations import generations_text
+from sft_probe.analysis.measures import PARTS
 from sft_probe.analysis.recordings import SPLIT_NAMES, Recording
 from sft_probe.analysis.report_docs import browser
 from sft_probe.analysis.run_figures import code_length_figure
 from sft_probe.analysis.style import Style
+from sft_probe.analysis.verdict import share_text
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
@@ -154,6 +156,14 @@ def _manifest(recording: Recording) -> dict[str, Any]:
     return found | {name: arguments[name] for name in _ARGUMENTS if name in arguments}
 
 
+def _change_text(row: "pd.Series[Any]") -> str:
+    """Return the change with its interval in parentheses, as far as they are known."""
+    if math.isnan(row["change"]):
+        return ""
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
+    return f" ({row['change']:+.1f}{interval})"
+
+
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     """What rose, what fell and what did not, in one sentence, from the verdict on held-out prompts if there are any."""
     split = str(verdict["split"].iloc[0])
@@ -167,7 +177,7 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     ):
         if len(chosen):
             ordered = chosen.sort_values("change", ascending=False, key=abs)
-            names = [f"{row['category']} ({row['change']:+.1f})" for _, row in ordered.iterrows()]
+            names = [f"{row['category']}{_change_text(row)}" for _, row in ordered.iterrows()]
             parts.append(f"{', '.join(names)} {verb}")
     docs = f"{rows['num_docs'].max()} {SPLIT_NAMES[split]}"
     if not rows["num_docs"].max():
@@ -182,12 +192,12 @@ def _cells(row: "pd.Series[Any]") -> list[str]:
     def number(name: str, form: str) -> str:
         return "-" if math.isnan(row[name]) else format(row[name], form)
 
-    shares = [number(f"share_{part}", ".0%") for part in ("first", "body", "eos")]
+    shares = [share_text(row, part) for part in PARTS]
     interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
     return [
         str(row["category"]), str(row["num_docs"] or "?"), number("start", ".1f"), number("change", "+.1f"), interval,
         row["sign"], number("p_holm", ".2g"), number("body", "+.1f"), number("peak", "+.1f"), str(row["peak_step"]),
-        number("half_step", ".1f"), "-" if "-" in shares else " / ".join(shares), number("rank", ".0f"),
+        number("half_step", ".1f"), "-" if "-" in shares else " / ".join(shares) + " %", number("rank", ".0f"),
         number("stderr", ".2f"),
     ]  # fmt: skip
 

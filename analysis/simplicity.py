@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sft_probe.analysis.analyze import few_runs_note
 from sft_probe.analysis.clusters import Ints, cluster_ids
 from sft_probe.analysis.curves import half_bracket
 from sft_probe.analysis.recordings import Recording, load_recordings
 from sft_probe.analysis.statistics import Floats, over_runs, over_runs_and_docs
+from sft_probe.analysis.verdict import cluster_warnings
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 
@@ -61,9 +63,9 @@ class Simplicity:
     runs: pd.DataFrame
     """One row per run, `COLUMNS`, with the KL those of `at_matched_gain`; in nats unless the name says bits."""
     contrasts: pd.DataFrame
-    """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders low high`, each
-    row on the same texts; `low` and `high` end the 95 % interval over data orders and texts, in bits (of one order:
-    over texts alone)."""
+    """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders low high
+    effective_clusters largest_cluster`, each row on the same texts; `low` and `high` end the 95 % interval over data
+    orders and texts, in bits (of one order: over texts alone)."""
     notes: list[str]
 
 
@@ -152,7 +154,7 @@ def _contrasts(recordings: Sequence[Recording], losses: dict[str, pd.DataFrame],
     """Return the code lengths of `random` and `chosen_no_prompt` less that of `chosen`, on the same texts.
 
     Only runs of one model and probe set are compared, order by order; runs with a `--train_data` of their own have no
-    texts in common. Adds to `notes` why a run or the whole contrast is missing.
+    texts in common. Adds to `notes` why a run or the whole contrast is missing, and what its interval may not cover.
     """
     own = [recording for recording in recordings if not recording.manifest.get("train_data")]
     if len({(recording.model, recording.probe.get("probe_set_sha256")) for recording in own}) > 1:
@@ -174,9 +176,13 @@ def _contrasts(recordings: Sequence[Recording], losses: dict[str, pd.DataFrame],
         num_bytes = int(tables[0].loc[texts, "num_bytes"].sum())
         numbers = cluster_ids([clusters.get(text, text) for text in texts])
         rows.append({"train_category": other, "than": "chosen", **_difference((others - chosen), numbers, num_bytes)})
-    if not rows:
+    table = pd.DataFrame(rows)
+    if rows:
+        notes += cluster_warnings(table.rename(columns={"train_category": "category"}))
+        notes += few_runs_note(int(table["num_runs"].min()))
+    else:
         notes.append("no contrast on the same texts: it needs runs on chosen and on random or chosen_no_prompt")
-    return pd.DataFrame(rows)
+    return table
 
 
 def _coded_texts(
@@ -231,6 +237,8 @@ def _difference(nats: Floats, clusters: Ints, num_bytes: int) -> dict[str, objec
         "high_orders": high_orders[0],
         "low": joint.low[0] * num_texts,
         "high": joint.high[0] * num_texts,
+        "effective_clusters": joint.effective_clusters[0],
+        "largest_cluster": joint.largest_cluster[0],
     }
 
 

@@ -45,6 +45,8 @@ class Estimate:
     critical: float
     """Half width of the band in standard errors"""
     num_docs: Ints
+    num_clusters: Ints
+    """Clusters with a doc that was measured"""
     effective_clusters: Floats
     """(sum of weights)^2 / sum of squared weights, over clusters: as many as there are if all weigh the same"""
     largest_cluster: Floats
@@ -103,6 +105,7 @@ class _Fit:
     mean: Floats
     stderr: Floats
     num_docs: Ints
+    num_clusters: Ints
     effective_clusters: Floats
     largest_cluster: Floats
     sums: _Sums
@@ -138,7 +141,7 @@ def estimate(
     c the quantile of the largest |t| over all points (Montiel Olea & Plagborg-Moller 2019, doi:10.1002/jae.2656), drawn
     from the clusters that join those of every category with a band. Points with under `MIN_CLUSTERS` effective clusters
     have no band and stay out of the maximum; so do those whose change is made of so few docs that the bootstrap has no
-    variance.
+    variance. A point whose clusters all have the very same mean, other than 0, has no error: they look like copies.
 
     Args:
         values: [docs, points], or [docs, categories, points].
@@ -167,7 +170,7 @@ def estimate(
     )
     found = {
         name: np.stack([getattr(fit, name) for fit in fits]).reshape(values.shape[1:])
-        for name in ("mean", "stderr", "num_docs", "effective_clusters", "largest_cluster")
+        for name in ("mean", "stderr", "num_docs", "num_clusters", "effective_clusters", "largest_cluster")
     }
     nothing = np.full(values.shape[1:], np.nan)
     result = Estimate(
@@ -197,10 +200,12 @@ def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
         count = (sizes > 0).sum(axis=0)
         errors = sums - mean * sizes
         stderr = np.where(count > 1, np.sqrt((errors**2).sum(axis=0) * count / (count - 1)) / total, np.nan)
+        copies = (errors**2).sum(axis=0) <= 1e-24 * (sums**2).sum(axis=0)  # of one doc: they tell of no other
+        stderr[copies & (mean != 0)] = np.nan
         effective = total**2 / (sizes**2).sum(axis=0)
         largest = sizes.max(axis=0) / total
     return _Fit(
-        mean, stderr, (weights > 0).sum(axis=0), effective, largest,
+        mean, stderr, (weights > 0).sum(axis=0), count, effective, largest,
         _Sums(errors, sizes, errors**2, errors * sizes, sizes**2),
     )  # fmt: skip
 
@@ -339,11 +344,30 @@ def over_runs_and_docs(values: Floats, clusters: Ints) -> Estimate:
     """Estimate means where runs and docs are both samples; a single run gives the interval over docs alone.
 
     Args:
-        values: [runs, docs, points] or [runs, docs, categories, points], complete.
+        values: [runs, docs, points] or [runs, docs, categories, points]; NaN in all runs or in none.
         clusters: [docs] or [docs, categories]
     """
     found = estimate(values.mean(axis=0), clusters)
-    return add_runs(found, values.mean(axis=1)) if len(values) > 1 else found
+    return add_runs(found, weighted_mean(np.moveaxis(values, 1, 0))) if len(values) > 1 else found
+
+
+def share(part: Floats, whole: Floats, clusters: Ints) -> Estimate:
+    """Estimate the mean of a part over the mean of the whole, of docs that have both, as a linearised ratio.
+
+    Unlike the denominators of `estimate`, the whole of a doc may be below 0.
+
+    Args:
+        part: [docs, points], or [docs, categories, points].
+        whole: of the same shape.
+        clusters: [docs] or [docs, categories]
+    """
+    present = ~(np.isnan(part) | np.isnan(whole))
+    part, whole = np.where(present, part, np.nan), np.where(present, whole, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = weighted_mean(whole)
+        value = weighted_mean(part) / total
+        errors = (part - value * whole) / total
+    return replace(estimate(np.where(np.isfinite(errors), errors, np.nan), clusters), mean=value)
 
 
 def slope(x: Floats, values: Floats, clusters: Ints) -> Estimate:

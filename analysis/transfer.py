@@ -138,7 +138,10 @@ def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], in
     for change in changes.values():
         complete &= ~np.isnan(change).any(axis=(1, 2))
     if not complete.any():
-        raise UserError("no doc has body log-probs in all runs; they come from `sft-probe sweep` or the live probe.")
+        raise UserError(
+            "no doc has body log-probs of all common categories at all common steps in every run: scores are missing, "
+            "or were made by a model without them; `sft-probe sweep` and the live probe give them."
+        )
     clusters = renumber(first.clusters[index][complete])
     gains = [
         Gains(

@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from sft_probe.analysis.changes import PER_RESPONSE
-from sft_probe.analysis.curves import half_step
+from sft_probe.analysis.curves import half_bracket, half_step
 from sft_probe.analysis.measures import PARTS
 from sft_probe.analysis.statistics import MAX_CLUSTER_SHARE, MIN_CLUSTERS, Bools, holm
 
@@ -22,7 +22,7 @@ _BY = {
 COLUMNS = [
     "run", "split", "category", "num_docs", "num_clusters", "first_step", "last_step", "start", "change", "low", "high",
     "stderr", "effective_clusters", "largest_cluster", "sign", "p_holm", "body", "peak", "peak_step", "half_step",
-    "share_first", "share_body", "share_eos", "rank", "moved", "measure", "sentence",
+    *(f"share_{part}{end}" for part in PARTS for end in ("", "_low", "_high")), "rank", "moved", "measure", "sentence",
 ]  # fmt: skip
 
 
@@ -33,7 +33,8 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
     step, adjusted by Holm over the categories of a run and split (`p_holm`). `peak` is the turn that the sentence tells
     of, else the largest change by size; `half_step` the step at which the curve, linear between steps, first reaches
     half of the last change (only where that has a sign). Shares are those of first token, body and terminator in the
-    change of all three; null where the interval of that holds 0. `rank` 1 rose most; `moved` says whether the last
+    change of all three with their intervals; null where the interval of that holds 0. `rank` 1 rose most; `moved` says
+    whether the last
     change is certain. A sentence tells of a turn where the bands of the change up to it and from it exclude 0.
     """
     rows = []
@@ -81,15 +82,21 @@ def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, o
 
 
 def _shares(parts: pd.DataFrame, step: int) -> dict[str, float]:
-    last = parts[parts["step"] == step]
-    change = dict(zip(last["measure"], last["change"].astype(float), strict=True))
-    whole = last[last["measure"] == "logprob_with_eos"]
-    has_sign = bool((whole["low"] * whole["high"] > 0).any())
-    shares = {
-        f"share_{name}": change.get(name, math.nan) / change["logprob_with_eos"] if has_sign else math.nan
-        for name in PARTS
-    }
-    return {**shares, "body": change.get("body", math.nan)}
+    last = parts[parts["step"] == step].set_index("measure")
+    ends = ("", "_low", "_high")
+    shares = {f"share_{name}{end}": float(last[f"share{end}"].get(name, math.nan)) for name in PARTS for end in ends}
+    return {**shares, "body": float(last["change"].get("body", math.nan))}
+
+
+def share_text(row: pd.Series, part: str) -> str:
+    """Return a share in percent with the half width of its 95 % interval, the wider one, or -.
+
+    Args:
+        row: of the verdict.
+        part: one of `PARTS`.
+    """
+    share, low, high = (row[f"share_{part}{end}"] for end in ("", "_low", "_high"))
+    return "-" if math.isnan(low) else f"{100 * share:.0f}±{100 * max(high - share, share - low):.0f}"
 
 
 def sentence(curve: pd.DataFrame, sign: str) -> str:
@@ -115,11 +122,9 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
         return f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
     if not certain:
         return f"{name} did not move for certain ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
-    half = half_step(x.tolist(), y.tolist())
-    return (
-        f"{name} {'rose' if y[-1] > 0 else 'fell'} {abs(y[-1]):.1f} nats {by} {x[-1]}, half of it {by} "
-        f"{math.ceil(half)}; {scope}"
-    )
+    _, half = half_bracket(x.tolist(), y.tolist())
+    moved = f"{name} {'rose' if y[-1] > 0 else 'fell'} {abs(y[-1]):.1f} nats {by} {x[-1]}"
+    return f"{moved}, half of it {by} {half:.0f}; {scope}"
 
 
 def cluster_warnings(rows: pd.DataFrame) -> list[str]:

@@ -31,7 +31,7 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     result = sft_probe("analyze", run)
     assert result.returncode == 0, result.stderr
     for words in (
-        "chosen rose 13.0 nats by step 8, half of it by step 3; prompts only",
+        "chosen rose 13.0 nats by step 8, half of it by step 4; prompts only",
         "then fell to",
         "below its start; prompts only",
         "24 held-out prompts in 24 clusters",
@@ -93,6 +93,32 @@ def test_several_runs_are_averaged_and_shown_with_both_kinds_of_noise(sft_probe:
     half = 4.302653 * means.std().reindex(table.index) / np.sqrt(3)  # t quantile of 2 degrees of freedom
     np.testing.assert_allclose(table["high"] - table["change"], half, atol=1e-3)
     assert (table["both_high"] - table["both_low"] > 0).all()
+
+
+def test_means_over_runs_are_of_the_docs_that_all_runs_have_and_of_one_setting(sft_probe: Run, tmp_path: Path) -> None:
+    runs = []
+    for rate in (1e-5, 2e-5):
+        for seed in range(2):
+            run = write_run(
+                tmp_path / f"rate{rate}-s{seed}", seed=seed, num_docs=30, order_seed=seed,
+                omit=lambda row: row["category"] == "rejected" and int(row["doc_id"][1:]) >= 5,
+            )  # fmt: skip
+            manifest = json.loads((run / "manifest.json").read_text()) | {"arguments": {"learning_rate": rate}}
+            (run / "manifest.json").write_text(json.dumps(manifest))
+            runs.append(run)
+    result = sft_probe("analyze", *runs, "--out", tmp_path / "out")
+    assert result.stdout.count("mean of 2 runs of made-up") == 2, result.stderr
+    for rate in (1e-5, 2e-5):
+        assert f"alone (0, 1): rate{rate}-s0, rate{rate}-s1\n" in result.stdout
+    assert "; 5 to 30 held-out prompts in 5 to 30 clusters" in result.stdout
+    over = result.stdout.partition("mean of 2 runs")[2]
+    assert "under 10 effective clusters: rejected (5.0)" in over
+    table = pd.read_csv(tmp_path / "out/over_runs.csv").query("step == 8")
+    assert dict(zip(table["category"], table["num_docs"], strict=True)) == {
+        "chosen": 30, "rejected": 5, "non_response": 30,
+    }  # fmt: skip
+    means = pd.read_csv(tmp_path / "out/verdict.csv").groupby("category")["change"].mean()
+    np.testing.assert_allclose(table["change"], means.reindex(table["category"]), atol=1e-5)
 
 
 @needs_shared
@@ -244,6 +270,18 @@ def test_a_forerunners_metric_file(sft_probe: Run, tmp_path: Path) -> None:
     assert verdict["change"].to_dict() == pytest.approx({"chosen": 43.0, "reject_gptformat": 36.5})
     assert set(verdict["split"]) == {"train"}
     assert "keys left out (no log-prob of a category, or not finite in every line): p_e" in result.stdout
+
+
+def test_a_repeated_line_that_lost_a_key_or_a_number_is_a_repeat(tmp_path: Path) -> None:
+    lines = [{f"logps_eval_prob_train/{name}": -9.0 * step for name in ("chosen", "rejected")} for step in range(3)]
+    partial, not_finite = dict(list(lines[1].items())[:1]), lines[2] | {"logps_eval_prob_train/rejected": math.nan}
+    path = tmp_path / "prob_train_metrics.json"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, partial, not_finite]))
+    recording = load_recording(path)
+    assert recording.means is not None
+    assert set(recording.means["category"]) == {"chosen", "rejected"}
+    assert set(recording.means["step"]) == {0, 1, 2}
+    assert "2 of 5 lines repeat an earlier evaluation and were dropped" in recording.notes
 
 
 @given(

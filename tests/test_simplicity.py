@@ -113,6 +113,7 @@ def test_the_contrast_is_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> No
     assert "random costs +415 bits" in text
     assert table["low"] <= table["low_orders"] <= 12.0 * 24 / math.log(2) <= table["high_orders"] <= table["high"]
     assert "for other orders and texts" in text
+    assert "! 3 runs: intervals for other runs and prompts hold the truth in 92%" in text
 
 
 def test_runs_without_prompts_gain_on_their_responses(sft_probe: Run, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from sft_probe.analysis.statistics import (
     over_runs,
     over_runs_and_docs,
     pair_mean,
+    share,
     slope,
 )
 
@@ -136,6 +137,14 @@ def test_one_cluster_has_a_mean_and_no_interval() -> None:
     assert np.isnan([found.stderr, found.low, found.band_low]).all()
 
 
+def test_copies_of_one_change_have_no_interval_and_no_change_at_all_has_one_of_no_width() -> None:
+    values = np.stack([np.full(24, 0.1), np.zeros(24), np.random.default_rng(0).normal(size=24)], axis=1)
+    found = estimate(values, np.arange(24), band=True)
+    assert list(np.isnan(found.low)) == [True, False, False]
+    assert (found.low[1], found.high[1]) == (0, 0)
+    assert np.isnan(found.p_values[0])
+
+
 def test_the_band_is_wider_than_one_interval_and_narrower_than_bonferroni() -> None:
     generator = np.random.default_rng(4)
     values = _trajectories(np.arange(100), 30, generator)
@@ -210,6 +219,33 @@ def test_a_slope_is_that_of_statsmodels() -> None:
         assert [found.mean[point], found.stderr[point]] == pytest.approx(
             [fit.params[1], fit.bse[1] * without_intercept]
         )
+
+
+def _parts(num_docs: int, num_points: int, generator: np.random.Generator) -> tuple[Floats, Floats]:
+    """[docs, points] of a part and of a whole of mean -2 that is above 0 for some docs; the share is 0.25."""
+    whole = -2 + 1.5 * (generator.exponential(size=(num_docs, num_points)) - 1)
+    return 0.25 * whole + 0.5 * generator.normal(size=whole.shape), whole
+
+
+def test_a_share_is_the_ratio_of_means_with_the_delta_method() -> None:
+    part, whole = _parts(40, 3, np.random.default_rng(8))
+    part[3, 1] = np.nan
+    found = share(part, whole, np.arange(40) // 2)
+    for point in range(3):
+        rows = np.delete(np.arange(40), 3) if point == 1 else np.arange(40)
+        value = part[rows, point].sum() / whole[rows, point].sum()
+        sums = np.bincount(rows // 2, part[rows, point] - value * whole[rows, point])
+        error = math.sqrt((sums**2).sum() * 20 / 19) / abs(whole[rows, point].sum())
+        assert [found.mean[point], found.stderr[point]] == pytest.approx([value, error])
+    flipped = share(-part, -whole, np.arange(40) // 2)
+    np.testing.assert_allclose([flipped.low, flipped.high], [found.low, found.high])
+
+
+def test_the_interval_of_a_share_covers() -> None:
+    part, whole = _parts(32, 2000, np.random.default_rng(9))
+    found = share(part, whole, np.arange(32))
+    low, high = _bounds(2000)
+    assert low <= ((found.low <= 0.25) & (found.high >= 0.25)).mean() <= high
 
 
 def test_pairs_of_disjoint_docs_are_independent() -> None:

@@ -1,5 +1,6 @@
 """Transfer: closed forms, known runs, and the null of disjoint halves."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import Run, user_error
-from score_files import NUM_TOKENS, write_run
+from score_files import CURVES, NUM_TOKENS, write_run
 
 from sft_probe.analysis.curves import crossing
 from sft_probe.analysis.transfer_maths import divide, omega, selectivity
@@ -65,7 +66,7 @@ def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
     assert (omegas["low"] < omegas["omega"]).all()
     share = tables["shares"].set_index("row")["share"].to_dict()
     assert share["random"] == pytest.approx(3.0 / 4.0, abs=0.03)
-    assert "training on random gives 0.7" in result.stdout
+    assert "that training on random gives: 0.7" in result.stdout
     assert "3 runs: intervals for other runs and prompts hold the truth in 92%" in result.stdout
     against = tables["differences"].set_index(["row", "other"]).to_dict("index")["rejected", "chosen"]
     assert against["category"] == "chosen"
@@ -122,7 +123,17 @@ def test_omega_without_a_gain_is_not_defined(sft_probe: Run, tmp_path: Path) -> 
     still = _write(tmp_path / "still", "chosen", seed=2, scale=0.0)
     rows = (f"chosen={still}", _write(tmp_path, "random", seed=3))
     result = sft_probe("transfer", "--runs", *rows, "--out", tmp_path / "share")
-    assert "training on random gives not defined" in result.stdout, result.stderr
+    assert "that training on random gives: not defined" in result.stdout, result.stderr
+
+
+def test_one_doc_gives_no_interval_and_one_category_no_selectivity(sft_probe: Run, tmp_path: Path) -> None:
+    one = {"chosen": CURVES["chosen"]}
+    runs = [write_run(tmp_path / f"r{seed}", curves=one, num_docs=1, seed=seed) for seed in range(2)]
+    named = [f"{name}={run}" for name, run in zip(("chosen", "other"), runs, strict=True)]
+    text = sft_probe("transfer", "--runs", *named, "--out", tmp_path / "out").stdout
+    assert "nan" not in text
+    assert "(no interval) nats per body token more on chosen" in text
+    assert re.search(r"chosen +1 +\+\d\.\d{3}\?  not defined \(one category\)", text), text
 
 
 def test_what_cannot_be_compared(sft_probe: Run, tmp_path: Path) -> None:
