@@ -23,6 +23,7 @@ test-full: env
 lint: env
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 
 types: env
 	$(BIN)/mypy

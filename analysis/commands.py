@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.flags import names, positive, shard
+from sft_probe.options import names, positive, shard
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _points(text: str) -> float:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.analyze import analyze, default_folder, verdict_text, write_analysis
+    from sft_probe.analysis.stats.analyze import analyze, default_folder, verdict_text, write_analysis
 
     analysis = analyze(options.runs, include_eos=options.include_eos, categories=options.categories)
     print(verdict_text(analysis))  # noqa: T201
@@ -101,8 +101,8 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     try:
-        from sft_probe.analysis.figures import plot
-        from sft_probe.analysis.style import DEFAULT_WIDTH, Style, read_labels
+        from sft_probe.analysis.figures.plot import plot
+        from sft_probe.analysis.figures.style import DEFAULT_WIDTH, Style, read_labels
     except ImportError as error:
         raise _needs_report(error) from error
     style = Style(
@@ -128,7 +128,7 @@ def _needs_report(error: ImportError) -> UserError:
 
 def _report(options: argparse.Namespace) -> None:
     try:
-        from sft_probe.analysis.report import report
+        from sft_probe.analysis.report.html import report
     except ImportError as error:
         raise _needs_report(error) from error
     for path in report(
@@ -142,15 +142,15 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _simplicity(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.simplicity import simplicity, write_simplicity
-    from sft_probe.analysis.simplicity_text import simplicity_text
+    from sft_probe.analysis.report.simplicity_text import simplicity_text
+    from sft_probe.analysis.studies.simplicity import simplicity, write_simplicity
 
     found = simplicity(options.runs, with_kl=options.kl)
     print(simplicity_text(found))  # noqa: T201
     if options.out:
         written = write_simplicity(found, options.out)
         try:
-            from sft_probe.analysis.simplicity_figure import plot_simplicity
+            from sft_probe.analysis.figures.simplicity import plot_simplicity
         except ImportError as error:
             raise _needs_report(error) from error
         for path in [*written, *plot_simplicity(found, options.out)]:
@@ -158,8 +158,8 @@ def _simplicity(options: argparse.Namespace) -> None:
 
 
 def _transfer(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.transfer import transfer, write_transfer
-    from sft_probe.analysis.transfer_text import transfer_text
+    from sft_probe.analysis.report.transfer_text import transfer_text
+    from sft_probe.analysis.studies.transfer import transfer, write_transfer
 
     runs = options.runs or _train_rows(options)
     if options.shard[1] > 1:
@@ -168,7 +168,7 @@ def _transfer(options: argparse.Namespace) -> None:
     print(transfer_text(found))  # noqa: T201
     written = write_transfer(found, options.out)
     try:
-        from sft_probe.analysis.transfer_figures import plot_transfer
+        from sft_probe.analysis.figures.transfer import plot_transfer
     except ImportError as error:
         raise _needs_report(error) from error
     for path in [*written, *plot_transfer(found, options.out)]:
@@ -176,7 +176,7 @@ def _transfer(options: argparse.Namespace) -> None:
 
 
 def _train_rows(options: argparse.Namespace) -> list[str]:
-    from sft_probe.analysis.transfer_runs import train_rows
+    from sft_probe.analysis.studies.training_runs import train_rows
 
     if options.recipe is None:
         raise UserError("--rows needs --recipe, that of `sft-probe train`.")

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
-from sft_probe.packing import Item
+from sft_probe.scoring.packing import Item
 
 Sums = npt.NDArray[np.float64]
 

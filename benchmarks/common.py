@@ -12,9 +12,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from sft_probe.files import jsonl_lines
-from sft_probe.packing import Item
+from sft_probe.probe_set import Doc
 from sft_probe.prompts import EncodedDoc, PromptFormat, encode_doc, terminator_id
-from sft_probe.records import Doc
+from sft_probe.scoring.packing import Item
 from sft_probe.synth.hh import parse_prompt
 from sft_probe.tasks.lm import ProbeLM
 

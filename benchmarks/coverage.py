@@ -14,12 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sft_probe.analysis.changes import change_table
-from sft_probe.analysis.clusters import Ints
-from sft_probe.analysis.contrasts import MIN_PAIR_CLUSTERS
-from sft_probe.analysis.measures import MEASURES
-from sft_probe.analysis.recordings import Recording
-from sft_probe.analysis.statistics import (
+from sft_probe.analysis.stats.changes import change_table
+from sft_probe.analysis.stats.clusters import Ints
+from sft_probe.analysis.stats.contrasts import MIN_PAIR_CLUSTERS
+from sft_probe.analysis.stats.intervals import (
     MAX_CLUSTER_SHARE,
     MIN_CLUSTERS,
     Bools,
@@ -30,8 +28,10 @@ from sft_probe.analysis.statistics import (
     pair_mean,
     slope,
 )
-from sft_probe.analysis.transfer_maths import Cell, delta, difference, omega, ratio
-from sft_probe.analysis.verdict import verdict_table
+from sft_probe.analysis.stats.measures import MEASURES
+from sft_probe.analysis.stats.runs import Recording
+from sft_probe.analysis.stats.verdict import verdict_table
+from sft_probe.analysis.studies.transfer_maths import Cell, delta, difference, omega, ratio
 
 NOISES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Floats]] = {
     "normal": lambda generator, shape: generator.normal(size=shape),

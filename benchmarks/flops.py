@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from common import timed
 
-from sft_probe.packing import Item
+from sft_probe.scoring.packing import Item
 
 
 def _rate(call: Callable[[], Any], flops: float, device: str, repeats: int) -> float:

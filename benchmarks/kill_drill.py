@@ -22,11 +22,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sft_probe.files import write_jsonl
-from sft_probe.synth.limits import BudgetSpentError, Limits
-from sft_probe.synth.prices import Price
-from sft_probe.synth.requests import Request
-from sft_probe.synth.run import obtain
-from sft_probe.synth.store import Store
+from sft_probe.synth.asking.limits import BudgetSpentError, Limits
+from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.protocol import Request
+from sft_probe.synth.asking.run import obtain
+from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers.gemini import GeminiWriter
 
 SERVER = Path(__file__).resolve().parents[1] / "tests/gemini_server.py"

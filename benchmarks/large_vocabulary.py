@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
-from sft_probe.packing import Item
+from sft_probe.scoring.packing import Item
 
 VOCAB_SIZE = 151936
 NUM_CONTINUATIONS = 7

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_probe.synth.limits import Limits
-from sft_probe.synth.prices import Price
-from sft_probe.synth.requests import Answer, Request
-from sft_probe.synth.run import obtain
-from sft_probe.synth.store import Store
+from sft_probe.synth.asking.limits import Limits
+from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.protocol import Answer, Request
+from sft_probe.synth.asking.run import obtain
+from sft_probe.synth.asking.store import Store
 
 SERVER = Path(__file__).resolve().parents[1] / "tests/gemini_server.py"
 WORDS = "the quick brown fox jumps over the lazy dog and then sits down to think about what it has done "

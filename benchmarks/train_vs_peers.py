@@ -20,8 +20,8 @@ from trl import SFTConfig, SFTTrainer
 
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
+from sft_probe.probe_set import load_probe_set
 from sft_probe.prompts import PromptFormat, terminator_id
-from sft_probe.records import load_probe_set
 from sft_probe.train.data import PadRight, TrainingExamples, build_examples
 from sft_probe.train.losses import LossLog
 from sft_probe.train.mixture import assign, parse_mixture

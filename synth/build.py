@@ -10,16 +10,16 @@ from typing import Any
 from sft_probe.errors import UserError
 from sft_probe.prompts import PromptFormat
 from sft_probe.synth import first_rule
+from sft_probe.synth.asking.protocol import Answer, Request
+from sft_probe.synth.asking.trial import Trial
 from sft_probe.synth.categories import Template, load_templates, make_requests, permuted, read_topics, topic_of
-from sft_probe.synth.checks import fault_of
+from sft_probe.synth.checks.checks import fault_of
+from sft_probe.synth.checks.words import count_words
 from sft_probe.synth.from_table import add_random
 from sft_probe.synth.opinion import FAULT, fault_in, opinion_request
 from sft_probe.synth.report import NearDuplicates
-from sft_probe.synth.requests import Answer, Request
 from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
 from sft_probe.synth.splits import RULE, check_sizes, conversation_id, draw_key, split_pairs
-from sft_probe.synth.trial import Trial
-from sft_probe.synth.words import count_words
 
 UNTRAINED_TEMPLATE = "untrained@1"
 Obtain = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]

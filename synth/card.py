@@ -10,8 +10,8 @@ import pandas as pd
 import yaml
 
 from sft_probe.files import new_file, write_text
-from sft_probe.records import SPLITS
-from sft_probe.synth.words import count_words
+from sft_probe.probe_set import SPLITS
+from sft_probe.synth.checks.words import count_words
 
 log = logging.getLogger(__name__)
 FIGURE = "lengths.png"

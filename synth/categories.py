@@ -16,10 +16,10 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft_probe.errors import UserError
+from sft_probe.synth.asking.protocol import Request
+from sft_probe.synth.checks.words import count_words
 from sft_probe.synth.hh import Messages, Pair
-from sft_probe.synth.requests import Request
 from sft_probe.synth.sources import SourcePair
-from sft_probe.synth.words import count_words
 
 SOURCE_OF = {
     "paraphrase": "rejected",

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_probe import flags
+from sft_probe import options as flags
 from sft_probe.errors import UserError
 
 if TYPE_CHECKING:
-    from sft_probe.synth.batch import BatchWriter
+    from sft_probe.synth.asking.batch import BatchWriter
+    from sft_probe.synth.asking.limits import Limits
+    from sft_probe.synth.asking.protocol import Answer, Named, Request, Writer
+    from sft_probe.synth.asking.store import Store
     from sft_probe.synth.build import Plan
-    from sft_probe.synth.limits import Limits
-    from sft_probe.synth.requests import Answer, Named, Request, Writer
-    from sft_probe.synth.store import Store
     from sft_probe.synth.writers.hf import HfWriter
 
     AnyWriter = Writer | BatchWriter
@@ -78,11 +78,11 @@ def add_synth(command: argparse.ArgumentParser) -> None:
 
 
 def _synth(options: argparse.Namespace) -> None:
+    from sft_probe.synth.asking.store import Store
     from sft_probe.synth.build import Settings, make_plan
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
     from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_rejected
     from sft_probe.synth.sources import Rejected
-    from sft_probe.synth.store import Store
 
     if not options.source or not options.writer or not options.out:
         raise UserError("synth needs --source, --writer and --out; or: sft-probe synth status DIR.")
@@ -119,9 +119,9 @@ def _write(
     options: argparse.Namespace, plan: "Plan", store: "Store", writer: "AnyWriter", untrained: "HfWriter | None"
 ) -> None:
     """Have the texts of a plan written, and write the set."""
+    from sft_probe.synth.asking.trial import UselessRunError
     from sft_probe.synth.build import UNTRAINED_TEMPLATE, make_docs, write_texts, write_untrained
     from sft_probe.synth.output import write_set
-    from sft_probe.synth.trial import UselessRunError
 
     _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
     keys: set[str] = set()
@@ -153,8 +153,8 @@ def _left_out(plan: "Plan") -> str:
 
 
 def _status(options: argparse.Namespace) -> None:
+    from sft_probe.synth.asking.store import open_copy
     from sft_probe.synth.output import STORE
-    from sft_probe.synth.store import open_copy
 
     path = options.directory / STORE
     if not path.is_file():
@@ -265,9 +265,9 @@ class _Asker:
 
     def obtain(self, requests: "Iterator[Request]", total: int) -> "Iterator[tuple[Request, Answer]]":
         """Yield every request with its answer, in order."""
-        from sft_probe.synth.progress import Progress
-        from sft_probe.synth.run import obtain
-        from sft_probe.synth.store import request_key
+        from sft_probe.synth.asking.progress import Progress
+        from sft_probe.synth.asking.run import obtain
+        from sft_probe.synth.asking.store import request_key
 
         self._progress = Progress(total)
         answers = obtain(requests, self._writer, self._store, self._limits, progress=self._progress)
@@ -282,8 +282,8 @@ class _Asker:
 
 
 def _limits(options: argparse.Namespace) -> "Limits":
-    from sft_probe.synth.limits import Limits
-    from sft_probe.synth.prices import parse_price
+    from sft_probe.synth.asking.limits import Limits
+    from sft_probe.synth.asking.prices import parse_price
 
     if options.writer == "hf":
         return _local_limits()
@@ -299,7 +299,7 @@ def _limits(options: argparse.Namespace) -> "Limits":
 
 def _local_limits() -> "Limits":
     """Of a local model: full batches, and no time-out, since a call waits for the batches before it."""
-    from sft_probe.synth.limits import Limits
+    from sft_probe.synth.asking.limits import Limits
     from sft_probe.synth.writers.hf import CONCURRENCY
 
     return Limits(concurrency=CONCURRENCY, timeout_s=86400.0)
@@ -327,9 +327,9 @@ def _license(options: argparse.Namespace) -> str:
 
 
 def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
+    from sft_probe.synth.asking.run import estimate
+    from sft_probe.synth.asking.store import open_copy
     from sft_probe.synth.output import STORE
-    from sft_probe.synth.run import estimate
-    from sft_probe.synth.store import open_copy
 
     writer, limits, path = _named(options), _limits(options), options.out / STORE
     with open_copy(path) if path.is_file() else contextlib.nullcontext() as store:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.files import find, make_dir, new_dir, sha256_file, write_json, write_jsonl
-from sft_probe.records import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
+from sft_probe.probe_set import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
 from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import RowRejectedError, check_texts, clean_response, column_names, kind_of, parse_turns
 from sft_probe.synth.sources import Row, read_table, stem

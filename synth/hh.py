@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sft_probe.records import LONE_SURROGATE, is_unicode
+from sft_probe.probe_set import LONE_SURROGATE, is_unicode
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _LOOSE_TURN = re.compile(r"\s*\n[ \t]*(?=(?:Human|Assistant):)")

@@ -4,7 +4,7 @@ import hashlib
 import re
 from dataclasses import replace
 
-from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.asking.protocol import Answer, Request
 
 CATEGORY = "judge"
 FAULT, NO_VERDICT = "judged", "no verdict"

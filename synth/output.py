@@ -7,14 +7,14 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.files import find, make_dir, read_json, remove_leftovers, write_json, write_jsonl
-from sft_probe.records import SPLITS
+from sft_probe.probe_set import SPLITS
+from sft_probe.synth.asking.store import open_copy
 from sft_probe.synth.build import Plan, Written
 from sft_probe.synth.card import FIGURE, write_card
 from sft_probe.synth.from_table import write_manifest
 from sft_probe.synth.report import near_duplicates, prompt_text
 from sft_probe.synth.sources import Rejected, source_files, source_sha256
 from sft_probe.synth.splits import RULE
-from sft_probe.synth.store import open_copy
 
 WORK_DIR = "synthesis"
 """Beside the set: the store of answers and the rows left out. No part of the set."""

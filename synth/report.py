@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 from datasketch import MinHash
 
-from sft_probe.records import SPLITS, ProbeSet
-from sft_probe.synth.words import count_words, words
+from sft_probe.probe_set import SPLITS, ProbeSet
+from sft_probe.synth.checks.words import count_words, words
 
 NEAR_DUPLICATE_JACCARD = 0.7
 _SHINGLE_WORDS = 3

@@ -16,7 +16,7 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
-from sft_probe.records import is_unicode
+from sft_probe.probe_set import is_unicode
 from sft_probe.synth.hh import Pair, RowRejectedError, parse_row
 
 _LOG = logging.getLogger(__name__)

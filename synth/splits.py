@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from sft_probe.errors import UserError
-from sft_probe.records import Doc
+from sft_probe.probe_set import Doc
 from sft_probe.synth import first_rule
 from sft_probe.synth.hh import Pair
 from sft_probe.synth.report import near_duplicates, prompt_text

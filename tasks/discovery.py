@@ -10,7 +10,7 @@ import yaml
 
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
-from sft_probe.records import SPLITS, load_probe_set
+from sft_probe.probe_set import SPLITS, load_probe_set
 
 PACKAGED_TASKS_DIR = Path(__file__).resolve().parent
 

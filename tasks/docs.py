@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
 from sft_probe.models import load_config, load_tokenizer
+from sft_probe.probe_set import DEFAULT_PROBE_SET, Doc, ProbeSet, load_probe_set
 from sft_probe.prompts import (
     DroppedDoc,
     Prompt,
@@ -16,7 +17,6 @@ from sft_probe.prompts import (
     refused_docs,
     resolve_format,
 )
-from sft_probe.records import DEFAULT_PROBE_SET, Doc, ProbeSet, load_probe_set
 
 if TYPE_CHECKING:
     import datasets

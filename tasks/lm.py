@@ -1,4 +1,4 @@
-"""lm-eval's `hf` model with the one scorer of `sft_probe.scoring`: `--model sft_probe`."""
+"""lm-eval's `hf` model with the one scorer of `sft_probe.scoring.score`: `--model sft_probe`."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from sft_probe.adapters import attach_adapter, check_adapter
 from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import code_refused, local_folder, needs_code
-from sft_probe.packing import Item
 from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
-from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.scoring.packing import Item
+from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
 from sft_probe.tasks.cache import bind_cache
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sft_probe.errors import UserError
-from sft_probe.head import no_cache
-from sft_probe.packing import Item
-from sft_probe.scoring import Score, choose_way, score
+from sft_probe.scoring.head import no_cache
+from sft_probe.scoring.packing import Item
+from sft_probe.scoring.score import Score, choose_way, score
 from sft_probe.train.data import Example, PadRight
 from sft_probe.train.inputs import disable_dropout
 from sft_probe.train.trainer import SftTrainer

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_probe.rows import score_row
+from sft_probe.scores import score_row
 
 CURVES: dict[str, Callable[[int], float]] = {
     "chosen": lambda step: 4.0 * np.log2(step + 1),

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sft_probe.records import load_probe_set
-from sft_probe.synth.limits import Limits
-from sft_probe.synth.prices import Price
-from sft_probe.synth.requests import Answer, Request
+from sft_probe.probe_set import load_probe_set
+from sft_probe.synth.asking.limits import Limits
+from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.protocol import Answer, Request
 
 FAST = Limits(concurrency=8, first_backoff_s=0.001)
 CENT = Price(0.0, 100.0)  # 100 tokens of output cost a cent

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_probe.analysis.imports import _read_samples
-from sft_probe.analysis.simplicity import first_epoch
+from sft_probe.analysis.stats.imports import _read_samples
+from sft_probe.analysis.studies.simplicity import first_epoch
 from sft_probe.errors import UserError
 from sft_probe.files import (
     find,

@@ -12,8 +12,8 @@ from helpers import CHATML, SHARED, Run, make_docs, make_tokenizer, needs_shared
 from tokenizer_matrix import MEMBERS, make, save_model, write_mixed_set
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import find_lone_surrogate, load_probe_set
 from sft_probe.prompts import PromptFormat, encode_probe_set, resolve_format, terminator_id
-from sft_probe.records import find_lone_surrogate, load_probe_set
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 SPANNING = next(member for member in MEMBERS if member.name.startswith("llama3 plain"))

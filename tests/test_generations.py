@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from sft_probe.analysis.generations import generations_text
+from sft_probe.analysis.stats.generations import generations_text
 
 
 def test_changes_of_answers_have_intervals_and_repetition_is_of_docs_that_have_both() -> None:

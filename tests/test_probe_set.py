@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
-from sft_probe.records import CATEGORIES, load_probe_set, read_probe_set
+from sft_probe.probe_set import CATEGORIES, load_probe_set, read_probe_set
 from sft_probe.synth.derange import derangement
 from sft_probe.synth.report import near_duplicates
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
+from sft_probe.probe_set import load_probe_set
 from sft_probe.prompts import Prompt, PromptFormat, encode, encode_after, encode_pair, encode_probe_set
-from sft_probe.records import load_probe_set
 from sft_probe.train.data import IGNORED_LABEL, Example, PadRight, TrainingExamples, build_examples
 from sft_probe.train.mixture import assign, parse_mixture
 

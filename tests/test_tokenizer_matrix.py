@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizer_matrix import FILES, MEMBERS, TEMPLATES, Member, save_model, spec_of, tokenizer_rows, write_mixed_set
 from transformers import AutoTokenizer
 
+from sft_probe.probe_set import Doc, load_probe_set
 from sft_probe.prompts import (
     EncodedDoc,
     PromptFormat,
@@ -25,7 +26,6 @@ from sft_probe.prompts import (
     resolve_format,
     terminator_id,
 )
-from sft_probe.records import Doc, load_probe_set
 from sft_probe.train.data import IGNORED_LABEL, build_examples
 from sft_probe.train.mixture import assign, parse_mixture
 

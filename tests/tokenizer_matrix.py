@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import load_probe_set
 from sft_probe.prompts import encode_probe_set, resolve_format, terminator_id
-from sft_probe.records import load_probe_set
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -11,8 +11,8 @@ import torch
 from peft import PeftMixedModel, PeftModel
 
 from sft_probe.errors import UserError
-from sft_probe.packing import Item
-from sft_probe.scoring import FittingScorer, Score
+from sft_probe.scoring.packing import Item
+from sft_probe.scoring.score import FittingScorer, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

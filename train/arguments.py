@@ -25,7 +25,7 @@ from sft_probe import ds_configs
 from sft_probe.errors import UserError
 from sft_probe.files import read_json
 from sft_probe.models import DTYPES, EMBEDDED_MODEL
-from sft_probe.records import DEFAULT_PROBE_SET
+from sft_probe.probe_set import DEFAULT_PROBE_SET
 from sft_probe.train import extensions
 from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 

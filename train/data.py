@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import Doc
 from sft_probe.prompts import DroppedDoc, Prompt, PromptFormat, encode, encode_pair, no_pair_reason, terminator_id
-from sft_probe.records import Doc
 from sft_probe.train.mixture import Part
 
 if TYPE_CHECKING:

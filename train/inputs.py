@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.models import check_window, load_model, load_tokenizer, model_without_weights, resolve_model
+from sft_probe.probe_set import Doc, ProbeSet
 from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, resolve_format
-from sft_probe.records import Doc, ProbeSet
 from sft_probe.train.arguments import SftArguments
 from sft_probe.train.data import TrainingExamples, build_examples, describe_first
 from sft_probe.train.lora import add_lora

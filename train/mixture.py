@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft_probe.errors import UserError
-from sft_probe.records import Doc
+from sft_probe.probe_set import Doc
 
 _NO_PROMPT = "_no_prompt"
 

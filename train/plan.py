@@ -13,8 +13,8 @@ from transformers import Trainer
 
 from sft_probe.errors import UserError
 from sft_probe.models import check_window, model_without_weights
+from sft_probe.probe_set import ProbeSet
 from sft_probe.prompts import DroppedDoc, PromptFormat, encode_doc, terminator_id
-from sft_probe.records import ProbeSet
 from sft_probe.train.arguments import SftArguments, told_plainly
 from sft_probe.train.data import IGNORED_LABEL, PadRight, TrainingExamples
 from sft_probe.train.lora import add_lora

@@ -18,11 +18,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json, write_jsonl
 from sft_probe.models import check_window
-from sft_probe.packing import Item
+from sft_probe.probe_set import DEFAULT_PROBE_SET, load_probe_set
 from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, resolve_format, terminator_id
-from sft_probe.records import DEFAULT_PROBE_SET, load_probe_set
-from sft_probe.rows import score_row
-from sft_probe.scoring import FittingScorer, Score, default_max_tokens
+from sft_probe.scores import score_row
+from sft_probe.scoring.packing import Item
+from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
 from sft_probe.train.adapted import inner_model, num_virtual_tokens, score_adapted
 from sft_probe.train.precision import name_of, weights_dtype
 from sft_probe.train.schedule import resolve_steps

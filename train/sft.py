@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
+from sft_probe.probe_set import ProbeSet, load_probe_set
 from sft_probe.prompts import terminator_id
-from sft_probe.records import ProbeSet, load_probe_set
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments, told_plainly
 from sft_probe.train.data import PadRight, TrainingExamples

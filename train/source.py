@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import LONE_SURROGATE, Doc, find_lone_surrogate
 from sft_probe.prompts import DroppedDoc
-from sft_probe.records import LONE_SURROGATE, Doc, find_lone_surrogate
 from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import (
     Pair,

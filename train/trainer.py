@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from sft_probe.errors import UserError
-from sft_probe.head import HeadRows
-from sft_probe.packing import Item
+from sft_probe.scoring.head import HeadRows
+from sft_probe.scoring.packing import Item
+from sft_probe.scoring.trials import check_language_model, is_close, is_coarse, made_up_items, plain_logprobs
 from sft_probe.train.data import IGNORED_LABEL, Example, PadRight
-from sft_probe.trials import check_language_model, is_close, is_coarse, made_up_items, plain_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ class SftTrainer(Trainer):
     """Trains on the mean loss over labelled tokens, of all micro-batches and ranks of a step together.
 
     The head of the model runs on the positions that predict a label, not on those of prompts and padding, which are
-    most of them (`sft_probe.head`); soft-capping and scaling are the model's. That the losses are right is tried when
+    most of them (`scoring.head`); soft-capping and scaling are the model's. That the losses are right is tried when
     training begins. Takes `sft_probe.train.data.PadRight` as collator.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sft_probe import __version__
 from sft_probe.analysis.commands import add_analysis_commands
 from sft_probe.errors import UserError, exit_on_user_error
-from sft_probe.flags import heldout, names, positive, shard
+from sft_probe.options import heldout, names, positive, shard
 from sft_probe.synth.command import add_synth
 
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
@@ -135,8 +135,8 @@ def _lm_eval(arguments: list[str]) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.settings import SweepRequest
-    from sft_probe.analysis.sweep import sweep
+    from sft_probe.analysis.sweep.settings import SweepRequest
+    from sft_probe.analysis.sweep.sweep import sweep
 
     if bool(options.model) != bool(options.revisions):
         raise UserError("--model and --revisions go together.")
@@ -154,7 +154,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _tasks_dir(options: argparse.Namespace) -> None:
     from sft_probe.models import cache_dir
-    from sft_probe.records import load_probe_set
+    from sft_probe.probe_set import load_probe_set
     from sft_probe.tasks.discovery import PACKAGED_TASKS_DIR, write_tasks_dir
 
     if options.probe_set is None:
@@ -174,7 +174,7 @@ def _link_tasks(options: argparse.Namespace) -> None:
 
 
 def _probe_set(options: argparse.Namespace) -> None:
-    from sft_probe.records import read_probe_set
+    from sft_probe.probe_set import read_probe_set
     from sft_probe.synth.report import report
 
     if options.from_csv is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft_probe.errors import UserError
-from sft_probe.records import Doc, ProbeSet
+from sft_probe.probe_set import Doc, ProbeSet
 from sft_probe.templates import ChatTemplate, Messages, refusal
 
 if TYPE_CHECKING:

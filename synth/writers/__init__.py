@@ -1,1 +1,1 @@
-"""Writers of texts, one module each; `sft_probe.synth.requests.Writer` is their protocol."""
+"""Writers of texts, one module each; `sft_probe.synth.asking.protocol.Writer` is their protocol."""

@@ -8,7 +8,7 @@ from google import genai
 from google.genai import types
 from google.genai.client import DebugConfig
 
-from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.writers.http import Connection, checked_text, token_count
 from sft_probe.synth.writers.keys import read_key
 from sft_probe.synth.writers.thinking import key_version, least_thinking

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from google.genai import types
 
 from sft_probe.errors import UserError
-from sft_probe.synth.batch import JobFailedError
-from sft_probe.synth.requests import Answer, Request, Wait, error_answer, turned_down
+from sft_probe.synth.asking.batch import JobFailedError
+from sft_probe.synth.asking.protocol import Answer, Request, Wait, error_answer, turned_down
 from sft_probe.synth.writers.gemini import GeminiSdk, gemini_connection, generation_config, read_answer
 from sft_probe.synth.writers.http import Connection, message_of
 from sft_probe.synth.writers.thinking import key_version, least_thinking

@@ -9,7 +9,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
 
-from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.writers.gemini import gemini_connection, read_answer
 from sft_probe.synth.writers.http import Connection, StoppedError
 from sft_probe.synth.writers.thinking import least_thinking

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from sft_probe.errors import UserError
-from sft_probe.synth.requests import Answer, Wait, error_answer, turned_down
+from sft_probe.synth.asking.protocol import Answer, Wait, error_answer, turned_down
 from sft_probe.synth.writers.keys import Secret
 
 _MAX_BODY_BYTES = 5_000_000  # of one answer; a text of 1,000 tokens takes a thousandth of it

@@ -5,8 +5,8 @@ import json
 import random
 import re
 
-from sft_probe.records import load_probe_set
-from sft_probe.synth.requests import Answer, Request
+from sft_probe.probe_set import load_probe_set
+from sft_probe.synth.asking.protocol import Answer, Request
 
 _MATERIAL = ("paraphrase", "variant", "non_response")
 _SENTENCE = re.compile(r"\S.*?[.!?](?=\s|$)")

@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 
-from sft_probe.synth.requests import Answer, Request
+from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.writers.http import Connection, checked_text, token_count
 from sft_probe.synth.writers.keys import Secret, read_key
 from sft_probe.synth.writers.thinking import NO_THINKING

@@ -1,0 +1,1 @@
+"""Score rows to tables of numbers with intervals."""

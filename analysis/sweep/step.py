@@ -1,0 +1,338 @@
+"""Scores the parts of one checkpoint: a split of the probe set or a benchmark, each written whole or not at all."""
+
+import logging
+import textwrap
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+from lm_eval.evaluator import evaluate, simple_evaluate
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from sft_probe.analysis.sweep.checkpoints import Checkpoint
+from sft_probe.analysis.sweep.generate import generate_answers, generation_docs, max_new_tokens
+from sft_probe.analysis.sweep.identity import (
+    RECORD,
+    Identity,
+    check_unchanged,
+    check_undamaged,
+    identify,
+    recorded_of_step,
+)
+from sft_probe.analysis.sweep.live_model import LiveModel
+from sft_probe.analysis.sweep.ownership import StepBusyError, owned_step, remove_parts, stale_parts, step_folder
+from sft_probe.analysis.sweep.results import benchmark_rows, write_results
+from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, record
+from sft_probe.errors import UserError
+from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
+from sft_probe.models import check_window
+from sft_probe.prompts import first_visible, terminator_id
+from sft_probe.scores import score_row
+from sft_probe.tasks.discovery import task_name, write_tasks_dir
+from sft_probe.tasks.lm import NonFiniteError, ProbeLM, ProbeScore
+
+log = logging.getLogger(__name__)
+
+ERROR_LOG = "error.log"
+_ANSWERS = "--generate"
+_MAX_NAMED = 5
+
+
+class Scorer:
+    """Task objects and the lm-eval model, built at first need and kept; each checkpoint replaces the weights.
+
+    Args:
+        request: what to score.
+        settings: what all steps share.
+        max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory runs out.
+    """
+
+    def __init__(self, request: SweepRequest, settings: SweepSettings, max_tokens: int) -> None:
+        self.request = request
+        self.settings = settings
+        self.max_tokens = max_tokens
+        self.identity: Identity = {}
+        """Of the checkpoint that is being scored."""
+        self._reset()
+        self.probe_tasks: dict[str, Any] = {}
+        self.benchmarks: dict[str, list[Any]] = {}
+        self.first_visible = {
+            (doc.doc.doc_id, category): first_visible(settings.tokenizer, ids)
+            for doc in settings.docs
+            for category, ids in doc.continuation_ids.items()
+        }
+
+    def _reset(self) -> None:
+        request, settings = self.request, self.settings
+        self.live = LiveModel(request.dtype, request.resolved_device, settings)
+        self.lm: ProbeLM | None = None
+
+    def score(self, checkpoint: Checkpoint, *, wait: bool = True) -> list[str]:
+        """Score the parts that are missing, or whose weights have changed; return what is wrong with those there are.
+
+        Args:
+            checkpoint: the one to score.
+            wait: for another process that is scoring it.
+
+        Raises:
+            UserError: the checkpoint cannot be scored; after an unforeseen error it names the file with the traceback.
+            StepBusyError: another process is scoring it.
+        """
+        folder = step_folder(self.request.directory, checkpoint.step)
+        try:
+            with owned_step(folder, wait=wait):
+                problems = self._score_owned(checkpoint, folder)
+                (folder / ERROR_LOG).unlink(missing_ok=True)
+                return problems
+        except (UserError, StepBusyError):
+            raise
+        except Exception as error:  # of whatever library reads this checkpoint; the others are scored
+            self._reset()
+            where = f"{checkpoint.name}: {type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+            raise UserError(f"{where} ({_write_error_log(folder)})") from error
+
+    def _score_owned(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+        request = self.request
+        parts = {split: folder / split for split in request.splits}
+        parts |= {spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in request.tasks}
+        if request.generate:
+            parts[_ANSWERS] = folder / f"generate_{request.generate}"
+        missing = self._prepare(checkpoint, folder, parts)
+        problems = []
+        for name in missing:
+            try:
+                if name in request.splits:
+                    self._score_probes(checkpoint, name, parts[name])
+                elif name == _ANSWERS:
+                    self._generate(checkpoint, parts[name])
+                else:
+                    self._score_benchmark(checkpoint, name, parts[name])
+            except (NonFiniteError, FloatingPointError) as error:
+                problems.append(f"{name}: {error}")
+        return [*(fault for split in request.splits for fault in _faults(folder / split)), *problems]
+
+    def _prepare(self, checkpoint: Checkpoint, folder: Path, parts: dict[str, Path]) -> list[str]:
+        """Return the names of the parts to score, after loading the weights where there are any."""
+        missing = [name for name, path in parts.items() if not path.exists()]
+        known = recorded_of_step(folder)
+        try:
+            self.identity = identify(checkpoint, known)
+        except UserError as error:
+            if missing:
+                raise
+            log.warning("step %d: %s What was scored is kept.", checkpoint.step, error)
+            return []
+        stale = stale_parts(folder, self.identity)
+        missing = [name for name, path in parts.items() if name in missing or path in stale]
+        if missing:
+            log.info("step %d: scoring %s", checkpoint.step, ", ".join(missing))
+            check_undamaged(checkpoint, self.identity)
+            self._load(checkpoint)
+            check_unchanged(checkpoint, self.identity)
+        else:
+            log.info("step %d is complete", checkpoint.step)
+        if stale:
+            names = ", ".join(path.name for path in stale)
+            log.warning(
+                "step %d: %s has changed since %s were scored: removed", checkpoint.step, checkpoint.name, names
+            )
+            remove_parts(self.request.directory, stale)
+        return missing
+
+    @contextmanager
+    def _new_part(self, folder: Path) -> Iterator[Path]:
+        with new_dir(folder) as temporary:
+            yield temporary
+            write_json(temporary / RECORD, self.identity)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        if self.lm is not None:
+            self.lm.use(None)  # the old weights may have to go before the next ones come
+        model = self.live.load(checkpoint)
+        check_window(self.settings.max_length, model)
+        if self.lm is not None:
+            self.lm.use(model)
+            return
+        with _quiet("lm_eval"):
+            self.lm = ProbeLM(
+                pretrained=model,
+                backend="causal",
+                tokenizer=self.settings.tokenizer,
+                batch_size=self.request.batch_size,
+                max_length=self.settings.max_length,
+                max_tokens=self.max_tokens,
+            )
+
+    def _score_probes(self, checkpoint: Checkpoint, split: str, folder: Path) -> None:
+        if split not in self.probe_tasks:
+            self.probe_tasks[split] = self._load_probe_tasks(split)
+        results: dict[str, Any] | None = None
+        faults: list[dict[str, Any]] = []
+        try:
+            with _quiet("lm_eval"):
+                results = evaluate(lm=self.lm, task_dict=self.probe_tasks[split], bootstrap_iters=1000)
+            scored = [(sample["doc"], sample["resps"][0][0]) for task in results["samples"].values() for sample in task]
+        except NonFiniteError as error:  # lm-eval's means would be of fewer docs, so that its files are left out
+            scored = [(request.doc, score) for request, score in error.scored]
+            faults = [request.doc for request in error.faults]
+        self._keep_max_tokens()
+        rows = [self._row(doc, score, checkpoint) for doc, score in scored]
+        with self._new_part(folder) as temporary:
+            write_jsonl(temporary / "rows.jsonl", rows)
+            if results is not None:
+                self._write_results(temporary, results, checkpoint)
+            if faults:
+                write_jsonl(temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults])
+
+    def _row(self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint) -> dict[str, Any]:
+        columns = {
+            **self.settings.run_columns,
+            "step": checkpoint.step,
+            "examples_seen": checkpoint.examples_seen,
+            "tokens_seen": checkpoint.tokens_seen,
+            "epoch": checkpoint.epoch,
+            "weights_dtype": checkpoint.weights_dtype,
+            "source": "lm_eval",
+        }
+        return score_row(
+            columns,
+            doc,
+            logprob=score[0],
+            token_logprobs=score.token_logprobs,
+            first=self.first_visible[doc["doc_id"], doc["category"]],
+            logprob_eos=score.logprob_eos,
+            is_greedy=score[1],
+        )
+
+    def _load_probe_tasks(self, split: str) -> Any:
+        source = self.settings.probe_set.source
+        tasks_dir = write_tasks_dir(source, self.request.directory / "sweep" / "tasks")
+        tokenizer, revision = self.settings.tokenizer_source
+        metadata = {
+            "prompt_format": self.settings.prompt_format,
+            "tokenizer": tokenizer,
+            "revision": revision,
+            "max_length": self.settings.max_length,
+        }
+        with _quiet("lm_eval", "sft_probe.tasks"):
+            manager = TaskManager(include_defaults=False, include_path=str(tasks_dir), metadata=metadata)
+            return manager.load([task_name(category, split) for category in self.settings.probe_set.categories])
+
+    def _score_benchmark(self, checkpoint: Checkpoint, spec: str, folder: Path) -> None:
+        if spec not in self.benchmarks:
+            self.benchmarks[spec] = _load_benchmark(spec)
+        results = simple_evaluate(
+            model=self.lm,
+            tasks=self.benchmarks[spec],
+            num_fewshot=self.request.num_fewshot,
+            limit=self.request.limit,
+            apply_chat_template=self.request.apply_chat_template,
+            task_manager=TaskManager(include_defaults=False),  # else it reads 14,000 files, at every step
+        )
+        self._keep_max_tokens()
+        rows = benchmark_rows(results, self.settings.run_columns["run"], checkpoint.step)
+        with self._new_part(folder) as temporary:
+            write_jsonl(temporary / "benchmarks.jsonl", rows)
+            self._write_results(temporary, results, checkpoint)
+
+    def _generate(self, checkpoint: Checkpoint, folder: Path) -> None:
+        settings = self.settings
+        rows = generate_answers(
+            self.live.model,
+            settings.tokenizer,
+            generation_docs(settings.docs, self.request.generate, settings.max_length),
+            ends=[terminator_id(settings.format_name, settings.tokenizer), settings.tokenizer.eos_token_id],
+            limit=max_new_tokens(settings.max_length),
+            batch_size=self.request.batch_size,
+        )
+        columns = {**settings.run_columns, "step": checkpoint.step, "epoch": checkpoint.epoch}
+        with self._new_part(folder) as temporary:
+            write_jsonl(temporary / "generations.jsonl", [{**columns, **row} for row in rows])
+
+    def _keep_max_tokens(self) -> None:
+        if self.lm is not None and self.lm.scorer.max_tokens != self.max_tokens:
+            self.max_tokens = self.lm.scorer.max_tokens
+            record(self.request.directory, max_tokens=self.max_tokens)
+
+    def _suffix(self) -> str:
+        """What makes the results of one benchmark differ."""
+        request = self.request
+        names = (
+            f"{request.num_fewshot}shot" if request.num_fewshot is not None else "",
+            f"limit{request.limit:g}" if request.limit is not None else "",
+            "chat" if request.apply_chat_template else "",
+        )
+        return "".join(f"-{name}" for name in names if name)
+
+    def _write_results(self, folder: Path, results: dict[str, Any], checkpoint: Checkpoint) -> None:
+        arguments = {
+            "pretrained": checkpoint.model,
+            "revision": checkpoint.revision,
+            "dtype": self.request.dtype,
+            "max_length": self.settings.max_length,
+            "max_tokens": self.max_tokens,
+        }
+        with _quiet("lm_eval"):
+            write_results(folder, results, arguments)
+
+
+def _write_error_log(folder: Path) -> str:
+    """Write the traceback of the exception that is being handled; return where it is."""
+    try:
+        write_text(folder / ERROR_LOG, traceback.format_exc())
+    except OSError as error:
+        return f"no traceback: {error}"
+    return f"traceback: {folder / ERROR_LOG}"
+
+
+def _fault(doc: dict[str, Any], step: int) -> dict[str, Any]:
+    return {"step": step, **{name: doc[name] for name in ("split", "category", "doc_id")}, "reason": "NaN or inf"}
+
+
+def _faults(folder: Path) -> list[str]:
+    """One message about the responses of a part that have no log-prob; none where all have one."""
+    path = folder / "faults.jsonl"
+    if not path.exists():
+        return []
+    rows = read_jsonl(path)
+    names = ", ".join(f"{row['doc_id']} {row['category']}" for row in rows[:_MAX_NAMED])
+    more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
+    return [f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} ({path})"]
+
+
+def _load_benchmark(spec: str) -> list[Any]:
+    is_file = spec.endswith((".yaml", ".yml"))
+    with _quiet("lm_eval"):
+        manager = TaskManager(include_defaults=not is_file)
+        names = [spec] if is_file else manager.match_tasks([spec])
+        if not names or (is_file and not Path(spec).is_file()):
+            raise UserError(f"--tasks: lm-eval knows no task {spec!r}; `lm_eval ls tasks` lists them.")
+        if len(names) > 1:  # a pattern may match a group and its tasks, which lm-eval refuses as duplicates
+            names = [name for name in names if name in manager.all_subtasks]
+        loaded = manager.load(names)
+    return [*loaded["groups"].values()] or [*loaded["tasks"].values()]
+
+
+def _slug(spec: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in Path(spec).name.removesuffix(".yaml"))
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Errors only from these loggers, and no bar per task, for the length of a block."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = tqdm
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,96 @@
+"""The sweep: every checkpoint that is not scored yet, in this process or on a Ray cluster, then the tables.
+
+It resumes part by part: `sweep/step_000016/heldout/` exists only complete.
+"""
+
+import logging
+from collections import deque
+from pathlib import Path
+from types import ModuleType
+
+from sft_probe.analysis.stats.steps import STEP
+from sft_probe.analysis.stats.tables import write_tables
+from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
+from sft_probe.analysis.sweep.generate import generation_docs
+from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources
+from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, fix_settings, resolve_settings
+from sft_probe.analysis.sweep.step import Scorer
+from sft_probe.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def sweep(request: SweepRequest) -> list[Path]:
+    """Scores what is not scored yet and writes the tables; returns their paths.
+
+    Raises:
+        UserError: nothing can be scored; or, after all others are done, some checkpoint could not be.
+    """
+    checkpoints, problems = _find(request)
+    if not checkpoints:
+        raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+    if checkpoints[0].step_unit != STEP:
+        log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)
+    if request.engine == "ray":
+        request = _on_ray().connect(request)
+    settings = resolve_settings(request, checkpoints)
+    if request.generate:
+        generation_docs(settings.docs, request.generate, settings.max_length)  # refused before anything is scored
+    max_tokens = fix_settings(settings, request)
+    claim_sources(request.directory, checkpoints)
+    for drop in settings.dropped:
+        log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
+    log.info(
+        "%d checkpoints; %d docs can be scored in %d categories, %d are left out",
+        len(checkpoints), len(settings.docs), len(settings.probe_set.categories), len(settings.dropped),
+    )  # fmt: skip
+    index, num_shards = request.shard
+    mine = checkpoints[index - 1 :: num_shards]
+    if request.engine == "ray" and mine:
+        problems += _on_ray().score_on_ray(request, settings.decided_by, mine)
+    else:
+        problems += _score_here(request, settings, max_tokens, mine)
+    tables = write_tables(request.directory)
+    if problems:
+        done = f"the others are in {request.directory}" if tables else "nothing was scored"
+        raise UserError("\n".join([f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]))
+    return tables
+
+
+def _on_ray() -> ModuleType:
+    try:
+        from sft_probe.analysis.sweep import on_ray
+    except ImportError as error:
+        raise UserError(f"--engine ray needs Ray ({error}). Run:  pip install 'sft-probe[ray]'") from error
+    return on_ray
+
+
+def _score_here(
+    request: SweepRequest, settings: SweepSettings, max_tokens: int, checkpoints: list[Checkpoint]
+) -> list[str]:
+    """Scores one after the other, last those that another process is scoring now; returns what went wrong."""
+    scorer = Scorer(request, settings, max_tokens)
+    problems = []
+    waiting = deque((checkpoint, False) for checkpoint in checkpoints)
+    while waiting:
+        checkpoint, wait = waiting.popleft()
+        try:
+            found = scorer.score(checkpoint, wait=wait)
+        except StepBusyError:
+            log.info("step %d: another process is scoring it", checkpoint.step)
+            waiting.append((checkpoint, True))
+            continue
+        except UserError as error:
+            found = [str(error)]
+        problems += [f"step {checkpoint.step}: {problem}" for problem in found]
+        for problem in found:
+            log.error("step %d: %s", checkpoint.step, problem)
+    return problems
+
+
+def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
+    if request.checkpoints:
+        return of_patterns(request.checkpoints)
+    if request.model:
+        return of_revisions(request.model, request.revisions), []
+    return of_run(request.directory)

@@ -1,0 +1,1 @@
+"""The one scorer: packing, masks, the head, and log-probs of continuations."""

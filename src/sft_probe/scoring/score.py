@@ -1,0 +1,275 @@
+"""The one scorer: log-probabilities of many continuations under a causal LM, each distinct prefix computed once.
+
+Continuations that start alike are packed into one sequence (`packing`) under a mask of their tree
+(`attention`). The body of the model runs once per batch; the model's own `forward` then maps the rows that
+predict something to logits, a chunk of rows at a time, so that soft-capping and scaling are the model's and no tensor
+of [tokens, vocabulary] exists (`head`). Whether this is right for a model is not assumed but tried
+(`choose_way`).
+"""
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sft_probe.errors import UserError
+from sft_probe.scoring.attention import ALONE, PLAIN, Way, attention_in_blocks, candidates, make_masks
+from sft_probe.scoring.head import logits_in_chunks
+from sft_probe.scoring.packing import IntArray, Item, Pack, batches, pack_alone, pack_shared
+from sft_probe.scoring.trials import check_language_model, is_close, made_up_items, plain_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+_MAX_PACK_TOKENS = 1024
+"""A longer pack pays more attention between strangers on a GPU, and leaves the cache of a CPU."""
+_HEAD_ROW_COST = 1 / 32
+_MAX_HEAD_ROWS = 2048
+_CHECK_HEAD_ROWS = 7
+"""So few that the head runs in several chunks where it is checked."""
+
+
+def default_max_tokens(device: str) -> int:
+    """The token budget of one forward pass: more keeps a GPU busy, and only leaves the cache of a CPU."""
+    return 1024 if torch.device(device).type == "cpu" else 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model says of one continuation of R tokens; natural logarithms."""
+
+    token_logprobs: npt.NDArray[np.float32]
+    """[R]"""
+    greedy_tokens: npt.NDArray[np.bool_]
+    """[R], True where no token has a higher logit."""
+    logprob_eos: float | None
+    """Of the terminator; `None` where none was asked for."""
+
+    @property
+    def logprob(self) -> float:
+        """Sum over the continuation, in float64."""
+        return float(self.token_logprobs.sum(dtype=np.float64))
+
+    @property
+    def is_finite(self) -> bool:
+        """False where the model gave NaN or an infinity."""
+        return bool(np.isfinite([*self.token_logprobs, self.logprob_eos or 0]).all())
+
+    @property
+    def is_greedy(self) -> bool:
+        """True where greedy decoding would write the continuation."""
+        return bool(self.greedy_tokens.all())
+
+
+class FittingScorer:
+    """`score` for one model after another: the way is chosen once, the budget halved where memory runs out.
+
+    Args:
+        max_tokens: the budget at first, as for `score`.
+        longest: as for `choose_way`.
+        may_shrink: False where other processes take part in each forward pass and would still go by the old budget.
+    """
+
+    def __init__(self, max_tokens: int, longest: int, *, may_shrink: bool = True) -> None:
+        self.max_tokens = max_tokens
+        self.longest = longest
+        self.may_shrink = may_shrink
+        self.way: Way | None = None
+
+    def score(self, model: "PreTrainedModel", items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+        """As `score`; where memory runs out it starts again, so that an index may come twice: the later one counts.
+
+        Raises:
+            UserError: one item alone does not fit.
+        """
+        while True:
+            try:
+                if self.way is None:
+                    self.way = choose_way(model, self.longest)
+                yield from score(model, items, max_tokens=self.max_tokens, way=self.way)
+                return
+            except torch.OutOfMemoryError as error:
+                if not self.may_shrink:
+                    raise UserError(f"{self.max_tokens} tokens at a time do not fit the memory.") from error
+                if self.max_tokens < max(len(item.input_ids) for item in items):
+                    raise UserError("one response alone does not fit the memory; try bfloat16 or a GPU.") from error
+            self.max_tokens //= 2
+            torch.cuda.empty_cache()
+            log.warning("out of memory: from the start again, with %d tokens at a time", self.max_tokens)
+
+
+def choose_way(model: "PreTrainedModel", longest: int) -> Way:
+    """The fastest way whose log-probs agree with the model's own plain forward on a few made-up docs.
+
+    ALiBi, recurrent and hybrid models and FlashAttention do not pass with shared prefixes, and are scored without; the
+    log says so.
+
+    Args:
+        model: as for `score`.
+        longest: the most tokens that an item will have: docs are longer than the model's sliding window, and whatever
+            else its config gives a length to, where items can be.
+
+    Raises:
+        UserError: the model is no causal LM, or no way gives what its plain forward gives.
+    """
+    check_language_model(model, model.dtype)
+    items = made_up_items(model, longest)
+    expected = np.concatenate([plain_logprobs(model, item) for item in items])
+    if not np.isfinite(expected).all():  # nothing can be compared; whoever scores counts and names them
+        return PLAIN
+    attention = model.config._attn_implementation
+    reason = f"its attention, {attention!r}, takes no mask of ours"
+    for way in (*candidates(model), PLAIN, ALONE):
+        try:
+            is_right, difference = is_close(_token_logprobs(model, items, way), expected, model.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code raises on a mask that it does not know
+            found = f"{type(error).__name__}: {error}"
+        else:
+            if is_right:
+                _log_way(model, way, reason)
+                return way
+            found = f"log-probs are off by {difference:.2g} nats"
+        reason = f"with shared prefixes {found}" if way.shared else found
+    raise UserError(f"{type(model).__name__} cannot be scored: beside the model's own plain forward pass, {reason}.")
+
+
+def _log_way(model: "PreTrainedModel", way: Way, reason: str) -> None:
+    if way.shared:
+        log.info("%s: shared prefixes are computed once", type(model).__name__)
+    elif way.alone:
+        log.info("%s: each continuation is computed alone (batched, %s)", type(model).__name__, reason)
+    else:
+        log.info("%s: each continuation is computed with its whole prefix (%s)", type(model).__name__, reason)
+
+
+def _token_logprobs(model: "PreTrainedModel", items: list[Item], way: Way) -> npt.NDArray[np.float32]:
+    scores = dict(score(model, items, max_tokens=_MAX_PACK_TOKENS, way=way, head_rows=_CHECK_HEAD_ROWS))
+    return np.concatenate([scores[i].token_logprobs for i in range(len(items))])
+
+
+def score(
+    model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, way: Way, head_rows: int | None = None
+) -> Iterator[tuple[int, Score]]:
+    """Yields the index of each item and its score, batch by batch.
+
+    Args:
+        model: a causal LM in eval mode, on the device where it is to run.
+        items: token ids; ids that start alike are computed once.
+        max_tokens: the budget of one forward pass. It counts tokens read by the body; beside them as many rows go
+            through the head at a time as weigh the same, V / (32 x hidden) tokens each.
+        way: what `choose_way` returned for this model, or `PLAIN`.
+        head_rows: rows that go through the head at a time, instead of that.
+    """
+    head_rows = head_rows or _head_rows(model, max_tokens)
+    packs = pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if way.shared else pack_alone(items)
+    with torch.no_grad():
+        suspects = []
+        for batch in batches(list(packs), 0 if way.alone else max_tokens):
+            for index, result in _score_batch(model, items, batch, head_rows, way):
+                if result.is_finite or not way.shared:
+                    yield index, result
+                else:  # NaN times an attention of 0 is NaN: one item spoils its whole pack
+                    suspects.append(index)
+        if suspects:
+            for number, result in score(model, [items[i] for i in suspects], max_tokens=max_tokens, way=PLAIN):
+                yield suspects[number], result
+
+
+def _score_batch(
+    model: "PreTrainedModel", items: Sequence[Item], batch: list[Pack], head_rows: int, way: Way
+) -> Iterator[tuple[int, Score]]:
+    length = max(len(pack.token_ids) for pack in batch)
+    indices = [i for pack in batch for i in pack.items]
+    nodes = np.concatenate([row * length + rows for row, pack in enumerate(batch) for rows in pack.rows])
+    targets = np.concatenate([items[i].target_ids for i in indices])
+    rows, row_of_target = np.unique(nodes, return_inverse=True)
+    with closing(_logits(model, _inputs(model, batch, length, way), rows, head_rows, way)) as chunks:
+        logprobs, greedy = _read_targets(chunks, row_of_target, targets, model.device)
+    start = 0
+    for i in indices:
+        stop = start + len(items[i].continuation_ids)
+        has_terminator = items[i].terminator_id is not None
+        yield (
+            i,
+            Score(
+                token_logprobs=logprobs[start:stop],
+                greedy_tokens=greedy[start:stop],
+                logprob_eos=float(logprobs[stop]) if has_terminator else None,
+            ),
+        )
+        start = stop + has_terminator
+
+
+def _inputs(model: "PreTrainedModel", batch: list[Pack], length: int, way: Way) -> dict[str, Any]:
+    """Padded on the right, where no token sees it; padding sees itself, so that no softmax is empty."""
+    token_ids = np.zeros((len(batch), length), np.int64)
+    position_ids = np.zeros((len(batch), length), np.int64)
+    mask = np.zeros((len(batch), 1, length, length), dtype=bool) if way.shared else np.empty(0, dtype=bool)
+    if way.shared:
+        mask[:, 0] = np.eye(length, dtype=bool)
+    for row, pack in enumerate(batch):
+        token_ids[row, : len(pack.token_ids)] = pack.token_ids
+        position_ids[row, : len(pack.token_ids)] = pack.position_ids
+        if pack.mask is not None:
+            mask[row, 0, : len(pack.mask), : len(pack.mask)] = pack.mask
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(token_ids).to(model.device)}
+    if not way.shared:
+        return inputs
+    positions = torch.from_numpy(position_ids).to(model.device)
+    masks = make_masks(model, torch.from_numpy(mask).to(model.device), positions, way)
+    return inputs | {"position_ids": positions, "attention_mask": masks}
+
+
+def _logits(
+    model: "PreTrainedModel", inputs: dict[str, Any], rows: IntArray, head_rows: int, way: Way
+) -> Generator[torch.Tensor, None, None]:
+    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk."""
+    with attention_in_blocks(model, inputs["attention_mask"]) if way.blocks else nullcontext():
+        yield from logits_in_chunks(model, inputs, torch.from_numpy(rows).to(model.device), head_rows)
+
+
+def _head_rows(model: "PreTrainedModel", max_tokens: int) -> int:
+    config = model.config.get_text_config()
+    return min(_MAX_HEAD_ROWS, max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)))
+
+
+def _read_targets(
+    chunks: Iterator[torch.Tensor], row_of_target: IntArray, targets: IntArray, device: torch.device
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q] counts rows over all chunks."""
+    order = np.argsort(row_of_target, kind="stable")
+    sorted_rows = row_of_target[order]
+    logprobs, greedy, start = [], [], 0
+    for logits in chunks:
+        stop = start + len(logits)
+        mine = slice(*np.searchsorted(sorted_rows, [start, stop]))
+        row = torch.from_numpy(sorted_rows[mine] - start).to(device)
+        target_logits = logits[row, torch.from_numpy(targets[order[mine]]).to(device)].float()
+        top, log_sum = _top_and_log_sum(logits)
+        logprobs.append(target_logits - log_sum[row])
+        greedy.append(target_logits == top[row])
+        start = stop
+    back = np.argsort(order, kind="stable")
+    return torch.cat(logprobs).cpu().numpy()[back], torch.cat(greedy).cpu().numpy()[back]
+
+
+def _top_and_log_sum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum and log-sum-exp of each row, in float32; overwrites float32 logits."""
+    tops, log_sums = [], []
+    # a few rows stay in a CPU's cache from the first pass over them to the last
+    part_rows = 16 if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), part_rows):
+        values = logits[start : start + part_rows].float()
+        top = values.amax(dim=-1)
+        tops.append(top)
+        log_sums.append(values.sub_(top[:, None]).exp_().sum(dim=-1).log_() + top)
+    return torch.cat(tops), torch.cat(log_sums)

@@ -1,0 +1,1 @@
+"""Asking a writer: in order, once, within rate and budget."""

@@ -1,0 +1,251 @@
+"""The other way of asking: all at once, in batch jobs that may take a day and cost half."""
+
+import asyncio
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import replace
+from time import monotonic
+from typing import Protocol, TypeVar, runtime_checkable
+
+from sft_probe.errors import UserError
+from sft_probe.synth.asking.call import VersionPin
+from sft_probe.synth.asking.limits import Limits, backoff_s, price_within
+from sft_probe.synth.asking.protocol import Answer, Request, Wait, error_answer
+from sft_probe.synth.asking.store import Job, Store, request_key
+from sft_probe.synth.asking.trial import useless
+
+_LOG = logging.getLogger(__name__)
+_JOB_SIZE = 10_000
+_TRIAL_SIZE = 50
+"""Requests of the first job: a job cannot be stopped when its answers turn out to be useless."""
+_LINE_INTERVAL_S = 60.0
+_SAVED_AT_ONCE = 1000
+_T = TypeVar("_T")
+
+
+class JobFailedError(Exception):
+    """A job ended without answers; the message says why."""
+
+
+@runtime_checkable
+class BatchWriter(Protocol):
+    """A writer that is asked in jobs. All methods raise `Wait` for what may pass and `UserError` for what cannot."""
+
+    name: str
+    model: str
+    api_version: str
+    poll_s: float
+    """Seconds between looks at a job."""
+
+    async def submit(self, display_name: str, requests: dict[str, Request]) -> str:
+        """Makes a job of requests by key; returns its name."""
+        ...
+
+    async def find(self, display_name: str) -> str | None:
+        """The name of the job with this display name, if there is one."""
+        ...
+
+    async def read(self, job_name: str) -> dict[str, Answer] | None:
+        """Answers by key of a job that has ended, None before. Raises `JobFailedError`."""
+        ...
+
+    async def close(self) -> None:
+        """Frees connections; the writer may be used again after."""
+        ...
+
+
+def obtain_batch(
+    requests: Iterable[Request], writer: BatchWriter, store: Store, limits: Limits
+) -> Iterator[tuple[Request, Answer]]:
+    """`obtain` for a batch writer: makes jobs of what the store lacks, waits for them, gives everything in order.
+
+    Jobs of a run that was stopped are found in the store and read, not made again. Holds all requests in memory.
+    Raises the same errors as `obtain`; of those that a budget did not reach, none is asked.
+    """
+    everything = list(requests)
+    run = _BatchRun({request_key(writer, request): request for request in everything}, writer, store, limits)
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(run.run())
+        except KeyboardInterrupt:
+            _LOG.warning("stopped; jobs go on at the server. The same command finds and reads them.")
+            raise SystemExit(130) from None
+        finally:
+            runner.run(writer.close())
+    for request in everything:
+        answer = store.get(writer, request)
+        if answer is not None:
+            yield request, answer
+
+
+class _BatchRun:
+    def __init__(self, requests: dict[str, Request], writer: BatchWriter, store: Store, limits: Limits) -> None:
+        self._requests, self._writer, self._store, self._limits = requests, writer, store, limits
+        self._price = price_within(limits, writer)
+        self._version = VersionPin(writer, store)
+        self._wrong_version: Answer | None = None
+
+    async def run(self) -> None:
+        """Find the jobs of earlier runs, make those that are missing (a small one first), wait for all."""
+        self._started_s = self._said_s = monotonic()
+        for job in self._store.jobs(self._writer):
+            await self._find(job)
+        missing, out_of_budget = self._missing(), 0
+        is_unproven = not self._store.jobs(self._writer) and not self._store.has_text(self._writer)
+        if is_unproven and len(missing) > 2 * _TRIAL_SIZE:
+            trial, missing = missing[:_TRIAL_SIZE], missing[_TRIAL_SIZE:]
+            out_of_budget = await self._submit_all(trial)
+            await self._read_all()
+            self._check_trial(trial)
+        out_of_budget += await self._submit_all(missing)
+        await self._read_all()
+        if out_of_budget:
+            raise UserError(
+                f"the budget ends here: {out_of_budget} requests were not asked, since their worst case would pass "
+                f"${self._limits.max_cost_usd:.4f} (${self._store.cost_usd():.4f} is spent). All answers are stored; "
+                "raise --max-cost-usd to go on."
+            )
+
+    def _check_trial(self, keys: list[str]) -> None:
+        answers = [answer for key in keys if (answer := self._store.get_key(key)) is not None]
+        if answers and not any(answer.status == "ok" for answer in answers):
+            faults = Counter(f"{answer.status}: {answer.reason}" for answer in answers)
+            self._store.forget_without_text(self._writer, None)
+            raise useless(f"of the first {len(answers)} answers none has a text", faults)
+
+    async def _read_all(self) -> None:
+        """Wait for the jobs that are made and store their answers."""
+        jobs = self._store.jobs(self._writer)
+        if jobs:
+            _LOG.info("waiting for %d batch jobs with %d requests", len(jobs), sum(len(job.keys) for job in jobs))
+        for number, job in enumerate(jobs):
+            await self._read(job, f"{number} of {len(jobs)} batch jobs are read")
+        if self._wrong_version is not None:
+            raise UserError(self._version.remedy(self._wrong_version))
+
+    def _missing(self) -> list[str]:
+        """Return the keys of the requests that are neither answered nor in a job."""
+        in_jobs = {key for job in self._store.jobs(self._writer) for key in job.keys}
+        return [key for key in self._requests if key not in in_jobs and not self._is_answered(key)]
+
+    async def _find(self, job: Job) -> None:
+        """A job whose name was not heard: it exists at the server under its display name, or was never made."""
+        if job.name is None:
+            name = await self._patiently(lambda: self._writer.find(job.display_name))
+            if name is None:
+                await self._store.close_job(job)
+            else:
+                await self._store.save_job(self._writer, replace(job, name=name))
+
+    async def _submit_all(self, keys: list[str]) -> int:
+        """Make jobs of these requests; return how many the budget left out."""
+        affordable, left_out = self._within_budget(keys)
+        for start in range(0, len(affordable), _JOB_SIZE):
+            part = affordable[start : start + _JOB_SIZE]
+            job = Job(f"sft-probe-{uuid.uuid4().hex}", None, tuple(part), sum(map(self._worst_usd, part)))
+            await self._store.save_job(self._writer, job)
+            name = await self._submit(job, {key: self._requests[key] for key in part})
+            await self._store.save_job(self._writer, replace(job, name=name))
+        return left_out
+
+    def _is_answered(self, key: str) -> bool:
+        answer = self._store.get_key(key)
+        return answer is not None and answer.is_final
+
+    def _worst_usd(self, key: str) -> float:
+        return self._price.worst_usd(self._requests[key]) if self._price else 0.0
+
+    def _within_budget(self, keys: list[str]) -> tuple[list[str], int]:
+        limit_usd = self._limits.max_cost_usd
+        cost_usd = self._store.cost_usd()
+        for number, key in enumerate(keys):
+            cost_usd += self._worst_usd(key)
+            if limit_usd is not None and cost_usd > limit_usd:
+                return keys[:number], len(keys) - number
+        return keys, 0
+
+    async def _submit(self, job: Job, requests: dict[str, Request]) -> str:
+        """Makes a job. A call that failed may have made it, so from the second on it is looked for first.
+
+        Where the attempts run out the job stays in the store, and the next run looks for it.
+        """
+        is_made_perhaps = False
+
+        async def submit() -> str:
+            nonlocal is_made_perhaps
+            if is_made_perhaps and (found := await self._writer.find(job.display_name)) is not None:
+                return found
+            is_made_perhaps = True
+            try:
+                return await self._writer.submit(job.display_name, requests)
+            except UserError:  # refused for good
+                await self._store.close_job(job)
+                raise
+
+        return await self._patiently(submit)
+
+    async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        for attempt in range(1, self._limits.max_attempts + 1):
+            try:
+                return await call()
+            except Wait as wait:
+                if attempt == self._limits.max_attempts:
+                    raise UserError(f"the server does not answer: {wait}. Run the same command later.") from None
+                await asyncio.sleep(max(backoff_s(self._limits, attempt), wait.wait_s or 0.0))
+        raise AssertionError("max_attempts is positive")
+
+    async def _read(self, job: Job, progress: str) -> None:
+        """Waits for the end of a job and stores its answers; the job is kept for those of other requests."""
+        keys = [key for key in job.keys if key in self._requests]
+        try:
+            answers = await self._finished(str(job.name), progress)
+        except JobFailedError as error:
+            _LOG.warning("the job %s failed: %s. Its requests are asked again by the next run.", job.name, error)
+            await self._save_answers(keys, dict.fromkeys(keys, error_answer(f"job: {error}")))
+            await self._store.close_job(job)
+            return
+        # a line that is missing may be paid for; the name of the job tells the loss from that of an earlier job
+        missing = replace(error_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
+        await self._save_answers(keys, {key: answers.get(key, missing) for key in keys})
+        others = tuple(key for key in job.keys if key not in self._requests)
+        if others:
+            _LOG.warning("%d answers of %s belong to other requests; it is kept", len(others), job.name)
+            cost_usd = max(0.0, job.cost_usd - sum(map(self._worst_usd, keys)))
+            await self._store.save_job(self._writer, replace(job, keys=others, cost_usd=cost_usd))
+        else:
+            await self._store.close_job(job)
+
+    async def _finished(self, name: str, progress: str) -> dict[str, Answer]:
+        """Wait for the end of a job; return answers by key. Raise `JobFailedError`, or `UserError` after too long."""
+        while True:
+            answers = await self._patiently(lambda: self._writer.read(name))
+            if answers is not None:
+                return answers
+            now_s = monotonic()
+            waited_s, longest_s = now_s - self._started_s, self._limits.max_wait_s
+            if longest_s is not None and waited_s >= longest_s:
+                raise UserError(
+                    f"no end of the batch jobs after {waited_s:.0f} s ({progress}). They go on at the server, and are "
+                    "paid for; the same command reads them later."
+                )
+            if now_s - self._said_s >= _LINE_INTERVAL_S:
+                self._said_s = now_s
+                _LOG.info("waiting for %.0f min: %s; %s has not ended", waited_s / 60, progress, name)
+            await asyncio.sleep(min(self._writer.poll_s, longest_s - waited_s if longest_s else self._writer.poll_s))
+
+    async def _save_answers(self, keys: list[str], answers: dict[str, Answer]) -> None:
+        for start in range(0, len(keys), _SAVED_AT_ONCE):
+            await asyncio.gather(*(self._save(key, answers[key]) for key in keys[start : start + _SAVED_AT_ONCE]))
+
+    async def _save(self, key: str, answer: Answer) -> None:
+        kept = self._version.check(answer)
+        stored = self._store.get_key(key)
+        if stored is not None and (stored.raw == kept.raw or (kept.status == "error" and stored.status != "error")):
+            return  # read before, by a run that was stopped before it closed the job
+        if kept is not answer:
+            self._wrong_version = kept
+        request = self._requests[key]
+        cost_usd = self._price.answer_usd(request, kept) if self._price else None
+        await self._store.save(self._writer, request, kept, cost_usd=cost_usd, attempts=1, reservation=None)

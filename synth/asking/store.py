@@ -1,0 +1,370 @@
+"""Every answer ever paid for, in one sqlite file, keyed by all that made it."""
+
+import asyncio
+import hashlib
+import json
+import math
+import shutil
+import sqlite3
+import weakref
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sft_probe.errors import UserError
+from sft_probe.files import make_dir
+from sft_probe.synth.asking.protocol import STATUSES, Answer, Named, Request
+
+_SCHEMA_VERSION = 1
+_NUM_COPIES = 10
+_SCHEMA = """
+CREATE TABLE answers (
+    key TEXT PRIMARY KEY, writer TEXT, model TEXT, api_version TEXT, template TEXT, template_sha256 TEXT,
+    doc_id TEXT, category TEXT, sample_index INTEGER, status TEXT, raw TEXT, text TEXT, reason TEXT,
+    model_version TEXT, num_prompt_tokens INTEGER, num_output_tokens INTEGER, cost_usd REAL, attempts INTEGER,
+    answered_at TEXT
+) WITHOUT ROWID;
+CREATE TABLE reservations (id INTEGER PRIMARY KEY, cost_usd REAL NOT NULL);
+CREATE TABLE jobs (
+    display_name TEXT PRIMARY KEY, name TEXT, writer TEXT, model TEXT, keys TEXT, cost_usd REAL NOT NULL
+);
+"""
+_ANSWER_COLUMNS = "status, raw, text, reason, model_version, num_prompt_tokens, num_output_tokens"
+_SAVE = f"""
+INSERT INTO answers VALUES ({", ".join("?" * 19)})
+ON CONFLICT (key) DO UPDATE SET
+    status = excluded.status, raw = excluded.raw, text = excluded.text, reason = excluded.reason,
+    model_version = excluded.model_version, num_prompt_tokens = excluded.num_prompt_tokens,
+    num_output_tokens = excluded.num_output_tokens,
+    cost_usd = coalesce(cost_usd + excluded.cost_usd, cost_usd, excluded.cost_usd),
+    attempts = attempts + excluded.attempts, answered_at = excluded.answered_at
+"""  # noqa: S608 - the one thing put in is a row of question marks
+
+Statement = tuple[str, tuple[object, ...]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch job that is not read yet."""
+
+    display_name: str
+    """Chosen here and stored before the job is made, so that a job whose name was lost in a crash is found again."""
+    name: str | None
+    """Given by the server; None where the program ended between asking and hearing it."""
+    keys: tuple[str, ...]
+    """Of the requests in it."""
+    cost_usd: float
+    """Its worst case, counted as spent until the job is read."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """The answers of one category and status."""
+
+    category: str
+    status: str
+    num_answers: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    cost_usd: float
+
+
+def request_key(writer: Named, request: Request) -> str:
+    """Return the hex SHA-256 of all that an answer depends on; neither the doc nor the category is part of it."""
+    parts = [
+        writer.name,
+        writer.model,
+        writer.api_version,
+        request.template_sha256,
+        request.prompt,
+        {"temperature": request.temperature, "max_output_tokens": request.max_output_tokens},
+        request.sample_index,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+    """The answers of all runs. Any number of readers, one writing run at a time (`exclusive`).
+
+    What an awaited method wrote is on disk (WAL, synchronous=FULL) when it returns; statements that arrive while the
+    disk is busy share the next commit.
+
+    Raises:
+        UserError: the file cannot be opened, is no sqlite file, or was written by another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        make_dir(path.parent)
+        self.path = path
+        self._connection = _open(path)
+        try:
+            self._reader = _open(path)
+        except UserError:
+            self._connection.close()
+            raise
+        # closes the file where a caller forgets to; from Python 3.13 on sqlite warns otherwise
+        self._close_file = weakref.finalize(self, _close, self._connection, self._reader)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._queue: list[tuple[list[Statement], asyncio.Future[int | None]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._executor.shutdown()
+        self._close_file()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the store for one writing run. Raise `UserError` where another process holds it."""
+        lock = FileLock(f"{self.path}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"another run is writing to {self.path}. Wait for it, or stop it.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def get(self, writer: Named, request: Request) -> Answer | None:
+        """Return the stored answer, of any status."""
+        return self.get_key(request_key(writer, request))
+
+    def get_key(self, key: str) -> Answer | None:
+        """Return the stored answer of a `request_key`."""
+        rows = self._read(f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE key = ?", key)  # noqa: S608
+        return Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), rows[0], strict=True))) if rows else None
+
+    def set_status(self, writer: Named, request: Request, status: str, reason: str) -> None:
+        """Change the status of a stored answer, for example to `refused` after a look at its text."""
+        if status not in STATUSES:
+            raise ValueError(f"no status {status!r}")
+        sql = "UPDATE answers SET status = ?, reason = ? WHERE key = ?"
+        statements: list[Statement] = [(sql, (status, reason, request_key(writer, request)))]
+        self._executor.submit(self._commit, [statements]).result()
+
+    def forget_without_text(self, writer: Named, category: str | None) -> None:
+        """Make an `error` of every answer of a writer without a text, of one category or all: it is asked again."""
+        sql = (
+            "UPDATE answers SET status = 'error' WHERE writer = ? AND model = ? AND api_version = ? AND status != 'ok' "
+            "AND ? IN (category, '')"
+        )
+        values = (writer.name, writer.model, writer.api_version, category or "")
+        self._executor.submit(self._commit, [[(sql, values)]]).result()
+
+    def counts(self) -> list[Count]:
+        """Return the answers by category and status, with tokens and cost (0 where the price was unknown)."""
+        rows = self._read(
+            "SELECT category, status, count(*), total(num_prompt_tokens), total(num_output_tokens), total(cost_usd) "
+            "FROM answers GROUP BY category, status ORDER BY category, status"
+        )
+        return [Count(row[0], row[1], row[2], int(row[3]), int(row[4]), row[5]) for row in rows]
+
+    def cost_usd(self) -> float:
+        """Return what was or may have been spent: answers, calls of which no answer came back, unread batch jobs."""
+        tables = ("answers", "reservations", "jobs")
+        sums = " + ".join(f"(SELECT total(cost_usd) FROM {table})" for table in tables)  # noqa: S608
+        return float(self._read(f"SELECT {sums}")[0][0])
+
+    def cost_of(self, keys: Iterable[str]) -> float:
+        """Return what the answers of these request keys cost."""
+        sql = "SELECT cost_usd FROM answers WHERE key = ?"
+        return math.fsum(row[0] or 0.0 for key in keys for row in self._read(sql, key))
+
+    def lost_calls(self) -> tuple[int, float]:
+        """Return the calls of which no answer came back (killed, cut, timed out), and their worst-case cost in USD."""
+        [(count, cost)] = self._read("SELECT count(*), total(cost_usd) FROM reservations")
+        return int(count), float(cost)
+
+    def num_unpriced(self) -> int:
+        """Return the number of answers that were paid for by runs that knew no price."""
+        is_paid = "status != 'error' AND coalesce(num_prompt_tokens, 1) > 0"
+        sql = f"SELECT count(*) FROM answers WHERE cost_usd IS NULL AND {is_paid}"  # noqa: S608
+        return int(self._read(sql)[0][0])
+
+    def model_version(self, writer: Named) -> str | None:
+        """Return the version that answered so far for this writer and model."""
+        rows = self._read(
+            "SELECT model_version FROM answers WHERE writer = ? AND model = ? AND api_version = ? "
+            "AND model_version IS NOT NULL AND status != 'error' LIMIT 1",
+            *(writer.name, writer.model, writer.api_version),
+        )
+        return rows[0][0] if rows else None
+
+    def has_text(self, writer: Named) -> bool:
+        """Return whether this writer and model have given any text."""
+        sql = "SELECT 1 FROM answers WHERE writer = ? AND model = ? AND api_version = ? AND status = 'ok' LIMIT 1"
+        return bool(self._read(sql, writer.name, writer.model, writer.api_version))
+
+    def jobs(self, writer: Named) -> list[Job]:
+        """Return the batch jobs of this writer and model that are not read yet."""
+        sql = "SELECT display_name, name, keys, cost_usd FROM jobs WHERE writer = ? AND model = ? ORDER BY rowid"
+        return [
+            Job(row[0], row[1], tuple(json.loads(row[2])), row[3]) for row in self._read(sql, writer.name, writer.model)
+        ]
+
+    def _read(self, sql: str, *values: object) -> list[Any]:
+        try:
+            return self._reader.execute(sql, values).fetchall()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise _damaged(self.path, error) from None
+
+    async def reserve(self, cost_usd: float) -> int:
+        """Record that a call is about to be made that may cost this much; returns the number of the reservation."""
+        row = await self._write([("INSERT INTO reservations (cost_usd) VALUES (?)", (cost_usd,))])
+        assert row is not None  # noqa: S101 - an INSERT has a row id
+        return row
+
+    async def release(self, reservation: int) -> None:
+        """Forget a reservation of a call that cost nothing."""
+        await self._write([_release(reservation)])
+
+    async def save(
+        self,
+        writer: Named,
+        request: Request,
+        answer: Answer,
+        *,
+        cost_usd: float | None,
+        attempts: int,
+        reservation: int | None,
+    ) -> None:
+        """Store an answer and settle its reservation in one commit; cost and attempts of earlier ones are added."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        values = (
+            request_key(writer, request), writer.name, writer.model, writer.api_version, request.template,
+            request.template_sha256, request.doc_id, request.category, request.sample_index, answer.status, answer.raw,
+            answer.text, answer.reason, answer.model_version, answer.num_prompt_tokens, answer.num_output_tokens,
+            cost_usd, attempts, now,
+        )  # fmt: skip
+        await self._write(
+            [(_SAVE, tuple(map(_clean, values))), *([_release(reservation)] if reservation is not None else [])]
+        )
+
+    async def save_job(self, writer: Named, job: Job) -> None:
+        """Store a batch job, or the name that the server gave to it."""
+        values = (job.display_name, job.name, writer.name, writer.model, json.dumps(job.keys), job.cost_usd)
+        await self._write([("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", values)])
+
+    async def close_job(self, job: Job) -> None:
+        """Forget a job: its answers are stored."""
+        await self._write([("DELETE FROM jobs WHERE display_name = ?", (job.display_name,))])
+
+    async def drain(self) -> None:
+        """Wait until everything handed over is on disk."""
+        if self._flusher is not None:
+            await self._flusher
+
+    async def _write(self, statements: list[Statement]) -> int | None:
+        future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self._queue.append((statements, future))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        return await future
+
+    async def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._queue:
+            batch, self._queue = self._queue, []
+            try:
+                rows = await loop.run_in_executor(self._executor, self._commit, [item for item, _ in batch])
+            except UserError as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), row in zip(batch, rows, strict=True):
+                if not future.done():
+                    future.set_result(row)
+
+    def _commit(self, groups: list[list[Statement]]) -> list[int | None]:
+        """Run all statements in one transaction; return the row id of the first statement of each group."""
+        rows = []
+        try:
+            with self._connection:
+                for statements in groups:
+                    rows.append(self._connection.execute(*statements[0]).lastrowid)
+                    for statement in statements[1:]:
+                        self._connection.execute(*statement)
+        except sqlite3.Error as error:
+            raise UserError(f"cannot write to {self.path}: {error}. What was stored before is safe.") from error
+        return rows
+
+
+def _clean(value: object) -> object:
+    """sqlite refuses lone surrogates, which a JSON answer may hold."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _release(reservation: int) -> Statement:
+    return "DELETE FROM reservations WHERE id = ?", (reservation,)
+
+
+@contextmanager
+def open_copy(path: Path) -> Iterator[Store]:
+    """Open a copy of a store, so that neither the file nor its directory is written to."""
+    with TemporaryDirectory(prefix="sft-probe-") as folder:
+        copy = Path(folder) / path.name
+        for _ in range(_NUM_COPIES):  # again where a running writer wrote meanwhile
+            before = _state(path)
+            try:
+                for file in _files(path):
+                    shutil.copyfile(file, copy.with_name(file.name))
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}.") from None
+            if _state(path) == before:
+                break
+        with Store(copy) as store:
+            store.path = path  # for messages
+            yield store
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
+
+
+def _state(path: Path) -> list[tuple[int, int]]:
+    return [(file.stat().st_mtime_ns, file.stat().st_size) for file in _files(path)]
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be used as a store of answers ({error}). Choose another one, or bring it back.")
+
+
+def _close(*connections: sqlite3.Connection) -> None:
+    for connection in connections:
+        connection.close()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise _damaged(path, error) from None
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
+        elif version != _SCHEMA_VERSION:
+            raise UserError(
+                f"{path} was written by another version of sft-probe (layout {version}). Choose another file."
+            )
+    except (sqlite3.Error, UserError) as error:
+        connection.close()
+        raise error if isinstance(error, UserError) else _damaged(path, error) from None
+    return connection

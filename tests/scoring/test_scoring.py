@@ -1,0 +1,204 @@
+"""The scorer against plain float64 forwards, on every kind of attention that it claims."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sft_probe.scoring.attention import PLAIN, Way
+from sft_probe.scoring.packing import Item, batches, pack_shared
+from sft_probe.scoring.score import Score, choose_way, score
+
+VOCAB = 97
+WINDOW = 16
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": None, "bos_token_id": None,
+    "eos_token_id": None,
+}  # fmt: skip
+GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "gpt2": {
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "initializer_range": 0.3,
+    },
+    "gpt_neox": {**SMALL, "rotary_pct": 0.5},
+    "qwen2": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": WINDOW},
+    "gemma2": {**GROUPED, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**GROUPED, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere": {**GROUPED, "logit_scale": 0.25},
+}
+PLAIN_ONLY: dict[str, dict[str, Any]] = {
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
+    "mamba": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "initializer_range": 0.3,
+    },
+}
+
+
+def make_model(name: str, attention: str | None = None, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**(ARCHITECTURES | PLAIN_ONLY)[name], **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def make_items(terminator_id: int | None = 5) -> list[Item]:
+    """Docs longer than the window, several, with continuations that share a start, repeat, or are one token."""
+    random = np.random.default_rng(1)
+    items = []
+    for length in (40, 3, 1, 25, 40):
+        prefix = random.integers(VOCAB, size=length).tolist()
+        stem = random.integers(VOCAB, size=4).tolist()
+        conts = [stem + random.integers(VOCAB, size=n).tolist() for n in (1, 30, 7)]
+        items += [Item(prefix, cont, terminator_id) for cont in [*conts, stem, stem[:1], conts[0]]]
+    return items
+
+
+def reference(model: Any, item: Item) -> tuple[list[float], list[bool], float]:
+    """One plain forward in float64."""
+    ids = [*item.prefix_ids, *item.continuation_ids]
+    with torch.no_grad():
+        logits = model.double()(torch.tensor([ids])).logits[0]
+    logprobs, start = logits.log_softmax(-1), len(item.prefix_ids)
+    rows = range(start, len(ids))
+    greedy = [int(logits[i - 1].argmax()) == ids[i] for i in rows]
+    return [float(logprobs[i - 1, ids[i]]) for i in rows], greedy, float(logprobs[-1, 5])
+
+
+def check(model: Any, items: list[Item], way: Way, max_tokens: int = 256) -> None:
+    found: dict[int, Score] = dict(score(model.float(), items, max_tokens=max_tokens, way=way))
+    assert sorted(found) == list(range(len(items)))
+    for i, item in enumerate(items):
+        logprobs, greedy, eos = reference(model, item)
+        np.testing.assert_allclose(found[i].token_logprobs, logprobs, atol=2e-4)
+        assert found[i].logprob == pytest.approx(sum(logprobs), abs=2e-3)
+        assert found[i].greedy_tokens.tolist() == greedy
+        if item.terminator_id is None:
+            assert found[i].logprob_eos is None
+        else:
+            assert found[i].logprob_eos == pytest.approx(eos, abs=2e-4)
+
+
+# transformers has no SDPA for Gemma-2, whose attention is soft-capped
+COMBINATIONS = [(name, attention) for name in ARCHITECTURES for attention in ("sdpa", "eager")]
+COMBINATIONS.remove(("gemma2", "sdpa"))
+
+
+@pytest.mark.parametrize(("name", "attention"), COMBINATIONS)
+def test_shared_prefixes_equal_plain_float64(name: str, attention: str) -> None:
+    model = make_model(name, attention)
+    way = choose_way(model, longest=80)
+    assert way.shared
+    assert way.blocks == (attention == "sdpa")
+    check(model, make_items(), way)
+    check(model, make_items(terminator_id=None), dataclasses.replace(way, blocks=False), max_tokens=1024)
+
+
+@pytest.mark.parametrize("name", PLAIN_ONLY)
+def test_what_cannot_share_takes_the_plain_way(name: str) -> None:
+    model = make_model(name)
+    way = choose_way(model, longest=80)
+    assert way == PLAIN
+    check(model, make_items(), way)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "attention"), [("mistral", "sdpa"), ("gemma3_text", "sdpa"), ("llama", "eager")])
+def test_the_check_finds_a_wrong_mask(
+    name: str, attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that the mask does not know of, or a bool mask where it is added: both are silent in transformers."""
+
+    def wrong(model: Any, mask: torch.Tensor, positions: torch.Tensor, way: Way) -> Any:
+        return dict.fromkeys(("full_attention", "sliding_attention"), mask) if way.mask_per_layer_type else mask
+
+    model = make_model(name, attention)
+    model.to(dtype)
+    assert choose_way(model, longest=80).shared
+    monkeypatch.setattr("sft_probe.scoring.score.make_masks", wrong)
+    assert choose_way(model, longest=80) == PLAIN
+
+
+def test_an_unknown_attention_takes_the_plain_way() -> None:
+    model = make_model("llama", "sdpa")
+    model.config._attn_implementation = "flex_attention"
+    assert choose_way(model, longest=80) == PLAIN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_16_bits_share_too(name: str, dtype: torch.dtype) -> None:
+    model = make_model(name, "sdpa")
+    model.to(dtype)
+    way = choose_way(model, longest=80)
+    assert way.shared
+    found = dict(score(model, make_items(), max_tokens=256, way=way))
+    plain = dict(score(model, make_items(), max_tokens=256, way=PLAIN))
+    differences = [np.abs(found[i].token_logprobs - plain[i].token_logprobs).mean() for i in found]
+    assert float(np.mean(differences)) < 0.05
+    assert found[0].token_logprobs.dtype == np.float32
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = make_model("llama", "sdpa")
+    next(score(model, make_items(), max_tokens=64, way=Way(shared=True, blocks=True)))  # left in mid-way
+    assert model.config._attn_implementation == "sdpa"
+    assert "forward" not in vars(model.base_model)
+    ids = torch.tensor([[1, 2, 3]])
+    assert model(ids).logits.shape == (1, 3, VOCAB)
+    assert model.training is False
+
+
+ids = st.lists(st.integers(0, 3), min_size=1, max_size=6)
+drawn_items = st.lists(
+    st.builds(Item, prefix_ids=ids, continuation_ids=ids, terminator_id=st.sampled_from([None, 5])),
+    min_size=1, max_size=12,
+)  # fmt: skip
+
+
+@given(items=drawn_items, max_tokens=st.integers(1, 40))
+def test_packs_hold_every_item_once_and_no_prefix_twice(items: list[Item], max_tokens: int) -> None:
+    packs = list(pack_shared(items, max_tokens))
+    assert sorted(i for pack in packs for i in pack.items) == list(range(len(items)))
+    assert sorted(i for batch in batches(packs, 64) for pack in batch for i in pack.items) == list(range(len(items)))
+    for pack in packs:
+        assert pack.mask is not None
+        assert len(pack.token_ids) <= max(max_tokens, *(len(items[i].input_ids) for i in pack.items))
+        seen = [tuple(pack.token_ids[row]) for row in pack.mask]
+        assert len(set(seen)) == len(seen), "two nodes hold the same prefix"
+        for i, rows in zip(pack.items, pack.rows, strict=True):
+            for t, row in enumerate(rows):
+                read = [*items[i].prefix_ids, *items[i].continuation_ids[:t]]
+                assert pack.token_ids[pack.mask[row]].tolist() == read
+                assert pack.position_ids[pack.mask[row]].tolist() == list(range(len(read)))
+            assert len(rows) == len(items[i].target_ids)
+
+
+LLAMA = make_model("llama", "sdpa")
+
+
+@settings(deadline=None, max_examples=25)
+@given(items=drawn_items, max_tokens=st.integers(1, 60), blocks=st.booleans())
+def test_any_items_in_any_budget(items: list[Item], max_tokens: int, blocks: bool) -> None:
+    check(LLAMA, items, Way(shared=True, blocks=blocks), max_tokens)
+
+
+def test_requests_that_differ_only_in_the_split_point() -> None:
+    """Stock lm-eval's shared-context cache reads wrong logits here (-15.43 for -18.07)."""
+    text = list(range(10, 20))
+    check(LLAMA, [Item(text[:n], text[n:]) for n in range(1, 10)], Way(shared=True, blocks=True))
