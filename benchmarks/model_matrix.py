@@ -69,7 +69,7 @@ def _counts(rows: Sequence[Row]) -> str:
 
 def _line(row: Row) -> str:
     figures = [f"{row.error_nats:.1g}", f"{row.loss_error:.1g}"] if row.result.startswith("right") else ["", ""]
-    note = row.note.replace("|", "/").replace("\n", " ")
+    note = row.note.replace("|", "\\|").replace("\n", " ")
     return f"| `{row.model_type}` | {row.class_name} | {row.result} | {figures[0]} | {figures[1]} | {note} |"
 
 
@@ -81,7 +81,7 @@ def _rows(module: str, function: str) -> Iterable[Sequence[str]]:
 def _print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print(f"\n## {title}\n")
     for cells in (head, ["---"] * len(head), *rows):
-        print("|", " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells), "|")
+        print("|", " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells), "|")
 
 
 if __name__ == "__main__":
