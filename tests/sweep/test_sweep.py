@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import Run, blimp_task, make_docs, needs_shared, user_error
+from helpers import Run, blimp_task, make_docs, needs_shared, reads_task_index, user_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.analysis.stats.rows import SCHEMA
@@ -283,6 +283,7 @@ def test_an_over_long_response_never_kills_a_sweep(
     assert frame.groupby("category")["doc_id"].agg(sorted).to_dict() == {"chosen": ["d0", "d6"], "other": ["d0", "d6"]}
 
 
+@reads_task_index
 @pytest.mark.slow
 @pytest.mark.parametrize("num_docs", [4, pytest.param(20, marks=pytest.mark.full)])
 def test_real_model_agrees_with_stock_lm_eval_and_with_float64(num_docs: int, sft_probe: Run, tmp_path: Path) -> None:

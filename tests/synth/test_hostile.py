@@ -127,7 +127,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GEMINI_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, f" {KEY}\n")  # as `$(cat key.txt)` of an editor on another system gives it
     for name in ("call", "batch"):
-        monkeypatch.setattr(f"sft_probe.synth.{name}.backoff_s", lambda *_: 0.0)
+        monkeypatch.setattr(f"sft_probe.synth.asking.{name}.backoff_s", lambda *_: 0.0)
 
 
 def command(tmp_path: Path, writer: str, url: str, num_docs: int = NUM_DOCS) -> list[Any]:

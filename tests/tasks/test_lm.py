@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, blimp_task, make_docs, needs_shared, user_error
+from helpers import Run, blimp_task, make_docs, needs_shared, reads_task_index, user_error
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.evaluator import evaluate
@@ -213,6 +213,7 @@ def run_cli(sft_probe: Run, model: str, model_dir: object, task: object, out: Pa
     return json.loads(path.read_text())["results"]
 
 
+@reads_task_index
 @pytest.mark.slow
 def test_through_the_command_line(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     stock = run_cli(sft_probe, "hf", tiny_model, "sft_probe", tmp_path / "hf")
@@ -222,6 +223,7 @@ def test_through_the_command_line(tiny_model: Path, tmp_path: Path, sft_probe: R
         assert probe[name] == pytest.approx(metrics, abs=2e-3, nan_ok=True), name
 
 
+@reads_task_index
 @pytest.mark.slow
 def test_bad_input_through_the_command_line(
     tiny_model: Path, write_set: WriteSet, tmp_path: Path, sft_probe: Run

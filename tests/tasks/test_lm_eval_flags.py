@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import Run, make_checkpoint, make_docs, user_error
+from helpers import Run, make_checkpoint, make_docs, reads_task_index, user_error
 from lm_eval.api.model import CachingLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -14,6 +14,7 @@ from sft_probe.errors import UserError
 from sft_probe.tasks.discovery import write_tasks_dir
 from sft_probe.tasks.lm import ProbeLM
 
+pytestmark = reads_task_index
 REFUSED = {
     "apply_chat_template": True,
     "system_instruction": "Be nice.",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, make_docs, user_error
+from helpers import Run, make_docs, reads_task_index, user_error
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from tokenizer_matrix import MEMBERS, save_model, write_mixed_set
@@ -21,6 +21,7 @@ from sft_probe.probe_set import CATEGORIES
 from sft_probe.tasks.discovery import PACKAGED_TASKS_DIR
 from sft_probe.tasks.lm import ProbeLM
 
+pytestmark = reads_task_index
 NAMES = [f"sft_probe_{prefix}{category}" for prefix in ("", "train_") for category in CATEGORIES]
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
