@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import Run, make_tokenizer, run_here
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,6 +40,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def task_index() -> Iterator[None]:
+    """Hold lm-eval's package still: another process may link tasks into it, or take them out, at any moment."""
+    with FileLock(Path(tempfile.gettempdir(), "sft-probe-tests-task-index.lock")):
+        yield
 
 
 @pytest.fixture(scope="session")

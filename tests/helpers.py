@@ -20,8 +20,8 @@ from sft_probe.cli import main
 from sft_probe.probe_set import load_probe_set
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-reads_task_index = pytest.mark.xdist_group("lm_eval_task_index")
-"""For tests that have lm-eval read all its tasks: in one process with those that link ours into its package."""
+reads_task_index = pytest.mark.usefixtures("task_index")
+"""For tests that have lm-eval read all its tasks: they and those that link ours into its package take turns."""
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development data in ../shared is not here")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

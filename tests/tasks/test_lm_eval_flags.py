@@ -14,7 +14,6 @@ from sft_probe.errors import UserError
 from sft_probe.tasks.discovery import write_tasks_dir
 from sft_probe.tasks.lm import ProbeLM
 
-pytestmark = reads_task_index
 REFUSED = {
     "apply_chat_template": True,
     "system_instruction": "Be nice.",
@@ -62,6 +61,7 @@ def test_a_cache_of_answers_belongs_to_one_model(tiny_model: Path, tmp_path: Pat
         CachingLM(mine, str(tmp_path / "unknown.db"))
 
 
+@reads_task_index
 @pytest.mark.slow
 def test_the_pass_through_refuses_what_another_model_cannot_bind(
     tiny_model: Path, sft_probe: Run, tmp_path: Path

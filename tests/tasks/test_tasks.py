@@ -21,7 +21,6 @@ from sft_probe.probe_set import CATEGORIES
 from sft_probe.tasks.discovery import PACKAGED_TASKS_DIR
 from sft_probe.tasks.lm import ProbeLM
 
-pytestmark = reads_task_index
 NAMES = [f"sft_probe_{prefix}{category}" for prefix in ("", "train_") for category in CATEGORIES]
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -162,6 +161,7 @@ def scored(out: Path) -> dict[str, int]:
 HELDOUT = {f"sft_probe_{category}": 32 for category in CATEGORIES}
 
 
+@reads_task_index
 @pytest.mark.slow
 def test_discovery_by_include_path(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     directory = sft_probe("tasks-dir").stdout.strip()
@@ -172,7 +172,7 @@ def test_discovery_by_include_path(tiny_model: Path, tmp_path: Path, sft_probe: 
 
 
 @pytest.fixture
-def linked(sft_probe: Run) -> Iterator[None]:
+def linked(sft_probe: Run, task_index: None) -> Iterator[None]:
     assert sft_probe("link-tasks").returncode == 0
     yield
     assert sft_probe("link-tasks", "--remove").returncode == 0
@@ -186,6 +186,7 @@ def test_discovery_by_links(tiny_model: Path, tmp_path: Path) -> None:
     assert scored(tmp_path) == HELDOUT | {f"sft_probe_train_{category}": 64 for category in CATEGORIES}
 
 
+@reads_task_index
 @pytest.mark.slow
 def test_discovery_by_pass_through(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     flags = model_flags(tiny_model, tmp_path)
@@ -198,6 +199,7 @@ def test_pass_through_takes_no_second_include_path(sft_probe: Run, tmp_path: Pat
     assert "link-tasks" in user_error(sft_probe("lm-eval", "run", "--include_path", tmp_path, "--tasks", "x"))
 
 
+@reads_task_index
 def test_unlinking_leaves_nothing(sft_probe: Run) -> None:
     import lm_eval.tasks
 
@@ -210,6 +212,7 @@ def test_unlinking_leaves_nothing(sft_probe: Run) -> None:
     assert not folder.exists()
 
 
+@reads_task_index
 @pytest.mark.slow
 def test_own_set_with_own_categories(write_set: WriteSet, tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     directory = sft_probe(
@@ -222,6 +225,7 @@ def test_own_set_with_own_categories(write_set: WriteSet, tiny_model: Path, tmp_
     assert scored(tmp_path / "out") == dict.fromkeys(names, 3)
 
 
+@reads_task_index
 @pytest.mark.slow
 def test_own_set_by_metadata_or_environment(
     write_set: WriteSet, tiny_model: Path, tmp_path: Path, sft_probe: Run
