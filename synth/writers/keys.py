@@ -57,8 +57,8 @@ def _redact_logs() -> None:
         record = make(*args, **kwargs)
         try:
             message = record.getMessage()
-        except Exception:  # whatever a wrong format string raises; `logging` reports it when it prints the record
-            return record
+        except Exception:  # whatever a wrong format string raises; `logging` would print the arguments as they are
+            message = f"{record.msg} {record.args!r}"
         record.msg, record.args = redact_all(message), None
         if record.exc_info:
             record.exc_text = redact_all("".join(traceback.format_exception(*record.exc_info))).rstrip("\n")

@@ -125,7 +125,9 @@ def test_no_log_record_shows_a_key(caplog: pytest.LogCaptureFixture) -> None:
     try:
         raise ValueError(f"header {KEY}")
     except ValueError:
-        logging.getLogger("of.a.library").exception("failed with %s", {"x-goog-api-key": KEY})
+        logging.getLogger("another_package").exception("failed with %s", {"x-goog-api-key": KEY})
+    logging.getLogger("another_package").warning("a wrong format %d", KEY)
+    assert "a wrong format" in caplog.messages[-1]
     assert "[key]" in caplog.text
     assert KEY not in caplog.text
 
