@@ -1,1 +1,2 @@
-"""The sweep over checkpoints, and what is made of its scores: tables, statistics, figures, reports."""
+"""The sweep over checkpoints, and what is made of its scores: tables, statistics, figures,
+reports."""

@@ -1,4 +1,5 @@
-"""The commands that read scores: analyze, plot, report, simplicity, transfer. Heavy imports wait until one runs."""
+"""The commands that read scores: analyze, plot, report, simplicity, transfer. Heavy imports wait
+until one runs."""
 
 import argparse
 import logging
@@ -15,35 +16,69 @@ log = logging.getLogger(__name__)
 
 def add_analysis_commands(commands: Any) -> None:
     """Adds them to the sub-parsers of `sft-probe`."""
-    _add_analyze(commands.add_parser("analyze", help="how much each category moved: a table and a sentence each"))
-    _add_plot(commands.add_parser("plot", help="figures of runs (PNG, SVG, PDF, HTML) and their numbers"))
-    _add_report(commands.add_parser("report", help="one HTML file with tables, figures and a browser of single docs"))
-    _add_simplicity(commands.add_parser("simplicity", help="code lengths of the training sets of runs"))
-    _add_transfer(commands.add_parser("transfer", help="what training on one category moves in the others"))
+    _add_analyze(
+        commands.add_parser(
+            "analyze", help="how much each category moved: a table and a sentence each"
+        )
+    )
+    _add_plot(
+        commands.add_parser("plot", help="figures of runs (PNG, SVG, PDF, HTML) and their numbers")
+    )
+    _add_report(
+        commands.add_parser(
+            "report", help="one HTML file with tables, figures and a browser of single docs"
+        )
+    )
+    _add_simplicity(
+        commands.add_parser("simplicity", help="code lengths of the training sets of runs")
+    )
+    _add_transfer(
+        commands.add_parser("transfer", help="what training on one category moves in the others")
+    )
 
 
 def _add_analyze(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN|FILE", help="runs, score rows, lm-eval outputs, CSVs of means"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN|FILE",
+        help="runs, score rows, lm-eval outputs, CSVs of means",
     )
-    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
+    command.add_argument(
+        "--include-eos", "--include_eos", action="store_true", help="count the terminator in"
+    )
     command.add_argument("--categories", type=names, metavar="A,B", help="default: all")
-    command.add_argument("--out", type=Path, help="where the tables go; default: RUN/analysis for one run")
+    command.add_argument(
+        "--out", type=Path, help="where the tables go; default: RUN/analysis for one run"
+    )
     command.set_defaults(command=_analyze)
 
 
 def _add_plot(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     command.add_argument(
-        "--color", default="category", choices=("category", "run", "order_seed", "train_category", "model")
+        "--color",
+        default="category",
+        choices=("category", "run", "order_seed", "train_category", "model"),
     )
     command.add_argument("--categories", type=names, metavar="A,B", help="default: all")
-    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
-    command.add_argument("--labels", type=Path, metavar="FILE.yaml", help="category: what is printed for it")
+    command.add_argument(
+        "--include-eos", "--include_eos", action="store_true", help="count the terminator in"
+    )
+    command.add_argument(
+        "--labels", type=Path, metavar="FILE.yaml", help="category: what is printed for it"
+    )
     command.add_argument("--width", type=_points, help="of a whole figure, as 3.25in, 8cm or 234pt")
-    command.add_argument("--font-size", "--font_size", type=float, default=10, help="in points; default: 10")
-    command.add_argument("--format", type=names, default=("png", "svg", "pdf"), help="png, svg, pdf, html; A,B")
-    command.add_argument("--out", type=Path, help="default: RUN/figures, or figures for several runs")
+    command.add_argument(
+        "--font-size", "--font_size", type=float, default=10, help="in points; default: 10"
+    )
+    command.add_argument(
+        "--format", type=names, default=("png", "svg", "pdf"), help="png, svg, pdf, html; A,B"
+    )
+    command.add_argument(
+        "--out", type=Path, help="default: RUN/figures, or figures for several runs"
+    )
     command.set_defaults(command=_plot)
 
 
@@ -51,30 +86,55 @@ def _add_report(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     command.add_argument("--format", default="html", choices=("html", "md"))
     command.add_argument("--categories", type=names, metavar="A,B", help="default: all")
-    command.add_argument("--include-eos", "--include_eos", action="store_true", help="count the terminator in")
-    command.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
+    command.add_argument(
+        "--include-eos", "--include_eos", action="store_true", help="count the terminator in"
+    )
+    command.add_argument(
+        "--out", type=Path, help="default: RUN/report.html, or report.html for several runs"
+    )
     command.set_defaults(command=_report)
 
 
 def _add_simplicity(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument("--kl", action="store_true", help="also KL from the start; loads every snapshot once")
+    command.add_argument(
+        "--kl", action="store_true", help="also KL from the start; loads every snapshot once"
+    )
     command.add_argument("--out", type=Path, help="where tables and a figure go; default: nowhere")
     command.set_defaults(command=_simplicity)
 
 
 def _add_transfer(command: argparse.ArgumentParser) -> None:
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--runs", nargs="+", metavar="[ROW=]RUN", help="finished runs; those of one row are its seeds")
     source.add_argument(
-        "--rows", type=names, metavar="A,B",
-        help="train these: categories, data files, tagged (a contrast set), half_1 and half_2 (of chosen)",
-    )  # fmt: skip
+        "--runs",
+        nargs="+",
+        metavar="[ROW=]RUN",
+        help="finished runs; those of one row are its seeds",
+    )
+    source.add_argument(
+        "--rows",
+        type=names,
+        metavar="A,B",
+        help="train these: categories, data files, tagged (a contrast set), half_1 and half_2 (of "
+        "chosen)",
+    )
     command.add_argument("--recipe", type=Path, help="of the training of --rows")
-    command.add_argument("--order-seeds", "--order_seeds", type=positive, default=3, help="data orders; default: 3")
-    command.add_argument("--shard", type=shard, default=(1, 1), metavar="i/N", help="train every N-th run; no tables")
-    command.add_argument("--train-flags", "--train_flags", default="", help="more flags of training, in one string")
-    command.add_argument("--out", type=Path, default=Path("transfer"), help="runs, tables, figures; default: transfer")
+    command.add_argument(
+        "--order-seeds", "--order_seeds", type=positive, default=3, help="data orders; default: 3"
+    )
+    command.add_argument(
+        "--shard", type=shard, default=(1, 1), metavar="i/N", help="train every N-th run; no tables"
+    )
+    command.add_argument(
+        "--train-flags", "--train_flags", default="", help="more flags of training, in one string"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("transfer"),
+        help="runs, tables, figures; default: transfer",
+    )
     command.set_defaults(command=_transfer)
 
 
@@ -90,7 +150,12 @@ def _points(text: str) -> float:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.stats.analyze import analyze, default_folder, verdict_text, write_analysis
+    from sft_probe.analysis.stats.analyze import (
+        analyze,
+        default_folder,
+        verdict_text,
+        write_analysis,
+    )
 
     analysis = analyze(options.runs, include_eos=options.include_eos, categories=options.categories)
     print(verdict_text(analysis))  # noqa: T201

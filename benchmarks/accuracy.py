@@ -1,9 +1,10 @@
-"""Measures the error of summed log-probs of real docs: `ProbeLM` and stock lm-eval (`hf`), float32 and bfloat16.
+"""Measures the error of summed log-probs of real docs: `ProbeLM` and stock lm-eval (`hf`), float32
+and bfloat16.
 
-Truth is a plain forward in float64: of the float32 weights, and of the same weights rounded to bfloat16, which leaves
-the error of the arithmetic alone. Stock runs with its default softmax, in the model's dtype, and with
-`softmax_dtype=float32`. On a CPU that multiplies no bfloat16 matrices, each product is computed in float32 and rounded.
-Run: python benchmarks/accuracy.py
+Truth is a plain forward in float64: of the float32 weights, and of the same weights rounded to
+bfloat16, which leaves the error of the arithmetic alone. Stock runs with its default softmax, in
+the model's dtype, and with `softmax_dtype=float32`. On a CPU that multiplies no bfloat16 matrices,
+each product is computed in float32 and rounded. Run: python benchmarks/accuracy.py
 """
 
 from typing import Any
@@ -41,21 +42,34 @@ def sums_of(requests: list[Any], model: Any, tokenizer: Any) -> dict[str, Sums]:
     }
     dtype = str(model.dtype).removeprefix("torch.")
     return {
-        f"{dtype}, {name}": np.array([result[0] for result in lm.loglikelihood(requests, disable_tqdm=True)])
+        f"{dtype}, {name}": np.array(
+            [result[0] for result in lm.loglikelihood(requests, disable_tqdm=True)]
+        )
         for name, lm in (stock | {"sft_probe": probe_lm(model, tokenizer)}).items()
     }
 
 
 def multiply_in_float32() -> None:
-    """Products of 16-bit matrices in float32, rounded once: what hardware with such matrices computes."""
+    """Products of 16-bit matrices in float32, rounded once: what hardware with such matrices
+    computes."""
     linear, attention = functional.linear, functional.scaled_dot_product_attention
 
     def rounded_linear(values: Any, weight: Any, bias: Any = None) -> Any:
-        return linear(values.float(), weight.float(), None if bias is None else bias.float()).to(values.dtype)
+        return linear(values.float(), weight.float(), None if bias is None else bias.float()).to(
+            values.dtype
+        )
 
-    def rounded_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
-        mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
-        return attention(query.float(), key.float(), value.float(), attn_mask=mask, **options).to(query.dtype)
+    def rounded_attention(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any
+    ) -> Any:
+        mask = (
+            attn_mask.float()
+            if attn_mask is not None and attn_mask.is_floating_point()
+            else attn_mask
+        )
+        return attention(query.float(), key.float(), value.float(), attn_mask=mask, **options).to(
+            query.dtype
+        )
 
     functional.linear, functional.scaled_dot_product_attention = rounded_linear, rounded_attention  # type: ignore[assignment]
 
@@ -98,11 +112,21 @@ def main() -> None:
     rows = []
     for sides, kinds in ((exact, ["float32 weights"]), (coarse, list(truths))):
         stock = next(iter(sides.values()))
-        rows += [row(side, found, stock, truths[kind], kind) for kind in kinds for side, found in sides.items()]
+        rows += [
+            row(side, found, stock, truths[kind], kind)
+            for kind in kinds
+            for side, found in sides.items()
+        ]
     mean = truths["float32 weights"].mean()
-    print(f"Summed log-probs of {len(docs)} docs x 6 categories, nats; mean {mean:.0f}; hf at batch 8:\n")
+    print(
+        f"Summed log-probs of {len(docs)} docs x 6 categories, nats; mean {mean:.0f}; hf at batch "
+        "8:\n"
+    )
     table(rows)
-    print("bfloat16 products: " + ("in float32, rounded (this CPU has none)." if emulated else "the CPU's own."))
+    print(
+        "bfloat16 products: "
+        + ("in float32, rounded (this CPU has none)." if emulated else "the CPU's own.")
+    )
 
 
 if __name__ == "__main__":

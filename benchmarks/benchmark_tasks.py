@@ -1,7 +1,8 @@
-"""Measures lm-eval's own benchmarks: `ProbeLM` against stock `hf`, through lm-eval's `evaluate`, in one process.
+"""Measures lm-eval's own benchmarks: `ProbeLM` against stock `hf`, through lm-eval's `evaluate`, in
+one process.
 
-BLiMP has pairs of short sentences and no context; `choice` has a real prompt and four responses to choose from.
-Run: python benchmarks/benchmark_tasks.py
+BLiMP has pairs of short sentences and no context; `choice` has a real prompt and four responses to
+choose from. Run: python benchmarks/benchmark_tasks.py
 """
 
 import json
@@ -34,12 +35,16 @@ def write_blimp(folder: Path, data: Path) -> list[str]:
 
 def write_choice(folder: Path, docs: list[Any]) -> list[str]:
     """Multiple choice with a long context that the choices share."""
-    rows = [{"prompt": item.prompt.text, "choices": list(item.doc.responses.values())} for item in docs]
+    rows = [
+        {"prompt": item.prompt.text, "choices": list(item.doc.responses.values())} for item in docs
+    ]
     (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     (folder / "choice.yaml").write_text(
         f"task: choice\ndataset_path: json\ndataset_kwargs:\n  cache_dir: {folder}/cache\n"
-        f"  data_files: {folder}/choice.jsonl\ntest_split: train\noutput_type: multiple_choice\ndoc_to_text: prompt\n"
-        "doc_to_choice: choices\ndoc_to_target: 0\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n",
+        f"  data_files: {folder}/choice.jsonl\ntest_split: train\noutput_type: multiple_choice\n"
+        "doc_to_text: prompt\n"
+        "doc_to_choice: choices\ndoc_to_target: 0\nmetric_list:\n  - metric: acc\n  - metric: "
+        "acc_norm\n",
         "utf-8",
     )
     return [str(folder / "choice.yaml")]
@@ -56,7 +61,9 @@ def evaluation(lm: Any, paths: list[str], limit: int) -> Callable[[], Any]:
     return call
 
 
-def compare(name: str, lms: dict[str, Any], paths: list[str], limit: int, repeats: int) -> list[dict[str, Any]]:
+def compare(
+    name: str, lms: dict[str, Any], paths: list[str], limit: int, repeats: int
+) -> list[dict[str, Any]]:
     """Table rows of one benchmark."""
     sides = {side: evaluation(lm, paths, limit) for side, lm in lms.items()}
     median_time(sides, 1)  # warm
@@ -79,14 +86,28 @@ def compare(name: str, lms: dict[str, Any], paths: list[str], limit: int, repeat
 
 def accuracy(result: Any) -> list[float]:
     """Of each doc, over all tasks."""
-    return [float(sample["acc"]) for task in sorted(result["samples"]) for sample in result["samples"][task]]
+    return [
+        float(sample["acc"])
+        for task in sorted(result["samples"])
+        for sample in result["samples"][task]
+    ]
 
 
 def main() -> None:
     """One table of both benchmarks."""
     flags = parser(__doc__, num_docs=30, repeats=3)
-    flags.add_argument("--blimp", type=Path, default=DATA / "blimp", help="folder of JSONL files, one per phenomenon")
-    flags.add_argument("--limit", type=int, default=500, help="docs of BLiMP, over all phenomena; --num_docs of choice")
+    flags.add_argument(
+        "--blimp",
+        type=Path,
+        default=DATA / "blimp",
+        help="folder of JSONL files, one per phenomenon",
+    )
+    flags.add_argument(
+        "--limit",
+        type=int,
+        default=500,
+        help="docs of BLiMP, over all phenomena; --num_docs of choice",
+    )
     flags.add_argument("--dtype", default="float32")
     args = flags.parse_args()
     keep_freed_memory()
@@ -100,7 +121,9 @@ def main() -> None:
         rows = compare("BLiMP", more, blimp, max(1, args.limit // len(blimp)), args.repeats)
         rows += compare("choice", lms, choice, args.num_docs, args.repeats)
     table(rows)
-    print(f"{args.dtype}, CPU. All sides with keep_freed_memory(), on one model, and run once before.")
+    print(
+        f"{args.dtype}, CPU. All sides with keep_freed_memory(), on one model, and run once before."
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Prints the end of CONTRIBUTING.md: how large files and functions are, and a line for each file of the product.
+"""Prints the end of CONTRIBUTING.md: how large files and functions are, and a line for each file of
+the product.
 
 Run: python benchmarks/code_map.py [--write]
 """
@@ -22,7 +23,11 @@ def file_map() -> str:
     """Return a line per file: its path, and the first sentence of its docstring."""
     lines = []
     for path in product_files():
-        about = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split("\n\n")[0].replace("\n", " ")
+        about = (
+            (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "")
+            .split("\n\n")[0]
+            .replace("\n", " ")
+        )
         lines.append(f"- `{path.relative_to(ROOT)}`: {about}")
     return "\n".join(lines)
 
@@ -37,13 +42,19 @@ def sizes() -> str:
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
     )
-    modules = [length for path, length in zip(product_files(), lengths, strict=True) if path.name != "__init__.py"]
+    modules = [
+        length
+        for path, length in zip(product_files(), lengths, strict=True)
+        if path.name != "__init__.py"
+    ]
     return "\n".join(
         [
             "| files | lines | median file | longest file | function: median | p90 | longest |",
             "|---|---|---|---|---|---|---|",
-            f"| {len(modules)} | {sum(lengths)} | {statistics.median(modules):.0f} | {max(modules)} | "
-            f"{statistics.median(functions):.0f} | {functions[len(functions) * 9 // 10]} | {functions[-1]} |",
+            f"| {len(modules)} | {sum(lengths)} | {statistics.median(modules):.0f} | "
+            f"{max(modules)} | "
+            f"{statistics.median(functions):.0f} | {functions[len(functions) * 9 // 10]} | "
+            f"{functions[-1]} |",
         ]
     )
 

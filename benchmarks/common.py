@@ -23,11 +23,18 @@ MAX_LENGTH = 1024
 SIX = ("chosen", "rejected", "reject_gptsemantic", "chosen_initial", "irr_test", "irr_hum")
 
 
-def parser(description: str | None, num_docs: int, repeats: int | None = None) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, num_docs: int, repeats: int | None = None
+) -> argparse.ArgumentParser:
     """The flags that most scripts have."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument(
-        "--data", type=Path, default=DATA / "helpful-base/probe_train.jsonl", help="prompts and responses"
+        "--data",
+        type=Path,
+        default=DATA / "helpful-base/probe_train.jsonl",
+        help="prompts and responses",
     )
     made.add_argument("--num_docs", type=int, default=num_docs)
     if repeats is not None:
@@ -36,7 +43,8 @@ def parser(description: str | None, num_docs: int, repeats: int | None = None) -
 
 
 def load_docs(path: Path, num_docs: int, num_categories: int, tokenizer: Any) -> list[EncodedDoc]:
-    """The first docs whose responses are all there and fit: the columns of `SIX`, or for more the file's first ones."""
+    """The first docs whose responses are all there and fit: the columns of `SIX`, or for more the
+    file's first ones."""
     docs: list[EncodedDoc] = []
     for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
         row = json.loads(line)
@@ -46,9 +54,13 @@ def load_docs(path: Path, num_docs: int, num_categories: int, tokenizer: Any) ->
         if not messages or not all(responses.values()):
             continue
         doc = Doc(
-            doc_id=f"d{number}", conversation_id=f"c{number}", split="heldout", messages=tuple(messages),
-            responses=responses, random_doc_id=None,
-        )  # fmt: skip
+            doc_id=f"d{number}",
+            conversation_id=f"c{number}",
+            split="heldout",
+            messages=tuple(messages),
+            responses=responses,
+            random_doc_id=None,
+        )
         encoded = encode_doc(doc, PromptFormat("hh"), tokenizer, MAX_LENGTH)
         if isinstance(encoded, EncodedDoc):
             docs.append(encoded)
@@ -59,7 +71,8 @@ def load_docs(path: Path, num_docs: int, num_categories: int, tokenizer: Any) ->
 
 
 def instances(docs: Sequence[EncodedDoc]) -> list[Instance]:
-    """lm-eval's requests, as the tasks `sft_probe_<category>` make them: `ProbeLM` scores the terminator too."""
+    """lm-eval's requests, as the tasks `sft_probe_<category>` make them: `ProbeLM` scores the
+    terminator too."""
     return [
         Instance(
             request_type="loglikelihood",
@@ -80,10 +93,16 @@ def items_of(docs: Sequence[EncodedDoc], tokenizer: Any) -> list[Item]:
 
 
 def hflm(model: Any, tokenizer: Any, batch_size: int, **options: Any) -> HFLM:
-    """Stock lm-eval on a model that is loaded already. float32 softmax, which is as exact as it gets, by default."""
+    """Stock lm-eval on a model that is loaded already. float32 softmax, which is as exact as it
+    gets, by default."""
     options = {"softmax_dtype": "float32"} | options
     return HFLM(
-        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=MAX_LENGTH, **options
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        max_length=MAX_LENGTH,
+        **options,
     )
 
 
@@ -93,7 +112,8 @@ def probe_lm(model: Any, tokenizer: Any) -> ProbeLM:
 
 
 def scorer(lm: HFLM, requests: list[Instance]) -> Callable[[], list[Any]]:
-    """One call that scores all requests from their text; `ProbeLM` forgets token ids first, so that both tokenise."""
+    """One call that scores all requests from their text; `ProbeLM` forgets token ids first, so that
+    both tokenise."""
 
     def call() -> list[Any]:
         if isinstance(lm, ProbeLM):
@@ -110,7 +130,9 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def median_time(sides: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+def median_time(
+    sides: Mapping[str, Callable[[], Any]], repeats: int
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Median seconds of each side, and its last result; the sides take turns (A B A B ...)."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     results: dict[str, Any] = {}

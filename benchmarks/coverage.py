@@ -1,9 +1,11 @@
-"""How often the printed intervals and bands hold the truth, and how often a printed sentence is wrong, by simulation.
+"""How often the printed intervals and bands hold the truth, and how often a printed sentence is
+wrong, by simulation.
 
     python benchmarks/coverage.py [--sets 1000] [--only means,bands,...] [--csv coverage.csv]
 
-A set is one simulated experiment. Docs carry noise of variance 1, half of which their cluster shares. A cell is the
-coverage in percent, `w` behind it where most sets carry a printed warning, `-` where the band is withheld in most.
+A set is one simulated experiment. Docs carry noise of variance 1, half of which their cluster
+shares. A cell is the coverage in percent, `w` behind it where most sets carry a printed warning,
+`-` where the band is withheld in most.
 """
 
 import argparse
@@ -82,7 +84,9 @@ class Design:
         of_clusters = NOISES[self.noise](generator, (int(clusters.max()) + 1, *points))[clusters]
         if len(set(clusters.tolist())) == self.num_docs:
             return of_clusters
-        values: Floats = np.sqrt(0.5) * (of_clusters + NOISES[self.noise](generator, (self.num_docs, *points)))
+        values: Floats = np.sqrt(0.5) * (
+            of_clusters + NOISES[self.noise](generator, (self.num_docs, *points))
+        )
         return values
 
     def hide(self, values: Floats, generator: np.random.Generator) -> Floats:
@@ -102,7 +106,11 @@ def held(found: Estimate, truth: float = 0.0) -> Bools:
 
 def means(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:
     """Intervals of a mean change of one run."""
-    found = estimate(design.hide(design.draw(generator, num_sets), generator), design.clusters, num_resamples=1000)
+    found = estimate(
+        design.hide(design.draw(generator, num_sets), generator),
+        design.clusters,
+        num_resamples=1000,
+    )
     return _summary(held(found), flagged(found))
 
 
@@ -116,8 +124,9 @@ def bands(design: Design, num_sets: int, generator: np.random.Generator) -> dict
     clusters = np.stack([design.clusters, np.arange(design.num_docs)], axis=1)
     for _ in range(num_sets):
         own, other = (
-            item.draw(generator, 8) for item in (design, Design(design.noise, design.num_docs, "alone"))
-        )  # fmt: skip
+            item.draw(generator, 8)
+            for item in (design, Design(design.noise, design.num_docs, "alone"))
+        )
         values = design.hide(np.stack([own, other], axis=1).cumsum(axis=2), generator)
         found = estimate(values, clusters, band=True, num_resamples=500)
         known = ~np.isnan(found.band_low)
@@ -126,13 +135,22 @@ def bands(design: Design, num_sets: int, generator: np.random.Generator) -> dict
         warned.append(bool(flagged(found).any()))
     shown = ~np.array(withheld)
     coverage = float(np.array(inside)[shown].mean()) if shown.any() else np.nan
-    return {"coverage": coverage, "warned": float(np.mean(warned)), "withheld": float(1 - shown.mean())}
+    return {
+        "coverage": coverage,
+        "warned": float(np.mean(warned)),
+        "withheld": float(1 - shown.mean()),
+    }
 
 
 def runs(
-    design: Design, num_sets: int, generator: np.random.Generator, num_runs: int, ratio_of_variances: float
+    design: Design,
+    num_sets: int,
+    generator: np.random.Generator,
+    num_runs: int,
+    ratio_of_variances: float,
 ) -> dict[str, float]:
-    """Intervals over runs and prompts; the mean over runs has so many times the variance of the mean over docs."""
+    """Intervals over runs and prompts; the mean over runs has so many times the variance of the
+    mean over docs."""
     kept = generator.permutation(design.num_docs)[: round(design.num_docs * (1 - design.missing))]
     kept.sort()
     clusters = np.unique(design.clusters[kept], return_inverse=True)[1]
@@ -147,8 +165,11 @@ def runs(
     return _summary(held(found), flagged(found))
 
 
-def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_runs: int) -> dict[str, float]:
-    """Intervals of share, difference and omega of two rows, over runs and prompts; coverage: the mean of the three."""
+def ratios(
+    design: Design, num_sets: int, generator: np.random.Generator, num_runs: int
+) -> dict[str, float]:
+    """Intervals of share, difference and omega of two rows, over runs and prompts; coverage: the
+    mean of the three."""
     clusters, scale = design.clusters, 1 / np.sqrt(design.num_docs)
     tokens = np.ceil(np.exp(generator.normal(3.5, 0.6, size=design.num_docs)))
     truths = {"ii": 1.0, "ij": 0.6, "ji": 0.5, "jj": 0.8}
@@ -156,12 +177,16 @@ def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_ru
     cells = {}
     for name, truth in truths.items():
         own = design.draw(generator, num_sets)
-        run = generator.normal(0, 0.1 * scale * np.sqrt(num_runs), size=(num_runs, 1, num_sets)) * (num_runs > 1)
+        run = generator.normal(0, 0.1 * scale * np.sqrt(num_runs), size=(num_runs, 1, num_sets)) * (
+            num_runs > 1
+        )
         per_token = truth + 0.1 * (docs + own) + 0.7 * run
         cells[name] = Cell(
             change=tokens[:, None] * np.broadcast_to(per_token, (num_runs, *docs.shape)),
-            tokens=tokens, clusters=clusters, order_seeds=[str(seed) for seed in range(num_runs)],
-        )  # fmt: skip
+            tokens=tokens,
+            clusters=clusters,
+            order_seeds=[str(seed) for seed in range(num_runs)],
+        )
     share, gap = ratio(cells["ji"], cells["ii"]), difference(cells["ji"], cells["ii"])
     value = omega(*(cells[name].value for name in ("ii", "ij", "ji", "jj")))
     slope_of = 1 / (cells["ii"].value + cells["jj"].value)
@@ -179,9 +204,11 @@ def ratios(design: Design, num_sets: int, generator: np.random.Generator, num_ru
 
 
 def pmi(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:
-    """Intervals of the mean of quantities that belong to two docs: a text under its own prompt and under another's.
+    """Intervals of the mean of quantities that belong to two docs: a text under its own prompt and
+    under another's.
 
-    The two docs' effects are one and the same, independent, or opposite; the lowest coverage of the three.
+    The two docs' effects are one and the same, independent, or opposite; the lowest coverage of the
+    three.
     """
     num_docs, clusters = design.num_docs, design.clusters
     borrower = (np.arange(num_docs) + 1 + num_docs // 3) % num_docs
@@ -192,7 +219,10 @@ def pmi(design: Design, num_sets: int, generator: np.random.Generator) -> dict[s
         for other in (own, apart, -own)
     ]
     coverage = min(float(held(item).mean()) for item in found)
-    return {"coverage": coverage, "warned": float((found[0].effective_clusters < MIN_PAIR_CLUSTERS).mean())}
+    return {
+        "coverage": coverage,
+        "warned": float((found[0].effective_clusters < MIN_PAIR_CLUSTERS).mean()),
+    }
 
 
 def slopes(design: Design, num_sets: int, generator: np.random.Generator) -> dict[str, float]:
@@ -217,17 +247,24 @@ def recording_of(values: Floats, clusters: Ints) -> Recording:
     rows["doc_id"] = [f"d{number:04d}" for number in doc]
     rows["conversation_id"] = clusters[doc]
     rows = rows.assign(run="simulated", source="live", split="heldout", examples_seen=0, epoch=0.0)
-    rows = rows.assign(**dict.fromkeys((*MEASURES, "num_tokens", "num_bytes"), np.nan)).assign(logprob=values.ravel())
+    rows = rows.assign(**dict.fromkeys((*MEASURES, "num_tokens", "num_bytes"), np.nan)).assign(
+        logprob=values.ravel()
+    )
     return Recording(name="simulated", path=Path(), rows=rows)
 
 
-def sentences(design: Design, num_sets: int, generator: np.random.Generator, truth: str) -> dict[str, float]:
-    """Share of experiments (3 categories, 10 steps) in which any sentence tells of a move or a turn that is none."""
+def sentences(
+    design: Design, num_sets: int, generator: np.random.Generator, truth: str
+) -> dict[str, float]:
+    """Share of experiments (3 categories, 10 steps) in which any sentence tells of a move or a turn
+    that is none."""
     wrong_turn, wrong_move = 0, 0
     curve = TRUTHS[truth](np.arange(10.0))
     for number in range(num_sets):
         noise = np.stack([design.draw(generator, 10) for _ in range(3)], axis=1)
-        noise = noise.cumsum(axis=2) / 3 if number % 2 else noise  # random walks, and noise around the curve
+        noise = (
+            noise.cumsum(axis=2) / 3 if number % 2 else noise
+        )  # random walks, and noise around the curve
         changes = change_table(recording_of(curve + noise, design.clusters))
         table = verdict_table(changes)
         turned = table["sentence"].str.contains(", then ")
@@ -236,7 +273,9 @@ def sentences(design: Design, num_sets: int, generator: np.random.Generator, tru
     return {"turn": wrong_turn / num_sets, "move": wrong_move / num_sets}
 
 
-def cells(name: str, num_sets: int, num_docs: tuple[int, ...] = NUM_DOCS, seed: int = 0) -> Iterator[dict[str, object]]:
+def cells(
+    name: str, num_sets: int, num_docs: tuple[int, ...] = NUM_DOCS, seed: int = 0
+) -> Iterator[dict[str, object]]:
     """Simulate every cell of one table."""
     simulate = {"means": means, "bands": bands, "pmi": pmi, "slopes": slopes}
     for noise in NOISES:
@@ -257,49 +296,73 @@ def cells(name: str, num_sets: int, num_docs: tuple[int, ...] = NUM_DOCS, seed: 
                         yield {**names, "runs": count, **found}
 
 
-def sentence_cells(num_sets: int, num_docs: tuple[int, ...] = (24, 100), seed: int = 0) -> Iterator[dict[str, object]]:
+def sentence_cells(
+    num_sets: int, num_docs: tuple[int, ...] = (24, 100), seed: int = 0
+) -> Iterator[dict[str, object]]:
     """Simulate the error rates of sentences."""
     for truth in TRUTHS:
         for noise in NOISES:
             for size in num_docs:
                 generator = np.random.default_rng([seed, size, *map(ord, noise + truth)])
                 names = {"truth": truth, "noise": noise, "docs": size, "sets": num_sets}
-                yield {**names, **sentences(Design(noise, size, "alone"), num_sets, generator, truth)}
+                yield {
+                    **names,
+                    **sentences(Design(noise, size, "alone"), num_sets, generator, truth),
+                }
 
 
 def markdown(table: pd.DataFrame, columns: str) -> str:
-    """Return coverage in percent: a row per noise and number of docs, a column per value of `columns`."""
+    """Return coverage in percent: a row per noise and number of docs, a column per value of
+    `columns`."""
     table = table.assign(
         cell=[
-            "-" if row.get("withheld", 0) > 0.5 else f"{100 * row['coverage']:.1f}" + "w" * (row["warned"] > 0.5)
+            "-"
+            if row.get("withheld", 0) > 0.5
+            else f"{100 * row['coverage']:.1f}" + "w" * (row["warned"] > 0.5)
             for _, row in table.iterrows()
         ]
     )
     order = list(dict.fromkeys(table[columns]))
-    wide = table.pivot_table(index=["noise", "docs"], columns=columns, values="cell", aggfunc="first", sort=False)
-    lines = ["| noise | docs | " + " | ".join(map(str, order)) + " |", "|---" * (len(order) + 2) + "|"]
+    wide = table.pivot_table(
+        index=["noise", "docs"], columns=columns, values="cell", aggfunc="first", sort=False
+    )
+    lines = [
+        "| noise | docs | " + " | ".join(map(str, order)) + " |",
+        "|---" * (len(order) + 2) + "|",
+    ]
     lines += [
-        "| " + " | ".join(map(str, (*names, *(row[name] for name in order)))) + " |" for names, row in wide.iterrows()
+        "| " + " | ".join(map(str, (*names, *(row[name] for name in order)))) + " |"
+        for names, row in wide.iterrows()
     ]
     return "\n".join(lines)
 
 
 def worst_over_clusters(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the cell with the coverage furthest from 95 % over the kinds of clusters that carry no warning."""
+    """Return the cell with the coverage furthest from 95 % over the kinds of clusters that carry no
+    warning."""
     calm = table[table["warned"] <= 0.5]
     rank = (calm["coverage"] - 0.95).abs()
     return (
-        calm.assign(rank=rank).sort_values("rank").drop_duplicates(["noise", "docs", "runs"], keep="last").sort_index()
+        calm.assign(rank=rank)
+        .sort_values("rank")
+        .drop_duplicates(["noise", "docs", "runs"], keep="last")
+        .sort_index()
     )
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=1000, help="simulated experiments per cell; default: 1000")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sets", type=int, default=1000, help="simulated experiments per cell; default: 1000"
+    )
     parser.add_argument("--only", default="means,bands,runs,runs_alike,ratios,pmi,slopes,sentences")
     parser.add_argument("--docs", default=",".join(map(str, NUM_DOCS)))
-    parser.add_argument("--csv", type=Path, help="every cell, also of the kinds of clusters that a table sums up")
+    parser.add_argument(
+        "--csv", type=Path, help="every cell, also of the kinds of clusters that a table sums up"
+    )
     options = parser.parse_args()
     num_docs = tuple(map(int, options.docs.split(",")))
     tables = []
@@ -310,7 +373,9 @@ def main() -> None:
         else:
             table = pd.DataFrame(cells(name, options.sets, num_docs))
             by_runs = "runs" in table
-            shown = markdown(worst_over_clusters(table) if by_runs else table, "runs" if by_runs else "clusters")
+            shown = markdown(
+                worst_over_clusters(table) if by_runs else table, "runs" if by_runs else "clusters"
+            )
             print(f"\n{name}, {options.sets} sets\n\n{shown}", flush=True)
         tables.append(table.assign(table=name))
     if options.csv:

@@ -1,10 +1,10 @@
 """Kills a run again and again (`kill -9`) and shows what was lost and what was paid twice.
 
-3,000 requests, 32 in flight, 10 kills at moments drawn at random; some requests meet failures first (429, 503, a cut
-connection). The server (tests/gemini_server.py) counts the calls that it answered, by prompt. Checked: the answers are
-those of a run that was never killed, byte for byte; repaid calls <= in flight x kills. A third series of runs has half
-the money: what the server billed <= what the store counts as spent <= the budget, in all three.
-Run: python benchmarks/kill_drill.py
+3,000 requests, 32 in flight, 10 kills at moments drawn at random; some requests meet failures first
+(429, 503, a cut connection). The server (tests/gemini_server.py) counts the calls that it answered,
+by prompt. Checked: the answers are those of a run that was never killed, byte for byte; repaid
+calls <= in flight x kills. A third series of runs has half the money: what the server billed <=
+what the store counts as spent <= the budget, in all three. Run: python benchmarks/kill_drill.py
 """
 
 import argparse
@@ -40,19 +40,32 @@ def requests(number: int) -> Iterator[Request]:
         faults = [fault for divisor, fault in FAULTS.items() if index % divisor == divisor - 1]
         suffix = f" @faults({','.join(faults)})" if faults else ""
         yield Request(
-            doc_id=f"d{index}", category="paraphrase", template="paraphrase@1", template_sha256="0" * 64,
-            prompt=f"Say number {index} in other words.{suffix}", source_text="", num_words=30, max_output_tokens=50,
-        )  # fmt: skip
+            doc_id=f"d{index}",
+            category="paraphrase",
+            template="paraphrase@1",
+            template_sha256="0" * 64,
+            prompt=f"Say number {index} in other words.{suffix}",
+            source_text="",
+            num_words=30,
+            max_output_tokens=50,
+        )
 
 
 def run(folder: Path, url: str, args: Any) -> None:
     """One run to the end: what `kill -9` interrupts. Its result stands for a probe set."""
-    limits = Limits(concurrency=args.concurrency, max_cost_usd=args.budget_usd, price=PRICE, first_backoff_s=0.05)
+    limits = Limits(
+        concurrency=args.concurrency,
+        max_cost_usd=args.budget_usd,
+        price=PRICE,
+        first_backoff_s=0.05,
+    )
     with Store(folder / "answers.sqlite") as store:
         try:
             rows = [
                 {"doc_id": request.doc_id, "status": answer.status, "text": answer.text}
-                for request, answer in obtain(requests(args.number), GeminiWriter("m", base_url=url), store, limits)
+                for request, answer in obtain(
+                    requests(args.number), GeminiWriter("m", base_url=url), store, limits
+                )
             ]
             write_jsonl(folder / "answers.jsonl", rows)
         except BudgetSpentError as error:
@@ -69,7 +82,11 @@ def calls(url: str) -> dict[str, int]:
 def drill(folder: Path, args: Any, *, kills: int, budget_usd: float) -> dict[str, Any]:
     """Runs to the end with so many kills on the way; the counts of the server and of the store."""
     folder.mkdir()
-    shape = [f"--number={args.number}", f"--concurrency={args.concurrency}", f"--budget_usd={budget_usd}"]
+    shape = [
+        f"--number={args.number}",
+        f"--concurrency={args.concurrency}",
+        f"--budget_usd={budget_usd}",
+    ]
     command = [sys.executable, __file__, "--run", folder, *shape]
     draw = random.Random(args.seed)  # noqa: S311 - reproducible, not secret
     end = args.number * min(1.0, budget_usd / args.budget_usd)
@@ -88,7 +105,8 @@ def drill(folder: Path, args: Any, *, kills: int, budget_usd: float) -> dict[str
 
 
 def _kill_at(command: list[Any], num_calls: float) -> bool:
-    """Start a run and kill it when the server has answered so many calls in all; False where it ends before."""
+    """Start a run and kill it when the server has answered so many calls in all; False where it
+    ends before."""
     url = command[-1].removeprefix("--url=")
     with subprocess.Popen(command, env=_environment()) as process:
         while process.poll() is None and sum(calls(url).values()) < num_calls:
@@ -142,7 +160,9 @@ def check(args: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     """One table; with `--run`, one run."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--number", type=int, default=3000)
     flags.add_argument("--concurrency", type=int, default=32)
     flags.add_argument("--kills", type=int, default=10)

@@ -1,4 +1,5 @@
-"""Measures scoring where the head is large: a Qwen2.5 shape, V = 151,936, random weights and token ids, K = 7.
+"""Measures scoring where the head is large: a Qwen2.5 shape, V = 151,936, random weights and token
+ids, K = 7.
 
 Both sides get token ids and run on one model object; stock lm-eval (`hf`) at several batch sizes.
 Run: python benchmarks/large_vocabulary.py
@@ -21,7 +22,13 @@ from sft_probe.scoring.packing import Item
 
 VOCAB_SIZE = 151936
 NUM_CONTINUATIONS = 7
-_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_NAMES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "7b": (3584, 18944, 28, 28, 4)}
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -50,13 +57,21 @@ def build_requests(num_docs: int, prompt_tokens: int, response_tokens: int) -> l
     for doc in range(num_docs):
         prompt = random.integers(VOCAB_SIZE, size=prompt_tokens).tolist()
         for k in range(NUM_CONTINUATIONS):
-            requests.append(((str(doc), str(k)), prompt, random.integers(VOCAB_SIZE, size=response_tokens).tolist()))
+            requests.append(
+                (
+                    (str(doc), str(k)),
+                    prompt,
+                    random.integers(VOCAB_SIZE, size=response_tokens).tolist(),
+                )
+            )
     return requests
 
 
 def main() -> None:
     """One table: ours, and stock at each batch size."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--shape", choices=SHAPES, default="0.5b")
     flags.add_argument("--dtype", default="float32")
     flags.add_argument("--device", default="cpu")
@@ -68,24 +83,40 @@ def main() -> None:
     args = flags.parse_args()
     if args.device == "cpu":
         keep_freed_memory()
-    model, tokenizer = build_model(args.shape, args.dtype, args.device), load_tokenizer(EMBEDDED_MODEL)
+    model, tokenizer = (
+        build_model(args.shape, args.dtype, args.device),
+        load_tokenizer(EMBEDDED_MODEL),
+    )
     requests = build_requests(args.num_docs, args.prompt_tokens, args.response_tokens)
     lms: dict[str, Any] = {"sft_probe": probe_lm(model, tokenizer)}
-    lms |= {f"hf, batch {size}": hflm(model, tokenizer, int(size)) for size in args.batch_sizes.split(",")}
-    sides = {name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for name, lm in lms.items()}
+    lms |= {
+        f"hf, batch {size}": hflm(model, tokenizer, int(size))
+        for size in args.batch_sizes.split(",")
+    }
+    sides = {
+        name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True)
+        for name, lm in lms.items()
+    }
     median_time(sides, 1)  # warm
     seconds, results = median_time(sides, args.repeats)
     report(args, model, requests, seconds, results)
 
 
 def report(
-    args: Any, model: Any, requests: list[Request], seconds: dict[str, float], results: dict[str, list[Any]]
+    args: Any,
+    model: Any,
+    requests: list[Request],
+    seconds: dict[str, float],
+    results: dict[str, list[Any]],
 ) -> None:
     """Prints the table and what is needed to read it."""
     floor = floor_flops(model, [Item(prompt, ids) for _, prompt, ids in requests])
     square, own = matmul_rate(model.dtype, args.device), own_shape_rate(model)
     best = min((name for name in seconds if name != "sft_probe"), key=lambda name: seconds[name])
-    print(f"Qwen2.5 {args.shape} shape, {args.dtype}, {args.device}: {args.num_docs} docs x {NUM_CONTINUATIONS}\n")
+    print(
+        f"Qwen2.5 {args.shape} shape, {args.dtype}, {args.device}: {args.num_docs} docs x "
+        f"{NUM_CONTINUATIONS}\n"
+    )
     table(
         [
             {
@@ -98,11 +129,16 @@ def report(
             for name, spent in seconds.items()
         ]
     )
-    differences = [abs(a[0] - b[0]) for a, b in zip(results["sft_probe"], results[best], strict=True)]
+    differences = [
+        abs(a[0] - b[0]) for a, b in zip(results["sft_probe"], results[best], strict=True)
+    ]
     print(
-        f"P = {args.prompt_tokens}, R = {args.response_tokens}. Floor: {floor / 1e12:.3g} TFLOP. Matmul rate: "
-        f"{square / 1e9:.0f} GFLOP/s; own-shape rate: {own / 1e9:.0f} GFLOP/s. Each side was run once before.\n"
-        f"On a CPU all sides run with keep_freed_memory(), here on {torch.get_num_threads()} threads.\n"
+        f"P = {args.prompt_tokens}, R = {args.response_tokens}. Floor: {floor / 1e12:.3g} TFLOP. "
+        "Matmul rate: "
+        f"{square / 1e9:.0f} GFLOP/s; own-shape rate: {own / 1e9:.0f} GFLOP/s. Each side was run "
+        "once before.\n"
+        f"On a CPU all sides run with keep_freed_memory(), here on {torch.get_num_threads()} "
+        "threads.\n"
         f"Largest difference of a summed log-prob from {best}: {max(differences):.2g} nats."
     )
 

@@ -1,7 +1,8 @@
-"""Prints docs/models.md: what was tried of every architecture, form of adapter, and tokenizer; takes minutes.
+"""Prints docs/models.md: what was tried of every architecture, form of adapter, and tokenizer;
+takes minutes.
 
-Architectures are tiny and random, held against transformers' own float64 forward (tests/architectures.py).
-Run: python benchmarks/model_matrix.py > docs/models.md
+Architectures are tiny and random, held against transformers' own float64 forward
+(tests/architectures.py). Run: python benchmarks/model_matrix.py > docs/models.md
 """
 
 import importlib
@@ -21,7 +22,7 @@ HEAD = """# Models
 
 What was tried, and what came of it. Printed by `python benchmarks/model_matrix.py`; `make test` checks a part of each
 table, `make test-full` the whole.
-"""
+"""  # noqa: E501
 ARCHITECTURES = """## Architectures
 
 Every causal LM of transformers {version}, tiny and with random weights. Its scores (shared prompts, texts longer than a
@@ -43,7 +44,7 @@ over the same tokens differ although every dropout is 0, the log and the run's m
 {counts}
 
 | `model_type` | class | result | largest error, nats | loss, relative | |
-| --- | --- | --- | --- | --- | --- |"""
+| --- | --- | --- | --- | --- | --- |"""  # noqa: E501
 
 
 def main() -> None:
@@ -53,24 +54,41 @@ def main() -> None:
     print(HEAD)
     print(
         ARCHITECTURES.format(
-            version=version("transformers"), error=LARGEST_ERROR, loss=LARGEST_LOSS_ERROR, counts=_counts(rows)
+            version=version("transformers"),
+            error=LARGEST_ERROR,
+            loss=LARGEST_LOSS_ERROR,
+            counts=_counts(rows),
         )
     )
     for row in rows:
         print(_line(row))
     _print_table("Adapters", ("form", "result", ""), _rows("adapter_forms", "adapter_rows"))
-    _print_table("Formats and tokenizers", ("tokenizer", "result", ""), _rows("tokenizer_matrix", "tokenizer_rows"))
+    _print_table(
+        "Formats and tokenizers",
+        ("tokenizer", "result", ""),
+        _rows("tokenizer_matrix", "tokenizer_rows"),
+    )
 
 
 def _counts(rows: Sequence[Row]) -> str:
     results = [row.result for row in rows]
-    return ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(sorted(results))) + "."
+    return (
+        ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(sorted(results)))
+        + "."
+    )
 
 
 def _line(row: Row) -> str:
-    figures = [f"{row.error_nats:.1g}", f"{row.loss_error:.1g}"] if row.result.startswith("right") else ["", ""]
+    figures = (
+        [f"{row.error_nats:.1g}", f"{row.loss_error:.1g}"]
+        if row.result.startswith("right")
+        else ["", ""]
+    )
     note = row.note.replace("|", "\\|").replace("\n", " ")
-    return f"| `{row.model_type}` | {row.class_name} | {row.result} | {figures[0]} | {figures[1]} | {note} |"
+    return (
+        f"| `{row.model_type}` | {row.class_name} | {row.result} | {figures[0]} | {figures[1]} | "
+        f"{note} |"
+    )
 
 
 def _rows(module: str, function: str) -> Iterable[Sequence[str]]:
@@ -81,7 +99,9 @@ def _rows(module: str, function: str) -> Iterable[Sequence[str]]:
 def _print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print(f"\n## {title}\n")
     for cells in (head, ["---"] * len(head), *rows):
-        print("|", " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells), "|")
+        print(
+            "|", " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells), "|"
+        )
 
 
 if __name__ == "__main__":

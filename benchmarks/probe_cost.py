@@ -1,4 +1,5 @@
-"""What the live probe costs in a run of 1000 steps: seconds of a step and of a probe, and the share that follows.
+"""What the live probe costs in a run of 1000 steps: seconds of a step and of a probe, and the share
+that follows.
 
 Run as: python benchmarks/probe_cost.py [--probe_set SET] [--batch 16] [--steps 6] [--docs 20]
 The share is for 12 probes of 100 docs; `--docs` are measured and scaled up.
@@ -51,7 +52,9 @@ class TimedProbe(ProbeCallback):
 
 def main() -> None:
     """Prints medians and the share."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=EMBEDDED_MODEL)
     parser.add_argument("--probe_set", default="helpful-mini")
     parser.add_argument("--batch", type=int, default=16)
@@ -61,20 +64,33 @@ def main() -> None:
     keep_freed_memory()
     set_seed(0)
     tokenizer, probe_set = load_tokenizer(options.model), load_probe_set(options.probe_set)
-    docs = assign(probe_set.of_split("train"), parse_mixture("chosen", probe_set.categories, "set"), 0)
-    examples = build_examples(docs, PromptFormat("hh"), tokenizer, max_length=1024, max_prompt_tokens=None, dropped=[])
+    docs = assign(
+        probe_set.of_split("train"), parse_mixture("chosen", probe_set.categories, "set"), 0
+    )
+    examples = build_examples(
+        docs, PromptFormat("hh"), tokenizer, max_length=1024, max_prompt_tokens=None, dropped=[]
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = SftTrainer(
             model=load_model(options.model, "float32").train(),
             args=TrainingArguments(
-                output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch,
-                learning_rate=1e-6, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(),
-                remove_unused_columns=False, disable_tqdm=True, dataloader_drop_last=True,
+                output_dir=folder,
+                max_steps=options.steps,
+                per_device_train_batch_size=options.batch,
+                learning_rate=1e-6,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=not torch.cuda.is_available(),
+                remove_unused_columns=False,
+                disable_tqdm=True,
+                dataloader_drop_last=True,
             ),
             train_dataset=examples,
             data_collator=PadRight(terminator_id("hh", tokenizer)),
-        )  # fmt: skip
-        probe = TimedProbe(options.probe_set, out=folder, steps="+2", prompt_format="hh", tokenizer=tokenizer)
+        )
+        probe = TimedProbe(
+            options.probe_set, out=folder, steps="+2", prompt_format="hh", tokenizer=tokenizer
+        )
         probe.seconds = []
         clock = Clock()
         trainer.add_callback(clock)
@@ -104,7 +120,8 @@ def report(steps: list[float], probes: list[float], probe: ProbeCallback, option
     print(f"{options.model}, float32, {torch.get_num_threads()} threads, {options.probe_set}")
     print(f"a step at batch {options.batch}     {step_s:7.2f} s  (median of {len(steps)})")
     print(
-        f"a probe of {num_docs} docs x {len(probe.probe_set.categories)}   {probe_s:7.2f} s  (median of {len(probes)})"
+        f"a probe of {num_docs} docs x {len(probe.probe_set.categories)}   {probe_s:7.2f} s  "
+        f"(median of {len(probes)})"
     )
     print(f"12 probes of 100 docs in 1000 steps: {share:.1%} of the training")
 

@@ -1,7 +1,8 @@
-"""Measures how fast real docs are scored: `ProbeLM` against stock lm-eval (`hf`), in one process, on one model object.
+"""Measures how fast real docs are scored: `ProbeLM` against stock lm-eval (`hf`), in one process,
+on one model object.
 
-Both get the same requests as text and tokenise them. `ProbeLM` scores the terminator of each response too.
-Run: python benchmarks/scoring.py
+Both get the same requests as text and tokenise them. `ProbeLM` scores the terminator of each
+response too. Run: python benchmarks/scoring.py
 """
 
 from typing import Any
@@ -38,7 +39,9 @@ def measure(model: Any, tokenizer: Any, args: Any, num_categories: int) -> None:
     square, own = matmul_rate(model.dtype), own_shape_rate(model)
     floor = floor_flops(model, items_of(docs, tokenizer))
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"{dtype}, {len(docs)} docs x {num_categories} categories, hf at batch {args.batch_size}:\n")
+    print(
+        f"{dtype}, {len(docs)} docs x {num_categories} categories, hf at batch {args.batch_size}:\n"
+    )
     table(
         [
             {
@@ -53,10 +56,15 @@ def measure(model: Any, tokenizer: Any, args: Any, num_categories: int) -> None:
         ]
     )
     print(
-        f"Floor, with the terminators: {floor / 1e12:.3g} TFLOP. Matmul rate: {square / 1e9:.0f} GFLOP/s; own-shape "
-        f"rate: {own / 1e9:.0f} GFLOP/s.\n{torch.get_num_threads()} threads; both sides with keep_freed_memory()."
+        f"Floor, with the terminators: {floor / 1e12:.3g} TFLOP. Matmul rate: {square / 1e9:.0f} "
+        "GFLOP/s; own-shape "
+        f"rate: {own / 1e9:.0f} GFLOP/s.\n{torch.get_num_threads()} threads; both sides with "
+        "keep_freed_memory()."
     )
-    differences = [abs(ours[0] - stock[0]) for ours, stock in zip(results["sft_probe"], results["hf"], strict=True)]
+    differences = [
+        abs(ours[0] - stock[0])
+        for ours, stock in zip(results["sft_probe"], results["hf"], strict=True)
+    ]
     print(f"Largest difference of a summed log-prob: {max(differences):.2g} nats.\n", flush=True)
 
 

@@ -1,8 +1,9 @@
-"""Measures a whole sweep, programs started and weights loaded: `sft-probe sweep` once, or stock `lm_eval run` per step.
+"""Measures a whole sweep, programs started and weights loaded: `sft-probe sweep` once, or stock
+`lm_eval run` per step.
 
-The checkpoints are the embedded model with its weights slightly changed. Stock scores the same docs by the same task
-files; it does not score terminators. Each side runs once, in processes of its own: malloc is set in ours alone.
-Run: python benchmarks/sweep.py
+The checkpoints are the embedded model with its weights slightly changed. Stock scores the same docs
+by the same task files; it does not score terminators. Each side runs once, in processes of its own:
+malloc is set in ours alone. Run: python benchmarks/sweep.py
 """
 
 import json
@@ -49,17 +50,32 @@ def write_probe_set(path: Path, docs: list[Any]) -> None:
 
 def run(*command: Any) -> str:
     """Standard output of a program that must succeed."""
-    return subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def run_stock(checkpoint: Path, tasks: str, args: Any) -> str:
     """Scores one checkpoint as its users do."""
     return run(
-        "lm_eval", "run", "--model", "hf", "--tasks", "sft_probe", "--include_path", tasks, "--device", "cpu",
-        "--model_args", f"pretrained={checkpoint},dtype={args.dtype},softmax_dtype=float32",
-        "--batch_size", args.batch_size,
-        "--log_samples", "--output_path", checkpoint.parent / "stock" / checkpoint.name,
-    )  # fmt: skip
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--tasks",
+        "sft_probe",
+        "--include_path",
+        tasks,
+        "--device",
+        "cpu",
+        "--model_args",
+        f"pretrained={checkpoint},dtype={args.dtype},softmax_dtype=float32",
+        "--batch_size",
+        args.batch_size,
+        "--log_samples",
+        "--output_path",
+        checkpoint.parent / "stock" / checkpoint.name,
+    )
 
 
 def largest_difference(ours: Path, stock: Path) -> float:
@@ -70,8 +86,12 @@ def largest_difference(ours: Path, stock: Path) -> float:
         step = int(path.relative_to(stock).parts[0].removeprefix("checkpoint-"))
         for name, metrics in json.loads(path.read_text("utf-8"))["results"].items():
             if name != "sft_probe":
-                differences.append(abs(metrics["logprob,none"] - means[step, name.removeprefix("sft_probe_")]))
-    assert len(differences) == len(means), f"{len(differences)} results of stock, {len(means)} of ours"
+                differences.append(
+                    abs(metrics["logprob,none"] - means[step, name.removeprefix("sft_probe_")])
+                )
+    assert len(differences) == len(means), (
+        f"{len(differences)} results of stock, {len(means)} of ours"
+    )
     return float(max(differences))
 
 
@@ -88,14 +108,32 @@ def main() -> None:
         docs, probe_set = load_docs(args.data, args.num_docs, 6, tokenizer), folder / "docs.jsonl"
         write_probe_set(probe_set, docs)
         checkpoints = write_checkpoints(folder, tokenizer, args.num_checkpoints)
-        tasks = run("sft-probe", "tasks-dir", "--probe-set", probe_set, "--out", folder / "tasks").strip()
-        sweep = ["sft-probe", "sweep", folder / "ours", "--checkpoints", *checkpoints, "--probe_set", probe_set]
+        tasks = run(
+            "sft-probe", "tasks-dir", "--probe-set", probe_set, "--out", folder / "tasks"
+        ).strip()
+        sweep = [
+            "sft-probe",
+            "sweep",
+            folder / "ours",
+            "--checkpoints",
+            *checkpoints,
+            "--probe_set",
+            probe_set,
+        ]
         ours, _ = timed(lambda: run(*sweep, "--dtype", args.dtype, "--device", "cpu"))
         stock, _ = timed(lambda: [run_stock(checkpoint, tasks, args) for checkpoint in checkpoints])
         difference = largest_difference(folder / "ours", folder / "stock")
-    print(f"{args.num_checkpoints} checkpoints, {len(docs)} docs x 6 categories, {args.dtype}, CPU, one run each:\n")
+    print(
+        f"{args.num_checkpoints} checkpoints, {len(docs)} docs x 6 categories, {args.dtype}, CPU, "
+        "one run each:\n"
+    )
     sides = {"sft-probe sweep": ours, f"lm_eval run per checkpoint, batch {args.batch_size}": stock}
-    table([{"side": side, "s": seconds, "stock / this": stock / seconds} for side, seconds in sides.items()])
+    table(
+        [
+            {"side": side, "s": seconds, "stock / this": stock / seconds}
+            for side, seconds in sides.items()
+        ]
+    )
     print(f"Largest difference of a category's mean log-prob: {difference:.2g} nats.")
 
 

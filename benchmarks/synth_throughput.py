@@ -1,8 +1,9 @@
-"""Measures how fast `obtain` asks a server that answers in a fixed time, and what it costs this machine.
+"""Measures how fast `obtain` asks a server that answers in a fixed time, and what it costs this
+machine.
 
-The server (tests/gemini_server.py) and the asking side are processes of their own. `sleep` is a writer that only waits,
-so it shows the store and the limits alone; `gemini` and `openai` go through the SDKs. Memory is the peak of the asking
-process, and its resident size after the imports.
+The server (tests/gemini_server.py) and the asking side are processes of their own. `sleep` is a
+writer that only waits, so it shows the store and the limits alone; `gemini` and `openai` go through
+the SDKs. Memory is the peak of the asking process, and its resident size after the imports.
 Run: python benchmarks/synth_throughput.py
 """
 
@@ -26,7 +27,10 @@ from sft_probe.synth.asking.run import obtain
 from sft_probe.synth.asking.store import Store
 
 SERVER = Path(__file__).resolve().parents[1] / "tests/gemini_server.py"
-WORDS = "the quick brown fox jumps over the lazy dog and then sits down to think about what it has done "
+WORDS = (
+    "the quick brown fox jumps over the lazy dog and then sits down to think about what it has "
+    "done "
+)
 
 
 class SleepWriter:
@@ -41,7 +45,12 @@ class SleepWriter:
         """An answer of 300 bytes."""
         await asyncio.sleep(self._latency_s)
         return Answer(
-            status="ok", raw=WORDS * 6, text=WORDS * 3, model_version="1", num_prompt_tokens=200, num_output_tokens=60
+            status="ok",
+            raw=WORDS * 6,
+            text=WORDS * 3,
+            model_version="1",
+            num_prompt_tokens=200,
+            num_output_tokens=60,
         )
 
     async def close(self) -> None:
@@ -52,9 +61,14 @@ def requests(number: int) -> Iterator[Request]:
     """Prompts of about 800 bytes, as a paraphrase of an HH response takes."""
     for index in range(number):
         yield Request(
-            doc_id=f"d{index}", category="paraphrase", template="paraphrase@1", template_sha256="0" * 64,
-            prompt=f"Say this in other words, number {index}: {WORDS * 8}", source_text=WORDS * 8, num_words=60,
-        )  # fmt: skip
+            doc_id=f"d{index}",
+            category="paraphrase",
+            template="paraphrase@1",
+            template_sha256="0" * 64,
+            prompt=f"Say this in other words, number {index}: {WORDS * 8}",
+            source_text=WORDS * 8,
+            num_words=60,
+        )
 
 
 def writer_of(name: str, url: str, latency_s: float) -> Any:
@@ -78,7 +92,10 @@ def measure(args: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "answers.sqlite")
         cpu_s, start_s = time.process_time(), time.perf_counter()
-        number = sum(answer.status == "ok" for _, answer in obtain(requests(args.number), writer, store, limits))
+        number = sum(
+            answer.status == "ok"
+            for _, answer in obtain(requests(args.number), writer, store, limits)
+        )
         spent_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_s
         start_s = time.perf_counter()
         again = sum(1 for _ in obtain(requests(args.number), writer, store, limits))
@@ -100,7 +117,9 @@ def measure(args: Any) -> dict[str, Any]:
 
 def main() -> None:
     """One table, or with `--side` one line of JSON."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--side", help="measure this writer in this process, print JSON")
     flags.add_argument("--writers", default="sleep,gemini,openai")
     flags.add_argument("--number", type=int, default=44_000)
@@ -116,12 +135,16 @@ def main() -> None:
     rows = []
     for side in args.writers.split(","):
         with subprocess.Popen(
-            [sys.executable, SERVER, "--latency-s", str(args.latency_s)], stdout=subprocess.PIPE, text=True
+            [sys.executable, SERVER, "--latency-s", str(args.latency_s)],
+            stdout=subprocess.PIPE,
+            text=True,
         ) as server:
             assert server.stdout is not None
             url = server.stdout.readline().strip()
             command = [sys.executable, __file__, *shape, "--side", side, "--url", url]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+            output = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+            ).stdout
             server.terminate()
         rows.append(json.loads(output.splitlines()[-1]))
     from common import table  # it imports torch, which would count as memory of the asking side

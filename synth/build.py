@@ -1,4 +1,5 @@
-"""From a source to checked docs: draw, split, have the texts written, check them, leave out what fails twice."""
+"""From a source to checked docs: draw, split, have the texts written, check them, leave out what
+fails twice."""
 
 import hashlib
 from collections import Counter
@@ -12,7 +13,14 @@ from sft_probe.prompts import PromptFormat
 from sft_probe.synth import first_rule
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.asking.trial import Trial
-from sft_probe.synth.categories import Template, load_templates, make_requests, permuted, read_topics, topic_of
+from sft_probe.synth.categories import (
+    Template,
+    load_templates,
+    make_requests,
+    permuted,
+    read_topics,
+    topic_of,
+)
 from sft_probe.synth.checks.checks import fault_of
 from sft_probe.synth.checks.words import count_words
 from sft_probe.synth.from_table import add_random
@@ -111,7 +119,8 @@ def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> 
     Args:
         settings: what is asked for.
         rejected: gets what is left out.
-        tokenizer: of the untrained model, where its answers are asked for; every prompt must fit its chat template.
+        tokenizer: of the untrained model, where its answers are asked for; every prompt must fit
+        its chat template.
 
     Raises:
         UserError: the source, a template or the splits are unusable.
@@ -120,7 +129,9 @@ def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> 
     revision = hub_revision(settings.source)
     pairs = read_pairs(settings.source, rejected, revision)
     num_rows = len(pairs) + len(rejected.rows)
-    if settings.prompt_format != "chat" or tokenizer is not None:  # else it is a model's own, known only later
+    if (
+        settings.prompt_format != "chat" or tokenizer is not None
+    ):  # else it is a model's own, known only later
         prompt_format = PromptFormat(settings.prompt_format, tokenizer)
         pairs = [pair for pair in pairs if _has_format(pair, prompt_format, rejected)]
     if not pairs:
@@ -141,7 +152,9 @@ def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> 
 
 
 def _key(pair: SourcePair, seed: int) -> bytes:
-    return draw_key({"messages": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected}, seed)
+    return draw_key(
+        {"messages": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected}, seed
+    )
 
 
 def _ordered(pairs: list[SourcePair], settings: Settings) -> list[SourcePair]:
@@ -163,7 +176,8 @@ def _topics(drawn: list[SourcePair], settings: Settings) -> dict[str, str]:
 
 
 def write_texts(plan: Plan, obtain: Obtain, note_fault: Callable[[str], None] = _ignore) -> Written:
-    """Have every text written and checked, a second time where it fails; docs that fail twice go to `plan.rejected`.
+    """Have every text written and checked, a second time where it fails; docs that fail twice go to
+    `plan.rejected`.
 
     Args:
         plan: what is written.
@@ -195,8 +209,11 @@ class _Keeper:
         self._pairs = {pair.doc_id: pair for pair in plan.pairs}
         self._indexes = {kind: NearDuplicates() for kind in plan.templates}
 
-    def checked(self, requests: Iterator[Request], number: int, trial: Trial | None = None) -> Iterator[Checked]:
-        """Yield each request with its answer and what is wrong with it; keep the texts with which nothing is.
+    def checked(
+        self, requests: Iterator[Request], number: int, trial: Trial | None = None
+    ) -> Iterator[Checked]:
+        """Yield each request with its answer and what is wrong with it; keep the texts with which
+        nothing is.
 
         Raises:
             UserError: some have no answer, or the trial ends the run.
@@ -211,7 +228,9 @@ class _Keeper:
                 for kind, text in texts.items():
                     self._indexes[kind].add(text)
 
-    def _looked_at(self, requests: Iterator[Request], number: int, trial: Trial | None) -> Iterator[Checked]:
+    def _looked_at(
+        self, requests: Iterator[Request], number: int, trial: Trial | None
+    ) -> Iterator[Checked]:
         """Yield each answer with the fault that the checks see."""
         for request, answer in _answered(self._obtain(requests, number)):
             pair, index = self._pairs[request.doc_id], self._indexes[request.category]
@@ -227,15 +246,17 @@ class _Keeper:
             yield request, answer, fault
 
     def _judged(self, checked: Iterator[Checked], trial: Trial | None) -> Iterator[Checked]:
-        """Have the writer say which of the texts that passed are bad, where this is asked for; hold them meanwhile."""
+        """Have the writer say which of the texts that passed are bad, where this is asked for; hold
+        them meanwhile."""
         if not self._plan.settings.judge:
             yield from checked
             return
         held, extra = list(checked), self._plan.settings.thinking_tokens
         opinions = {
             i: opinion_request(request, str(answer.text), extra)
-            for i, (request, answer, fault) in enumerate(held) if fault is None
-        }  # fmt: skip
+            for i, (request, answer, fault) in enumerate(held)
+            if fault is None
+        }
         found: dict[str, str | None] = {}
         for opinion, answer in _answered(self._obtain(iter(opinions.values()), len(opinions))):
             found[opinion.prompt] = fault = fault_in(answer)
@@ -255,7 +276,8 @@ class _Keeper:
 
 
 def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Request, Answer]]:
-    """Raises `UserError` at the end where some were never given: a set without them would be another one next time."""
+    """Raises `UserError` at the end where some were never given: a set without them would be
+    another one next time."""
     missing: Counter[str] = Counter()
     for request, answer in answers:
         if answer.status == "error":
@@ -264,18 +286,26 @@ def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Reque
             yield request, answer
     if missing:
         raise UserError(
-            f"{missing.total()} texts have no answer (most often: {missing.most_common(1)[0][0]}), so the set is not "
+            f"{missing.total()} texts have no answer (most often: "
+            f"{missing.most_common(1)[0][0]}), so the set is not "
             "written. All others are stored; run the same command again."
         )
 
 
 def write_untrained(plan: Plan, written: Written, tokenizer: Any, obtain: Obtain) -> None:
-    """Adds the answers of the untrained model to the rendered prompts; what it cannot end in a sentence is left out."""
+    """Adds the answers of the untrained model to the rendered prompts; what it cannot end in a
+    sentence is left out."""
     prompt_format = PromptFormat(plan.settings.prompt_format, tokenizer)
     pairs = {pair.doc_id: pair for pair in plan.pairs}
     requests = [_untrained_request(pair, prompt_format) for pair in plan.pairs]
     for request, answer in _answered(obtain(iter(requests), len(requests))):
-        fault = answer.status if answer.status != "ok" else None if (answer.text or "").strip() else "empty"
+        fault = (
+            answer.status
+            if answer.status != "ok"
+            else None
+            if (answer.text or "").strip()
+            else "empty"
+        )
         if fault:
             written.last_faults["untrained", fault] += 1
             plan.rejected.add(pairs[request.doc_id], f"`untrained`: {fault}")
@@ -324,7 +354,11 @@ def _texts(pair: SourcePair, settings: Settings, written: Written) -> dict[str, 
 
 def _doc(pair: SourcePair, texts: dict[str, str | None], written: Written) -> dict[str, Any]:
     num_words = count_words(pair.chosen)
-    ratios = {kind: round(count_words(str(text)) / num_words, 3) for kind, text in texts.items() if kind != "chosen"}
+    ratios = {
+        kind: round(count_words(str(text)) / num_words, 3)
+        for kind, text in texts.items()
+        if kind != "chosen"
+    }
     return {
         "doc_id": pair.doc_id,
         "conversation_id": conversation_id(pair),

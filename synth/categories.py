@@ -1,4 +1,5 @@
-"""What is written for each prompt: the kinds of response, their prompt templates, the topics, the requests."""
+"""What is written for each prompt: the kinds of response, their prompt templates, the topics, the
+requests."""
 
 import hashlib
 import math
@@ -31,7 +32,8 @@ SOURCE_OF = {
 """The categories that the writer writes, and what each is made from."""
 DEFAULT_KINDS = ("paraphrase", "variant", "random", "non_response")
 KINDS = (*DEFAULT_KINDS, "chosen_paraphrase", "format_flip", "permuted", "untrained")
-"""All that can stand beside chosen and rejected; `random` and `permuted` are made here, `untrained` by that model."""
+"""All that can stand beside chosen and rejected; `random` and `permuted` are made here, `untrained`
+by that model."""
 TOPIC_LISTS = ("subjects", "places", "angles")
 _DETAILS = "details"
 """A fourth list, which may be missing: it makes it unlikely that two docs have one topic."""
@@ -64,7 +66,8 @@ class Template:
 
 
 def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, Template]:
-    """The template of each written category: `CATEGORY.txt` in `directory` where it is there, else the packaged one.
+    """The template of each written category: `CATEGORY.txt` in `directory` where it is there, else
+    the packaged one.
 
     Raises:
         UserError: there is no such directory, or a template is not readable or has no version.
@@ -76,13 +79,18 @@ def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, 
 
 
 def _check_names(directory: Path | None) -> None:
-    """Raise `UserError` where a file looks like a template and has no name of one: it would be passed over."""
+    """Raise `UserError` where a file looks like a template and has no name of one: it would be
+    passed over."""
     known = [*(f"{kind}.txt" for kind in SOURCE_OF), "topics.yaml"]
     files = directory.iterdir() if directory else ()
-    unknown = sorted(file.name for file in files if file.suffix in _TEMPLATE_SUFFIXES and file.name not in known)
+    unknown = sorted(
+        file.name for file in files if file.suffix in _TEMPLATE_SUFFIXES and file.name not in known
+    )
     if unknown:
-        raise UserError(f"--templates {directory}: no category has a template {', '.join(unknown)}; there are "
-                        f"{', '.join(known)}.")  # fmt: skip
+        raise UserError(
+            f"--templates {directory}: no category has a template {', '.join(unknown)}; there are "
+            f"{', '.join(known)}."
+        )
 
 
 def _load_template(kind: str, directory: Path | None) -> Template:
@@ -118,12 +126,20 @@ def read_topics(directory: Path | None, num_docs: int) -> list[list[str]]:
     try:
         lists = yaml.safe_load(path.read_text("utf-8"))
         parts = [list(dict.fromkeys(map(str.strip, lists[name]))) for name in TOPIC_LISTS]
-        parts += [list(dict.fromkeys(map(str.strip, lists[name]))) for name in (_DETAILS,) if name in lists]
+        parts += [
+            list(dict.fromkeys(map(str.strip, lists[name])))
+            for name in (_DETAILS,)
+            if name in lists
+        ]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: must hold the lists subjects, places and angles, each of text ({error}).") from error
+        raise UserError(
+            f"{path}: must hold the lists subjects, places and angles, each of text ({error})."
+        ) from error
     number = math.prod(map(len, parts))
     if number < num_docs:
-        raise UserError(f"{path} makes {number} topics and {num_docs} are needed: add to its lists.")
+        raise UserError(
+            f"{path} makes {number} topics and {num_docs} are needed: add to its lists."
+        )
     return parts
 
 

@@ -1,4 +1,5 @@
-"""`sft-probe synth`: from preference pairs to a probe set. Nothing heavy is imported before the command runs."""
+"""`sft-probe synth`: from preference pairs to a probe set. Nothing heavy is imported before the
+command runs."""
 
 import argparse
 import contextlib
@@ -32,7 +33,8 @@ _MODELS = {
 }
 
 _OFFLINE_NOTE = (
-    "The texts of the writer `offline` are pieces of the embedded set, drawn by a hash. They have the length that "
+    "The texts of the writer `offline` are pieces of the embedded set, drawn by a hash. They have "
+    "the length that "
     "is asked for and do not mean what their category says: this set is for trying things out."
 )
 
@@ -40,40 +42,96 @@ _OFFLINE_NOTE = (
 def add_synth(command: argparse.ArgumentParser) -> None:
     """Gives the parser the flags of `synth` and of `synth status`."""
     actions = command.add_subparsers(metavar="status", required=False)
-    status = actions.add_parser("status", help="texts written so far, by category, and what they cost")
+    status = actions.add_parser(
+        "status", help="texts written so far, by category, and what they cost"
+    )
     status.add_argument("directory", type=Path, metavar="DIR")
     status.set_defaults(command=_status)
-    command.add_argument("--source", help="a .jsonl, .jsonl.gz or .parquet file, a directory of them, or ID[:DATA_DIR] "
-                         "on the hub (Anthropic/hh-rlhf is read as its helpful-base)")  # fmt: skip
-    command.add_argument("--out", type=Path, metavar="DIR", help="directory of the set; the same one resumes")
-    command.add_argument("--writer", choices=WRITERS, help="who writes the texts; the keys come from GEMINI_API_KEY or "
-                         "OPENAI_API_KEY")  # fmt: skip
-    command.add_argument("--model", help="of the writer; default: gemini-3.5-flash-lite, for hf the embedded model")
+    command.add_argument(
+        "--source",
+        help="a .jsonl, .jsonl.gz or .parquet file, a directory of them, or ID[:DATA_DIR] "
+        "on the hub (Anthropic/hh-rlhf is read as its helpful-base)",
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory of the set; the same one resumes"
+    )
+    command.add_argument(
+        "--writer",
+        choices=WRITERS,
+        help="who writes the texts; the keys come from GEMINI_API_KEY or OPENAI_API_KEY",
+    )
+    command.add_argument(
+        "--model", help="of the writer; default: gemini-3.5-flash-lite, for hf the embedded model"
+    )
     command.add_argument("--base-url", help="of the server; openai: needed but for OpenAI's own")
-    command.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
+    command.add_argument(
+        "--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing"
+    )
     contents = command.add_argument_group("what the set holds")
-    contents.add_argument("--categories", type=flags.names, default=None, metavar="A,B", help="beside chosen and "
-                          "rejected; default: paraphrase,variant,random,non_response; also chosen_paraphrase, "
-                          "format_flip, permuted, untrained")  # fmt: skip
-    contents.add_argument("--untrained-model", help="whose own answer `untrained` is; default: the embedded model")
-    contents.add_argument("--templates", type=Path, metavar="DIR", help="your prompts, named CATEGORY.txt")
-    contents.add_argument("--judge", action="store_true", help="ask the writer about each text that passes the checks "
-                          "whether it does what was asked; one call more per text")  # fmt: skip
-    contents.add_argument("--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh")
-    contents.add_argument("--heldout-frac", type=flags.fraction, help="default: the source's own splits, else 0.2")
+    contents.add_argument(
+        "--categories",
+        type=flags.names,
+        default=None,
+        metavar="A,B",
+        help="beside chosen and "
+        "rejected; default: paraphrase,variant,random,non_response; also chosen_paraphrase, "
+        "format_flip, permuted, untrained",
+    )
+    contents.add_argument(
+        "--untrained-model", help="whose own answer `untrained` is; default: the embedded model"
+    )
+    contents.add_argument(
+        "--templates", type=Path, metavar="DIR", help="your prompts, named CATEGORY.txt"
+    )
+    contents.add_argument(
+        "--judge",
+        action="store_true",
+        help="ask the writer about each text that passes the checks "
+        "whether it does what was asked; one call more per text",
+    )
+    contents.add_argument(
+        "--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh"
+    )
+    contents.add_argument(
+        "--heldout-frac", type=flags.fraction, help="default: the source's own splits, else 0.2"
+    )
     contents.add_argument("--limit", type=flags.positive, help="docs at most, drawn at random")
-    contents.add_argument("--seed", type=int, default=0, help="of the draw, the splits and the topics; default: 0")
-    contents.add_argument("--license", help="of the source, for the card; default: mit for Anthropic/hh-rlhf")
+    contents.add_argument(
+        "--seed", type=int, default=0, help="of the draw, the splits and the topics; default: 0"
+    )
+    contents.add_argument(
+        "--license", help="of the source, for the card; default: mit for Anthropic/hh-rlhf"
+    )
     limits = command.add_argument_group("rates and money")
     limits.add_argument("--requests-per-minute", type=flags.rate, help="at most; default: no limit")
-    limits.add_argument("--tokens-per-minute", type=flags.rate, help="of prompts, at most; default: no limit")
-    limits.add_argument("--concurrency", type=flags.positive, default=16, help="calls in flight; default: 16")
-    limits.add_argument("--max-cost-usd", type=flags.amount, help="of all runs on this directory; never passed")
-    limits.add_argument("--thinking-tokens", type=flags.positive, metavar="N", help="room for thoughts, added to the "
-                        "output limit of each text and to what it may cost; default: what it needs")  # fmt: skip
-    limits.add_argument("--max-wait-s", "--max_wait_s", type=flags.rate, metavar="SECONDS", help="for batch jobs; the "
-                        "same command reads them later; default: no limit")  # fmt: skip
-    limits.add_argument("--price", metavar="INPUT,OUTPUT", help="USD per million tokens, in place of the price table")
+    limits.add_argument(
+        "--tokens-per-minute", type=flags.rate, help="of prompts, at most; default: no limit"
+    )
+    limits.add_argument(
+        "--concurrency", type=flags.positive, default=16, help="calls in flight; default: 16"
+    )
+    limits.add_argument(
+        "--max-cost-usd", type=flags.amount, help="of all runs on this directory; never passed"
+    )
+    limits.add_argument(
+        "--thinking-tokens",
+        type=flags.positive,
+        metavar="N",
+        help="room for thoughts, added to the "
+        "output limit of each text and to what it may cost; default: what it needs",
+    )
+    limits.add_argument(
+        "--max-wait-s",
+        "--max_wait_s",
+        type=flags.rate,
+        metavar="SECONDS",
+        help="for batch jobs; the same command reads them later; default: no limit",
+    )
+    limits.add_argument(
+        "--price",
+        metavar="INPUT,OUTPUT",
+        help="USD per million tokens, in place of the price table",
+    )
     command.set_defaults(command=_synth)
 
 
@@ -88,13 +146,19 @@ def _synth(options: argparse.Namespace) -> None:
         raise UserError("synth needs --source, --writer and --out; or: sft-probe synth status DIR.")
     kinds = options.categories or DEFAULT_KINDS
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}.")
+        raise UserError(
+            f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}."
+        )
     if options.judge and options.writer == "offline":
-        raise UserError("--judge needs a writer that can read; offline is no model. Choose another --writer.")
+        raise UserError(
+            "--judge needs a writer that can read; offline is no model. Choose another --writer."
+        )
     check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed", "judge")
     fields = {name: getattr(options, name) for name in names}
-    settings = Settings(kinds=kinds, rule=rule_of(options.out), thinking_tokens=_thinking_tokens(options), **fields)
+    settings = Settings(
+        kinds=kinds, rule=rule_of(options.out), thinking_tokens=_thinking_tokens(options), **fields
+    )
     rejected = Rejected()
     if options.dry_run:  # needs neither key nor package, and writes nothing
         _print_estimate(options, make_plan(settings, rejected))
@@ -116,14 +180,23 @@ def _synth(options: argparse.Namespace) -> None:
 
 
 def _write(
-    options: argparse.Namespace, plan: "Plan", store: "Store", writer: "AnyWriter", untrained: "HfWriter | None"
+    options: argparse.Namespace,
+    plan: "Plan",
+    store: "Store",
+    writer: "AnyWriter",
+    untrained: "HfWriter | None",
 ) -> None:
     """Have the texts of a plan written, and write the set."""
     from sft_probe.synth.asking.trial import UselessRunError
     from sft_probe.synth.build import UNTRAINED_TEMPLATE, make_docs, write_texts, write_untrained
     from sft_probe.synth.output import write_set
 
-    _log.info("%d rows read, %d docs to be written, %d texts", plan.num_rows, len(plan.pairs), plan.num_requests)
+    _log.info(
+        "%d rows read, %d docs to be written, %d texts",
+        plan.num_rows,
+        len(plan.pairs),
+        plan.num_requests,
+    )
     keys: set[str] = set()
     asker = _Asker(writer, store, _limits(options), keys)
     try:
@@ -137,7 +210,8 @@ def _write(
         write_untrained(plan, written, untrained.tokenizer, local.obtain)
         writers["untrained"] = f"{untrained.name} {untrained.model}, {UNTRAINED_TEMPLATE}"
     docs = make_docs(plan, written)
-    # of the texts of this set alone, whatever else was asked or lost: the same set has the same card
+    # of the texts of this set alone, whatever else was asked or lost: the same set has the same
+    # card
     facts = {
         "license": _license(options),
         "cost_usd": round(store.cost_of(keys), 6),
@@ -158,16 +232,24 @@ def _status(options: argparse.Namespace) -> None:
 
     path = options.directory / STORE
     if not path.is_file():
-        raise UserError(f"{path} is missing: nothing was written in {options.directory} by `sft-probe synth`.")
+        raise UserError(
+            f"{path} is missing: nothing was written in {options.directory} by `sft-probe synth`."
+        )
     with open_copy(path) as store:
-        lines = [f"{'category':<20}{'status':<12}{'texts':>8}{'tokens in':>12}{'tokens out':>12}{'USD':>12}"]
+        lines = [
+            f"{'category':<20}{'status':<12}{'texts':>8}{'tokens in':>12}"
+            f"{'tokens out':>12}{'USD':>12}"
+        ]
         for count in store.counts():
             lines.append(
                 f"{count.category:<20}{count.status:<12}{count.num_answers:>8}{count.num_prompt_tokens:>12}"
                 f"{count.num_output_tokens:>12}{count.cost_usd:>12.4f}"
             )
         num_lost, lost_usd = store.lost_calls()
-        lines.append(f"spent: {store.cost_usd():.4f} USD, of it {lost_usd:.4f} for {num_lost} calls without an answer")
+        lines.append(
+            f"spent: {store.cost_usd():.4f} USD, of it {lost_usd:.4f} for {num_lost} calls without "
+            "an answer"
+        )
     lines.append(_set_line(options.directory / "probe_set.json"))
     print("\n".join(lines))  # noqa: T201
 
@@ -227,7 +309,8 @@ def _writer(options: argparse.Namespace) -> "AnyWriter":
     except ImportError as error:
         extra = options.writer.replace("gemini-batch", "gemini")
         raise UserError(
-            f"--writer {options.writer} needs more packages ({error}). Run:  pip install 'sft-probe[{extra}]'"
+            f"--writer {options.writer} needs more packages ({error}). Run:  pip install "
+            f"'sft-probe[{extra}]'"
         ) from error
 
 
@@ -260,10 +343,14 @@ def _make_writer(name: str, model: str, base_url: str | None) -> "AnyWriter":
 class _Asker:
     """Asks one writer, notes the key of each answer, and shows in the live line what fails."""
 
-    def __init__(self, writer: "AnyWriter", store: "Store", limits: "Limits", keys: set[str]) -> None:
+    def __init__(
+        self, writer: "AnyWriter", store: "Store", limits: "Limits", keys: set[str]
+    ) -> None:
         self._writer, self._store, self._limits, self._keys = writer, store, limits, keys
 
-    def obtain(self, requests: "Iterator[Request]", total: int) -> "Iterator[tuple[Request, Answer]]":
+    def obtain(
+        self, requests: "Iterator[Request]", total: int
+    ) -> "Iterator[tuple[Request, Answer]]":
         """Yield every request with its answer, in order."""
         from sft_probe.synth.asking.progress import Progress
         from sft_probe.synth.asking.run import obtain
@@ -298,7 +385,8 @@ def _limits(options: argparse.Namespace) -> "Limits":
 
 
 def _local_limits() -> "Limits":
-    """Of a local model: full batches, and no time-out, since a call waits for the batches before it."""
+    """Of a local model: full batches, and no time-out, since a call waits for the batches before
+    it."""
     from sft_probe.synth.asking.limits import Limits
     from sft_probe.synth.writers.hf import CONCURRENCY
 
@@ -312,12 +400,23 @@ def _untrained_writer(options: argparse.Namespace) -> "HfWriter":
 
 
 def _written_by(plan: "Plan", writer: "AnyWriter") -> dict[str, str]:
-    fixed = {"random": "derangement of chosen within the split", "permuted": "words of chosen, shuffled"}
+    fixed = {
+        "random": "derangement of chosen within the split",
+        "permuted": "words of chosen, shuffled",
+    }
     names = {"chosen": "source", "rejected": "source"}
     for kind in plan.settings.kinds:
         template = plan.templates.get(kind)
-        made_by = "pieces of the embedded set" if writer.name == "offline" else template.name if template else ""
-        names[kind] = f"{writer.name} {writer.model}, {made_by}" if template else fixed.get(kind, "")
+        made_by = (
+            "pieces of the embedded set"
+            if writer.name == "offline"
+            else template.name
+            if template
+            else ""
+        )
+        names[kind] = (
+            f"{writer.name} {writer.model}, {made_by}" if template else fixed.get(kind, "")
+        )
     return names
 
 
@@ -333,25 +432,38 @@ def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
 
     writer, limits, path = _named(options), _limits(options), options.out / STORE
     with open_copy(path) if path.is_file() else contextlib.nullcontext() as store:
-        guess = estimate(plan.requests(), writer, store, limits.price, maybe_requests=_second_texts(plan))
+        guess = estimate(
+            plan.requests(), writer, store, limits.price, maybe_requests=_second_texts(plan)
+        )
         num_stored = guess.num_stored
-        if store and not guess.calls:  # all first texts are there, so it is known which of them fail
+        if (
+            store and not guess.calls
+        ):  # all first texts are there, so it is known which of them fail
             missing = _missing_requests(plan, writer, store)
             # what the writer has not been asked about may be turned down yet
             maybe = _second_texts(plan) if options.judge and missing else ()
             guess = estimate(missing, writer, store, limits.price, maybe_requests=maybe)
         elif options.judge:
-            guess = estimate(_with_opinions(plan), writer, store, limits.price, maybe_requests=_second_texts(plan))
+            guess = estimate(
+                _with_opinions(plan),
+                writer,
+                store,
+                limits.price,
+                maybe_requests=_second_texts(plan),
+            )
         left_usd = max(0.0, (limits.max_cost_usd or 0.0) - (store.cost_usd() if store else 0.0))
     if guess.cost_usd is None or guess.max_cost_usd is None:
         cost = "unknown; give --price INPUT,OUTPUT"
     else:
-        most_usd = guess.max_cost_usd if limits.max_cost_usd is None else min(left_usd, guess.max_cost_usd)
+        most_usd = (
+            guess.max_cost_usd if limits.max_cost_usd is None else min(left_usd, guess.max_cost_usd)
+        )
         cost = f"{min(guess.cost_usd, most_usd):.4f} USD, at most {most_usd:.4f}"
     again = "one more or two" if options.judge else "one more"
     lines = [
         f"docs: {len(plan.pairs)}; rows left out so far: {len(plan.rejected.rows)}",
-        f"calls: {guess.calls} ({num_stored} texts are stored), and {again} for each text that fails a check",
+        f"calls: {guess.calls} ({num_stored} texts are stored), and {again} for each text that "
+        "fails a check",
         f"tokens, by a guess: {guess.prompt_tokens} in, {guess.output_tokens} out",
         f"cost: {cost}",
     ]
@@ -368,7 +480,8 @@ def _with_opinions(plan: "Plan") -> "Iterator[Request]":
 
 
 def _second_texts(plan: "Plan") -> "Iterator[Request]":
-    """Yield every text that may be written a second time, with the longest opinions on both where they are asked."""
+    """Yield every text that may be written a second time, with the longest opinions on both where
+    they are asked."""
     from sft_probe.synth.opinion import longest_opinion
 
     for request in plan.requests():

@@ -1,6 +1,8 @@
-"""The first rule of draw, split and topics, by the place of a doc: kept for sets and stores that were begun with it.
+"""The first rule of draw, split and topics, by the place of a doc: kept for sets and stores that
+were begun with it.
 
-An appended row moved docs between the splits and gave others another topic, so that their texts were asked for again.
+An appended row moved docs between the splits and gave others another topic, so that their texts
+were asked for again.
 """
 
 import itertools
@@ -20,7 +22,8 @@ def draw_order(pairs: Sequence[SourcePair], seed: int) -> list[SourcePair]:
 
 
 def held_clusters(labels: Sequence[int], heldout_frac: float, seed: int) -> set[int]:
-    """Clusters whose pairs make up about `heldout_frac` of all; a cluster that would overshoot stays in train."""
+    """Clusters whose pairs make up about `heldout_frac` of all; a cluster that would overshoot
+    stays in train."""
     sizes = np.bincount(labels)
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, not secret

@@ -1,6 +1,7 @@
 """HH transcripts and other preference rows: from a row as published to turns and two responses.
 
-In an HH transcript the prompt is everything up to the last `\\n\\nAssistant:` that both sides share.
+In an HH transcript the prompt is everything up to the last `\\n\\nAssistant:` that both sides
+share.
 """
 
 import itertools
@@ -17,12 +18,19 @@ _TRANSCRIPT = re.compile(r"\s*Human:|\s*Assistant:[\s\S]*\n\s*Human:")
 _LABEL = re.compile(r"\s*Assistant:")
 _ASSISTANT = "\n\nAssistant:"
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_KINDS = {bool: "true or false", int: "a number", float: "a number", type(None): "missing or null", list: "a list"}
+_KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "missing or null",
+    list: "a list",
+}
 Messages = list[dict[str, str]]
 
 
 class RowRejectedError(Exception):
-    """A row that cannot become a doc; the message is the reason, the same words for the same fault."""
+    """A row that cannot become a doc; the message is the reason, the same words for the same
+    fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,41 +44,49 @@ class Pair:
 
 
 def parse_row(row: dict[str, Any]) -> Pair:
-    """Turns and responses of a row with `chosen`, `rejected` and, but for transcripts and messages, `prompt`.
+    """Turns and responses of a row with `chosen`, `rejected` and, but for transcripts and messages,
+    `prompt`.
 
-    Both sides are HH transcripts, or responses to `prompt` (plain text, an HH transcript or messages), or lists of
-    messages `{"role", "content"}` that end with the assistant's.
+    Both sides are HH transcripts, or responses to `prompt` (plain text, an HH transcript or
+    messages), or lists of messages `{"role", "content"}` that end with the assistant's.
 
     Raises:
         RowRejectedError: there is no pair in the row.
     """
     if missing := [f"`{name}`" for name in ("chosen", "rejected") if name not in row]:
         raise RowRejectedError(
-            f"`chosen` and `rejected` must both be text, or both lists of messages; missing: {', '.join(missing)}. The "
-            f"columns are {column_names(row)}. Other columns: `sft-probe probe-set --from-csv FILE --prompt "
-            "COLUMN --category NAME=COLUMN`"
+            "`chosen` and `rejected` must both be text, or both lists of messages; missing: "
+            f"{', '.join(missing)}. The "
+            f"columns are {column_names(row)}. Other columns: `sft-probe probe-set --from-csv FILE "
+            "--prompt COLUMN --category NAME=COLUMN`"
         )
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _from_messages(prompt, chosen, rejected)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         kinds = " and ".join(
-            f"`{name}` is {kind_of(row[name])}" for name in ("chosen", "rejected") if not isinstance(row[name], str)
+            f"`{name}` is {kind_of(row[name])}"
+            for name in ("chosen", "rejected")
+            if not isinstance(row[name], str)
         )
-        raise RowRejectedError(f"`chosen` and `rejected` must both be text, or both lists of messages; {kinds}")
+        raise RowRejectedError(
+            f"`chosen` and `rejected` must both be text, or both lists of messages; {kinds}"
+        )
     if not chosen.strip() or not rejected.strip():
         raise RowRejectedError("an empty response")
     if _TRANSCRIPT.match(chosen) and _TRANSCRIPT.match(rejected):
         return _from_transcripts(_normalise(chosen), _normalise(rejected))
     if prompt is None:
         raise RowRejectedError(
-            "no `prompt`, and the sides are no HH transcripts (`\\n\\nHuman: ... \\n\\nAssistant: ...`)"
+            "no `prompt`, and the sides are no HH transcripts (`\\n\\nHuman: ... \\n\\nAssistant: "
+            "...`)"
         )
     return _pair(parse_turns(prompt), clean_response(chosen), clean_response(rejected))
 
 
 def parse_messages(messages: Any) -> tuple[Messages, str]:
-    """The turns before the assistant's last one, and what it says. Raises `RowRejectedError` where there is none."""
+    """The turns before the assistant's last one, and what it says. Raises `RowRejectedError` where
+    there is none."""
     if not isinstance(messages, list):
         raise RowRejectedError(f"`messages` is {kind_of(messages)}, not a list of messages")
     turns = _checked(messages)
@@ -91,7 +107,8 @@ def kind_of(value: Any) -> str:
 
 
 def parse_turns(prompt: Any) -> Messages:
-    """Chat turns of a prompt in any form: a text, an HH transcript, or messages. Raises `RowRejectedError`."""
+    """Chat turns of a prompt in any form: a text, an HH transcript, or messages. Raises
+    `RowRejectedError`."""
     if isinstance(prompt, list):
         return _checked(prompt)
     if not isinstance(prompt, str):
@@ -102,18 +119,22 @@ def parse_turns(prompt: Any) -> Messages:
 
 
 def parse_prompt(prompt: str) -> Messages:
-    """Chat turns of an HH prompt, or one user turn of any other text; empty where the last turn is not a user's."""
+    """Chat turns of an HH prompt, or one user turn of any other text; empty where the last turn is
+    not a user's."""
     body = prompt.rstrip()
     transcript = _normalise(body) if _TRANSCRIPT.match(body) else _unix(body)
-    turns = _turns(transcript.removesuffix(_ASSISTANT)) or [{"role": "user", "content": _unix(body).strip()}]
+    turns = _turns(transcript.removesuffix(_ASSISTANT)) or [
+        {"role": "user", "content": _unix(body).strip()}
+    ]
     return turns if turns[-1]["role"] == "user" and turns[-1]["content"] else []
 
 
 def check_texts(messages: Messages, responses: list[str]) -> None:
-    """Raises `RowRejectedError` where the turns and responses of a doc cannot be told apart, or are no text.
+    """Raises `RowRejectedError` where the turns and responses of a doc cannot be told apart, or are
+    no text.
 
-    A label that is left inside a text means that the row was cut in another way than it was written, and a model that
-    is trained in the format `hh` would read it as a turn.
+    A label that is left inside a text means that the row was cut in another way than it was
+    written, and a model that is trained in the format `hh` would read it as a turn.
     """
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise RowRejectedError("the prompt does not end with a user's turn that says something")
@@ -121,17 +142,24 @@ def check_texts(messages: Messages, responses: list[str]) -> None:
         raise RowRejectedError("an empty response")
     for turn in messages:
         content = turn["content"].strip()
-        if turn["role"] == "user" and (content.startswith("Human:") or content.endswith("Assistant:")):
-            raise RowRejectedError("a user's turn still starts with `Human:` or ends with `Assistant:`")
+        if turn["role"] == "user" and (
+            content.startswith("Human:") or content.endswith("Assistant:")
+        ):
+            raise RowRejectedError(
+                "a user's turn still starts with `Human:` or ends with `Assistant:`"
+            )
     contents = [turn["content"] for turn in messages]
     if any(_TURN.search(text) for text in (*contents, *responses)):
-        raise RowRejectedError("more turns follow inside a text (a blank line and `Human:` or `Assistant:`)")
+        raise RowRejectedError(
+            "more turns follow inside a text (a blank line and `Human:` or `Assistant:`)"
+        )
     if not is_unicode([*contents, *responses]):
         raise RowRejectedError(LONE_SURROGATE)
 
 
 def clean_response(text: str) -> str:
-    """The text of a response column: Unix line ends, no white space around it, no label `Assistant:` before it."""
+    """The text of a response column: Unix line ends, no white space around it, no label
+    `Assistant:` before it."""
     return _LABEL.sub("", _unix(text), count=1).strip()
 
 
@@ -151,10 +179,11 @@ def _turns(transcript: str) -> Messages:
 
 
 def _normalise(transcript: str) -> str:
-    """Unix line ends, and a blank line before each turn, which some copies have stripped or made a line end.
+    """Unix line ends, and a blank line before each turn, which some copies have stripped or made a
+    line end.
 
-    A label after a single line end is a turn only where the labels after blank lines do not take turns by themselves:
-    else it is a part of what is said.
+    A label after a single line end is a turn only where the labels after blank lines do not take
+    turns by themselves: else it is a part of what is said.
     """
     text = "\n\n" + _unix(transcript).lstrip()
     loose = _LOOSE_TURN.sub("\n\n", text)
@@ -172,7 +201,9 @@ def _from_transcripts(chosen: str, rejected: str) -> Pair:
         raise RowRejectedError("the sides share no prompt up to a `\\n\\nAssistant:`")
     answers = [side[end + len(_ASSISTANT) :] for side in (chosen, rejected)]
     if any(_TURN.search(answer) for answer in answers):
-        raise RowRejectedError("the sides part before the last turn: more turns follow in one of them")
+        raise RowRejectedError(
+            "the sides part before the last turn: more turns follow in one of them"
+        )
     return _pair(_turns(chosen[:end]), *answers)
 
 
@@ -186,7 +217,9 @@ def _from_messages(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Pair:
     if isinstance(prompt, list):
         before = _checked(prompt)
         # what the sides repeat of the prompt: all of it, its last turns, or nothing
-        overlap = next(n for n in range(len(before), -1, -1) if before[len(before) - n :] == messages[:n])
+        overlap = next(
+            n for n in range(len(before), -1, -1) if before[len(before) - n :] == messages[:n]
+        )
         messages = before[: len(before) - overlap] + messages
     elif not messages and isinstance(prompt, str) and prompt.strip():
         messages = parse_prompt(prompt)
@@ -194,14 +227,16 @@ def _from_messages(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Pair:
 
 
 def _checked(messages: list[Any]) -> Messages:
-    """Role and content of each message; all else that it may hold (ids, names, scores) is no part of the prompt."""
+    """Role and content of each message; all else that it may hold (ids, names, scores) is no part
+    of the prompt."""
     turns = [
         {"role": turn.get("role"), "content": _content(turn.get("content"))}
         for turn in messages
         if isinstance(turn, dict)
     ]
     is_valid = len(turns) == len(messages) > 0 and all(
-        turn["role"] in ("system", "user", "assistant") and turn["content"] is not None for turn in turns
+        turn["role"] in ("system", "user", "assistant") and turn["content"] is not None
+        for turn in turns
     )
     if not is_valid:
         raise RowRejectedError('not a list of messages {"role", "content"}')
@@ -209,7 +244,8 @@ def _checked(messages: list[Any]) -> Messages:
 
 
 def _content(content: Any) -> str | None:
-    """The text of a message: a string, or a list of text parts one after the other, as chat templates render them."""
+    """The text of a message: a string, or a list of text parts one after the other, as chat
+    templates render them."""
     if isinstance(content, list) and content:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]

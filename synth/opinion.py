@@ -1,4 +1,5 @@
-"""A second opinion on the texts that pass the checks: the writer itself is asked whether each does what was asked."""
+"""A second opinion on the texts that pass the checks: the writer itself is asked whether each does
+what was asked."""
 
 import hashlib
 import re
@@ -20,10 +21,11 @@ it is kind, useful or true does not matter. Reply with one word, yes or no.
 
 <answer>
 {text}
-</answer>"""
+</answer>"""  # noqa: E501
 _OUTPUT_TOKENS = 16
 _BYTES_PER_TOKEN = 4
-"""So many bytes of a text are shown for each token that it may have, which bounds what an opinion costs."""
+"""So many bytes of a text are shown for each token that it may have, which bounds what an opinion
+costs."""
 
 
 def opinion_request(request: Request, text: str, thinking_tokens: int) -> Request:
@@ -50,7 +52,9 @@ def expected_opinion(request: Request, thinking_tokens: int) -> Request:
 
 def longest_opinion(request: Request, thinking_tokens: int) -> Request:
     """Return the longest that can be asked about a text, for an upper bound."""
-    return opinion_request(request, "x" * (_BYTES_PER_TOKEN * request.max_output_tokens), thinking_tokens)
+    return opinion_request(
+        request, "x" * (_BYTES_PER_TOKEN * request.max_output_tokens), thinking_tokens
+    )
 
 
 def fault_in(opinion: Answer) -> str | None:

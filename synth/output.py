@@ -24,26 +24,31 @@ _WRITTEN = (*(f"{split}.jsonl" for split in SPLITS), "README.md", "probe_set.jso
 
 
 def check_directory(out: Path, source: str) -> None:
-    """Raises `UserError` where a set in `out` would take in or replace foreign files, or nothing can be written."""
+    """Raises `UserError` where a set in `out` would take in or replace foreign files, or nothing
+    can be written."""
     path = Path(source).expanduser()
     written = {(out / name).resolve() for name in _WRITTEN}
     if path.exists() and not written.isdisjoint(file.resolve() for file in source_files(path)):
-        raise UserError(f"the source {source} would be overwritten by the set in {out}. Choose another --out.")
+        raise UserError(
+            f"the source {source} would be overwritten by the set in {out}. Choose another --out."
+        )
     mine = sorted(name for name in _WRITTEN if (out / name).exists())
     if mine and not (out / STORE).is_file():
         raise UserError(
-            f"{out} holds {', '.join(mine)}, which sft-probe synth has not written and would replace. Choose another "
-            "--out."
+            f"{out} holds {', '.join(mine)}, which sft-probe synth has not written and would "
+            "replace. Choose another --out."
         )
     foreign = [path.name for path in find(out, "*.jsonl") if path.stem not in SPLITS]
     if foreign:
         raise UserError(
-            f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose another --out."
+            f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose "
+            "another --out."
         )
 
 
 def rule_of(out: Path) -> int:
-    """The version of the rule of draw, split and topics that a directory was begun with, else the newest one."""
+    """The version of the rule of draw, split and topics that a directory was begun with, else the
+    newest one."""
     if (out / _RULE_FILE).is_file():
         return int(read_json(out / _RULE_FILE)["rule"])
     return 1 if _holds_answers(out / STORE) else RULE
@@ -89,7 +94,8 @@ def write_set(
     overlap = overlap_of(docs, list(writers))
     if any(overlap.values()):
         raise UserError(
-            f"the splits overlap ({overlap}), so the set was not written. This is a defect; please report it."
+            f"the splits overlap ({overlap}), so the set was not written. This is a defect; please "
+            "report it."
         )
     remove_leftovers(out)  # the store's lock is held
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
@@ -106,7 +112,8 @@ def write_rejected(out: Path, rejected: Rejected) -> None:
 
 
 def overlap_of(docs: Sequence[dict[str, Any]], categories: Sequence[str]) -> dict[str, int]:
-    """What the splits share, by number: conversations, near-duplicate prompts, responses, partners of `random`."""
+    """What the splits share, by number: conversations, near-duplicate prompts, responses, partners
+    of `random`."""
     split_of = {doc["doc_id"]: doc["split"] for doc in docs}
     conversations, responses = defaultdict(set), defaultdict(set)
     for doc in docs:
@@ -119,7 +126,9 @@ def overlap_of(docs: Sequence[dict[str, Any]], categories: Sequence[str]) -> dic
         "near_duplicate_prompts": sum(docs[i]["split"] != docs[j]["split"] for i, j in pairs),
         "responses": sum(len(splits) > 1 for splits in responses.values()),
         "random_partners": sum(
-            split_of[doc["random_doc_id"]] != doc["split"] for doc in docs if doc.get("random_doc_id")
+            split_of[doc["random_doc_id"]] != doc["split"]
+            for doc in docs
+            if doc.get("random_doc_id")
         ),
     }
 
@@ -128,7 +137,9 @@ def _provenance(plan: Plan, docs: Sequence[dict[str, Any]], written: Written) ->
     settings = plan.settings
     left_out = {(row["file"], row["line"]): row["reason"] for row in reversed(plan.rejected.rows)}
     return {
-        "source": Path(settings.source).name if Path(settings.source).expanduser().exists() else settings.source,
+        "source": Path(settings.source).name
+        if Path(settings.source).expanduser().exists()
+        else settings.source,
         "source_sha256": source_sha256(settings.source),
         "source_revision": plan.revision,
         "seed": settings.seed,
@@ -143,9 +154,13 @@ def _provenance(plan: Plan, docs: Sequence[dict[str, Any]], written: Written) ->
             "reasons": dict(sorted(Counter(left_out.values()).items())),
         },
         "templates": {
-            kind: {"name": template.name, "sha256": template.sha256} for kind, template in plan.templates.items()
+            kind: {"name": template.name, "sha256": template.sha256}
+            for kind, template in plan.templates.items()
         },
-        "failed_checks": {"first": _nested(written.first_faults), "second": _nested(written.last_faults)},
+        "failed_checks": {
+            "first": _nested(written.first_faults),
+            "second": _nested(written.last_faults),
+        },
         "model_versions": sorted(written.model_versions),
         **({"opinions": dict(sorted(written.opinions.items()))} if settings.judge else {}),
     }

@@ -1,4 +1,5 @@
-"""Where raw preference pairs come from: local files, directories of them, or the Hugging Face hub."""
+"""Where raw preference pairs come from: local files, directories of them, or the Hugging Face
+hub."""
 
 import csv
 import gzip
@@ -54,7 +55,8 @@ class SourcePair(Pair):
 
 
 class Rejected:
-    """The rows and docs that were left out, each with its reason: nothing is lost without a word."""
+    """The rows and docs that were left out, each with its reason: nothing is lost without a
+    word."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -62,16 +64,21 @@ class Rejected:
     def add(self, place: Row | SourcePair, reason: str, **detail: str) -> None:
         """Notes that a row is left out; `detail` says what differs from row to row."""
         doc_id = {"doc_id": place.doc_id} if isinstance(place, SourcePair) else {}
-        self.rows.append({"file": place.file, "line": place.line, **doc_id, "reason": reason, **detail})
+        self.rows.append(
+            {"file": place.file, "line": place.line, **doc_id, "reason": reason, **detail}
+        )
 
     def reasons(self) -> str:
         """The most common reasons, with how many rows each has cost."""
         counts = Counter(str(row["reason"]) for row in self.rows)
-        return "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3)) or "nothing"
+        return (
+            "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3)) or "nothing"
+        )
 
 
 def read_pairs(source: str, rejected: Rejected, revision: str | None = None) -> list[SourcePair]:
-    """Every usable pair of a source in its order; all other rows go to `rejected`. `revision` is that of a hub source.
+    """Every usable pair of a source in its order; all other rows go to `rejected`. `revision` is
+    that of a hub source.
 
     Raises:
         UserError: there is no such source, or a file of it is damaged.
@@ -93,12 +100,15 @@ def read_pairs(source: str, rejected: Rejected, revision: str | None = None) -> 
             continue
         seen[digest] = f"{row.file}, line {row.line}"
         doc_id = f"{stem(row.file)}-{row.line:06d}"
-        pairs.append(SourcePair(**fields, doc_id=doc_id, file=row.file, line=row.line, split=row.split))
+        pairs.append(
+            SourcePair(**fields, doc_id=doc_id, file=row.file, line=row.line, split=row.split)
+        )
     return pairs
 
 
 def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
-    """The rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, of a directory of them, or of a hub data set.
+    """The rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, of a directory of them, or of a hub
+    data set.
 
     Raises:
         UserError: see `read_pairs`.
@@ -118,7 +128,8 @@ def read_table(path: Path) -> Iterator[Row]:
     """The rows of a `.csv` table, or of a file that can be a source.
 
     Raises:
-        UserError: the file cannot be read, or a row of a `.csv` file has not as many fields as its header.
+        UserError: the file cannot be read, or a row of a `.csv` file has not as many fields as its
+        header.
     """
     if not path.name.endswith(_TABLE_SUFFIXES):
         raise UserError(f"{path}: a table is a {', '.join(_TABLE_SUFFIXES)} file.")
@@ -132,30 +143,44 @@ def read_table(path: Path) -> Iterator[Row]:
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files of a local source, by name. Raises `UserError` where there is none, or two have one name."""
-    files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES)) if path.is_dir() else [path]
+    """The files of a local source, by name. Raises `UserError` where there is none, or two have one
+    name."""
+    files = (
+        sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+        if path.is_dir()
+        else [path]
+    )
     if not files or not all(file.name.endswith(_SUFFIXES) for file in files):
-        raise UserError(f"{path}: a source is a {', '.join(_SUFFIXES)} file, or a directory of them.")
+        raise UserError(
+            f"{path}: a source is a {', '.join(_SUFFIXES)} file, or a directory of them."
+        )
     if len({stem(file.name) for file in files}) < len(files):
-        raise UserError(f"{path} holds files that differ in their suffix only, so their rows cannot be told apart.")
+        raise UserError(
+            f"{path} holds files that differ in their suffix only, so their rows cannot be told "
+            "apart."
+        )
     return files
 
 
 def source_sha256(source: str) -> dict[str, str]:
-    """File name to hash of a local source; empty for the hub, where the name and revision stand for it."""
+    """File name to hash of a local source; empty for the hub, where the name and revision stand for
+    it."""
     path = Path(source).expanduser()
     return {file.name: sha256_file(file) for file in source_files(path)} if path.exists() else {}
 
 
 def hub_revision(source: str) -> str | None:
-    """The commit that a hub source stands at now; None for a local one, and where the hub cannot be asked."""
+    """The commit that a hub source stands at now; None for a local one, and where the hub cannot be
+    asked."""
     if Path(source).expanduser().exists() or not _HUB_ID.fullmatch(source):
         return None
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(source.partition(":")[0]).sha
-    except OSError as error:  # offline the copy in the cache may do; else reading it says what is wrong
+    except (
+        OSError
+    ) as error:  # offline the copy in the cache may do; else reading it says what is wrong
         _LOG.warning("the revision of %s is not known (%s)", source, type(error).__name__)
         return None
 
@@ -168,7 +193,8 @@ def stem(name: str) -> str:
 
 
 def _split_of(pattern: re.Pattern[str], name: str) -> str | None:
-    """The split that a whole name stands for: `train`, `test-00000-of-00002`, but not `testimonials`."""
+    """The split that a whole name stands for: `train`, `test-00000-of-00002`, but not
+    `testimonials`."""
     if (match := pattern.fullmatch(name)) is None:
         return None
     return "train" if match[1] == "train" else "heldout"
@@ -193,7 +219,9 @@ def _parse_json(line: bytes) -> tuple[Any, str | None]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     """Rows with the line that each starts in. Bytes that are no UTF-8 are a fault of their row."""
-    csv.field_size_limit(sys.maxsize)  # of the module, for all readers: a text may be longer than its 131,072
+    csv.field_size_limit(
+        sys.maxsize
+    )  # of the module, for all readers: a text may be longer than its 131,072
     try:
         # utf-8-sig: Excel writes a byte order mark; surrogates stand for bytes that are not UTF-8
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -203,8 +231,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
             for fields in reader:
                 if len(fields) not in (0, len(header)):
                     raise UserError(
-                        f"{path}, line {line}: {len(fields)} fields, and the header has {len(header)}. Put a text that "
-                        'holds a comma or a line end in double quotes ("..."), and double the quotes inside it.'
+                        f"{path}, line {line}: {len(fields)} fields, and the header has "
+                        f"{len(header)}. Put a text that "
+                        'holds a comma or a line end in double quotes ("..."), and double the '
+                        "quotes inside it."
                     )
                 if fields:
                     fault = None if is_unicode(fields) else "bytes that are not UTF-8"
@@ -220,11 +250,20 @@ def _checked_header(path: Path, header: list[str]) -> list[str]:
     if not header:
         raise UserError(f"the table {path} is empty: its first line must name the columns.")
     if not is_unicode(header) or "\0" in "".join(header):
-        raise UserError(f"{path}, line 1: not UTF-8 (UTF-16, as some programs save it?). Save the table as UTF-8.")
+        raise UserError(
+            f"{path}, line 1: not UTF-8 (UTF-16, as some programs save it?). Save the table as "
+            "UTF-8."
+        )
     if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        raise UserError(f"{path}, line 1: no commas between the columns. Save the table with commas as separators.")
+        raise UserError(
+            f"{path}, line 1: no commas between the columns. Save the table with commas as "
+            "separators."
+        )
     if repeated := [name for name, count in Counter(header).items() if count > 1]:
-        raise UserError(f"{path}, line 1: the column {', '.join(repeated)} comes more than once. Rename one of them.")
+        raise UserError(
+            f"{path}, line 1: the column {', '.join(repeated)} comes more than once. Rename one of "
+            "them."
+        )
     return header
 
 
@@ -258,13 +297,21 @@ def _hub_rows(source: str, revision: str | None) -> Iterator[Row]:
     import datasets
 
     if not _HUB_ID.fullmatch(source):
-        raise UserError(f"no source {source!r}: it is no file or directory here, and no data set id of the hub.")
+        raise UserError(
+            f"no source {source!r}: it is no file or directory here, and no data set id of the hub."
+        )
     name, _, data_dir = source.partition(":")
     data_dir = data_dir or ("helpful-base" if name == _HH else "")
     try:
-        splits = datasets.load_dataset(name, data_dir=data_dir or None, revision=revision, trust_remote_code=False)
+        splits = datasets.load_dataset(
+            name, data_dir=data_dir or None, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"no source {source!r}: no file here, and the hub did not give it ({error}).") from error
+        raise UserError(
+            f"no source {source!r}: no file here, and the hub did not give it ({error})."
+        ) from error
     for split, rows in splits.items():
         for line, value in enumerate(rows, start=1):
-            yield Row(file=str(split), line=line, split=_split_of(_SPLIT_OF_HUB, str(split)), value=value)
+            yield Row(
+                file=str(split), line=line, split=_split_of(_SPLIT_OF_HUB, str(split)), value=value
+            )

@@ -24,16 +24,19 @@ DEFAULT_HELDOUT_FRAC = 0.2
 
 
 RULE = 2
-"""Version of the rule by which docs are drawn, split and given topics: by hashes of what they say and the seed.
+"""Version of the rule by which docs are drawn, split and given topics: by hashes of what they say
+and the seed.
 
-By rule 1 it was their place that counted (`first_rule`). A set and its store keep the rule that they were begun with.
+By rule 1 it was their place that counted (`first_rule`). A set and its store keep the rule that
+they were begun with.
 """
 MIN_DOCS = 2
 """Of a split: `random` needs two."""
 
 
 def conversation_id(doc: Pair | Doc) -> str:
-    """A hash of the conversation's root, its first user turn: HH holds one conversation at several depths."""
+    """A hash of the conversation's root, its first user turn: HH holds one conversation at several
+    depths."""
     return root_id(doc.messages)
 
 
@@ -44,12 +47,14 @@ def root_id(messages: Iterable[dict[str, str]]) -> str:
 
 
 def draw_key(content: dict[str, Any], seed: int) -> bytes:
-    """A place in the order in which docs are drawn, the same wherever a doc stands in its source."""
+    """A place in the order in which docs are drawn, the same wherever a doc stands in its
+    source."""
     return hashlib.sha256(json.dumps([seed, content], sort_keys=True).encode()).digest()
 
 
 def split_of(conversation: str, threshold: float, seed: int) -> str:
-    """`heldout` where the hash of the conversation, a number from 0 to 1, is below the threshold, else `train`."""
+    """`heldout` where the hash of the conversation, a number from 0 to 1, is below the threshold,
+    else `train`."""
     return "heldout" if _unit_hash(conversation, seed) < threshold else "train"
 
 
@@ -58,18 +63,26 @@ def choose_threshold(conversations: Sequence[str], heldout: float, seed: int) ->
 
     Args:
         conversations: the conversation of each doc.
-        heldout: below 1 the threshold itself, which no doc has a part in, moved only where it would leave a split
-            fewer docs than it needs. From 1 on the number of docs, passed where the last conversation has several.
+        heldout: below 1 the threshold itself, which no doc has a part in, moved only where it would
+        leave a split
+            fewer docs than it needs. From 1 on the number of docs, passed where the last
+            conversation has several.
         seed: of the hashes.
     """
     sizes = Counter(conversations)
     hashes = sorted((_unit_hash(conversation, seed), size) for conversation, size in sizes.items())
     totals = list(itertools.accumulate(size for _, size in hashes))
     if heldout >= 1:
-        last = next((number for number, total in enumerate(totals) if total >= heldout), len(totals) - 1)
+        last = next(
+            (number for number, total in enumerate(totals) if total >= heldout), len(totals) - 1
+        )
     else:
         num_below = sum(size for value, size in hashes if value < heldout)
-        allowed = [i for i, total in enumerate(totals) if MIN_DOCS <= total <= len(conversations) - MIN_DOCS]
+        allowed = [
+            i
+            for i, total in enumerate(totals)
+            if MIN_DOCS <= total <= len(conversations) - MIN_DOCS
+        ]
         if not allowed or num_below in (totals[i] for i in allowed):
             return heldout
         last = min(allowed, key=lambda i: abs(totals[i] - num_below))
@@ -89,30 +102,42 @@ def _shortest_above(value: float, limit: float) -> float:
 
 
 def clusters(pairs: Sequence[SourcePair]) -> list[int]:
-    """For each pair the number of its cluster: one conversation, or prompts that are near-duplicates (transitively)."""
+    """For each pair the number of its cluster: one conversation, or prompts that are
+    near-duplicates (transitively)."""
     first: dict[str, int] = {}  # equal prompts are compared with others once
-    edges = [(first.setdefault(prompt_text(pair.messages), number), number) for number, pair in enumerate(pairs)]
+    edges = [
+        (first.setdefault(prompt_text(pair.messages), number), number)
+        for number, pair in enumerate(pairs)
+    ]
     numbers = list(first.values())
     edges += [(numbers[i], numbers[j]) for i, j in near_duplicates(list(first))]
     roots: dict[str, int] = {}
-    edges += [(roots.setdefault(conversation_id(pair), number), number) for number, pair in enumerate(pairs)]
+    edges += [
+        (roots.setdefault(conversation_id(pair), number), number)
+        for number, pair in enumerate(pairs)
+    ]
     rows, columns = np.array(edges).T
     graph = coo_matrix((np.ones(len(edges)), (rows, columns)), shape=(len(pairs), len(pairs)))
     return [int(label) for label in connected_components(graph, directed=False)[1]]
 
 
 def split_pairs(
-    pairs: list[SourcePair], heldout_frac: float | None, seed: int, rejected: Rejected, rule: int = RULE
+    pairs: list[SourcePair],
+    heldout_frac: float | None,
+    seed: int,
+    rejected: Rejected,
+    rule: int = RULE,
 ) -> list[SourcePair]:
     """Gives every pair its split; whoever cannot be held out cleanly goes to `rejected`.
 
     Args:
         pairs: in the order they are kept in.
-        heldout_frac: share of the conversations held out; `None` takes the source's own splits where it has both, else
+        heldout_frac: share of the conversations held out; `None` takes the source's own splits
+        where it has both, else
             0.2.
         seed: of the hashes.
-        rejected: gets the held-out pairs that share a conversation, a near-duplicate prompt or a response with train.
-        rule: version of the rule, see `RULE`.
+        rejected: gets the held-out pairs that share a conversation, a near-duplicate prompt or a
+        response with train. rule: version of the rule, see `RULE`.
 
     Raises:
         UserError: one of the splits is empty.
@@ -128,13 +153,17 @@ def split_pairs(
         roots = [conversation_id(pair) for pair in pairs]
         threshold = choose_threshold(roots, heldout_frac or DEFAULT_HELDOUT_FRAC, seed)
         splits = [split_of(root, threshold, seed) for root in roots]
-    trained_clusters = {label for label, split in zip(labels, splits, strict=True) if split == "train"}
+    trained_clusters = {
+        label for label, split in zip(labels, splits, strict=True) if split == "train"
+    }
     trained = [pair for pair, split in zip(pairs, splits, strict=True) if split == "train"]
     trained_texts = {text for pair in trained for text in (pair.chosen, pair.rejected)}
     kept = []
     for pair, label, split in zip(pairs, labels, splits, strict=True):
         if split == "heldout" and label in trained_clusters:
-            rejected.add(pair, "held out, but its conversation or a near-duplicate of its prompt is in train")
+            rejected.add(
+                pair, "held out, but its conversation or a near-duplicate of its prompt is in train"
+            )
         elif split == "heldout" and not trained_texts.isdisjoint((pair.chosen, pair.rejected)):
             rejected.add(pair, "held out, but a response of it is in train")
         else:
@@ -148,7 +177,8 @@ def check_sizes(splits: Sequence[str], rejected: Rejected) -> None:
     for split in ("train", "heldout"):
         if splits.count(split) < MIN_DOCS:
             raise UserError(
-                f"the split {split} has {splits.count(split)} usable docs and needs {MIN_DOCS} or more. Left out: "
-                f"{rejected.reasons()}. Fix what was left out most, take more rows (--limit), or another "
-                "--heldout-frac or --seed."
+                f"the split {split} has {splits.count(split)} usable docs and needs {MIN_DOCS} or "
+                "more. Left out: "
+                f"{rejected.reasons()}. Fix what was left out most, take more rows (--limit), or "
+                "another --heldout-frac or --seed."
             )

@@ -1,4 +1,5 @@
-"""lm-eval's `--use_cache`, whose key is the text of a request alone: bound to one model, or refused."""
+"""lm-eval's `--use_cache`, whose key is the text of a request alone: bound to one model, or
+refused."""
 
 import hashlib
 from pathlib import Path
@@ -25,7 +26,9 @@ def bind_cache(cache: Any, model: Any, **settings: Any) -> None:
     mine = {"weights_sha256": weights_sha256(model), **settings}
     if path.exists():
         earlier = read_object(path)
-        differing = sorted(name for name in mine.keys() | earlier.keys() if mine.get(name) != earlier.get(name))
+        differing = sorted(
+            name for name in mine.keys() | earlier.keys() if mine.get(name) != earlier.get(name)
+        )
         if differing:
             raise _refused(cache, f"holds the answers of another model ({', '.join(differing)})")
     elif len(cache):
@@ -36,8 +39,10 @@ def bind_cache(cache: Any, model: Any, **settings: Any) -> None:
 
 def _refused(cache: Any, reason: str) -> UserError:
     return UserError(
-        f"--use_cache {cache.filename} {reason}. lm-eval finds answers by the text of a request alone, so each "
-        "checkpoint needs a cache of its own. `sft-probe sweep` needs none: it never scores a checkpoint twice."
+        f"--use_cache {cache.filename} {reason}. lm-eval finds answers by the text of a request "
+        "alone, so each "
+        "checkpoint needs a cache of its own. `sft-probe sweep` needs none: it never scores a "
+        "checkpoint twice."
     )
 
 

@@ -1,4 +1,5 @@
-"""Three ways by which lm-eval 0.4.13 finds the tasks: a directory, stubs in its own package, and a pass-through."""
+"""Three ways by which lm-eval 0.4.13 finds the tasks: a directory, stubs in its own package, and a
+pass-through."""
 
 import json
 import shutil
@@ -16,9 +17,11 @@ PACKAGED_TASKS_DIR = Path(__file__).resolve().parent
 
 
 def write_tasks_dir(probe_set_source: str, out: Path) -> Path:
-    """Writes one YAML per category and split of a user's own probe set, and their group; returns the directory.
+    """Writes one YAML per category and split of a user's own probe set, and their group; returns
+    the directory.
 
-    lm-eval indexes task names before it reads any data, so a set's own categories need files of their own.
+    lm-eval indexes task names before it reads any data, so a set's own categories need files of
+    their own.
     """
     probe_set = load_probe_set(probe_set_source)
     path = Path(probe_set_source).expanduser()
@@ -36,13 +39,17 @@ def write_tasks_dir(probe_set_source: str, out: Path) -> Path:
                 "metadata": {"version": 1.0, "probe_set": source},
             }
             write_text(out / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
-    group = {"group": "sft_probe", "task": [task_name(category, "heldout") for category in probe_set.categories]}
+    group = {
+        "group": "sft_probe",
+        "task": [task_name(category, "heldout") for category in probe_set.categories],
+    }
     write_text(out / "sft_probe.yaml", yaml.safe_dump(group, sort_keys=False))
     return out
 
 
 def task_name(category: str, split: str) -> str:
-    """`sft_probe_<category>` scores held-out prompts, `sft_probe_train_<category>` the prompts trained on."""
+    """`sft_probe_<category>` scores held-out prompts, `sft_probe_train_<category>` the prompts
+    trained on."""
     return f"sft_probe_train_{category}" if split == "train" else f"sft_probe_{category}"
 
 
@@ -74,18 +81,20 @@ def unlink_tasks() -> Path:
 
 
 def run_lm_eval(arguments: list[str]) -> None:
-    """lm-eval's own command line with our tasks on its include path and our model, `--model sft_probe`.
+    """lm-eval's own command line with our tasks on its include path and our model, `--model
+    sft_probe`.
 
     Raises:
-        UserError: an include path of the user's own is given (lm-eval takes only one), or a flag that would make the
+        UserError: an include path of the user's own is given (lm-eval takes only one), or a flag
+        that would make the
             numbers of probe tasks wrong.
     """
     from lm_eval.__main__ import cli_evaluate
 
     if any(argument.split("=")[0] == "--include_path" for argument in arguments):
         raise UserError(
-            "lm-eval takes one --include_path, and `sft-probe lm-eval` gives it the probe tasks. Run "
-            "`sft-probe link-tasks` once, then plain `lm_eval` with your own --include_path."
+            "lm-eval takes one --include_path, and `sft-probe lm-eval` gives it the probe tasks. "
+            "Run `sft-probe link-tasks` once, then plain `lm_eval` with your own --include_path."
         )
     sys.argv = ["lm-eval", *arguments]
     if _takes_include_path(arguments):
@@ -97,10 +106,11 @@ def run_lm_eval(arguments: list[str]) -> None:
 
 
 def _refuse_use_cache() -> None:
-    """Make `--use_cache` an error for probe tasks of models other than ours, which cannot bind the cache to themselves.
+    """Make `--use_cache` an error for probe tasks of models other than ours, which cannot bind the
+    cache to themselves.
 
-    lm-eval's own function is wrapped, since flags also come from its `--config` files. Its command line looks the
-    function up when it runs.
+    lm-eval's own function is wrapped, since flags also come from its `--config` files. Its command
+    line looks the function up when it runs.
     """
     import lm_eval
 
@@ -110,8 +120,10 @@ def _refuse_use_cache() -> None:
         probes = [task for task in tasks if isinstance(task, str) and task.startswith("sft_probe")]
         if use_cache is not None and probes and model != "sft_probe":
             raise UserError(
-                f"--use_cache cannot be used with {probes[0]} and --model {model}: lm-eval finds answers by the text "
-                "of a request alone, so another checkpoint would get these. Leave it out, or use --model sft_probe."
+                f"--use_cache cannot be used with {probes[0]} and --model {model}: lm-eval finds "
+                "answers by the text "
+                "of a request alone, so another checkpoint would get these. Leave it out, or use "
+                "--model sft_probe."
             )
         return simple_evaluate(model=model, tasks=tasks, use_cache=use_cache, **arguments)
 

@@ -1,4 +1,5 @@
-"""The doc functions of the `sft_probe_*` tasks: what lm-eval calls, by the names in the YAML files."""
+"""The doc functions of the `sft_probe_*` tasks: what lm-eval calls, by the names in the YAML
+files."""
 
 import functools
 import logging
@@ -38,15 +39,16 @@ def load_docs(
 ) -> "dict[str, datasets.Dataset]":
     """The docs of one category and split, for lm-eval's `custom_dataset`.
 
-    Everything but `category` and `split` comes from `--metadata`, into which lm-eval merges the model's arguments.
-    Where these name a tokenizer or a model, docs that do not fit `max_length` tokens are left out of all categories and
-    named in the log, and `num_tokens` is known.
+    Everything but `category` and `split` comes from `--metadata`, into which lm-eval merges the
+    model's arguments. Where these name a tokenizer or a model, docs that do not fit `max_length`
+    tokens are left out of all categories and named in the log, and `num_tokens` is known.
 
     Args:
         category: a category of the probe set.
         split: `train` or `heldout`.
         probe_set: path or id; default: the environment's SFT_PROBE_SET, else the embedded set.
-        prompt_format: default: the probe set's own. What the name leaves open (see `PromptFormat`) is chosen by a test
+        prompt_format: default: the probe set's own. What the name leaves open (see `PromptFormat`)
+        is chosen by a test
             on all docs, where the tokenizer is known.
         tokenizer: name or path; default: `pretrained`.
         pretrained: the model's name or path.
@@ -61,7 +63,10 @@ def load_docs(
     source = probe_set or os.environ.get("SFT_PROBE_SET") or DEFAULT_PROBE_SET
     loaded = load_probe_set(source)
     if category not in loaded.categories:
-        raise UserError(f"the probe set {source} has no category {category!r}; it has {', '.join(loaded.categories)}.")
+        raise UserError(
+            f"the probe set {source} has no category {category!r}; it has "
+            f"{', '.join(loaded.categories)}."
+        )
     all_rows = _rows(
         source=source,
         sha256=loaded.sha256,
@@ -73,7 +78,8 @@ def load_docs(
     rows = [row for row in all_rows if row["split"] == split and row["category"] == category]
     if not rows:
         raise UserError(
-            f"the probe set {source} has no usable doc in the split {split}; the log names what was left out."
+            f"the probe set {source} has no usable doc in the split {split}; the log names what "
+            "was left out."
         )
     return {split: datasets.Dataset.from_list(rows)}
 
@@ -89,7 +95,9 @@ def _rows(
     max_length: int | None,
 ) -> list[dict[str, Any]]:
     probe_set = load_probe_set(source)
-    prompt_format, pairs, dropped = _usable_docs(probe_set, format_name, tokenizer_name, revision, max_length)
+    prompt_format, pairs, dropped = _usable_docs(
+        probe_set, format_name, tokenizer_name, revision, max_length
+    )
     for drop in dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
     return [
@@ -110,9 +118,14 @@ def _rows(
 
 
 def _usable_docs(
-    probe_set: ProbeSet, format_name: str, tokenizer_name: str | None, revision: str, max_length: int | None
+    probe_set: ProbeSet,
+    format_name: str,
+    tokenizer_name: str | None,
+    revision: str,
+    max_length: int | None,
 ) -> tuple[PromptFormat, list[tuple[Doc, Prompt, dict[str, list[int]]]], list[DroppedDoc]]:
-    """Docs with prompts and, where the tokenizer is known, the ids of their responses; and what is left out."""
+    """Docs with prompts and, where the tokenizer is known, the ids of their responses; and what is
+    left out."""
     if tokenizer_name is None:
         log.warning("no tokenizer is known, so the length of the docs is not checked")
         prompt_format = PromptFormat(format_name)
@@ -120,7 +133,11 @@ def _usable_docs(
         names = {drop.doc_id for drop in refused}
         docs = [doc for doc in probe_set.docs if doc.doc_id not in names]
         dropped = dropped_by_faults(probe_set) + refused
-        return prompt_format, [(doc, prompt_format.render(doc.messages), {}) for doc in docs], dropped
+        return (
+            prompt_format,
+            [(doc, prompt_format.render(doc.messages), {}) for doc in docs],
+            dropped,
+        )
     tokenizer = load_tokenizer(tokenizer_name, revision)
     prompt_format = resolve_format(format_name, tokenizer, probe_set.docs)
     kept, dropped = encode_probe_set(
@@ -136,9 +153,14 @@ def _window(model_name: str, revision: str) -> int:
 
 
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
-    """Metrics of one doc: `logprob` in nats, summed over separator and response, without the terminator."""
+    """Metrics of one doc: `logprob` in nats, summed over separator and response, without the
+    terminator."""
     logprob = results[0][0]
-    metrics = {"logprob": logprob, "num_bytes": doc["num_bytes"], "logprob_per_byte": (logprob, doc["num_bytes"])}
+    metrics = {
+        "logprob": logprob,
+        "num_bytes": doc["num_bytes"],
+        "logprob_per_byte": (logprob, doc["num_bytes"]),
+    }
     return metrics if doc["num_tokens"] is None else metrics | {"num_tokens": doc["num_tokens"]}
 
 

@@ -27,7 +27,8 @@ _MAX_NAMED = 10
 
 
 class ProbeScore(tuple[float, bool]):
-    """lm-eval's `(logprob, is_greedy)`, with what it has no place for; log-probs in nats. Pickles with all of it."""
+    """lm-eval's `(logprob, is_greedy)`, with what it has no place for; log-probs in nats. Pickles
+    with all of it."""
 
     num_tokens: int
     """Of the continuation, without the terminator."""
@@ -54,56 +55,72 @@ class NonFiniteError(UserError):
 
     def __init__(self, faults: list[Instance], scored: list[tuple[Instance, ProbeScore]]) -> None:
         names = _join(f"{_name(request)}: NaN or infinite logits" for request in faults)
-        super().__init__(f"{len(faults)} of {len(faults) + len(scored)} requests have no log-prob:\n{names}")
+        super().__init__(
+            f"{len(faults)} of {len(faults) + len(scored)} requests have no log-prob:\n{names}"
+        )
         self.faults = faults
         self.scored = scored
 
 
 @register_model("sft_probe")
 class ProbeLM(HFLM):
-    """`hf`, except that every distinct prefix of all requests is computed once and sums are never of 16-bit numbers.
+    """`hf`, except that every distinct prefix of all requests is computed once and sums are never
+    of 16-bit numbers.
 
-    `loglikelihood` returns `ProbeScore`s. Tasks named `sft_probe*` have the terminator of their prompt format scored
-    too. What it does not override, such as generation, is `hf`.
+    `loglikelihood` returns `ProbeScore`s. Tasks named `sft_probe*` have the terminator of their
+    prompt format scored too. What it does not override, such as generation, is `hf`.
 
     Args:
-        max_tokens: how many tokens one forward pass reads; default: 16,384 on a GPU, 1,024 on a CPU. Halved where
+        max_tokens: how many tokens one forward pass reads; default: 16,384 on a GPU, 1,024 on a
+        CPU. Halved where
             memory runs out.
         **arguments: those of `hf`; `batch_size` is for generation alone.
 
     Raises:
-        UserError: an encoder-decoder, mixed precision, code that comes with a model, or an adapter that does more than
+        UserError: an encoder-decoder, mixed precision, code that comes with a model, or an adapter
+        that does more than
             change layers is asked for.
     """
 
     def __init__(self, *, max_tokens: int | None = None, **arguments: Any) -> None:
         if arguments.pop("trust_remote_code", False):
-            raise UserError("trust_remote_code: the model sft_probe never runs code that comes with a model; use hf.")
+            raise UserError(
+                "trust_remote_code: the model sft_probe never runs code that comes with a model; "
+                "use hf."
+            )
         given = arguments["pretrained"]
         if isinstance(given, str):
             self._load(arguments)
         else:
             super().__init__(**arguments | {"pretrained": _Untouched(given)})
-            self._model = given.eval()  # and no other reference: its memory is needed for the next one
+            self._model = (
+                given.eval()
+            )  # and no other reference: its memory is needed for the next one
         if self.backend != "causal" or self.mixed_precision_dtype is not None:
             raise UserError("the model sft_probe scores decoder-only models in one dtype; use hf.")
         if isinstance(self.model, PeftModel):
             check_adapter(self.model, str(arguments.get("peft") or "the model"))
-        self.scorer = FittingScorer(max_tokens or default_max_tokens(str(self.device)), self.max_length)
+        self.scorer = FittingScorer(
+            max_tokens or default_max_tokens(str(self.device)), self.max_length
+        )
         if torch.device(self.device).type == "cpu":
             keep_freed_memory()
             if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
-                log.warning("this CPU multiplies no 16-bit matrices: expect %s to be slow", self.model.dtype)
+                log.warning(
+                    "this CPU multiplies no 16-bit matrices: expect %s to be slow", self.model.dtype
+                )
         self._modules = _module_types(self.model)
         self._ids: dict[tuple[str, str, str], tuple[list[int], list[int]]] = {}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Take a cache of answers (`--use_cache`). Raises `UserError` where it holds those of another model."""
+        """Take a cache of answers (`--use_cache`). Raises `UserError` where it holds those of
+        another model."""
         bind_cache(cache_hook.dbdict, self.model, max_length=self.max_length)
         super().set_cache_hook(cache_hook)
 
     def _load(self, arguments: dict[str, Any]) -> None:
-        """Let `hf` load the model, except for its adapter, and keep the weights as the files hold them."""
+        """Let `hf` load the model, except for its adapter, and keep the weights as the files hold
+        them."""
         try:
             super().__init__(**arguments, trust_remote_code=False)
         except ValueError as error:
@@ -115,22 +132,29 @@ class ProbeLM(HFLM):
     def _create_model(self, *args: Any, peft: str | None = None, **arguments: Any) -> None:
         super()._create_model(*args, **arguments)
         if peft:  # `hf` would cut or pad the vocabulary to the tokenizer's first
-            self._model = attach_adapter(self._model, local_folder(peft, arguments.get("revision") or "main"))
-        # `hf` ties the weights next, also those that transformers has left apart because the files hold them so
+            self._model = attach_adapter(
+                self._model, local_folder(peft, arguments.get("revision") or "main")
+            )
+        # `hf` ties the weights next, also those that transformers has left apart because the files
+        # hold them so
         self._model.tie_weights = lambda: None
 
     def use(self, model: Any) -> None:
-        """Replace the model by another one of the same architecture, or by none; token ids stay cached."""
+        """Replace the model by another one of the same architecture, or by none; token ids stay
+        cached."""
         self._model = model
         if model is None:
             return
         modules = _module_types(model)
-        # another adapter's layers may not take the masks, and weights with NaN in them fail the check for all others
+        # another adapter's layers may not take the masks, and weights with NaN in them fail the
+        # check for all others
         if modules != self._modules or (self.scorer.way is not None and not self.scorer.way.shared):
             self.scorer.way = None
         self._modules = modules
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[ProbeScore]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[ProbeScore]:
         """Scores all requests, in one go.
 
         Raises:
@@ -141,8 +165,15 @@ class ProbeLM(HFLM):
         terminators = [self._terminator(request) for request in requests]
         self._check(requests, pairs, terminators)
         items = [self._fit(*pair, end) for pair, end in zip(pairs, terminators, strict=True)]
-        if num_cut := sum(len(item.prefix_ids) < len(ids) for item, (ids, _) in zip(items, pairs, strict=True)):
-            log.warning("contexts cut on the left, to max_length %d: %d of %d", self.max_length, num_cut, len(items))
+        if num_cut := sum(
+            len(item.prefix_ids) < len(ids) for item, (ids, _) in zip(items, pairs, strict=True)
+        ):
+            log.warning(
+                "contexts cut on the left, to max_length %d: %d of %d",
+                self.max_length,
+                num_cut,
+                len(items),
+            )
         results: dict[int, ProbeScore] = {}
         for index, result in self._score(items, disable_tqdm):
             results[index] = result
@@ -161,11 +192,16 @@ class ProbeLM(HFLM):
         override_bs: int | None = None,  # noqa: ARG002 - the token budget counts
     ) -> list[ProbeScore]:
         """What `loglikelihood_rolling` calls, with windows of token ids."""
-        results = dict(self._score([self._fit(context, ids, None) for _, context, ids in requests], disable_tqdm))
+        results = dict(
+            self._score(
+                [self._fit(context, ids, None) for _, context, ids in requests], disable_tqdm
+            )
+        )
         return [results[i] for i in range(len(requests))]
 
     def _encode(self, request: Instance) -> tuple[list[int], list[int]]:
-        """Ids of context and continuation: those of the format's join rule for probe tasks, else as in `hf`."""
+        """Ids of context and continuation: those of the format's join rule for probe tasks, else as
+        in `hf`."""
         context, continuation = request.args
         rule = str(request.doc["prompt_format"]) if _is_probe(request) else ""
         key = (context, continuation, rule)
@@ -180,12 +216,18 @@ class ProbeLM(HFLM):
                 self._ids[key] = (ids[:1], ids[1:]) if has_prefix else ([self.prefix_token_id], ids)
         return self._ids[key]
 
-    def _join(self, context: str, continuation: str, format_name: str) -> tuple[list[int], list[int]]:
-        """Ids under the rule that training and live probe have; no continuation where it finds no split."""
+    def _join(
+        self, context: str, continuation: str, format_name: str
+    ) -> tuple[list[int], list[int]]:
+        """Ids under the rule that training and live probe have; no continuation where it finds no
+        split."""
         text, response = context.rstrip(), continuation.lstrip()
         separator = context[len(text) :] + continuation[: len(continuation) - len(response)]
         prompt = Prompt(text, separator)
-        return encode_pair(self.tokenizer, prompt, response, in_use=joins_in_use(format_name)) or ([], [])
+        return encode_pair(self.tokenizer, prompt, response, in_use=joins_in_use(format_name)) or (
+            [],
+            [],
+        )
 
     def _terminator(self, request: Instance) -> int | None:
         if not _is_probe(request):
@@ -203,13 +245,23 @@ class ProbeLM(HFLM):
             num_tokens = len(ids) + (end is not None)
             if not ids and _is_probe(request):
                 reason = no_pair_reason(joins_in_use(request.doc["prompt_format"]))
-                faults.append(f'{_name(request)}: {reason}; name the tokenizer: --metadata \'{{"tokenizer": "..."}}\'')
+                faults.append(
+                    f'{_name(request)}: {reason}; name the tokenizer: --metadata \'{{"tokenizer": '
+                    f'"..."}}\''
+                )
             elif not ids:
-                faults.append(f"{_name(request)}: no token is left of the continuation {request.args[1]!r}")
+                faults.append(
+                    f"{_name(request)}: no token is left of the continuation {request.args[1]!r}"
+                )
             elif num_tokens > self.max_length:
-                faults.append(f"{_name(request)}: {num_tokens} tokens to predict, over max_length {self.max_length}")
+                faults.append(
+                    f"{_name(request)}: {num_tokens} tokens to predict, over max_length "
+                    f"{self.max_length}"
+                )
         if faults:
-            raise UserError(f"{len(faults)} of {len(requests)} requests cannot be scored:\n{_join(faults)}")
+            raise UserError(
+                f"{len(faults)} of {len(requests)} requests cannot be scored:\n{_join(faults)}"
+            )
 
     def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Item:
         """Cuts the context on the left where the window is too short, as `hf` does."""
@@ -219,7 +271,9 @@ class ProbeLM(HFLM):
         """Scores of `items` by index."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         scores = self.scorer.score(model, items)
-        for index, result in tqdm(scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0):
+        for index, result in tqdm(
+            scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0
+        ):
             yield index, ProbeScore.of(result)
 
 
@@ -228,12 +282,15 @@ def _is_probe(request: Instance) -> bool:
 
 
 class _Untouched:
-    """All that `HFLM.__init__` may know of a model that it is handed: it would tie the weights of the model itself."""
+    """All that `HFLM.__init__` may know of a model that it is handed: it would tie the weights of
+    the model itself."""
 
     def __init__(self, model: Any) -> None:
         self.config = model.config
         self.device = model.device
-        self.name_or_path = model.config._name_or_path  # whose tokenizer it takes where none is given
+        self.name_or_path = (
+            model.config._name_or_path
+        )  # whose tokenizer it takes where none is given
 
 
 def _module_types(model: Any) -> list[tuple[str, type]]:
@@ -241,7 +298,11 @@ def _module_types(model: Any) -> list[tuple[str, type]]:
 
 
 def _name(request: Instance) -> str:
-    doc_id = request.doc.get("doc_id", request.doc_id) if isinstance(request.doc, dict) else request.doc_id
+    doc_id = (
+        request.doc.get("doc_id", request.doc_id)
+        if isinstance(request.doc, dict)
+        else request.doc_id
+    )
     return f"{request.task_name}, doc {doc_id}"
 
 

@@ -1,4 +1,5 @@
-"""The class of the `sft_probe_*` tasks: lm-eval's own, without the flags that would make their numbers wrong."""
+"""The class of the `sft_probe_*` tasks: lm-eval's own, without the flags that would make their
+numbers wrong."""
 
 from typing import Any
 
@@ -7,11 +8,14 @@ from lm_eval.api.task import ConfigurableTask
 from sft_probe.errors import UserError
 
 _REFUSED = {
-    "cache_requests": "its key knows neither the probe set nor the prompt format: another set would get these requests",
+    "cache_requests": "its key knows neither the probe set nor the prompt format: another set "
+    "would get these requests",
     "apply_chat_template": "the prompt format of the probe set already renders the turns",
-    "system_instruction": "it would stand before prompts that the prompt format has already rendered",
+    "system_instruction": "it would stand before prompts that the prompt format has already "
+    "rendered",
 }
-"""Arguments of `build_all_requests`, named like the flags of lm-eval, and why a probe task refuses them."""
+"""Arguments of `build_all_requests`, named like the flags of lm-eval, and why a probe task refuses
+them."""
 
 
 class ProbeTask(ConfigurableTask):
@@ -24,11 +28,18 @@ class ProbeTask(ConfigurableTask):
         """Build the requests as lm-eval does.
 
         Raises:
-            UserError: a flag would change the prompts, or take requests from a cache that does not know them.
+            UserError: a flag would change the prompts, or take requests from a cache that does not
+            know them.
         """
         for name, reason in _REFUSED.items():
             if arguments.get(name):
-                raise UserError(f"--{name} cannot be used with {self.config.task}: {reason}. Leave the flag out.")
+                raise UserError(
+                    f"--{name} cannot be used with {self.config.task}: {reason}. Leave the flag "
+                    "out."
+                )
         if self.config.num_fewshot:
-            raise UserError(f"{self.config.task} takes no few-shot examples (num_fewshot {self.config.num_fewshot}).")
+            raise UserError(
+                f"{self.config.task} takes no few-shot examples (num_fewshot "
+                f"{self.config.num_fewshot})."
+            )
         super().build_all_requests(**arguments)

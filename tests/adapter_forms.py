@@ -1,4 +1,5 @@
-"""Forms of adapters as PEFT saves them, and what a load of each gives: the same tensors as PEFT's own, or a refusal."""
+"""Forms of adapters as PEFT saves them, and what a load of each gives: the same tensors as PEFT's
+own, or a refusal."""
 
 import json
 import warnings
@@ -20,11 +21,15 @@ Q_UP = ["q_proj", "up_proj"]
 
 
 def lora(**options: Any) -> Callable[[], Any]:
-    return lambda: LoraConfig(**{"r": 4, "target_modules": Q_UP, "task_type": "CAUSAL_LM", **options})
+    return lambda: LoraConfig(
+        **{"r": 4, "target_modules": Q_UP, "task_type": "CAUSAL_LM", **options}
+    )
 
 
 def other(name: str, **options: Any) -> Callable[[], Any]:
-    return lambda: getattr(peft, name)(**{"target_modules": Q_UP, "task_type": "CAUSAL_LM", **options})
+    return lambda: getattr(peft, name)(
+        **{"target_modules": Q_UP, "task_type": "CAUSAL_LM", **options}
+    )
 
 
 def prompt(name: str, **options: Any) -> Callable[[], Any]:
@@ -41,7 +46,9 @@ FORMS: dict[str, Callable[[], Any]] = {
     "LoRA, lora_bias": lora(lora_bias=True),
     "LoRA, bias all": lora(bias="all"),
     "LoRA, bias lora_only": lora(bias="lora_only"),
-    "LoRA, rank_pattern and alpha_pattern": lora(rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 32}),
+    "LoRA, rank_pattern and alpha_pattern": lora(
+        rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 32}
+    ),
     "LoRA, layers_to_transform": lora(layers_to_transform=[1], layers_pattern="layers"),
     "LoRA, layer_replication": lora(layer_replication=[[0, 2], [1, 2]]),
     "LoRA, target lm_head": lora(target_modules=["q_proj", "lm_head"]),
@@ -58,7 +65,9 @@ FORMS: dict[str, Callable[[], Any]] = {
     ),
     "LoRA, modules_to_save norm": lora(modules_to_save=["norm"]),
     "LoRA, trainable_token_indices": lora(trainable_token_indices=[1, 5, 300]),
-    "LoRA, trainable_token_indices of lm_head": lora(trainable_token_indices={"lm_head": [1, 5], "embed_tokens": [7]}),
+    "LoRA, trainable_token_indices of lm_head": lora(
+        trainable_token_indices={"lm_head": [1, 5], "embed_tokens": [7]}
+    ),
     "LoRA, target_parameters": lora(target_modules=[], target_parameters=["q_proj.weight"]),
     "LoRA, init gaussian": lora(init_lora_weights="gaussian"),
     "LoRA, init pissa": lora(init_lora_weights="pissa"),
@@ -80,7 +89,9 @@ FORMS: dict[str, Callable[[], Any]] = {
     "GraLoRA": other("GraloraConfig", r=4),
     "HiRA": other("HiraConfig", r=4),
     "HRA": other("HRAConfig", r=4),
-    "IA3": other("IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "IA3": other(
+        "IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "IA3, modules_to_save lm_head": other(
         "IA3Config", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
     ),
@@ -102,7 +113,9 @@ FORMS: dict[str, Callable[[], Any]] = {
     "SHiRA": other("ShiraConfig", r=4),
     "SuperTuning": other("SupertuningConfig"),
     "TinyLoRA": other("TinyLoraConfig"),
-    "trainable tokens": other("TrainableTokensConfig", target_modules=["embed_tokens"], token_indices=[1, 5, 300]),
+    "trainable tokens": other(
+        "TrainableTokensConfig", target_modules=["embed_tokens"], token_indices=[1, 5, 300]
+    ),
     "UniLoRA": other("UniLoraConfig"),
     "VB-LoRA": other("VBLoRAConfig", vector_length=16, num_vectors=16),
     "VB-LoRA, save_only_topk_weights": other(
@@ -114,7 +127,9 @@ FORMS: dict[str, Callable[[], Any]] = {
     "X-LoRA": lora(),
     "adaption prompt": prompt("AdaptionPromptConfig", adapter_len=4, adapter_layers=1),
     "prompt tuning": prompt("PromptTuningConfig", num_virtual_tokens=3),
-    "multitask prompt tuning": prompt("MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=2),
+    "multitask prompt tuning": prompt(
+        "MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=2
+    ),
     "prefix tuning": prompt("PrefixTuningConfig", num_virtual_tokens=3),
     "P-tuning": prompt("PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=16),
     "CPT": prompt("CPTConfig", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]),
@@ -127,13 +142,17 @@ def save_adapter(form: str, base: Path, folder: Path, *, seed: int = 0, **option
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), FORMS[form]())
+        model: Any = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), FORMS[form]()
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
         model.save_pretrained(str(folder), **options)
-    if form == "X-LoRA":  # which PEFT makes only from other adapters; the config alone is what counts
+    if (
+        form == "X-LoRA"
+    ):  # which PEFT makes only from other adapters; the config alone is what counts
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "XLORA"}))
 
@@ -147,9 +166,13 @@ def load_reference(base: Path, folder: Path, dtype: torch.dtype = torch.float32)
 
 
 def differing_tensors(model: Any, reference: Any) -> list[str]:
-    """Return the names of parameters and buffers that are not the same, non-persistent and tied ones included."""
+    """Return the names of parameters and buffers that are not the same, non-persistent and tied
+    ones included."""
     ours, theirs = (
-        {**dict(item.named_parameters(remove_duplicate=False)), **dict(item.named_buffers(remove_duplicate=False))}
+        {
+            **dict(item.named_parameters(remove_duplicate=False)),
+            **dict(item.named_buffers(remove_duplicate=False)),
+        }
         for item in (model, reference)
     )
     return sorted(
@@ -189,22 +212,33 @@ def make_base(folder: Path, *, tied: bool) -> Path:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=tied, attention_bias=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def adapter_rows() -> list[tuple[str, str, str]]:
-    """Return form, result and note of every form, each tried on a tiny model with tied and with untied embeddings."""
+    """Return form, result and note of every form, each tried on a tiny model with tied and with
+    untied embeddings."""
     rows = []
     with TemporaryDirectory() as folder:
         bases = [make_base(Path(folder, kind), tied=kind == "tied") for kind in ("tied", "untied")]
         for number, form in enumerate(FORMS):
-            results = [try_form(form, base, Path(folder, f"{number}-{base.name}")) for base in bases]
+            results = [
+                try_form(form, base, Path(folder, f"{number}-{base.name}")) for base in bases
+            ]
             differ = results[0] != results[1]
             result = " / ".join(result for result, _ in results) if differ else results[0][0]
             note = " / ".join(dict.fromkeys(note for _, note in results if note))

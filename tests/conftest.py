@@ -44,16 +44,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def task_index() -> Iterator[None]:
-    """Hold lm-eval's package still: another process may link tasks into it, or take them out, at any moment."""
+    """Hold lm-eval's package still: another process may link tasks into it, or take them out, at
+    any moment."""
     with FileLock(Path(tempfile.gettempdir(), "sft-probe-tests-task-index.lock")):
         yield
 
 
 @pytest.fixture(scope="session")
 def sft_probe() -> Run:
-    """Runs `sft-probe ARGS...`; with `process=True` or an environment in a process of its own, which takes longer."""
+    """Runs `sft-probe ARGS...`; with `process=True` or an environment in a process of its own,
+    which takes longer."""
 
-    def run(*arguments: object, process: bool = False, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        *arguments: object, process: bool = False, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
         command = [str(argument) for argument in arguments]
         if not process and not environment:
             return run_here(command)
@@ -73,13 +77,16 @@ def sft_probe() -> Run:
 def tiny_flags(tiny_model: Path) -> list[str]:
     """Flags of a training run that takes seconds."""
     return (
-        f"--model_name_or_path {tiny_model} --probe_set helpful-mini --max_length 1024 --max_steps 4 --seed 0 "
-        "--per_device_train_batch_size 4 --learning_rate 1e-3 --snapshot_steps 0,1,last --deepspeed none"
+        f"--model_name_or_path {tiny_model} --probe_set helpful-mini --max_length 1024 --max_steps "
+        "4 --seed 0 --per_device_train_batch_size 4 --learning_rate 1e-3 --snapshot_steps 0,1,last "
+        "--deepspeed none"
     ).split()
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run, tiny_flags: list[str]) -> Path:
+def tiny_run(
+    tmp_path_factory: pytest.TempPathFactory, sft_probe: Run, tiny_flags: list[str]
+) -> Path:
     """A finished tiny run with snapshots 0, 1 and 4. Copy it before you change it."""
     directory = tmp_path_factory.mktemp("run") / "tiny"
     result = sft_probe("train", *tiny_flags, "--output_dir", directory)

@@ -9,16 +9,34 @@ from aiohttp import web
 
 _RPC = "type.googleapis.com/google.rpc"
 _DAILY = [
-    {"@type": f"{_RPC}.QuotaFailure", "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]},
+    {
+        "@type": f"{_RPC}.QuotaFailure",
+        "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}],
+    },
     {"@type": f"{_RPC}.RetryInfo", "retryDelay": "36s"},
 ]
 ERRORS: dict[str, tuple[int, dict[str, Any]]] = {
-    "location": (400, {"status": "FAILED_PRECONDITION", "message": "User location is not supported for the API use."}),
-    "daily": (429, {"status": "RESOURCE_EXHAUSTED", "message": "You exceeded your quota.", "details": _DAILY}),
-    "zero": (429, {"message": "slow down", "details": [{"@type": f"{_RPC}.RetryInfo", "retryDelay": "0s"}]}),
+    "location": (
+        400,
+        {
+            "status": "FAILED_PRECONDITION",
+            "message": "User location is not supported for the API use.",
+        },
+    ),
+    "daily": (
+        429,
+        {"status": "RESOURCE_EXHAUSTED", "message": "You exceeded your quota.", "details": _DAILY},
+    ),
+    "zero": (
+        429,
+        {"message": "slow down", "details": [{"@type": f"{_RPC}.RetryInfo", "retryDelay": "0s"}]},
+    ),
     "odd_details": (
         429,
-        {"message": "slow down", "details": [7, {"@type": 3, "violations": {"a": 1}}, {"retryDelay": []}]},
+        {
+            "message": "slow down",
+            "details": [7, {"@type": 3, "violations": {"a": 1}}, {"retryDelay": []}],
+        },
     ),
     "no_credit": (402, {"message": "pay first"}),
     "error_200": (200, {"code": 400, "message": "no such parameter"}),
@@ -27,19 +45,36 @@ ERRORS: dict[str, tuple[int, dict[str, Any]]] = {
 """HTTP status and error object of a server that does what `cases` of real ones did."""
 BODIES: dict[str, bytes] = {
     "nested": b'{"a": ' + b"[" * 200_000,
-    "bad_utf8": b'{"candidates": [{"finishReason": "STOP", "content": {"parts": [{"text": "\xff"}]}}]}',
+    "bad_utf8": b'{"candidates": [{"finishReason": "STOP", "content": {"parts": [{"text": '
+    b'"\xff"}]}}]}',
     "html": b"<html>Please log in</html>",
     "nothing": b"",
     "number": b"1" * 5000,
     "huge": b'{"pad": "' + b"x" * 6_000_000 + b'"}',
 }
 """What is no answer, with HTTP 200."""
-RETRY_AFTER = ("\u00b2", "9" * 400, "-5", "nan", "1e999", "Wed, 99 Foo 0000", "Wed, 21 Oct 2015 07:28:00 GMT", "soon")
+RETRY_AFTER = (
+    "\u00b2",
+    "9" * 400,
+    "-5",
+    "nan",
+    "1e999",
+    "Wed, 99 Foo 0000",
+    "Wed, 21 Oct 2015 07:28:00 GMT",
+    "soon",
+)
 USAGES: dict[str, dict[str, Any] | None] = {
     "no_usage": None,
     "partial_usage": {"promptTokenCount": 9, "prompt_tokens": 9},
     "zero_usage": dict.fromkeys(
-        ("promptTokenCount", "candidatesTokenCount", "totalTokenCount", "prompt_tokens", "completion_tokens"), 0
+        (
+            "promptTokenCount",
+            "candidatesTokenCount",
+            "totalTokenCount",
+            "prompt_tokens",
+            "completion_tokens",
+        ),
+        0,
     ),
     "text_usage": {
         "promptTokenCount": "9",
@@ -60,14 +95,16 @@ USAGES: dict[str, dict[str, Any] | None] = {
         "completion_tokens": -9,
     },
     "absurd_usage": dict.fromkeys(
-        ("promptTokenCount", "candidatesTokenCount", "prompt_tokens", "completion_tokens"), 2**31 - 1
+        ("promptTokenCount", "candidatesTokenCount", "prompt_tokens", "completion_tokens"),
+        2**31 - 1,
     ),
 }
 """Counts of tokens that are not those of the answer."""
 
 
 def wire_fault(fault: str, key: str, target: str, number: int) -> web.Response | None:
-    """Return the answer to any request under this fault; None where the server does not fail so early.
+    """Return the answer to any request under this fault; None where the server does not fail so
+    early.
 
     Args:
         fault: what is wrong.
@@ -82,20 +119,27 @@ def wire_fault(fault: str, key: str, target: str, number: int) -> web.Response |
         headers["Location"] = f"{target}?key={key}" if fault == "redirect_key" else target
     elif fault == "reason_key":
         return web.Response(
-            status=400, reason=f"no {key}", body=b'{"error": {"message": "no %s"}}' % escaped(key).encode()
+            status=400,
+            reason=f"no {key}",
+            body=b'{"error": {"message": "no %s"}}' % escaped(key).encode(),
         )
     elif fault == "bare_304":
         status = 304
     elif fault == "retry_odd":
         status, body = 429, f"no {key}".encode()
-        headers |= {"Retry-After": RETRY_AFTER[number % len(RETRY_AFTER)], "Set-Cookie": f"a={key}; =;"}
+        headers |= {
+            "Retry-After": RETRY_AFTER[number % len(RETRY_AFTER)],
+            "Set-Cookie": f"a={key}; =;",
+        }
     elif fault in ERRORS:
         status, body = ERRORS[fault][0], json.dumps({"error": ERRORS[fault][1]}).encode()
     elif fault == "bomb":
         headers["Content-Encoding"], body = "gzip", gzip.compress(b"0" * 20_000_000)
     elif fault not in BODIES:
         return None
-    return web.Response(status=status, body=body, headers=headers | {"Content-Type": "application/json"})
+    return web.Response(
+        status=status, body=body, headers=headers | {"Content-Type": "application/json"}
+    )
 
 
 def escaped(text: str) -> str:

@@ -1,11 +1,12 @@
 """A server that speaks as much of the Gemini REST protocol as the SDKs use, and fails on demand.
 
-A prompt may hold `@faults(a,b,c)`: the first call with it meets fault a, the second b, the third c, later ones none.
-Answers: blocked_prompt safety recitation max_tokens empty no_finish surrogate thought other_version bad_request bad_key
-no_model echo_key. Failures: 429 429_retry_info 429_retry_after 500 503 slow cut hangup malformed
-malformed_error, and those of gemini_faults.py. `always` is a fault of every call, whatever its prompt says.
-It also answers chat completions as OpenAI does (`/openai/v1`), with the same faults.
-Run: python tests/gemini_server.py --port 0 --latency-s 0.05    (prints its address; GET /calls counts calls by prompt)
+A prompt may hold `@faults(a,b,c)`: the first call with it meets fault a, the second b, the third c,
+later ones none. Answers: blocked_prompt safety recitation max_tokens empty no_finish surrogate
+thought other_version bad_request bad_key no_model echo_key. Failures: 429 429_retry_info
+429_retry_after 500 503 slow cut hangup malformed malformed_error, and those of gemini_faults.py.
+`always` is a fault of every call, whatever its prompt says. It also answers chat completions as
+OpenAI does (`/openai/v1`), with the same faults. Run: python tests/gemini_server.py --port 0
+--latency-s 0.05    (prints its address; GET /calls counts calls by prompt)
 """
 
 import argparse
@@ -62,7 +63,9 @@ class GeminiServer:
         app = web.Application(client_max_size=2**30, middlewares=[self._wire])
         app.router.add_get("/calls", self._counts)
         app.router.add_post("/{version:v1|v1beta}/models/{model}:generateContent", self._generate)
-        app.router.add_post("/{version:v1|v1beta}/models/{model}:batchGenerateContent", self._create_job)
+        app.router.add_post(
+            "/{version:v1|v1beta}/models/{model}:batchGenerateContent", self._create_job
+        )
         app.router.add_get("/{version:v1|v1beta}/batches", self._list_jobs)
         app.router.add_get("/{version:v1|v1beta}/batches/{job}", self._get_job)
         app.router.add_post("/upload/{version:v1|v1beta}/files", self._start_upload)
@@ -109,12 +112,15 @@ class GeminiServer:
     async def _wire(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Counts every request, and fails before anything is understood of it where `always` says so."""
+        """Counts every request, and fails before anything is understood of it where `always` says
+        so."""
         if request.path == "/calls":
             return await handler(request)
         self.num_requests += 1
         self.seen.append(f"{request.raw_path} {dict(request.headers)}")
-        fault = wire_fault(self.always, _key_of(request.headers), f"{self.thief}{request.path}", self.num_requests)
+        fault = wire_fault(
+            self.always, _key_of(request.headers), f"{self.thief}{request.path}", self.num_requests
+        )
         if fault is None and self.always != "endless":
             return await handler(request)
         if fault is None or fault.status == 200:
@@ -131,7 +137,9 @@ class GeminiServer:
 
     async def _received(self, request: web.Request) -> dict[str, Any]:
         self.paths[request.path] += 1
-        self.keys.add(request.headers.get("x-goog-api-key") or request.headers.get("Authorization", ""))
+        self.keys.add(
+            request.headers.get("x-goog-api-key") or request.headers.get("Authorization", "")
+        )
         body: dict[str, Any] = await request.json()
         self.bodies.append(body)
         return body
@@ -198,7 +206,9 @@ class GeminiServer:
         self._jobs[name] = job
         lines = [json.loads(line) for line in self._files[source].splitlines()]
         key = _key_of(request.headers)
-        self._files[f"out{name[8:]}"] = b"".join(self._batch_line(line, key) for line in reversed(lines))
+        self._files[f"out{name[8:]}"] = b"".join(
+            self._batch_line(line, key) for line in reversed(lines)
+        )
         if fault == "job_failed":
             job["metadata"]["state"] = "BATCH_STATE_FAILED"
         if fault == "cut":
@@ -236,7 +246,10 @@ class GeminiServer:
         if job is None:
             return _error(404, "no such job")
         self._polls[job["name"]] += 1
-        if job["metadata"]["state"] == "BATCH_STATE_RUNNING" and self._polls[job["name"]] >= self.polls_needed:
+        if (
+            job["metadata"]["state"] == "BATCH_STATE_RUNNING"
+            and self._polls[job["name"]] >= self.polls_needed
+        ):
             job["metadata"] |= {
                 "state": "BATCH_STATE_SUCCEEDED",
                 "output": {"responsesFile": f"files/out{job['name'][8:]}"},
@@ -250,13 +263,23 @@ class GeminiServer:
 
 
 def _gemini_answer(prompt: str, fault: str, key: str) -> dict[str, Any]:
-    usage: dict[str, Any] = {"promptTokenCount": len(prompt) // 4, "candidatesTokenCount": 20, "thoughtsTokenCount": 5}
+    usage: dict[str, Any] = {
+        "promptTokenCount": len(prompt) // 4,
+        "candidatesTokenCount": 20,
+        "thoughtsTokenCount": 5,
+    }
     if fault == "thoughts":
         usage = {"promptTokenCount": len(prompt) // 4, "thoughtsTokenCount": 1021}
     usage["totalTokenCount"] = sum(usage.values())
-    answer: dict[str, Any] = {"usageMetadata": USAGES.get(fault, usage), "modelVersion": VERSION, "responseId": "r"}
+    answer: dict[str, Any] = {
+        "usageMetadata": USAGES.get(fault, usage),
+        "modelVersion": VERSION,
+        "responseId": "r",
+    }
     if fault == "thoughts":
-        return answer | {"candidates": [{"finishReason": "MAX_TOKENS", "content": {"role": "model"}}]}
+        return answer | {
+            "candidates": [{"finishReason": "MAX_TOKENS", "content": {"role": "model"}}]
+        }
     if fault == "echo_split":
         halves = [{"text": key[:9]}, {"text": f"{key[9:]} " + text_of(prompt)}]
         return answer | {"candidates": [{"finishReason": "STOP", "content": {"parts": halves}}]}
@@ -287,13 +310,24 @@ def _openai_answer(prompt: str, fault: str, key: str) -> dict[str, Any]:
         "total_tokens": len(prompt) // 4 + 25,
     }
     if fault == "thoughts":
-        num_tokens |= {"completion_tokens": 1021, "completion_tokens_details": {"reasoning_tokens": 1021}}
-    message: dict[str, Any] = {"role": "assistant", "content": "" if fault == "empty" else text_of(prompt)}
+        num_tokens |= {
+            "completion_tokens": 1021,
+            "completion_tokens_details": {"reasoning_tokens": 1021},
+        }
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "" if fault == "empty" else text_of(prompt),
+    }
     if fault == "refusal":
         message = {"role": "assistant", "content": None, "refusal": "I will not."}
     if fault in ("thoughts", "reasoning"):
         message = {"role": "assistant", "content": None, "reasoning_content": "Let me think."}
-    finishes = {"max_tokens": "length", "thoughts": "length", "safety": "content_filter", "echo_finish": key}
+    finishes = {
+        "max_tokens": "length",
+        "thoughts": "length",
+        "safety": "content_filter",
+        "echo_finish": key,
+    }
     finish = finishes.get(fault, "stop")
     return {
         "id": "c",
@@ -323,11 +357,15 @@ def _failure(fault: str, headers: Any) -> web.Response | None:
 
 
 def _key_of(headers: Any) -> str:
-    return str(headers.get("x-goog-api-key") or headers.get("Authorization", "").removeprefix("Bearer "))
+    return str(
+        headers.get("x-goog-api-key") or headers.get("Authorization", "").removeprefix("Bearer ")
+    )
 
 
 def _error(code: int, message: str, details: Any = (), headers: Any = None) -> web.Response:
-    status = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED"}.get(code, "UNAVAILABLE")
+    status = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED"}.get(
+        code, "UNAVAILABLE"
+    )
     error = {"code": code, "message": message, "status": status, "details": list(details)}
     return web.json_response({"error": error}, status=code, headers=headers)
 
@@ -345,7 +383,9 @@ async def _cut(request: web.Request, text: str) -> web.StreamResponse:
     if not text:
         request.transport.abort()
         return web.Response()
-    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(text))})
+    response = web.StreamResponse(
+        headers={"Content-Type": "application/json", "Content-Length": str(len(text))}
+    )
     await response.prepare(request)
     await response.write(text[: len(text) // 2].encode())
     request.transport.abort()
@@ -360,7 +400,9 @@ async def _main(port: int, latency_s: float) -> None:
 
 
 if __name__ == "__main__":
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--port", type=int, default=0)
     flags.add_argument("--latency-s", type=float, default=0.0)
     options = flags.parse_args()

@@ -21,8 +21,11 @@ from sft_probe.probe_set import load_probe_set
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 reads_task_index = pytest.mark.usefixtures("task_index")
-"""For tests that have lm-eval read all its tasks: they and those that link ours into its package take turns."""
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development data in ../shared is not here")
+"""For tests that have lm-eval read all its tasks: they and those that link ours into its package
+take turns."""
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the development data in ../shared is not here"
+)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -38,12 +41,18 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=600,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     docs = load_probe_set("helpful-mini").docs
-    tokenizer.train_from_iterator([text for doc in docs for text in doc.responses.values()], trainer)
+    tokenizer.train_from_iterator(
+        [text for doc in docs for text in doc.responses.values()], trainer
+    )
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 3)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", 3)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",  # noqa: S106
@@ -55,7 +64,8 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def run_here(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Runs the command line in this process; an exception other than `SystemExit` fails the test."""
+    """Runs the command line in this process; an exception other than `SystemExit` fails the
+    test."""
     out, err = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(err)
     root = logging.getLogger()
@@ -91,7 +101,14 @@ def make_docs(num_docs: int = 6) -> list[dict[str, Any]]:
 
 def torchrun_command(*arguments: object) -> list[str]:
     """Training on two ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
     return [*launcher, "-m", "sft_probe.train.sft", *map(str, arguments)]
 
 
@@ -99,7 +116,9 @@ def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """Runs training on two ranks."""
     command = torchrun_command(*arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
 
 
 def user_error(result: "subprocess.CompletedProcess[str]") -> str:
@@ -116,7 +135,8 @@ def blimp_task(folder: Path) -> Path:
     stock = Path(lm_eval.tasks.__file__).parent / "blimp/_template_yaml"
     path = folder / "blimp_adjunct_island.yaml"
     path.write_text(
-        f"include: {stock}\ntask: blimp_adjunct_island\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"include: {stock}\ntask: blimp_adjunct_island\ndataset_path: json\ndataset_kwargs:\n  "
+        "data_files:\n"
         f"    train: {SHARED}/data/blimp/adjunct_island.jsonl\n"
     )
     return path

@@ -30,18 +30,28 @@ def write_run(
     omit: Callable[[dict[str, Any]], bool] = lambda _: False,
     **columns: Any,
 ) -> Path:
-    """A live-probed run: the mean body change of each category is its curve (nats per response), the noise has sd 1.
+    """A live-probed run: the mean body change of each category is its curve (nats per response),
+    the noise has sd 1.
 
-    The first token gains a tenth of a curve, the terminator a quarter, the body the rest of what `logprob` gains: the
-    whole curve. `texts`: category to response of every doc, so that a probe set lies beside the run.
+    The first token gains a tenth of a curve, the terminator a quarter, the body the rest of what
+    `logprob` gains: the whole curve. `texts`: category to response of every doc, so that a probe
+    set lies beside the run.
     """
     curves = curves or CURVES
     probe = directory / "probe"
     probe.mkdir(parents=True)
     generator = np.random.default_rng(seed)
-    shared = {"run": directory.name, "model": "made-up", "train_category": "chosen", "order_seed": seed} | columns
+    shared = {
+        "run": directory.name,
+        "model": "made-up",
+        "train_category": "chosen",
+        "order_seed": seed,
+    } | columns
     starts = generator.normal(-3.0, 0.2, size=(num_docs, len(curves), NUM_TOKENS + 1))
-    noise = {step: generator.normal(0, 1.0 if step else 0.0, size=(num_docs, len(curves))) for step in steps}
+    noise = {
+        step: generator.normal(0, 1.0 if step else 0.0, size=(num_docs, len(curves)))
+        for step in steps
+    }
     for step in steps:
         rows = []
         for doc in range(num_docs):
@@ -53,12 +63,21 @@ def write_run(
                 tokens[-1] += 0.25 * gain
                 rows.append(_row({**shared, "step": step}, f"d{doc}", category, tokens))
         rows = [row for row in rows if not omit(row)]
-        (probe / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = {**shared, "categories": list(curves), "prompt_format": "hh", "dtype": "float32", "dropped": []}
+        (probe / f"step_{step:06d}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    manifest = {
+        **shared,
+        "categories": list(curves),
+        "prompt_format": "hh",
+        "dtype": "float32",
+        "dropped": [],
+    }
     if texts is not None:
         path = directory / "set.jsonl"
         docs = [
-            _doc(f"d{doc}", prompt, {name: f"{text} {doc}" for name, text in texts.items()}) for doc in range(num_docs)
+            _doc(f"d{doc}", prompt, {name: f"{text} {doc}" for name, text in texts.items()})
+            for doc in range(num_docs)
         ]
         path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
         manifest["probe_set"] = str(path)
@@ -71,18 +90,36 @@ def _row(columns: dict[str, Any], doc_id: str, category: str, tokens: np.ndarray
     step = columns["step"]
     return score_row(
         {
-            **columns, "examples_seen": 4 * step, "tokens_seen": 400 * step, "epoch": step / 8,
-            "weights_dtype": "float32", "compute_dtype": "float32", "source": "live",
+            **columns,
+            "examples_seen": 4 * step,
+            "tokens_seen": 400 * step,
+            "epoch": step / 8,
+            "weights_dtype": "float32",
+            "compute_dtype": "float32",
+            "source": "live",
         },
         {
-            "category": category, "split": "heldout", "doc_id": doc_id, "conversation_id": doc_id,
-            "prompt_format": "hh", "num_bytes": 4 * NUM_TOKENS,
+            "category": category,
+            "split": "heldout",
+            "doc_id": doc_id,
+            "conversation_id": doc_id,
+            "prompt_format": "hh",
+            "num_bytes": 4 * NUM_TOKENS,
         },
-        logprob=float(tokens[:-1].sum()), token_logprobs=tokens[:-1].tolist(), first=0,
-        logprob_eos=float(tokens[-1]), is_greedy=False,
-    )  # fmt: skip
+        logprob=float(tokens[:-1].sum()),
+        token_logprobs=tokens[:-1].tolist(),
+        first=0,
+        logprob_eos=float(tokens[-1]),
+        is_greedy=False,
+    )
 
 
 def _doc(doc_id: str, prompt: str, responses: dict[str, str]) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}]
-    return {"doc_id": doc_id, "conversation_id": doc_id, "split": "heldout", "messages": messages, **responses}
+    return {
+        "doc_id": doc_id,
+        "conversation_id": doc_id,
+        "split": "heldout",
+        "messages": messages,
+        **responses,
+    }

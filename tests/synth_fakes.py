@@ -25,9 +25,15 @@ _JUDGED = re.compile(r"<answer>\nAnswer (\w{16}) to")
 def make_request(prompt: str, **fields: Any) -> Request:
     """A request for a paraphrase; the doc is named after its prompt."""
     values: dict[str, Any] = {
-        "doc_id": prompt, "category": "paraphrase", "template": "paraphrase@1", "template_sha256": "0" * 64,
-        "prompt": prompt, "source_text": "", "num_words": 30, "max_output_tokens": 100,
-    }  # fmt: skip
+        "doc_id": prompt,
+        "category": "paraphrase",
+        "template": "paraphrase@1",
+        "template_sha256": "0" * 64,
+        "prompt": prompt,
+        "source_text": "",
+        "num_words": 30,
+        "max_output_tokens": 100,
+    }
     return Request(**(values | fields))
 
 
@@ -36,10 +42,14 @@ def prompts(number: int) -> list[Request]:
 
 
 def text_of(prompt: str) -> str:
-    """What the model writes: the same for the same prompt. Of its own texts it turns down about a fifth."""
+    """What the model writes: the same for the same prompt. Of its own texts it turns down about a
+    fifth."""
     if judged := _JUDGED.search(prompt):
         return "**No.**" if int(judged[1], 16) % 5 == 0 else "Yes, it is."
-    return f"Answer {hashlib.sha256(prompt.encode()).hexdigest()[:16]} to {prompt.split('@', maxsplit=1)[0].strip()}"
+    return (
+        f"Answer {hashlib.sha256(prompt.encode()).hexdigest()[:16]} to "
+        f"{prompt.split('@', maxsplit=1)[0].strip()}"
+    )
 
 
 # the server answers with what stands before the @: with these prompts a text that passes the checks
@@ -62,7 +72,9 @@ def raw_rows(num_rows: int) -> list[dict[str, str]]:
     """HH transcripts with no more than chosen and rejected, made of the embedded set."""
     docs = load_probe_set("helpful-mini").docs[:num_rows]
     names = {"user": "Human", "assistant": "Assistant"}
-    prompts = ["".join(f"\n\n{names[t['role']]}: {t['content']}" for t in doc.messages) for doc in docs]
+    prompts = [
+        "".join(f"\n\n{names[t['role']]}: {t['content']}" for t in doc.messages) for doc in docs
+    ]
     return [
         {side: f"{prompt}\n\nAssistant: {doc.responses[side]}" for side in ("chosen", "rejected")}
         for prompt, doc in zip(prompts, docs, strict=True)
@@ -79,11 +91,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class FakeWriter:
-    """A writer whose n-th call for a prompt does what `plan` says: raises, or changes the answer."""
+    """A writer whose n-th call for a prompt does what `plan` says: raises, or changes the
+    answer."""
 
     name, model, api_version = "fake", "fake-1", "v1"
 
-    def __init__(self, plan: Callable[[str, int], Exception | dict[str, Any] | None] = lambda *_: None) -> None:
+    def __init__(
+        self, plan: Callable[[str, int], Exception | dict[str, Any] | None] = lambda *_: None
+    ) -> None:
         self.calls: Counter[str] = Counter()
         self.most_in_flight = self._in_flight = 0
         self.times: list[float] = []
@@ -100,8 +115,15 @@ class FakeWriter:
         planned = self._plan(request.prompt, self.calls[request.prompt])
         if isinstance(planned, Exception):
             raise planned
-        fields = {"status": "ok", "raw": "{}", "text": text_of(request.prompt), "model_version": "1"}
-        return Answer(**(fields | {"num_prompt_tokens": 10, "num_output_tokens": 100} | (planned or {})))
+        fields = {
+            "status": "ok",
+            "raw": "{}",
+            "text": text_of(request.prompt),
+            "model_version": "1",
+        }
+        return Answer(
+            **(fields | {"num_prompt_tokens": 10, "num_output_tokens": 100} | (planned or {}))
+        )
 
     async def close(self) -> None:
         self.num_closed += 1

@@ -38,11 +38,24 @@ NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
         lambda path: pyarrow.json.read_json(path).to_pylist(),
     ],
 )
-def test_a_row_of_any_text_is_one_line(tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]) -> None:
-    same = {"run": "r", "category": "chosen", "split": "train", "step": 1, "loss_sum": 1.5, "num_tokens": 3}
-    rows = [{"doc_id": f"a{NO_LINE_ENDS}b{i}", "order": i, "num_bytes": 9, **same} for i in range(3)]
+def test_a_row_of_any_text_is_one_line(
+    tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    same = {
+        "run": "r",
+        "category": "chosen",
+        "split": "train",
+        "step": 1,
+        "loss_sum": 1.5,
+        "num_tokens": 3,
+    }
+    rows = [
+        {"doc_id": f"a{NO_LINE_ENDS}b{i}", "order": i, "num_bytes": 9, **same} for i in range(3)
+    ]
     write_jsonl(tmp_path / "first_epoch.jsonl", rows)
-    assert [row["doc_id"] for row in read(tmp_path / "first_epoch.jsonl")] == [row["doc_id"] for row in rows]
+    assert [row["doc_id"] for row in read(tmp_path / "first_epoch.jsonl")] == [
+        row["doc_id"] for row in rows
+    ]
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\n"))))
@@ -51,15 +64,22 @@ def test_lines_come_back(lines: list[str]) -> None:
 
 
 def test_what_is_half_written_is_nobodys_data(tmp_path: Path) -> None:
-    """Readers leave it out, two writers do not meet, and the owner of a folder cleans what the dead left."""
+    """Readers leave it out, two writers do not meet, and the owner of a folder cleans what the dead
+    left."""
     with new_dir(tmp_path / "part") as one, new_dir(tmp_path / "part") as other:
         assert one != other
         for folder in (one, other):
             (folder / "rows.jsonl").write_text(folder.name)
         assert find(tmp_path, "*/rows.jsonl") == []
     assert find(tmp_path, "*/rows.jsonl") == [tmp_path / "part/rows.jsonl"]
-    assert [path.name for path in tmp_path.iterdir()] == ["part"], "the second one to end is discarded"
-    for name in (".part.tmp", ".part.0123.tmp", ".other.0123.tmp"):  # of an earlier version, and of this one
+    assert [path.name for path in tmp_path.iterdir()] == ["part"], (
+        "the second one to end is discarded"
+    )
+    for name in (
+        ".part.tmp",
+        ".part.0123.tmp",
+        ".other.0123.tmp",
+    ):  # of an earlier version, and of this one
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_text("half")
     assert find(tmp_path, "**/*.jsonl") == [tmp_path / "part/rows.jsonl"]
@@ -86,9 +106,16 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 VALUES: list[Any] = [None, True, 0, 1.5, "x", [], {}]
 FITS: dict[Any, list[Any]] = {
-    int: [0], float: [0, 1.5], str: ["x"], bool: [True], list: [[]], dict: [{}],
-    str | None: [None, "x"], float | None: [None, 0, 1.5], int | str: [0, "x"],
-}  # fmt: skip
+    int: [0],
+    float: [0, 1.5],
+    str: ["x"],
+    bool: [True],
+    list: [[]],
+    dict: [{}],
+    str | None: [None, "x"],
+    float | None: [None, 0, 1.5],
+    int | str: [0, "x"],
+}
 
 
 @pytest.mark.parametrize("kind", FITS, ids=str)

@@ -1,4 +1,5 @@
-"""Formats in whole runs: the rule and the clock of a run, docs that a template refuses, texts that are no Unicode."""
+"""Formats in whole runs: the rule and the clock of a run, docs that a template refuses, texts that
+are no Unicode."""
 
 import json
 import shutil
@@ -26,8 +27,10 @@ ALTERNATING = (
 
 def train_flags(model: Path, probe_set: Path, out: Path) -> list[str]:
     return (
-        f"--model_name_or_path {model} --probe_set {probe_set} --max_length 512 --max_steps 4 --learning_rate 1e-3 "
-        f"--per_device_train_batch_size 2 --deepspeed none --snapshot_steps 0,last --output_dir {out}"
+        f"--model_name_or_path {model} --probe_set {probe_set} --max_length 512 --max_steps 4 "
+        "--learning_rate 1e-3 "
+        "--per_device_train_batch_size 2 --deepspeed none --snapshot_steps 0,last --output_dir "
+        f"{out}"
     ).split()
 
 
@@ -64,10 +67,16 @@ def test_a_recorded_format_is_not_chosen_again(tmp_path: Path) -> None:
     assert resolve_format("plain+in_use", tokenizer, docs[:1]).name == "plain+in_use"
     assert resolve_format("hh", tokenizer, docs, "plain+in_use").name == "hh"
     spec = resolve_format("plain", tokenizer, docs).source
-    assert PromptFormat(spec, tokenizer).source == spec == resolve_format(spec, tokenizer, docs, "plain").source
+    assert (
+        PromptFormat(spec, tokenizer).source
+        == spec
+        == resolve_format(spec, tokenizer, docs, "plain").source
+    )
 
 
-def test_runs_of_before_are_swept_as_they_were_trained(sft_probe: Run, tiny_run: Path, tmp_path: Path) -> None:
+def test_runs_of_before_are_swept_as_they_were_trained(
+    sft_probe: Run, tiny_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     manifest = read(run / "manifest.json")
@@ -78,9 +87,15 @@ def test_runs_of_before_are_swept_as_they_were_trained(sft_probe: Run, tiny_run:
     assert set(pd.read_parquet(run / "scores.parquet")["prompt_format"]) == {"hh"}
 
 
-def test_a_run_of_before_that_left_docs_out_is_swept_under_its_rule(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_run_of_before_that_left_docs_out_is_swept_under_its_rule(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     model, out = save_model(SPANNING.make(), tmp_path / "model"), tmp_path / "run"
-    flags = [*train_flags(model, write_mixed_set(tmp_path / "set.jsonl"), out), "--prompt_format", "plain"]
+    flags = [
+        *train_flags(model, write_mixed_set(tmp_path / "set.jsonl"), out),
+        "--prompt_format",
+        "plain",
+    ]
     assert sft_probe("train", *flags).returncode == 0
     manifest = read(out / "manifest.json")
     assert (manifest["prompt_format"], manifest["num_examples"]) == ("plain+in_use", 4)
@@ -95,7 +110,8 @@ def test_a_run_of_before_that_left_docs_out_is_swept_under_its_rule(sft_probe: R
 
 
 def test_a_clock_is_that_of_the_first_rendering(sft_probe: Run, tmp_path: Path) -> None:
-    """Through a stop, its resume, and two sweeps; the template shows the time to the microsecond."""
+    """Through a stop, its resume, and two sweeps; the template shows the time to the
+    microsecond."""
     model, out = model_with_template(CLOCK, tmp_path / "model"), tmp_path / "run"
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(12)))
@@ -106,13 +122,19 @@ def test_a_clock_is_that_of_the_first_rendering(sft_probe: Run, tmp_path: Path) 
     assert pinned.startswith("chat@")
     result = sft_probe("train", *flags)
     assert result.returncode == 0, result.stderr
-    assert read(out / "manifest.json")["prompt_format"] == read(out / "probe/manifest.json")["prompt_format"] == pinned
+    assert (
+        read(out / "manifest.json")["prompt_format"]
+        == read(out / "probe/manifest.json")["prompt_format"]
+        == pinned
+    )
     for splits in ("heldout", "heldout,train"):
         result = sft_probe("sweep", out, "--splits", splits)
         assert result.returncode == 0, result.stderr
     scores = pd.read_parquet(out / "scores.parquet")
     assert set(scores["prompt_format"]) == {pinned}
-    both = scores.pivot_table(index=["step", "split", "category", "doc_id"], columns="source", values="logprob")
+    both = scores.pivot_table(
+        index=["step", "split", "category", "doc_id"], columns="source", values="logprob"
+    )
     assert (both["live"] - both["lm_eval"]).abs().max() < 1e-3
 
 
@@ -164,9 +186,15 @@ def with_refused_docs(docs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return docs
 
 
-def test_refused_docs_are_left_out_and_named(sft_probe: Run, write_set: WriteSet, tmp_path: Path) -> None:
+def test_refused_docs_are_left_out_and_named(
+    sft_probe: Run, write_set: WriteSet, tmp_path: Path
+) -> None:
     model, out = model_with_template(ALTERNATING, tmp_path / "model"), tmp_path / "run"
-    flags = [*train_flags(model, write_set(with_refused_docs(make_docs(12))), out), "--prompt_format", "chat"]
+    flags = [
+        *train_flags(model, write_set(with_refused_docs(make_docs(12))), out),
+        "--prompt_format",
+        "chat",
+    ]
     result = sft_probe("train", *flags, "--probe_steps", "last")
     assert result.returncode == 0, result.stderr
     manifest = read(out / "manifest.json")
@@ -174,28 +202,51 @@ def test_refused_docs_are_left_out_and_named(sft_probe: Run, write_set: WriteSet
     (drop,) = manifest["dropped"]
     assert drop["doc_id"] == "d1"
     assert "roles must alternate" in drop["reason"]
-    held = next(line for line in result.stderr.splitlines() if "held out, but cannot be scored: d0: " in line)
+    held = next(
+        line
+        for line in result.stderr.splitlines()
+        if "held out, but cannot be scored: d0: " in line
+    )
     assert "roles must alternate" in held
     result = sft_probe("sweep", out)
     assert result.returncode == 0, result.stderr
     assert set(pd.read_parquet(out / "scores.parquet")["doc_id"]) == {"d2", "d4", "d6", "d8", "d10"}
-    assert "left out of all categories: d0: the prompt format chat refuses the turns user, user" in result.stderr
+    assert (
+        "left out of all categories: d0: the prompt format chat refuses the turns user, user"
+        in result.stderr
+    )
 
 
-def test_refused_training_data_is_left_out_and_named(sft_probe: Run, write_set: WriteSet, tmp_path: Path) -> None:
+def test_refused_training_data_is_left_out_and_named(
+    sft_probe: Run, write_set: WriteSet, tmp_path: Path
+) -> None:
     model, out = model_with_template(ALTERNATING, tmp_path / "model"), tmp_path / "run"
-    rows = [[{"role": "user", "content": f"Why {i}?"}, {"role": "assistant", "content": f"So {i}."}] for i in range(5)]
+    rows = [
+        [{"role": "user", "content": f"Why {i}?"}, {"role": "assistant", "content": f"So {i}."}]
+        for i in range(5)
+    ]
     rows[2].insert(0, {"role": "user", "content": "Hello?"})
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
-    flags = [*train_flags(model, write_set(make_docs()), out), "--prompt_format", "chat", "--train_data", str(data)]
+    flags = [
+        *train_flags(model, write_set(make_docs()), out),
+        "--prompt_format",
+        "chat",
+        "--train_data",
+        str(data),
+    ]
     result = sft_probe("train", *flags)
     assert result.returncode == 0, result.stderr
-    assert "not trained on: data.jsonl-000003: the prompt format chat refuses the turns user, user" in result.stderr
+    assert (
+        "not trained on: data.jsonl-000003: the prompt format chat refuses the turns user, user"
+        in result.stderr
+    )
     assert read(out / "manifest.json")["num_examples"] == 4
 
 
-def test_where_all_docs_are_refused_there_is_one_message(sft_probe: Run, write_set: WriteSet, tmp_path: Path) -> None:
+def test_where_all_docs_are_refused_there_is_one_message(
+    sft_probe: Run, write_set: WriteSet, tmp_path: Path
+) -> None:
     model = model_with_template("{{ raise_exception('not today') }}", tmp_path / "checkpoint-1")
     probe_set = write_set(make_docs())
     flags = [*train_flags(model, probe_set, tmp_path / "run"), "--prompt_format", "chat"]
@@ -203,29 +254,47 @@ def test_where_all_docs_are_refused_there_is_one_message(sft_probe: Run, write_s
     assert "no doc is left to train on; 3 were dropped: d1: " in message.splitlines()[-1]
     message = user_error(
         sft_probe(
-            "sweep", tmp_path / "out", "--checkpoints", model, "--probe_set", probe_set, "--prompt_format", "chat"
+            "sweep",
+            tmp_path / "out",
+            "--checkpoints",
+            model,
+            "--probe_set",
+            probe_set,
+            "--prompt_format",
+            "chat",
         )
     )
     assert "not today" in message
 
 
-def test_half_a_surrogate_pair_is_a_fault_with_its_line(sft_probe: Run, write_set: WriteSet, tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_a_fault_with_its_line(
+    sft_probe: Run, write_set: WriteSet, tmp_path: Path
+) -> None:
     docs = make_docs(12)
     docs[2]["chosen"] = "half \ud83d"
     docs[4]["messages"][0]["content"] = "\udc00 what?"
     docs[6]["doc_id"] = "d\ud83d"
     docs[8]["meta"] = {"notes": ["fine", {"\ud83d": 1}]}
-    docs[10]["chosen"] = "whole \ud83d\ude00"  # json.dumps writes two escapes, which are one character
+    docs[10]["chosen"] = (
+        "whole \ud83d\ude00"  # json.dumps writes two escapes, which are one character
+    )
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     result = sft_probe("probe-set", path, process=True)
-    for line, place in ((3, "chosen"), (5, "messages[0].content"), (7, "doc_id"), (9, "meta.notes[1].\\ud83d")):
+    for line, place in (
+        (3, "chosen"),
+        (5, "messages[0].content"),
+        (7, "doc_id"),
+        (9, "meta.notes[1].\\ud83d"),
+    ):
         assert any(
             f"line {line}" in text and f"`{place}` holds half a surrogate pair" in text
             for text in result.stdout.splitlines()
         ), (line, result.stdout)
     assert "Traceback" not in result.stderr
-    assert [doc.doc_id for doc in load_probe_set(str(path)).docs] == [f"d{i}" for i in (0, 1, 3, 5, 7, 9, 10, 11)]
+    assert [doc.doc_id for doc in load_probe_set(str(path)).docs] == [
+        f"d{i}" for i in (0, 1, 3, 5, 7, 9, 10, 11)
+    ]
     model = model_with_template(CHATML, tmp_path / "model")
     result = sft_probe("train", *train_flags(model, path, tmp_path / "run"))
     assert result.returncode == 0, result.stderr
@@ -243,8 +312,8 @@ def test_a_template_that_leaves_the_question_out_is_refused() -> None:
     """As those of models that see: they look for parts of a turn, where the turn is a text."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-        "{% endif %}{% endfor %}{% endfor %}<|im_start|>"
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ "
+        "part['text'] }}{% endif %}{% endfor %}{% endfor %}<|im_start|>"
     )
     probe_set = load_probe_set("helpful-mini")
     prompt_format = resolve_format("chat", tokenizer, probe_set.docs)
@@ -261,18 +330,29 @@ def test_only_a_chat_has_a_time(spec: str) -> None:
 
 @needs_shared
 @pytest.mark.parametrize(("template", "expected"), [("think", -160.4847), ("channel", -141.3956)])
-def test_an_answer_is_scored_where_it_stands(template: str, expected: float, sft_probe: Run, tmp_path: Path) -> None:
-    """Not inside the thought, or without the channel, that the template's generation prompt leads to."""
+def test_an_answer_is_scored_where_it_stands(
+    template: str, expected: float, sft_probe: Run, tmp_path: Path
+) -> None:
+    """Not inside the thought, or without the channel, that the template's generation prompt leads
+    to."""
     cases = SHARED / "cases"
     shutil.copytree(
-        cases / "clock_in_template/ck/checkpoint-1", tmp_path / "checkpoint-1", copy_function=shutil.copyfile
+        cases / "clock_in_template/ck/checkpoint-1",
+        tmp_path / "checkpoint-1",
+        copy_function=shutil.copyfile,
     )
     text = (cases / f"generation_prompt_opens_thought/{template}.jinja").read_text()
     (tmp_path / "checkpoint-1/chat_template.jinja").write_text(text)
     result = sft_probe(
-        "sweep", tmp_path / "out", "--checkpoints", tmp_path / "checkpoint-1", "--prompt_format", "chat",
-        "--probe_set", cases / "clock_in_template/set.jsonl",
-    )  # fmt: skip
+        "sweep",
+        tmp_path / "out",
+        "--checkpoints",
+        tmp_path / "checkpoint-1",
+        "--prompt_format",
+        "chat",
+        "--probe_set",
+        cases / "clock_in_template/set.jsonl",
+    )
     assert result.returncode == 0, result.stderr
     scores = pd.read_parquet(tmp_path / "out/scores.parquet").set_index(["doc_id", "category"])
     assert scores.loc[("d0", "chosen"), "logprob"] == pytest.approx(expected, abs=1e-3)

@@ -1,4 +1,5 @@
-"""What is installed: a wheel and an sdist that hold everything, and scoring without the training packages."""
+"""What is installed: a wheel and an sdist that hold everything, and scoring without the training
+packages."""
 
 import shutil
 import subprocess
@@ -27,7 +28,13 @@ NEEDED = [
 
 @pytest.mark.slow
 def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()  # noqa: S607
+    files = subprocess.run(
+        ["git", "ls-files"],  # noqa: S607
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     for name in files:
         target = tmp_path / "src" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +57,9 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
     assert not [name for name in NEEDED if name not in in_wheel]
     with tarfile.open(sdist) as archive:
         in_sdist = archive.getnames()
-    assert not [name for name in NEEDED if not any(path.endswith(f"src/{name}") for path in in_sdist)]
+    assert not [
+        name for name in NEEDED if not any(path.endswith(f"src/{name}") for path in in_sdist)
+    ]
 
 
 def test_scoring_needs_no_deepspeed(swept_run: Path, tmp_path: Path) -> None:
@@ -62,6 +71,10 @@ def test_scoring_needs_no_deepspeed(swept_run: Path, tmp_path: Path) -> None:
         "import sys; sys.modules.update(dict.fromkeys(['deepspeed', 'altair', 'vl_convert']));"
         f"from sft_probe.cli import main; main(['sweep', {str(run)!r}])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
-    pd.testing.assert_frame_equal(pd.read_csv(run / "trajectory.csv"), pd.read_csv(swept_run / "trajectory.csv"))
+    pd.testing.assert_frame_equal(
+        pd.read_csv(run / "trajectory.csv"), pd.read_csv(swept_run / "trajectory.csv")
+    )

@@ -30,7 +30,9 @@ def test_embedded_set_has_the_promised_shape() -> None:
             assert 15 <= len(text.split()) <= 80
 
 
-@pytest.mark.parametrize("length", [lambda text: len(text.split()), lambda text: len(text.encode())])
+@pytest.mark.parametrize(
+    "length", [lambda text: len(text.split()), lambda text: len(text.encode())]
+)
 def test_embedded_categories_are_of_like_length(length: Callable[[str], int]) -> None:
     docs = load_probe_set("helpful-mini").docs
     means = [sum(length(doc.responses[name]) for doc in docs) / len(docs) for name in CATEGORIES]
@@ -53,7 +55,9 @@ def test_embedded_splits_have_disjoint_topics() -> None:
     topics = {}
     for split in ("train", "heldout"):
         path = Path(str(resources.files("sft_probe.data") / "helpful-mini" / f"{split}.jsonl"))
-        topics[split] = {json.loads(line)["meta"]["topic"] for line in path.read_text().splitlines()}
+        topics[split] = {
+            json.loads(line)["meta"]["topic"] for line in path.read_text().splitlines()
+        }
     assert len(topics["train"]) == 16
     assert not topics["train"] & topics["heldout"]
 
@@ -62,9 +66,13 @@ def test_embedded_random_is_the_seeded_derangement() -> None:
     probe_set = load_probe_set("helpful-mini")
     for split in ("train", "heldout"):
         docs = probe_set.of_split(split)
-        order = derangement([doc.responses["chosen"] for doc in docs], seed=probe_set.manifest["provenance"]["seed"])
+        order = derangement(
+            [doc.responses["chosen"] for doc in docs], seed=probe_set.manifest["provenance"]["seed"]
+        )
         assert [doc.random_doc_id for doc in docs] == [docs[j].doc_id for j in order]
-        assert [doc.responses["random"] for doc in docs] == [docs[j].responses["chosen"] for j in order]
+        assert [doc.responses["random"] for doc in docs] == [
+            docs[j].responses["chosen"] for j in order
+        ]
 
 
 @given(st.lists(st.sampled_from("aaaabcdefgh"), max_size=40), st.integers(0, 2**31))
@@ -81,7 +89,8 @@ def test_a_derangement_exists_where_no_text_is_over_half(texts: list[str], seed:
 
 @pytest.mark.parametrize("num_equal", [0, 60, 100])
 def test_a_derangement_is_random(num_equal: int) -> None:
-    """Over seeds, a doc gets each of the others about as often, also where equal texts leave few to choose from."""
+    """Over seeds, a doc gets each of the others about as often, also where equal texts leave few to
+    choose from."""
     texts = ["same"] * num_equal + [f"text {i}" for i in range(200 - num_equal)]
     orders = [derangement(texts, seed) for seed in range(300)]
     assert len(set(map(tuple, orders))) == 300
@@ -92,7 +101,10 @@ def test_a_derangement_is_random(num_equal: int) -> None:
 
 
 def test_finds_a_planted_near_duplicate() -> None:
-    texts = ["one two three four five six seven eight nine ten", "a wholly different text that shares no words at all"]
+    texts = [
+        "one two three four five six seven eight nine ten",
+        "a wholly different text that shares no words at all",
+    ]
     assert near_duplicates([*texts, texts[0] + " eleven"]) == [(0, 2)]
 
 
@@ -129,7 +141,9 @@ def test_each_fault_is_named_with_its_line(write_set: WriteSet, sft_probe: Run) 
         (11, "`split` must be one of train, heldout, not 'test'"),
         (14, "not valid JSON"),
     ]:
-        assert any(f"line {line}" in text and words in text for text in result.stdout.splitlines()), (line, words)
+        assert any(
+            f"line {line}" in text and words in text for text in result.stdout.splitlines()
+        ), (line, words)
 
 
 def test_random_must_be_the_chosen_response_of_its_partner(write_set: WriteSet) -> None:
@@ -137,7 +151,11 @@ def test_random_must_be_the_chosen_response_of_its_partner(write_set: WriteSet) 
     for doc, partner in zip(docs, (2, 3, 0, 1), strict=True):
         doc["random"], doc["random_doc_id"] = docs[partner]["chosen"], f"d{partner}"
     assert not read_probe_set(str(write_set(docs))).faults
-    docs[0]["random_doc_id"], docs[1]["random"], docs[2]["random_doc_id"] = "d0", "Something else.", "nobody"
+    docs[0]["random_doc_id"], docs[1]["random"], docs[2]["random_doc_id"] = (
+        "d0",
+        "Something else.",
+        "nobody",
+    )
     messages = [str(fault) for fault in read_probe_set(str(write_set(docs))).faults]
     assert len(messages) == 3
     assert "names the doc itself" in messages[0]

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
 from sft_probe.probe_set import load_probe_set
-from sft_probe.prompts import Prompt, PromptFormat, encode, encode_after, encode_pair, encode_probe_set
+from sft_probe.prompts import (
+    Prompt,
+    PromptFormat,
+    encode,
+    encode_after,
+    encode_pair,
+    encode_probe_set,
+)
 from sft_probe.train.data import IGNORED_LABEL, Example, PadRight, TrainingExamples, build_examples
 from sft_probe.train.mixture import assign, parse_mixture
 
@@ -33,7 +40,9 @@ def test_hh_is_the_published_format() -> None:
 
 def test_no_rendered_prompt_ends_in_white_space(tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
-    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<bot> \n")
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<bot> \n"
+    )
     tokenizer = make_tokenizer()
     separators = {}
     for name in ("hh", "plain", "chat", str(template)):
@@ -62,7 +71,9 @@ def test_a_template_that_refuses_a_turn_is_a_user_error() -> None:
     """As Gemma's and Llama-2's refuse a system turn."""
     tokenizer: Any = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(UserError, match="refuses the turns user, assistant, user \\(System role not supported"):
+    with pytest.raises(
+        UserError, match="refuses the turns user, assistant, user \\(System role not supported"
+    ):
         PromptFormat("chat", tokenizer).render(MESSAGES)
 
 
@@ -72,7 +83,11 @@ def test_hh_has_no_system_turn() -> None:
 
 
 def harness(tokenizer: PreTrainedTokenizerBase, tiny_model: Path) -> HFLM:
-    return HFLM(pretrained=AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer=tokenizer, backend="causal")
+    return HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(tiny_model),
+        tokenizer=tokenizer,
+        backend="causal",
+    )
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -102,11 +117,15 @@ def test_a_token_that_spans_the_join_is_found() -> None:
     tokenizer = make_tokenizer()
     (whole,) = tokenizer.encode(" water")
     assert encode_pair(tokenizer, Prompt("some wa", ""), "ter") is None
-    assert encode_pair(tokenizer, Prompt("some", " "), "water") == (tokenizer.encode("some"), [whole])
+    assert encode_pair(tokenizer, Prompt("some", " "), "water") == (
+        tokenizer.encode("some"),
+        [whole],
+    )
 
 
 def test_what_a_tokenizer_adds_is_added_once() -> None:
-    """As GLM-4's `[gMASK]<sop>`, which its template writes too; and EOS after a text is no part of a prompt."""
+    """As GLM-4's `[gMASK]<sop>`, which its template writes too; and EOS after a text is no part of
+    a prompt."""
     tokenizer = make("llama3", bos=None, eos="</s>", adds="[gMASK] <sop> A </s>")
     start = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
     plain = tokenizer.encode("Hello there", add_special_tokens=False)
@@ -117,7 +136,8 @@ def test_what_a_tokenizer_adds_is_added_once() -> None:
 
 @pytest.mark.parametrize("kind", ["prepend", "first", "gemma", "llama3"])
 def test_a_response_alone_has_no_space_before_it(kind: str) -> None:
-    """Where a token spans even the join of prompt with separator and response: SentencePiece would write ` Well`."""
+    """Where a token spans even the join of prompt with separator and response: SentencePiece would
+    write ` Well`."""
     tokenizer = make(kind, eos="</s>")
     after = tokenizer.encode("so:\nWell, then", add_special_tokens=False)
     ids = encode_after(tokenizer, "Well, then")
@@ -126,21 +146,41 @@ def test_a_response_alone_has_no_space_before_it(kind: str) -> None:
 
 
 def train_examples(
-    probe_set: Any, category: str, prompt_format: PromptFormat, tokenizer: Any, max_prompt_tokens: int | None = None
+    probe_set: Any,
+    category: str,
+    prompt_format: PromptFormat,
+    tokenizer: Any,
+    max_prompt_tokens: int | None = None,
 ) -> TrainingExamples:
-    docs = assign(probe_set.of_split("train"), parse_mixture(category, probe_set.categories, "the set"), 0)
+    docs = assign(
+        probe_set.of_split("train"), parse_mixture(category, probe_set.categories, "the set"), 0
+    )
     return build_examples(
-        docs, prompt_format, tokenizer, max_length=1024, max_prompt_tokens=max_prompt_tokens, dropped=[]
+        docs,
+        prompt_format,
+        tokenizer,
+        max_length=1024,
+        max_prompt_tokens=max_prompt_tokens,
+        dropped=[],
     )
 
 
 @pytest.mark.parametrize(
     ("family", "format_name"),
-    [("gpt-neox", "hh"), ("bos", "hh"), ("chat", "chat"), pytest.param("smollm2", "hh", marks=pytest.mark.slow),
-     pytest.param("smollm2", "chat", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("gpt-neox", "hh"),
+        ("bos", "hh"),
+        ("chat", "chat"),
+        pytest.param("smollm2", "hh", marks=pytest.mark.slow),
+        pytest.param("smollm2", "chat", marks=pytest.mark.slow),
+    ],
+)
 def test_labels_are_the_scored_tokens_and_the_terminator(family: str, format_name: str) -> None:
-    tokenizer = load_tokenizer(EMBEDDED_MODEL) if family == "smollm2" else make_tokenizer(bos=family == "bos")
+    tokenizer = (
+        load_tokenizer(EMBEDDED_MODEL)
+        if family == "smollm2"
+        else make_tokenizer(bos=family == "bos")
+    )
     prompt_format = PromptFormat(format_name, tokenizer)
     probe_set = load_probe_set("helpful-mini")
     kept, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, 1024)
@@ -150,7 +190,10 @@ def test_labels_are_the_scored_tokens_and_the_terminator(family: str, format_nam
     scored = {item.doc.doc_id: item for item in kept}
     end = "<|im_end|>" if format_name == "chat" or family == "smollm2" else "<|endoftext|>"
     for example in examples.examples:
-        target = [*scored[example.doc_id].continuation_ids["rejected"], tokenizer.convert_tokens_to_ids(end)]
+        target = [
+            *scored[example.doc_id].continuation_ids["rejected"],
+            tokenizer.convert_tokens_to_ids(end),
+        ]
         assert [label for label in example.labels if label != IGNORED_LABEL] == target
         assert example.input_ids == scored[example.doc_id].prompt_ids + target
 
@@ -158,8 +201,9 @@ def test_labels_are_the_scored_tokens_and_the_terminator(family: str, format_nam
 def test_padding_keeps_the_terminator_label_where_pad_is_eos() -> None:
     where: dict[str, Any] = {"doc_id": "d", "category": "chosen", "num_bytes": 1}
     examples = [
-        Example(input_ids=[5, 6, 0], labels=[-100, 6, 0], **where), Example(input_ids=[7, 0], labels=[7, 0], **where)
-    ]  # fmt: skip
+        Example(input_ids=[5, 6, 0], labels=[-100, 6, 0], **where),
+        Example(input_ids=[7, 0], labels=[7, 0], **where),
+    ]
     batch = PadRight(pad_id=0)(list(enumerate(examples)))
     assert batch["labels"].tolist() == [[-100, 6, 0], [7, 0, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

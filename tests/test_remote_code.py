@@ -1,4 +1,5 @@
-"""Code that comes with a checkpoint is never run: not by any call, whatever stands on stdin or is asked for."""
+"""Code that comes with a checkpoint is never run: not by any call, whatever stands on stdin or is
+asked for."""
 
 import ast
 import io
@@ -17,9 +18,14 @@ from sft_probe.tasks.lm import ProbeLM
 
 ROOT = Path(package.__file__).resolve().parents[2]
 LOADERS = {
-    "from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "pipeline",
-    "get_class_from_dynamic_module", "load_custom_generate",
-}  # fmt: skip
+    "from_pretrained",
+    "from_config",
+    "load_dataset",
+    "load_dataset_builder",
+    "pipeline",
+    "get_class_from_dynamic_module",
+    "load_custom_generate",
+}
 # PEFT loads neither configs nor classes of a base; its own method has no such argument
 WITHOUT_CODE = {"PeftModel", "PeftConfig"}
 
@@ -38,7 +44,9 @@ def loading_calls(path: Path) -> list[ast.Call]:
 
 def test_every_call_of_a_loader_forbids_remote_code() -> None:
     rooms = ("src", "analysis", "tasks", "train", "synth", "benchmarks")
-    paths = [path for room in rooms for path in (ROOT / room).rglob("*.py") if not path.is_symlink()]
+    paths = [
+        path for room in rooms for path in (ROOT / room).rglob("*.py") if not path.is_symlink()
+    ]
     calls = {path: loading_calls(path) for path in paths}
     assert sum(map(len, calls.values())) >= 8
     for path, found in calls.items():
@@ -51,7 +59,11 @@ def test_every_call_of_a_loader_forbids_remote_code() -> None:
 
 def forbids(keyword: ast.keyword) -> bool:
     value = keyword.value
-    return keyword.arg == "trust_remote_code" and isinstance(value, ast.Constant) and value.value is False
+    return (
+        keyword.arg == "trust_remote_code"
+        and isinstance(value, ast.Constant)
+        and value.value is False
+    )
 
 
 CODE = """
@@ -74,7 +86,10 @@ def with_code(tiny_model: Path, folder: Path, marker: Path, kind: str) -> Path:
     name = "tokenizer_config.json" if kind == "tokenizer" else "config.json"
     values = json.loads((folder / name).read_text())
     if kind == "tokenizer":
-        values |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+        values |= {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+        }
     elif kind == "config":
         classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
         values |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": classes}
@@ -98,9 +113,21 @@ def run_with_yes(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 def command(name: str, folder: Path, out: Path) -> list[object]:
     if name == "sweep":
-        return ["sweep", out, "--checkpoints", folder, "--probe_set", "helpful-mini", "--prompt_format", "plain"]
+        return [
+            "sweep",
+            out,
+            "--checkpoints",
+            folder,
+            "--probe_set",
+            "helpful-mini",
+            "--prompt_format",
+            "plain",
+        ]
     if name == "train":
-        flags = "--probe_set helpful-mini --prompt_format plain --max_length 1024 --max_steps 1 --deepspeed none"
+        flags = (
+            "--probe_set helpful-mini --prompt_format plain --max_length 1024 --max_steps 1 "
+            "--deepspeed none"
+        )
         return ["train", "--model_name_or_path", folder, *flags.split(), "--output_dir", out]
     flags = "run --model sft_probe --tasks sft_probe_chosen --device cpu --limit 2"
     more = ["--trust_remote_code"] if name.endswith("flag") else []
@@ -111,14 +138,29 @@ def command(name: str, folder: Path, out: Path) -> list[object]:
 @pytest.mark.parametrize("kind", ["config", "model", "tokenizer"])
 @pytest.mark.parametrize("name", ["sweep", "train"])
 def test_code_beside_the_weights_is_not_run(
-    *, name: str, kind: str, tiny_model: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+    *,
+    name: str,
+    kind: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    sft_probe: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     marker = tmp_path / "marker"
     folder = with_code(tiny_model, tmp_path / "checkpoint-1", marker, kind)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     error = user_error(sft_probe(*command(name, folder, tmp_path / "out")))
     assert not marker.exists()
-    assert len({line for line in error.splitlines() if "code of a checkpoint is never run here" in line}) == 1, error
+    assert (
+        len(
+            {
+                line
+                for line in error.splitlines()
+                if "code of a checkpoint is never run here" in line
+            }
+        )
+        == 1
+    ), error
 
 
 @pytest.mark.parametrize("kind", ["config", "model", "tokenizer"])
@@ -137,8 +179,12 @@ def test_lm_evals_model_runs_no_code(
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["config", "model", "tokenizer"])
-@pytest.mark.parametrize("name", ["sweep", "train", "lm-eval", "lm-eval that trusts", "lm-eval with the flag"])
-def test_code_is_not_run_by_the_whole_program(name: str, kind: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["sweep", "train", "lm-eval", "lm-eval that trusts", "lm-eval with the flag"]
+)
+def test_code_is_not_run_by_the_whole_program(
+    name: str, kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
     marker = tmp_path / "marker"
     folder = with_code(tiny_model, tmp_path / "checkpoint-1", marker, kind)
     error = user_error(run_with_yes(*command(name, folder, tmp_path / "out")))

@@ -1,7 +1,9 @@
-"""Scores of a model with a PEFT adapter: through the whole adapted model, whatever the adapter adds to it.
+"""Scores of a model with a PEFT adapter: through the whole adapted model, whatever the adapter adds
+to it.
 
-A LoRA and its like replace layers of the base model, whose own `forward` is then the adapted one. Other adapters act
-in `PeftModel.forward` alone: learned prompts and prefixes, activated LoRA, routers. Those are scored there.
+A LoRA and its like replace layers of the base model, whose own `forward` is then the adapted one.
+Other adapters act in `PeftModel.forward` alone: learned prompts and prefixes, activated LoRA,
+routers. Those are scored there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,12 +19,24 @@ from sft_probe.scoring.score import FittingScorer, Score
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_IN_LAYERS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "LN_TUNING", "TRAINABLE_TOKENS")
-"""Types whose layers compute each token by itself, in the base model's own forward, so that prefixes can be shared."""
+_IN_LAYERS = (
+    "LORA",
+    "ADALORA",
+    "IA3",
+    "LOHA",
+    "LOKR",
+    "OFT",
+    "VERA",
+    "LN_TUNING",
+    "TRAINABLE_TOKENS",
+)
+"""Types whose layers compute each token by itself, in the base model's own forward, so that
+prefixes can be shared."""
 
 
 def inner_model(model: Any) -> "PreTrainedModel":
-    """Return the causal LM inside an adapted model, with the adapter's layers in it; any other model as it is."""
+    """Return the causal LM inside an adapted model, with the adapter's layers in it; any other
+    model as it is."""
     if isinstance(model, PeftMixedModel):
         model = model.base_model.model
     inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -30,7 +44,8 @@ def inner_model(model: Any) -> "PreTrainedModel":
 
 
 def adapter_type(model: Any) -> str | None:
-    """Return the PEFT type of a model, in the letters of PEFT; `None` for a model without an adapter."""
+    """Return the PEFT type of a model, in the letters of PEFT; `None` for a model without an
+    adapter."""
     if isinstance(model, PeftMixedModel):
         return "MIXED"
     return str(model.active_peft_config.peft_type.value) if isinstance(model, PeftModel) else None
@@ -42,11 +57,14 @@ def num_virtual_tokens(model: Any) -> int:
     return int(model.active_peft_config.num_virtual_tokens) if is_prompt else 0
 
 
-def score_adapted(scorer: FittingScorer, model: Any, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+def score_adapted(
+    scorer: FittingScorer, model: Any, items: Sequence[Item]
+) -> Iterator[tuple[int, Score]]:
     """Score items as `scorer.score` does, through the adapter if the model has one.
 
     Raises:
-        UserError: the adapter cannot score a text on its own (it needs a task id, for instance); its type is named.
+        UserError: the adapter cannot score a text on its own (it needs a task id, for instance);
+        its type is named.
     """
     if adapter_type(model) is None or _is_in_layers(model):
         yield from scorer.score(inner_model(model), items)
@@ -57,7 +75,8 @@ def score_adapted(scorer: FittingScorer, model: Any, items: Sequence[Item]) -> I
         raise
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, KeyError) as error:
         raise UserError(
-            f"a model with the adapter {adapter_type(model)} cannot be scored: its forward pass failed "
+            f"a model with the adapter {adapter_type(model)} cannot be scored: its forward pass "
+            "failed "
             f"({type(error).__name__}: {error}). Train without the probe, or use another adapter."
         ) from error
 
@@ -67,12 +86,16 @@ def _is_in_layers(model: Any) -> bool:
         return False
     config = model.active_peft_config
     # an activated LoRA acts from its invocation tokens on, and Arrow routes between adapters
-    acts_outside = any(getattr(config, name, None) is not None for name in ("alora_invocation_tokens", "arrow_config"))
+    acts_outside = any(
+        getattr(config, name, None) is not None
+        for name in ("alora_invocation_tokens", "arrow_config")
+    )
     return config.peft_type.value in _IN_LAYERS and not acts_outside
 
 
 def _score_whole(model: Any, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
-    """Yield the score of each item from a forward pass of its own through the whole adapted model."""
+    """Yield the score of each item from a forward pass of its own through the whole adapted
+    model."""
     with torch.no_grad():
         for index, item in enumerate(items):
             input_ids = torch.tensor([item.input_ids], device=model.device)

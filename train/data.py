@@ -1,4 +1,5 @@
-"""Training examples: the ids that the probes score, plus the terminator, and nothing else, carry a label."""
+"""Training examples: the ids that the probes score, plus the terminator, and nothing else, carry a
+label."""
 
 import hashlib
 import json
@@ -10,7 +11,15 @@ import torch
 
 from sft_probe.errors import UserError
 from sft_probe.probe_set import Doc
-from sft_probe.prompts import DroppedDoc, Prompt, PromptFormat, encode, encode_pair, no_pair_reason, terminator_id
+from sft_probe.prompts import (
+    DroppedDoc,
+    Prompt,
+    PromptFormat,
+    encode,
+    encode_pair,
+    no_pair_reason,
+    terminator_id,
+)
 from sft_probe.train.mixture import Part
 
 if TYPE_CHECKING:
@@ -25,7 +34,8 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    """As long as `input_ids`; `IGNORED_LABEL` on the prompt, so that response and terminator alone are learnt."""
+    """As long as `input_ids`; `IGNORED_LABEL` on the prompt, so that response and terminator alone
+    are learnt."""
     doc_id: str
     category: str
     """As in `--train_category`: with `_no_prompt` where the prompt is left out."""
@@ -40,7 +50,8 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingExamples:
-    """A map-style data set for `transformers.Trainer`, in file order; an item is the example's index and its ids."""
+    """A map-style data set for `transformers.Trainer`, in file order; an item is the example's
+    index and its ids."""
 
     examples: list[Example]
     dropped: list[DroppedDoc]
@@ -72,10 +83,10 @@ def build_examples(
 ) -> TrainingExamples:
     """Encodes docs for SFT.
 
-    Prompts over `max_prompt_tokens` lose whole turns on the left; responses are never cut: a doc that does not fit
-    `max_length` tokens, or that the format refuses, is dropped and named. Without its prompt a response has the same
-    token ids; they follow BOS, or EOS where the tokenizer has no BOS, which is what lm-eval conditions an empty prompt
-    on.
+    Prompts over `max_prompt_tokens` lose whole turns on the left; responses are never cut: a doc
+    that does not fit `max_length` tokens, or that the format refuses, is dropped and named. Without
+    its prompt a response has the same token ids; they follow BOS, or EOS where the tokenizer has no
+    BOS, which is what lm-eval conditions an empty prompt on.
 
     Args:
         docs: each with the part of the mixture that it is for, as from `mixture.assign`.
@@ -91,7 +102,9 @@ def build_examples(
         try:
             messages = _cut_turns(doc, prompt_format, tokenizer, max_prompt_tokens)
             prompt = prompt_format.render(messages)
-            context, continuation = _encode(tokenizer, prompt, doc.responses[part.category], prompt_format, max_length)
+            context, continuation = _encode(
+                tokenizer, prompt, doc.responses[part.category], prompt_format, max_length
+            )
         except UserError as error:
             dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=str(error)))
             continue
@@ -99,12 +112,18 @@ def build_examples(
         kept.append(_example(doc, part, prompt_ids, [*continuation, end_id]))
         num_cut += len(messages) < len(doc.messages)
     if not kept:
-        raise UserError(f"no doc is left to train on; {len(dropped)} were dropped: {describe_first(dropped)}")
+        raise UserError(
+            f"no doc is left to train on; {len(dropped)} were dropped: {describe_first(dropped)}"
+        )
     return TrainingExamples(examples=kept, dropped=dropped, num_cut_prompts=num_cut)
 
 
 def _encode(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str, prompt_format: PromptFormat, max_length: int
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Prompt,
+    response: str,
+    prompt_format: PromptFormat,
+    max_length: int,
 ) -> tuple[list[int], list[int]]:
     """Ids of context and continuation; raises `UserError` where the doc is to be dropped."""
     pair = encode_pair(tokenizer, prompt, response, in_use=prompt_format.in_use)
@@ -136,9 +155,13 @@ def describe_first(dropped: Sequence[DroppedDoc]) -> str:
 
 
 def _cut_turns(
-    doc: Doc, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int | None
+    doc: Doc,
+    prompt_format: PromptFormat,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_tokens: int | None,
 ) -> Sequence[dict[str, str]]:
-    """The longest run of last turns, starting with a user's, that fits; raises `UserError` where none does."""
+    """The longest run of last turns, starting with a user's, that fits; raises `UserError` where
+    none does."""
     if max_prompt_tokens is None:
         return doc.messages
     starts = [0, *(i for i, turn in enumerate(doc.messages) if i and turn["role"] == "user")]
@@ -151,7 +174,8 @@ def _cut_turns(
 
 @dataclass(frozen=True)
 class PadRight:
-    """Collates items into `[batch, longest]` int64 tensors, padded on the right, and `example_index`, a list."""
+    """Collates items into `[batch, longest]` int64 tensors, padded on the right, and
+    `example_index`, a list."""
 
     pad_id: int
 

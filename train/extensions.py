@@ -1,4 +1,5 @@
-"""Builds DeepSpeed's CPU communication extension before any rank needs it: ranks that compile at once break each other.
+"""Builds DeepSpeed's CPU communication extension before any rank needs it: ranks that compile at
+once break each other.
 
 Run as: python -m sft_probe.train.extensions
 """
@@ -26,7 +27,10 @@ def build() -> None:
     if get_accelerator().device_name() != "cpu":
         return
     if shutil.which("c++") is None and shutil.which("g++") is None:
-        raise UserError("DeepSpeed on CPU needs a C++ compiler (g++). Install one, or train with --deepspeed none.")
+        raise UserError(
+            "DeepSpeed on CPU needs a C++ compiler (g++). Install one, or train with --deepspeed "
+            "none."
+        )
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     make_dir(cache_dir())
     with FileLock(cache_dir() / "extensions.lock"):

@@ -1,4 +1,5 @@
-"""A loss that is NaN or infinite ends the run before the update that it would spoil, on all ranks together."""
+"""A loss that is NaN or infinite ends the run before the update that it would spoil, on all ranks
+together."""
 
 import math
 from pathlib import Path
@@ -15,17 +16,21 @@ _MAX_NAMED = 10
 
 
 class NonFiniteLossError(Exception):
-    """The loss of the step that was about to be made is not finite; every rank raises this at the same place."""
+    """The loss of the step that was about to be made is not finite; every rank raises this at the
+    same place."""
 
 
 class FiniteTrainer(SftTrainer):
-    """Trains as `SftTrainer` does, and raises `NonFiniteLossError` instead of an update from a loss that is not finite.
+    """Trains as `SftTrainer` does, and raises `NonFiniteLossError` instead of an update from a loss
+    that is not finite.
 
-    DeepSpeed makes the update inside the backward pass, so the losses of a step are looked at before the last one.
+    DeepSpeed makes the update inside the backward pass, so the losses of a step are looked at
+    before the last one.
     """
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a micro-batch; at the last one of a step, check those of all of them."""
+        """Return the loss of a micro-batch; at the last one of a step, check those of all of
+        them."""
         loss = super().compute_loss(*args, **kwargs)
         if self.accelerator.sync_gradients:
             sums = torch.cat([sums for _, sums in self._shown])
@@ -34,7 +39,8 @@ class FiniteTrainer(SftTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; what is not finite (the norm of fp16 gradients) becomes null in its file."""
+        """Log as the Trainer does; what is not finite (the norm of fp16 gradients) becomes null in
+        its file."""
         super().log(logs, start_time)
         entry = self.state.log_history[-1]
         self.state.log_history[-1] = {
@@ -53,16 +59,20 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
 
 def weights_are_finite(model: Any, device: torch.device) -> bool:
     """Return whether no weight is NaN or infinite, the same on every rank."""
-    # under ZeRO-3 a rank's share of a parameter is in its `ds_tensor`, and the parameter itself is empty
-    shares = (getattr(parameter, "ds_tensor", parameter).detach() for parameter in model.parameters())
+    # under ZeRO-3 a rank's share of a parameter is in its `ds_tensor`, and the parameter itself is
+    # empty
+    shares = (
+        getattr(parameter, "ds_tensor", parameter).detach() for parameter in model.parameters()
+    )
     return not on_any_rank(not all(bool(share.isfinite().all()) for share in shares), device)
 
 
 def save_last_good_step(trainer: SftTrainer, losses: LossLog, latest: Path | None) -> UserError:
-    """Save a state of the step before a loss that is not finite, and return what the user is to be told.
+    """Save a state of the step before a loss that is not finite, and return what the user is to be
+    told.
 
-    A collective: every rank calls it. The state is that of a run which stopped after that step, since nothing of the
-    spoiled step has reached weights, optimizer or counts.
+    A collective: every rank calls it. The state is that of a run which stopped after that step,
+    since nothing of the spoiled step has reached weights, optimizer or counts.
     """
     step = trainer.state.global_step
     shown = trainer.take_shown()
@@ -73,16 +83,19 @@ def save_last_good_step(trainer: SftTrainer, losses: LossLog, latest: Path | Non
     if len(spoiled) > _MAX_NAMED:
         names.append(f"and {len(spoiled) - _MAX_NAMED} more")
     if step and (latest is None or latest.name != f"checkpoint-{step}"):
-        trainer._save_checkpoint(trainer.model, trial=None)  # private, but the one way to a state in mid-step
+        trainer._save_checkpoint(
+            trainer.model, trial=None
+        )  # private, but the one way to a state in mid-step
         trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     cause = (
         "All weights are finite: look at these examples, or lower --learning_rate."
         if weights_are_finite(trainer.model, trainer.args.device)
-        else "Some weights are not finite either: the model came with them, or an earlier update diverged; lower "
+        else "Some weights are not finite either: the model came with them, or an earlier update "
+        "diverged; lower "
         "--learning_rate."
     )
     return UserError(
-        f"step {step + 1}: the loss is NaN or infinite, so the update was not made. {len(spoiled)} of "
-        f"{len(shown)} examples of the step have such a loss: {', '.join(names)}. {cause} "
+        f"step {step + 1}: the loss is NaN or infinite, so the update was not made. {len(spoiled)} "
+        f"of {len(shown)} examples of the step have such a loss: {', '.join(names)}. {cause} "
         + (f"The state of step {step} is in checkpoint-{step}." if step else "No step was made.")
     )

@@ -8,14 +8,17 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def has_masters(model: Any) -> bool:
-    """True where a 16-bit model trains on float32 masters (DeepSpeed's); any rank, no collective."""
+    """True where a 16-bit model trains on float32 masters (DeepSpeed's); any rank, no
+    collective."""
     return bool(model.dtype != torch.float32) and any(
-        hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer") for parameter in model.parameters()
+        hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+        for parameter in model.parameters()
     )
 
 
 def gather_weights(model: Any, *, masters: bool, keep: bool) -> dict[str, torch.Tensor]:
-    """Name to tensor, tied ones once; of a LoRA, what is trained. A collective under DeepSpeed: call it on every rank.
+    """Name to tensor, tied ones once; of a LoRA, what is trained. A collective under DeepSpeed:
+    call it on every rank.
 
     Args:
         model: the unwrapped model.
@@ -32,7 +35,9 @@ def gather_weights(model: Any, *, masters: bool, keep: bool) -> dict[str, torch.
             weights[name] = tensor.to("cpu")
     if keep:
         names = dict(model.named_buffers()).keys()
-        weights |= {name: value.to("cpu") for name, value in model.state_dict().items() if name in names}
+        weights |= {
+            name: value.to("cpu") for name, value in model.state_dict().items() if name in names
+        }
     return weights
 
 

@@ -1,4 +1,5 @@
-"""What the model was shown and what it lost on it: `losses.jsonl`, `first_epoch.jsonl`, `exposure.jsonl`."""
+"""What the model was shown and what it lost on it: `losses.jsonl`, `first_epoch.jsonl`,
+`exposure.jsonl`."""
 
 import json
 import os
@@ -20,13 +21,19 @@ LOG_NAMES = ("losses.jsonl", "first_epoch.jsonl")
 class LossLog(TrainerCallback):
     """Counts, on every rank, what all ranks were shown; the first rank writes the files above.
 
-    `losses.jsonl` has a line per step: loss (nats per labelled token, before the update), learning rate, totals.
-    `first_epoch.jsonl` has a line per example of the first epoch: its loss before the update of `step`, summed over
-    response and terminator (nats), with its place in the order of training from 0. Must stand before the callbacks that
-    read its counts.
+    `losses.jsonl` has a line per step: loss (nats per labelled token, before the update), learning
+    rate, totals. `first_epoch.jsonl` has a line per example of the first epoch: its loss before the
+    update of `step`, summed over response and terminator (nats), with its place in the order of
+    training from 0. Must stand before the callbacks that read its counts.
     """
 
-    def __init__(self, run_dir: Path, trainer: SftTrainer, examples: TrainingExamples, columns: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        trainer: SftTrainer,
+        examples: TrainingExamples,
+        columns: dict[str, Any],
+    ) -> None:
         self.run_dir = run_dir
         self.trainer = trainer
         self.examples = examples.examples
@@ -48,7 +55,9 @@ class LossLog(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Adds up the step."""
-        if self.lr is not None and not self.trainer.accelerator.optimizer_step_was_skipped:  # as fp16 does on overflow
+        if (
+            self.lr is not None and not self.trainer.accelerator.optimizer_step_was_skipped
+        ):  # as fp16 does on overflow
             self.lr_since_snapshot += self.lr
         shown = self.trainer.take_shown()
         if args.world_size > 1:
@@ -96,9 +105,13 @@ class LossLog(TrainerCallback):
 
     def restore(self, state: dict[str, Any], step: int) -> None:
         """Takes up a resume state; later lines of the files are taken out."""
-        self.times_shown = Counter({int(index): times for index, times in state["times_shown"].items()})
+        self.times_shown = Counter(
+            {int(index): times for index, times in state["times_shown"].items()}
+        )
         self.tokens_seen = state["tokens_seen"]
-        self.loss, self.lr, self.lr_since_snapshot = (state[name] for name in ("loss", "lr", "lr_since_snapshot"))
+        self.loss, self.lr, self.lr_since_snapshot = (
+            state[name] for name in ("loss", "lr", "lr_since_snapshot")
+        )
         if self.trainer.is_world_process_zero():
             for name in LOG_NAMES:
                 _cut(self.run_dir / name, step)
@@ -106,14 +119,22 @@ class LossLog(TrainerCallback):
     def write_exposure(self) -> None:
         """How often each example was shown, in file order."""
         rows = [
-            {**self.columns, "doc_id": example.doc_id, "category": example.category, "times_shown": times}
-            for example, times in ((example, self.times_shown[index]) for index, example in enumerate(self.examples))
+            {
+                **self.columns,
+                "doc_id": example.doc_id,
+                "category": example.category,
+                "times_shown": times,
+            }
+            for example, times in (
+                (example, self.times_shown[index]) for index, example in enumerate(self.examples)
+            )
         ]
         write_jsonl(self.run_dir / "exposure.jsonl", rows)
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Lines for whoever watches; they are durable once a resume state is (`resume.py` syncs them)."""
+    """Lines for whoever watches; they are durable once a resume state is (`resume.py` syncs
+    them)."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(to_json(row) + "\n" for row in rows))

@@ -1,8 +1,9 @@
 """What is trained on: the grammar of `--train_category`.
 
 mixture  = part {"," part}
-part     = category [":" fraction]      the response of that category, for that fraction of the docs; default: all
-category = a category of the set, or one followed by `_no_prompt`: the same response tokens, without the prompt
+part     = category [":" fraction]      the response of that category, for that fraction of the
+docs; default: all category = a category of the set, or one followed by `_no_prompt`: the same
+response tokens, without the prompt
 """
 
 import random
@@ -30,16 +31,21 @@ def parse_mixture(text: str, categories: Sequence[str], source: str) -> list[Par
     """Reads `"chosen"`, `"chosen_no_prompt"` or `"chosen:0.5,rejected:0.5"`.
 
     Raises:
-        UserError: an unknown category, one that comes twice, or a fraction that is not above 0 and at most 1.
+        UserError: an unknown category, one that comes twice, or a fraction that is not above 0 and
+        at most 1.
     """
     parts = []
     for item in text.split(","):
         name, _, fraction = (piece.strip() for piece in item.partition(":"))
         category = name if name in categories else name.removesuffix(_NO_PROMPT)
         if category not in categories:
-            raise UserError(f"--train_category {text}: {source} has only {', '.join(categories)}, not {name!r}.")
+            raise UserError(
+                f"--train_category {text}: {source} has only {', '.join(categories)}, not {name!r}."
+            )
         share = _fraction(fraction, text)
-        parts.append(Part(name=name, category=category, with_prompt=category == name, fraction=share))
+        parts.append(
+            Part(name=name, category=category, with_prompt=category == name, fraction=share)
+        )
     if len({part.name for part in parts}) < len(parts):
         raise UserError(f"--train_category {text}: a category comes twice.")
     return parts
@@ -51,15 +57,17 @@ def _fraction(text: str, flag: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise UserError(f"--train_category {flag}: a fraction is above 0 and at most 1, not {text!r}.")
+        raise UserError(
+            f"--train_category {flag}: a fraction is above 0 and at most 1, not {text!r}."
+        )
     return value
 
 
 def assign(docs: Sequence[Doc], parts: Sequence[Part], seed: int) -> list[tuple[Doc, Part]]:
     """Which doc is trained on with which part, in the order of the docs.
 
-    The docs are shuffled once into a circle; each part takes its share of it where the part before ended. So
-    `chosen:0.5,rejected:0.5` gives each doc one response, and `chosen,rejected` both.
+    The docs are shuffled once into a circle; each part takes its share of it where the part before
+    ended. So `chosen:0.5,rejected:0.5` gives each doc one response, and `chosen,rejected` both.
     """
     order = list(range(len(docs)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, not secret

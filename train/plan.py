@@ -1,4 +1,5 @@
-"""What a run will do and need, told before a weight is loaded (`--dry-run`), and checked against the disk."""
+"""What a run will do and need, told before a weight is loaded (`--dry-run`), and checked against
+the disk."""
 
 import copy
 import shutil
@@ -21,7 +22,8 @@ from sft_probe.train.lora import add_lora
 from sft_probe.train.schedule import parse_steps
 
 _OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion": 4}
-"""Per trained parameter, by the beginning of the optimizer's name; Adam and others keep two float32 numbers."""
+"""Per trained parameter, by the beginning of the optimizer's name; Adam and others keep two float32
+numbers."""
 _GIB = 2**30
 
 
@@ -48,20 +50,30 @@ class Plan:
 
 
 def make_plan(arguments: SftArguments, trainer: Trainer, model: Any) -> Plan:
-    """Resolves the schedules for this data and number of processes, and sizes what is saved of `model`."""
-    _, steps_per_epoch, *_, max_steps = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
+    """Resolves the schedules for this data and number of processes, and sizes what is saved of
+    `model`."""
+    _, steps_per_epoch, *_, max_steps = trainer.set_initial_training_values(
+        arguments, trainer.get_train_dataloader()
+    )
 
     def steps(name: str) -> list[int]:
         text = getattr(arguments, name)
         if text is None:
             return []
-        return parse_steps(text, flag=f"--{name}", max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+        return parse_steps(
+            text, flag=f"--{name}", max_steps=max_steps, steps_per_epoch=steps_per_epoch
+        )
 
     resume_steps = [step for step in steps("resume_steps") if 0 < step < max_steps]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     width = 4 if arguments.dtype == "float32" else 2
-    has_masters = arguments.deepspeed is not None and (arguments.bf16 or arguments.fp16 or width == 2)
-    optimizer = next((size for name, size in _OPTIMIZER_BYTES.items() if str(arguments.optim).startswith(name)), 8)
+    has_masters = arguments.deepspeed is not None and (
+        arguments.bf16 or arguments.fp16 or width == 2
+    )
+    optimizer = next(
+        (size for name, size in _OPTIMIZER_BYTES.items() if str(arguments.optim).startswith(name)),
+        8,
+    )
     per_parameter = width + optimizer if arguments.deepspeed is None else 2 * width + 4 + optimizer
     return Plan(
         max_steps=max_steps,
@@ -69,33 +81,45 @@ def make_plan(arguments: SftArguments, trainer: Trainer, model: Any) -> Plan:
         snapshot_steps=sorted({0, *steps("snapshot_steps"), max_steps}),
         probe_steps=steps("probe_steps"),
         resume_steps=resume_steps,
-        snapshot_bytes=trained * (4 if has_masters and arguments.snapshot_dtype != "training" else width),
+        snapshot_bytes=trained
+        * (4 if has_masters and arguments.snapshot_dtype != "training" else width),
         state_bytes=trained * per_parameter,
         num_states=max(1, min(len(resume_steps), arguments.save_total_limit + 1)),
     )
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
-    """Raises `UserError` where the run does not fit the disk of `folder`, which need not exist yet."""
-    own = sum(path.stat().st_size for path in folder.rglob("*.*") if path.is_file())  # of an earlier attempt
+    """Raises `UserError` where the run does not fit the disk of `folder`, which need not exist
+    yet."""
+    own = sum(
+        path.stat().st_size for path in folder.rglob("*.*") if path.is_file()
+    )  # of an earlier attempt
     free = _free_bytes(folder) + own
     if plan.total_bytes > free:
         raise UserError(
-            f"{folder}: {len(plan.snapshot_steps)} snapshots and {plan.num_states} resume states come to "
-            f"{plan.total_bytes / _GIB:.1f} GiB, but {free / _GIB:.1f} GiB are free. Ask for fewer --snapshot_steps, "
+            f"{folder}: {len(plan.snapshot_steps)} snapshots and {plan.num_states} resume states "
+            "come to "
+            f"{plan.total_bytes / _GIB:.1f} GiB, but {free / _GIB:.1f} GiB are free. Ask for fewer "
+            "--snapshot_steps, "
             "or --snapshot_dtype training."
         )
 
 
 def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(next(path for path in [folder, *folder.resolve().parents] if path.exists())).free
+    return shutil.disk_usage(
+        next(path for path in [folder, *folder.resolve().parents] if path.exists())
+    ).free
 
 
 def find_unscorable(
     probe_set: ProbeSet, prompt_format: PromptFormat, tokenizer: Any, max_length: int
 ) -> list[DroppedDoc]:
-    """Return the held-out docs that no probe and no sweep of this run will score, with the reason."""
-    encoded = (encode_doc(doc, prompt_format, tokenizer, max_length) for doc in probe_set.of_split("heldout"))
+    """Return the held-out docs that no probe and no sweep of this run will score, with the
+    reason."""
+    encoded = (
+        encode_doc(doc, prompt_format, tokenizer, max_length)
+        for doc in probe_set.of_split("heldout")
+    )
     return [doc for doc in encoded if isinstance(doc, DroppedDoc)]
 
 
@@ -132,21 +156,27 @@ def describe(
     positions, padding = int(counts[:, 2].sum()), int(counts[:, 3].sum())
     return "\n".join(
         [
-            f"model    {arguments.model_name_or_path}: {num_parameters:,} parameters, {arguments.dtype}",
-            f"data     {len(examples)} examples of {arguments.train_category} ({len(examples.dropped)} dropped, "
+            f"model    {arguments.model_name_or_path}: {num_parameters:,} parameters, "
+            f"{arguments.dtype}",
+            f"data     {len(examples)} examples of {arguments.train_category} "
+            f"({len(examples.dropped)} dropped, "
             f"{examples.num_cut_prompts} prompts cut)",
             *(f"         dropped: {drop.doc_id}: {drop.reason}" for drop in examples.dropped),
             *(
                 f"         held out, but cannot be scored: {drop.doc_id}: {drop.reason}"
-                for drop in find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length)
+                for drop in find_unscorable(
+                    probe_set, prompt_format, tokenizer, arguments.max_length
+                )
             ),
-            f"batches  {arguments.world_size} processes x {arguments.per_device_train_batch_size} examples x "
-            f"{arguments.gradient_accumulation_steps} accumulated; {padding / positions:.0%} of {positions:,} "
-            "positions are padding",
+            f"batches  {arguments.world_size} processes x {arguments.per_device_train_batch_size} "
+            "examples x "
+            f"{arguments.gradient_accumulation_steps} accumulated; {padding / positions:.0%} of "
+            f"{positions:,} positions are padding",
             f"length   {plan.max_steps} steps, {plan.steps_per_epoch} an epoch",
-            f"disk     {len(plan.snapshot_steps)} snapshots x {plan.snapshot_bytes / _GIB:.2f} GiB + {plan.num_states} "
-            f"resume states x {plan.state_bytes / _GIB:.2f} GiB = {plan.total_bytes / _GIB:.2f} GiB of "
-            f"{_free_bytes(folder) / _GIB:.1f} free",
+            f"disk     {len(plan.snapshot_steps)} snapshots x {plan.snapshot_bytes / _GIB:.2f} GiB "
+            f"+ {plan.num_states} "
+            f"resume states x {plan.state_bytes / _GIB:.2f} GiB = {plan.total_bytes / _GIB:.2f} "
+            f"GiB of {_free_bytes(folder) / _GIB:.1f} free",
             "",
             f"{'step':>8}{'epoch':>9}{'examples':>11}{'labelled tokens':>17}  saved or scored",
             *_lines(plan, counts),
@@ -155,7 +185,8 @@ def describe(
 
 
 def _counts(arguments: SftArguments, trainer: Trainer, plan: Plan) -> torch.Tensor:
-    """[max_steps, 4] int64 over all ranks: examples, labelled tokens, positions and padding of each step."""
+    """[max_steps, 4] int64 over all ranks: examples, labelled tokens, positions and padding of each
+    step."""
     counts = torch.zeros((plan.max_steps, 4), dtype=torch.int64)
     step = 0
     for micro_step, is_last, batch in _batches(trainer.get_train_dataloader()):
@@ -171,7 +202,8 @@ def _counts(arguments: SftArguments, trainer: Trainer, plan: Plan) -> torch.Tens
 
 
 def _batches(dataloader: Any) -> Iterator[tuple[int, bool, dict[str, torch.Tensor]]]:
-    """Endless epochs, in the order of training: number within the epoch, whether it is its last one, and the batch."""
+    """Endless epochs, in the order of training: number within the epoch, whether it is its last
+    one, and the batch."""
     epoch = 0
     while True:
         dataloader.set_epoch(epoch)
@@ -181,7 +213,11 @@ def _batches(dataloader: Any) -> Iterator[tuple[int, bool, dict[str, torch.Tenso
 
 
 def _lines(plan: Plan, counts: torch.Tensor) -> Iterator[str]:
-    kinds = {"snapshot": plan.snapshot_steps, "probe": plan.probe_steps, "resume state": plan.resume_steps}
+    kinds = {
+        "snapshot": plan.snapshot_steps,
+        "probe": plan.probe_steps,
+        "resume state": plan.resume_steps,
+    }
     for step in sorted({step for steps in kinds.values() for step in steps}):
         examples, tokens = counts[:step, :2].sum(0).tolist()
         names = ", ".join(name for name, steps in kinds.items() if step in steps)

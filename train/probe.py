@@ -1,4 +1,5 @@
-"""The probe inside training: log-probs of held-out docs in the model that is being trained, for any `Trainer`."""
+"""The probe inside training: log-probs of held-out docs in the model that is being trained, for any
+`Trainer`."""
 
 import itertools
 import logging
@@ -19,7 +20,14 @@ from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json, write_jsonl
 from sft_probe.models import check_window
 from sft_probe.probe_set import DEFAULT_PROBE_SET, load_probe_set
-from sft_probe.prompts import EncodedDoc, PromptFormat, encode_probe_set, first_visible, resolve_format, terminator_id
+from sft_probe.prompts import (
+    EncodedDoc,
+    PromptFormat,
+    encode_probe_set,
+    first_visible,
+    resolve_format,
+    terminator_id,
+)
 from sft_probe.scores import score_row
 from sft_probe.scoring.packing import Item
 from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
@@ -37,27 +45,31 @@ _MAX_NAMED = 5
 
 
 class ProbeCallback(TrainerCallback):
-    """Scores a probe set at chosen steps of any `transformers.Trainer` and writes `probe/step_000000.jsonl` and so on.
+    """Scores a probe set at chosen steps of any `transformers.Trainer` and writes
+    `probe/step_000000.jsonl` and so on.
 
-    Each file is whole or absent and holds score rows with `source: live`; `sft-probe plot` draws them. A run that is
-    resumed at step r removes the files of later steps; one that starts at step 0 begins anew. Set `trainer`, and the
-    mean log-prob of each category is reported beside the loss.
+    Each file is whole or absent and holds score rows with `source: live`; `sft-probe plot` draws
+    them. A run that is resumed at step r removes the files of later steps; one that starts at step
+    0 begins anew. Set `trainer`, and the mean log-prob of each category is reported beside the
+    loss.
 
     Args:
         probe_set: path, hub id or embedded name.
         out: the run directory.
         steps: when; the grammar of `train/schedule.py`.
         num_train: besides the held-out docs, score a fixed sample of this many of the train split.
-        prompt_format: hh, chat, plain or a Jinja file; default: the probe set's own. It must be that of the training.
-        max_length: tokens of prompt, response and terminator; docs with a longer response are left out and named.
-        tokenizer: default: the trainer's `processing_class`.
-        max_tokens: the budget of one forward pass; default: by device.
-        columns: of the score rows, where the trainer knows more: `run`, `model`, `train_category`, `order_seed`.
+        prompt_format: hh, chat, plain or a Jinja file; default: the probe set's own. It must be
+        that of the training. max_length: tokens of prompt, response and terminator; docs with a
+        longer response are left out and named. tokenizer: default: the trainer's
+        `processing_class`. max_tokens: the budget of one forward pass; default: by device.
+        columns: of the score rows, where the trainer knows more: `run`, `model`, `train_category`,
+        `order_seed`.
 
     Raises:
-        UserError: at the start of training: the probe set, the format or the steps are unusable, or FSDP is used, where
-            a rank alone cannot score; under ZeRO-3 also where memory runs out, since ranks cannot each choose another
-            budget.
+        UserError: at the start of training: the probe set, the format or the steps are unusable, or
+        FSDP is used, where
+            a rank alone cannot score; under ZeRO-3 also where memory runs out, since ranks cannot
+            each choose another budget.
     """
 
     trainer: "Trainer | None" = None
@@ -85,25 +97,44 @@ class ProbeCallback(TrainerCallback):
         self.max_length = max_length
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.columns = {"run": Path(out).resolve().name, "model": None, "train_category": None, "order_seed": None}
+        self.columns = {
+            "run": Path(out).resolve().name,
+            "model": None,
+            "train_category": None,
+            "order_seed": None,
+        }
         self.columns |= columns or {}
         self.steps: list[int] = []
         self.docs: list[_ProbeDoc] = []
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Prepares docs and steps, removes what a resumed run will write again, scores the first step."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
+    ) -> None:
+        """Prepares docs and steps, removes what a resumed run will write again, scores the first
+        step."""
         if PartialState().distributed_type == DistributedType.FSDP:
-            raise UserError("ProbeCallback does not work under FSDP. Use DDP or DeepSpeed, or sweep the checkpoints.")
+            raise UserError(
+                "ProbeCallback does not work under FSDP. Use DDP or DeepSpeed, or sweep the "
+                "checkpoints."
+            )
         self.steps = resolve_steps(
-            self.asked_steps, flag="probe steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
+            self.asked_steps,
+            flag="probe steps",
+            args=args,
+            state=state,
+            dataloader=kwargs["train_dataloader"],
         )
         whole = kwargs["model"]
         model = inner_model(whole)
         check_window(self.max_length + num_virtual_tokens(whole), model)
         tokenizer = self.tokenizer or kwargs["processing_class"]
         if tokenizer is None:
-            raise UserError("the trainer has no processing_class: give ProbeCallback the tokenizer.")
-        self.columns["model"] = self.columns["model"] or model.config._name_or_path or type(model).__name__
+            raise UserError(
+                "the trainer has no processing_class: give ProbeCallback the tokenizer."
+            )
+        self.columns["model"] = (
+            self.columns["model"] or model.config._name_or_path or type(model).__name__
+        )
         self._encode(
             tokenizer,
             str(model.dtype).removeprefix("torch."),
@@ -123,7 +154,9 @@ class ProbeCallback(TrainerCallback):
         if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
             self._probe(args, state, whole)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
+    ) -> None:
         """Scores if this step is asked for."""
         if state.global_step in self.steps:
             self._probe(args, state, kwargs["model"])
@@ -131,10 +164,15 @@ class ProbeCallback(TrainerCallback):
     def _path(self, state: TrainerState) -> Path:
         return self.folder / f"step_{state.global_step:06d}.jsonl"
 
-    def _encode(self, tokenizer: "PreTrainedTokenizerBase", dtype: str, *, is_main: bool, is_resumed: bool) -> None:
-        """Token ids of all docs; what is left out is named and, with the rest, noted in `probe/manifest.json`."""
+    def _encode(
+        self, tokenizer: "PreTrainedTokenizerBase", dtype: str, *, is_main: bool, is_resumed: bool
+    ) -> None:
+        """Token ids of all docs; what is left out is named and, with the rest, noted in
+        `probe/manifest.json`."""
         path = self.folder / "manifest.json"
-        recorded = read_object(path).get("prompt_format_source") if path.exists() and is_resumed else None
+        recorded = (
+            read_object(path).get("prompt_format_source") if path.exists() and is_resumed else None
+        )
         found = resolve_format(self.prompt_format_name, tokenizer, self.probe_set.docs, recorded)
         (source,) = broadcast_object_list([found.source])  # each rank may have read another time
         prompt_format = PromptFormat(source, tokenizer)
@@ -143,7 +181,9 @@ class ProbeCallback(TrainerCallback):
         sample = random.Random(_SAMPLE_SEED).sample(train, min(self.num_train, len(train)))  # noqa: S311
         chosen = [doc for doc in kept if doc.doc.split == "heldout"] + sample
         if not chosen:
-            raise UserError(f"no doc of {self.probe_set.source} can be scored; {len(dropped)} were left out.")
+            raise UserError(
+                f"no doc of {self.probe_set.source} can be scored; {len(dropped)} were left out."
+            )
         end_id = terminator_id(prompt_format.name, tokenizer)
         self.docs = [_ProbeDoc(doc, prompt_format.name, tokenizer, end_id) for doc in chosen]
         if not is_main:
@@ -170,12 +210,15 @@ class ProbeCallback(TrainerCallback):
     def _probe(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Each rank scores its share of the docs; the first one writes.
 
-        Under ZeRO-3 a forward pass is a collective, so each rank scores all docs: the same passes in the same order.
+        Under ZeRO-3 a forward pass is a collective, so each rank scores all docs: the same passes
+        in the same order.
         """
         is_shared = not is_deepspeed_zero3_enabled()
         mine = self.docs[args.process_index :: args.world_size] if is_shared else self.docs
         with _evaluating(model):
-            found = dict(score_adapted(self.scorer, model, [item for doc in mine for item in doc.items]))
+            found = dict(
+                score_adapted(self.scorer, model, [item for doc in mine for item in doc.items])
+            )
         scores = iter([found[index] for index in range(len(found))])
         columns = self._step_columns(args, state, model)
         rows = [row for doc in mine for row in doc.rows(columns, scores)]
@@ -190,15 +233,21 @@ class ProbeCallback(TrainerCallback):
             (scored if math.isfinite(row["logprob"] + row["logprob_eos"]) else faults).append(row)
         if faults:
             names = ", ".join(f"{row['doc_id']} {row['category']}" for row in faults[:_MAX_NAMED])
-            log.error("step %d: %d logits are NaN or infinite: %s", state.global_step, len(faults), names)
+            log.error(
+                "step %d: %d logits are NaN or infinite: %s", state.global_step, len(faults), names
+            )
             keys = ("step", "split", "category", "doc_id")
             notes = [{**{key: row[key] for key in keys}, "reason": "NaN or inf"} for row in faults]
             write_jsonl(self.folder / f"faults_{state.global_step:06d}.jsonl", notes)
         write_jsonl(self._path(state), scored)
         self._report(scored)
 
-    def _step_columns(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    def _step_columns(
+        self, args: TrainingArguments, state: TrainerState, model: Any
+    ) -> dict[str, Any]:
+        per_step = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
         seen: dict[str, Any] = {"examples_seen": state.global_step * per_step, "tokens_seen": None}
         if self.totals is not None:
             seen |= self.totals()
@@ -223,19 +272,31 @@ class ProbeCallback(TrainerCallback):
             from transformers import Trainer
 
             should_log = self.trainer.control.should_log
-            # not the trainer's own `log`: TRL's averages its metrics there and starts them again from nothing
-            Trainer.log(self.trainer, {f"probe/{category}": round(mean, 4) for category, mean in means.items()})
-            self.trainer.control.should_log = should_log  # else the loss of this step, a collective, is left out
+            # not the trainer's own `log`: TRL's averages its metrics there and starts them again
+            # from nothing
+            Trainer.log(
+                self.trainer,
+                {f"probe/{category}": round(mean, 4) for category, mean in means.items()},
+            )
+            self.trainer.control.should_log = (
+                should_log  # else the loss of this step, a collective, is left out
+            )
 
 
 class _ProbeDoc:
     """One doc: its items, and the rows that their scores become."""
 
     def __init__(
-        self, encoded: EncodedDoc, format_name: str, tokenizer: "PreTrainedTokenizerBase", end_id: int
+        self,
+        encoded: EncodedDoc,
+        format_name: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        end_id: int,
     ) -> None:
         self.doc_id = encoded.doc.doc_id
-        self.items = [Item(encoded.prompt_ids, ids, end_id) for ids in encoded.continuation_ids.values()]
+        self.items = [
+            Item(encoded.prompt_ids, ids, end_id) for ids in encoded.continuation_ids.values()
+        ]
         self._columns = [
             {
                 "category": category,
@@ -268,9 +329,11 @@ class _ProbeDoc:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in eval mode for the length of a block, computing in its own dtype, and each as it was afterwards.
+    """Every module in eval mode for the length of a block, computing in its own dtype, and each as
+    it was afterwards.
 
-    Under mixed precision (`bf16`, `fp16`) accelerate has put an autocast into the model's forward, unlike a sweep's.
+    Under mixed precision (`bf16`, `fp16`) accelerate has put an autocast into the model's forward,
+    unlike a sweep's.
     """
     modes = {module: module.training for module in model.modules()}
     own = vars(model)

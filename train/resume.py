@@ -1,7 +1,9 @@
-"""Resume states: few, whole, and enough to go on as if nothing had happened; and a clean stop that leaves one.
+"""Resume states: few, whole, and enough to go on as if nothing had happened; and a clean stop that
+leaves one.
 
-A state is `checkpoint-N/` as the Trainer and DeepSpeed write it. `sft_probe_state.json` is written into it last, once
-everything else is on disk, and holds our own counts; a directory without it is a half-written one.
+A state is `checkpoint-N/` as the Trainer and DeepSpeed write it. `sft_probe_state.json` is written
+into it last, once everything else is on disk, and holds our own counts; a directory without it is a
+half-written one.
 """
 
 import logging
@@ -34,7 +36,8 @@ def latest_state(run_dir: Path) -> Path | None:
 
 
 def remove_after(run_dir: Path, state: Path | None) -> None:
-    """Removes all other states, of which some may be half-written or half-removed, and what will be written again."""
+    """Removes all other states, of which some may be half-written or half-removed, and what will be
+    written again."""
     for path in run_dir.glob("checkpoint-*"):
         if path != state:
             shutil.rmtree(path)
@@ -61,12 +64,18 @@ def _step_of(path: Path) -> int:
 class ResumeCallback(TrainerCallback):
     """Saves states at the given steps, takes one up, and stops early where asked to.
 
-    SIGTERM to any rank, or `max_wall_time_s` since this object was made (by the clock of the first rank), stops all
-    ranks after the same step, with a state. Must stand after the callbacks that write at the end of a step.
+    SIGTERM to any rank, or `max_wall_time_s` since this object was made (by the clock of the first
+    rank), stops all ranks after the same step, with a state. Must stand after the callbacks that
+    write at the end of a step.
     """
 
     def __init__(
-        self, losses: LossLog, resumed: Path | None, *, resume_steps: str | None, max_wall_time_s: float | None
+        self,
+        losses: LossLog,
+        resumed: Path | None,
+        *,
+        resume_steps: str | None,
+        max_wall_time_s: float | None,
     ) -> None:
         self.run_dir = losses.run_dir
         self.losses = losses
@@ -77,12 +86,18 @@ class ResumeCallback(TrainerCallback):
         self.stopped: str | None = None
         """Why the run stopped before its last step."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
+    ) -> None:
         """Takes the counts of the state up."""
         self.steps: list[int] = []
         if self.resume_steps is not None:
             self.steps = resolve_steps(
-                self.resume_steps, flag="--resume_steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
+                self.resume_steps,
+                flag="--resume_steps",
+                args=args,
+                state=state,
+                dataloader=kwargs["train_dataloader"],
             )
         if self.resumed is not None:
             ours = read_object(self.resumed / _MARKER, _COUNTS)
@@ -107,7 +122,11 @@ class ResumeCallback(TrainerCallback):
 
     def _reason(self, args: TrainingArguments) -> str | None:
         """The same on every rank: each one's view is added up."""
-        is_late = self.deadline is not None and args.process_index == 0 and time.monotonic() > self.deadline
+        is_late = (
+            self.deadline is not None
+            and args.process_index == 0
+            and time.monotonic() > self.deadline
+        )
         flags = torch.tensor([self.was_told, is_late], dtype=torch.int32, device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(flags)
@@ -115,7 +134,8 @@ class ResumeCallback(TrainerCallback):
         return "SIGTERM" if told else "--max_wall_time_s" if late else None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Marks the state as whole, once all ranks have written their parts and all of it is on disk."""
+        """Marks the state as whole, once all ranks have written their parts and all of it is on
+        disk."""
         _wait_for_all(args)
         if state.is_world_process_zero:
             folder = self.run_dir / f"checkpoint-{state.global_step}"
@@ -123,7 +143,9 @@ class ResumeCallback(TrainerCallback):
                 fsync_path(path)
             write_json(folder / _MARKER, {"step": state.global_step, **self.losses.state()})
             log.info("state of step %d saved", state.global_step)
-        _wait_for_all(args)  # a launcher ends all ranks soon after the first one that ends, of an early stop with 75
+        _wait_for_all(
+            args
+        )  # a launcher ends all ranks soon after the first one that ends, of an early stop with 75
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """SIGTERM is what it was."""

@@ -2,7 +2,8 @@
 
 steps = part {"," part}
 part  = N        that step
-      | ...      between numbers: the progression before it, up to the number after it: geometric where the three
+      | ...      between numbers: the progression before it, up to the number after it: geometric
+      where the three
                  numbers before it are (1,2,4,...,512), else arithmetic (100,200,...,1000)
       | log2     0, 1, 2, 4, 8, ... to the last step
       | +N       every multiple of N after the number before it (512,+100 is 512, 600, 700, ...)
@@ -21,9 +22,16 @@ from transformers.trainer_utils import has_length
 from sft_probe.errors import UserError
 
 
-def resolve_steps(text: str, *, flag: str, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
-    """`parse_steps` for a training that is about to begin; in one without a known length the only epoch ends last."""
-    num_batches = len(dataloader) if has_length(dataloader) else state.max_steps * args.gradient_accumulation_steps
+def resolve_steps(
+    text: str, *, flag: str, args: TrainingArguments, state: TrainerState, dataloader: Any
+) -> list[int]:
+    """`parse_steps` for a training that is about to begin; in one without a known length the only
+    epoch ends last."""
+    num_batches = (
+        len(dataloader)
+        if has_length(dataloader)
+        else state.max_steps * args.gradient_accumulation_steps
+    )
     steps_per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
     return parse_steps(text, flag=flag, max_steps=state.max_steps, steps_per_epoch=steps_per_epoch)
 
@@ -40,7 +48,8 @@ def parse_steps(text: str, *, flag: str, max_steps: int, steps_per_epoch: int) -
         steps_per_epoch: optimizer steps.
 
     Raises:
-        UserError: the text is not in the grammar, or the number after `...` is not in the progression.
+        UserError: the text is not in the grammar, or the number after `...` is not in the
+        progression.
     """
     steps: set[int] = set()
     numbers: list[int] = []  # those that stand together right before a part
@@ -61,8 +70,8 @@ def parse_steps(text: str, *, flag: str, max_steps: int, steps_per_epoch: int) -
             numbers = []
         else:
             raise UserError(
-                f"{flag} {text!r}: {part!r} is neither a step (0, 1, 2, ...) nor one of ..., log2, +N (every N-th "
-                "step), epoch, last."
+                f"{flag} {text!r}: {part!r} is neither a step (0, 1, 2, ...) nor one of ..., log2, "
+                "+N (every N-th step), epoch, last."
             )
     return sorted(step for step in steps if step <= max_steps)
 
@@ -74,7 +83,9 @@ def _is_number(text: str) -> bool:
 def _named(name: str, max_steps: int, steps_per_epoch: int) -> Iterator[int]:
     if name == "log2":
         yield 0
-        yield from itertools.takewhile(lambda step: step <= max_steps, (2**i for i in itertools.count()))
+        yield from itertools.takewhile(
+            lambda step: step <= max_steps, (2**i for i in itertools.count())
+        )
     elif name == "epoch":
         yield from range(steps_per_epoch, max_steps + 1, steps_per_epoch)
     else:
@@ -84,7 +95,10 @@ def _named(name: str, max_steps: int, steps_per_epoch: int) -> Iterator[int]:
 def _progression(numbers: list[int], following: str, max_steps: int, value: str) -> Iterator[int]:
     """What stands between `numbers` and `following`, as far as `max_steps`."""
     if len(numbers) < 2 or numbers[-1] <= numbers[-2] or not _is_number(following):
-        raise UserError(f"{value}: ... stands between two rising numbers and the one to reach, as in 1,2,4,...,64.")
+        raise UserError(
+            f"{value}: ... stands between two rising numbers and the one to reach, as in "
+            "1,2,4,...,64."
+        )
     *before, second, first = numbers[-3:]
     last = int(following)
     if before and before[0] > 0 and second * second == before[0] * first and first % second == 0:

@@ -1,8 +1,9 @@
 """Supervised fine-tuning on one category or a mixture, with snapshots, live probe and exact resume.
 
 Run as: sft-probe train --config recipes/quickstart.yaml --output_dir runs/mine
-    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config recipes/quickstart.yaml --output_dir runs/two
-    or: deepspeed --module sft_probe.train.sft --config recipes/quickstart.yaml --output_dir runs/all-gpus
+    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config recipes/quickstart.yaml
+    --output_dir runs/two or: deepspeed --module sft_probe.train.sft --config
+    recipes/quickstart.yaml --output_dir runs/all-gpus
 """
 
 import logging
@@ -25,7 +26,12 @@ from sft_probe.prompts import terminator_id
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments, told_plainly
 from sft_probe.train.data import PadRight, TrainingExamples
-from sft_probe.train.finite import FiniteTrainer, NonFiniteLossError, save_last_good_step, weights_are_finite
+from sft_probe.train.finite import (
+    FiniteTrainer,
+    NonFiniteLossError,
+    save_last_good_step,
+    weights_are_finite,
+)
 from sft_probe.train.inputs import Inputs, load_inputs, load_trained_model, model_version
 from sft_probe.train.losses import LossLog
 from sft_probe.train.precision import PrecisionCallback
@@ -45,7 +51,9 @@ def main(argv: list[str]) -> None:
         SystemExit: with `STOPPED_EXIT_CODE` where the run stopped early, with a state.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, thousands
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # DeepSpeed's, thousands
     arguments, asked = parse_arguments(argv)
     probe_set = load_probe_set(arguments.probe_set)
     inputs = load_inputs(arguments, probe_set)
@@ -65,9 +73,14 @@ def main(argv: list[str]) -> None:
 
 
 def _train_or_leave(
-    arguments: SftArguments, asked: dict[str, str], probe_set: ProbeSet, inputs: Inputs, folder: Path
+    arguments: SftArguments,
+    asked: dict[str, str],
+    probe_set: ProbeSet,
+    inputs: Inputs,
+    folder: Path,
 ) -> bool:
-    """True where the run stopped early. The first rank alone looks at what an earlier attempt has left."""
+    """True where the run stopped early. The first rank alone looks at what an earlier attempt has
+    left."""
     tokenizer, prompt_format, examples = inputs
     request: dict[str, Any] = {}
     if arguments.should_save:
@@ -81,7 +94,9 @@ def _train_or_leave(
             prompt_format=prompt_format.name,
             encoded_data_sha256=examples.sha256,
         )
-    (is_complete,) = broadcast_object_list([arguments.should_save and run_dir.is_complete(folder, request)])
+    (is_complete,) = broadcast_object_list(
+        [arguments.should_save and run_dir.is_complete(folder, request)]
+    )
     if arguments.should_save and not is_complete:
         for drop in plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length):
             log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
@@ -99,7 +114,11 @@ def _train_or_leave(
 
 
 def train(
-    arguments: SftArguments, probe_set: ProbeSet, inputs: Inputs, folder: Path, request: dict[str, Any]
+    arguments: SftArguments,
+    probe_set: ProbeSet,
+    inputs: Inputs,
+    folder: Path,
+    request: dict[str, Any],
 ) -> dict[str, Any] | None:
     """Runs the training and returns the manifest's content; `None` where it stopped early."""
     with told_plainly():
@@ -115,9 +134,16 @@ def train(
         folder / "weights", arguments.snapshot_steps, arguments.snapshot_dtype, tokenizer, losses
     )
     resume = ResumeCallback(
-        losses, state, resume_steps=arguments.resume_steps, max_wall_time_s=arguments.max_wall_time_s
+        losses,
+        state,
+        resume_steps=arguments.resume_steps,
+        max_wall_time_s=arguments.max_wall_time_s,
     )
-    probes = [_probe(arguments, tokenizer, prompt_format.source, losses)] if arguments.probe_steps else []
+    probes = (
+        [_probe(arguments, tokenizer, prompt_format.source, losses)]
+        if arguments.probe_steps
+        else []
+    )
     for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
     with told_plainly():
@@ -132,10 +158,16 @@ def train(
             run_dir.unclaim(folder)
         raise
     if resume.stopped:
-        log.warning("stopped by %s at step %d; the same command goes on", resume.stopped, trainer.state.global_step)
+        log.warning(
+            "stopped by %s at step %d; the same command goes on",
+            resume.stopped,
+            trainer.state.global_step,
+        )
         return None
     if trainer.state.global_step < trainer.state.max_steps:
-        raise UserError(f"training ended after step {trainer.state.global_step} of {trainer.state.max_steps}.")
+        raise UserError(
+            f"training ended after step {trainer.state.global_step} of {trainer.state.max_steps}."
+        )
     if arguments.should_save:
         losses.write_exposure()
         log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
@@ -155,7 +187,8 @@ def train(
 def _make_trainer(
     arguments: SftArguments, examples: TrainingExamples, end_id: int
 ) -> tuple[FiniteTrainer, PrecisionCallback]:
-    """Load the model and return its trainer. Raises `UserError` where the Trainer or the launcher refuses the flags."""
+    """Load the model and return its trainer. Raises `UserError` where the Trainer or the launcher
+    refuses the flags."""
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
     with told_plainly():
         trainer = FiniteTrainer(
@@ -170,11 +203,14 @@ def _make_trainer(
     return trainer, precision
 
 
-def _run(trainer: FiniteTrainer, losses: LossLog, precision: PrecisionCallback, state: Path | None) -> None:
+def _run(
+    trainer: FiniteTrainer, losses: LossLog, precision: PrecisionCallback, state: Path | None
+) -> None:
     """Train to the end or to an early stop.
 
     Raises:
-        UserError: the Trainer cannot be set up with these flags; or a loss or a weight is no longer finite.
+        UserError: the Trainer cannot be set up with these flags; or a loss or a weight is no longer
+        finite.
     """
     started_finite = weights_are_finite(trainer.model, trainer.args.device)
     try:
@@ -188,12 +224,15 @@ def _run(trainer: FiniteTrainer, losses: LossLog, precision: PrecisionCallback, 
             raise
     if started_finite and not weights_are_finite(trainer.model, trainer.args.device):
         raise UserError(
-            f"after step {trainer.state.global_step} some weights are NaN or infinite: the last update diverged. Lower "
+            f"after step {trainer.state.global_step} some weights are NaN or infinite: the last "
+            "update diverged. Lower "
             "--learning_rate."
         )
 
 
-def _about(arguments: SftArguments, probe_set: ProbeSet, examples: TrainingExamples) -> dict[str, Any]:
+def _about(
+    arguments: SftArguments, probe_set: ProbeSet, examples: TrainingExamples
+) -> dict[str, Any]:
     return {
         "probe_set": probe_set.absolute_source,
         "train_data": arguments.train_data,
@@ -239,15 +278,20 @@ def _probe(
 def _check_launch(arguments: SftArguments, num_examples: int) -> None:
     world_size = arguments.world_size
     if world_size != int(os.environ.get("WORLD_SIZE", "1")):
-        raise UserError(f"the launcher asked for {os.environ['WORLD_SIZE']} processes, but {world_size} take part.")
+        raise UserError(
+            f"the launcher asked for {os.environ['WORLD_SIZE']} processes, but {world_size} take "
+            "part."
+        )
     rows = world_size * arguments.per_device_train_batch_size
     if arguments.dataloader_drop_last and num_examples < rows:
         raise UserError(
-            f"{num_examples} examples do not fill one batch of {rows}, and --dataloader_drop_last drops it."
+            f"{num_examples} examples do not fill one batch of {rows}, and --dataloader_drop_last "
+            "drops it."
         )
     if world_size > 1 and num_examples % rows and not arguments.dataloader_drop_last:
         raise UserError(
-            f"{num_examples} examples do not fill batches of {rows} ({world_size} processes), so some would be shown "
+            f"{num_examples} examples do not fill batches of {rows} ({world_size} processes), so "
+            "some would be shown "
             "twice. Choose another --per_device_train_batch_size or --dataloader_drop_last true."
         )
 

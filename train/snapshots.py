@@ -1,4 +1,5 @@
-"""Weights-only snapshots in Hugging Face layout, complete or absent; `meta.json` says where they come from."""
+"""Weights-only snapshots in Hugging Face layout, complete or absent; `meta.json` says where they
+come from."""
 
 import logging
 import time
@@ -29,12 +30,13 @@ class SnapshotCallback(TrainerCallback):
     Args:
         weights_dir: gets a directory per step.
         snapshot_steps: in the grammar of `schedule.py`.
-        snapshot_dtype: `training` (as the model computes), `float32` (its masters), or `None`: masters where there are.
-        tokenizer: saved with the weights.
+        snapshot_dtype: `training` (as the model computes), `float32` (its masters), or `None`:
+        masters where there are. tokenizer: saved with the weights.
         losses: whose counts go into `meta.json`.
 
     Raises:
-        UserError: the weights of two steps are equal although there was an update with a learning rate above 0.
+        UserError: the weights of two steps are equal although there was an update with a learning
+        rate above 0.
     """
 
     def __init__(
@@ -52,31 +54,43 @@ class SnapshotCallback(TrainerCallback):
         self.losses = losses
         self.steps: list[int] = []
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
+    ) -> None:
         """Step 0: the weights as training got them. Only now are the numbers of steps known."""
         asked = resolve_steps(
-            self.snapshot_steps, flag="--snapshot_steps", args=args, state=state, dataloader=kwargs["train_dataloader"]
+            self.snapshot_steps,
+            flag="--snapshot_steps",
+            args=args,
+            state=state,
+            dataloader=kwargs["train_dataloader"],
         )
         self.steps = sorted({0, *asked, state.max_steps})
         self.masters = self.snapshot_dtype != "training" and has_masters(kwargs["model"])
         if state.global_step == 0:
             self._save(state, kwargs["model"])
 
-    def on_step_end(self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
+    ) -> None:
         """Saves if this step is asked for."""
         if state.global_step in self.steps:
             self._save(state, kwargs["model"])
 
     def _save(self, state: TrainerState, model: Any) -> None:
         start = time.perf_counter()
-        weights = gather_weights(model, masters=self.masters, keep=state.is_world_process_zero)  # on every rank
+        weights = gather_weights(
+            model, masters=self.masters, keep=state.is_world_process_zero
+        )  # on every rank
         if state.is_world_process_zero:
             target = self.weights_dir / f"step_{state.global_step:06d}"
             try:
                 with new_dir(target) as folder:
                     self._write(folder, state, model, weights, start)
             except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot write {target}: {error}. Mend it, and the same command goes on.") from error
+                raise UserError(
+                    f"cannot write {target}: {error}. Mend it, and the same command goes on."
+                ) from error
         self.losses.lr_since_snapshot = 0.0
 
     def save_s(self) -> float:
@@ -84,10 +98,14 @@ class SnapshotCallback(TrainerCallback):
         metas = self.weights_dir.glob("step_*/meta.json")
         return float(sum(read_object(path, {"save_s": float})["save_s"] for path in metas))
 
-    def _write(self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float) -> None:
+    def _write(
+        self, folder: Path, state: TrainerState, model: Any, weights: dict[str, Any], start: float
+    ) -> None:
         dtype = name_of(most_common_dtype(weights.values()))
         model.save_pretrained(folder, state_dict=weights)
-        if self.masters and (folder / "config.json").exists():  # else they would load in the dtype of the model
+        if (
+            self.masters and (folder / "config.json").exists()
+        ):  # else they would load in the dtype of the model
             config = read_object(folder / "config.json")
             write_json(folder / "config.json", {**config, "dtype": "float32"})
         self.tokenizer.save_pretrained(folder)
@@ -110,7 +128,8 @@ class SnapshotCallback(TrainerCallback):
         write_json(folder / "meta.json", meta)
 
     def _duplicate_of(self, step: int, sha256: dict[str, str]) -> int | None:
-        """The snapshot before, where it has the same weights for want of an update (rate 0, or fp16 overflow)."""
+        """The snapshot before, where it has the same weights for want of an update (rate 0, or fp16
+        overflow)."""
         earlier = [other for other in self.steps if other < step]
         if not earlier:
             return None
@@ -119,8 +138,14 @@ class SnapshotCallback(TrainerCallback):
             return None
         if self.losses.lr_since_snapshot:
             raise UserError(
-                f"the weights of step {step} equal those of step {earlier[-1]} although the learning rate was not 0: "
-                "no gradient arrives, or 16-bit weights lose so small an update (--dtype float32 keeps it)."
+                f"the weights of step {step} equal those of step {earlier[-1]} although the "
+                "learning rate was not 0: "
+                "no gradient arrives, or 16-bit weights lose so small an update (--dtype float32 "
+                "keeps it)."
             )
-        log.warning("the weights of step %d equal those of step %d: no update at a rate above 0", step, earlier[-1])
+        log.warning(
+            "the weights of step %d equal those of step %d: no update at a rate above 0",
+            step,
+            earlier[-1],
+        )
         return earlier[-1]

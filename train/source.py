@@ -1,4 +1,5 @@
-"""Docs to train on that are no probe set: preference pairs, HH transcripts, prompts with a response, chat messages."""
+"""Docs to train on that are no probe set: preference pairs, HH transcripts, prompts with a
+response, chat messages."""
 
 import hashlib
 import json
@@ -25,15 +26,19 @@ from sft_probe.synth.sources import Row, read_rows, source_sha256
 from sft_probe.synth.splits import conversation_id
 
 
-def read_docs(source: str, *, prompt_column: str, response_column: str) -> tuple[list[Doc], list[DroppedDoc]]:
-    """The docs of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory of them, or a hub data set.
+def read_docs(
+    source: str, *, prompt_column: str, response_column: str
+) -> tuple[list[Doc], list[DroppedDoc]]:
+    """The docs of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory of them, or a hub data
+    set.
 
-    A row with `chosen` and `rejected` (HH transcripts, texts or messages) gives both categories; one with `messages`,
-    or with a prompt and a response, gives `chosen`. Rows that give no doc come back with the reason, those that the
-    source itself holds out file by file.
+    A row with `chosen` and `rejected` (HH transcripts, texts or messages) gives both categories;
+    one with `messages`, or with a prompt and a response, gives `chosen`. Rows that give no doc come
+    back with the reason, those that the source itself holds out file by file.
 
     Raises:
-        UserError: there is no such source, it is damaged, or the rows do not all have the same categories.
+        UserError: there is no such source, it is damaged, or the rows do not all have the same
+        categories.
     """
     docs, dropped = [], []
     seen: dict[str, str] = {}
@@ -50,7 +55,9 @@ def read_docs(source: str, *, prompt_column: str, response_column: str) -> tuple
             if earlier != doc_id:
                 raise RowRejectedError(f"the same as an earlier row, {earlier}")
         except RowRejectedError as error:
-            dropped.append(DroppedDoc(doc_id=doc_id, reason=f"{row.file}, line {row.line}: {error}"))
+            dropped.append(
+                DroppedDoc(doc_id=doc_id, reason=f"{row.file}, line {row.line}: {error}")
+            )
             continue
         docs.append(
             Doc(
@@ -63,11 +70,15 @@ def read_docs(source: str, *, prompt_column: str, response_column: str) -> tuple
             )
         )
     dropped += [
-        DroppedDoc(doc_id=file, reason=f"all {number} rows: by its name, data that the source holds out")
+        DroppedDoc(
+            doc_id=file, reason=f"all {number} rows: by its name, data that the source holds out"
+        )
         for file, number in held_out.items()
     ]
     if len({tuple(doc.responses) for doc in docs}) > 1:
-        raise UserError(f"{source}: some rows have `rejected`, others have not; train on one kind at a time.")
+        raise UserError(
+            f"{source}: some rows have `rejected`, others have not; train on one kind at a time."
+        )
     return docs, dropped
 
 
@@ -82,15 +93,21 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
         return parse_row(value), ("chosen", "rejected")
     messages: Any = value.get("messages")
     if messages is None:
-        if missing := [f"`{name}`" for name in (prompt_column, response_column) if name not in value]:
+        if missing := [
+            f"`{name}`" for name in (prompt_column, response_column) if name not in value
+        ]:
             raise RowRejectedError(
-                f"neither `messages` nor `chosen` and `rejected` nor {' and '.join(missing)}; the columns are "
+                f"neither `messages` nor `chosen` and `rejected` nor {' and '.join(missing)}; the "
+                "columns are "
                 f"{column_names(value)}: name yours with --prompt_column and --response_column"
             )
         response = value[response_column]
         if not isinstance(response, str):
             raise RowRejectedError(f"`{response_column}` is {kind_of(response)}, not text")
-        messages = [*parse_turns(value[prompt_column]), {"role": "assistant", "content": clean_response(response)}]
+        messages = [
+            *parse_turns(value[prompt_column]),
+            {"role": "assistant", "content": clean_response(response)},
+        ]
     turns, response = parse_messages(messages)
     return Pair(messages=turns, chosen=response, rejected=""), ("chosen",)
 
@@ -108,8 +125,11 @@ def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
     ]
 
 
-def without_heldout(docs: Sequence[Doc], heldout: Sequence[Doc]) -> tuple[list[Doc], list[DroppedDoc]]:
-    """Takes out the docs whose conversation, known by its first user turn, is probed as held out."""
+def without_heldout(
+    docs: Sequence[Doc], heldout: Sequence[Doc]
+) -> tuple[list[Doc], list[DroppedDoc]]:
+    """Takes out the docs whose conversation, known by its first user turn, is probed as held
+    out."""
     held = {conversation_id(doc): doc.doc_id for doc in heldout}
     twins = {doc.doc_id: held.get(doc.conversation_id) for doc in docs}
     dropped = [

@@ -1,4 +1,5 @@
-"""A `transformers.Trainer` that knows the loss of each example, and computes logits only where there is a label."""
+"""A `transformers.Trainer` that knows the loss of each example, and computes logits only where
+there is a label."""
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +16,13 @@ from transformers import Trainer, TrainerCallback
 from sft_probe.errors import UserError
 from sft_probe.scoring.head import HeadRows
 from sft_probe.scoring.packing import Item
-from sft_probe.scoring.trials import check_language_model, is_close, is_coarse, made_up_items, plain_logprobs
+from sft_probe.scoring.trials import (
+    check_language_model,
+    is_close,
+    is_coarse,
+    made_up_items,
+    plain_logprobs,
+)
 from sft_probe.train.data import IGNORED_LABEL, Example, PadRight
 
 if TYPE_CHECKING:
@@ -35,14 +42,17 @@ def causal_lm(model: Any) -> "PreTrainedModel":
 
 
 class SftTrainer(Trainer):
-    """Trains on the mean loss over labelled tokens, of all micro-batches and ranks of a step together.
+    """Trains on the mean loss over labelled tokens, of all micro-batches and ranks of a step
+    together.
 
-    The head of the model runs on the positions that predict a label, not on those of prompts and padding, which are
-    most of them (`scoring.head`); soft-capping and scaling are the model's. That the losses are right is tried when
-    training begins. Takes `sft_probe.train.data.PadRight` as collator.
+    The head of the model runs on the positions that predict a label, not on those of prompts and
+    padding, which are most of them (`scoring.head`); soft-capping and scaling are the model's. That
+    the losses are right is tried when training begins. Takes `sft_probe.train.data.PadRight` as
+    collator.
 
     Raises:
-        UserError: when training begins: the model is no causal LM, or its losses are not those of its plain forward.
+        UserError: when training begins: the model is no causal LM, or its losses are not those of
+        its plain forward.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,10 +61,13 @@ class SftTrainer(Trainer):
         self._example_index: list[int] = []
         self._shown: list[tuple[list[int], torch.Tensor]] = []
         self.noise_nats: float | None = None
-        """How far training passes over the same tokens are apart; 0.0 or rounding, unless some dropout stayed on."""
+        """How far training passes over the same tokens are apart; 0.0 or rounding, unless some
+        dropout stayed on."""
         self.add_callback(_TryFirst(self))
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """One micro-batch; what it held is kept for `take_shown`."""
         self._example_index = inputs.pop("example_index")
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -69,9 +82,13 @@ class SftTrainer(Trainer):
         """Losses [R], in nats, of the labelled tokens of `labels` [B, L], row by row."""
         logits = self._head_rows.of(outputs.logits, _predicting_rows(labels))
         targets = labels[:, 1:]
-        return functional.cross_entropy(logits.float(), targets[targets != IGNORED_LABEL], reduction="none")
+        return functional.cross_entropy(
+            logits.float(), targets[targets != IGNORED_LABEL], reduction="none"
+        )
 
-    def _mean_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    def _mean_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any
+    ) -> torch.Tensor:
         rows, _ = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
         losses = self._token_losses(outputs, labels)
         sums = torch.zeros(len(labels), device=losses.device).index_add_(0, rows, losses.detach())
@@ -80,7 +97,8 @@ class SftTrainer(Trainer):
         return loss
 
     def try_model(self) -> None:
-        """Compare the losses of a made-up batch with the model's plain forward, and two training passes over it.
+        """Compare the losses of a made-up batch with the model's plain forward, and two training
+        passes over it.
 
         Raises:
             UserError: as the class says.
@@ -95,20 +113,23 @@ class SftTrainer(Trainer):
         is_right, difference = is_close(found, expected, dtype)
         if not is_right and np.isfinite(expected).all():  # NaN is for the first step to find
             raise UserError(
-                f"{type(model).__name__} cannot be trained here: the losses of labelled tokens are off by "
-                f"{difference:.2g} nats from those of the model's own plain forward pass."
+                f"{type(model).__name__} cannot be trained here: the losses of labelled tokens are "
+                f"off by {difference:.2g} nats from those of the model's own plain forward pass."
             )
         self.noise_nats = self._noise(items)
         if self.noise_nats > (0.05 if is_coarse(dtype) else 1e-4):
             log.warning(
-                "%s: two training passes over the same tokens differ by up to %.2g nats, although every dropout that "
-                "is known was set to 0; runs that differ in their data alone will differ by this noise too",
+                "%s: two training passes over the same tokens differ by up to %.2g nats, although "
+                "every dropout that "
+                "is known was set to 0; runs that differ in their data alone will differ by this "
+                "noise too",
                 type(model).__name__,
                 self.noise_nats,
             )
 
     def _noise(self, items: list[Item]) -> float:
-        """The largest difference, in nats, among a few training passes; the random state stays as it was."""
+        """The largest difference, in nats, among a few training passes; the random state stays as
+        it was."""
         model = causal_lm(self.model)
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _mode(model, training=True):
@@ -122,11 +143,14 @@ class SftTrainer(Trainer):
         labels = batch["labels"].to(model.device)
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad(), self._head_rows.select(_predicting_rows(labels), labels.shape):
-            losses: npt.NDArray[np.float32] = self._token_losses(model(**inputs), labels).cpu().numpy()
+            losses: npt.NDArray[np.float32] = (
+                self._token_losses(model(**inputs), labels).cpu().numpy()
+            )
         return losses
 
     def take_shown(self) -> list[tuple[int, float]]:
-        """Index and summed loss (nats, before the update) of each example shown to this rank since the last call."""
+        """Index and summed loss (nats, before the update) of each example shown to this rank since
+        the last call."""
         if not self._shown:
             return []
         indices = [index for part, _ in self._shown for index in part]
@@ -160,7 +184,8 @@ def _example(item: Item) -> Example:
 
 @contextmanager
 def _mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
-    """Every module in training or evaluation mode for the length of a block, and each as it was afterwards."""
+    """Every module in training or evaluation mode for the length of a block, and each as it was
+    afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:

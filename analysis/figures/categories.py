@@ -29,7 +29,8 @@ _PARTS = {"first": "first token", "body": "body", "eos": "terminator"}
 
 
 def curves_of(changes: pd.DataFrame, measure: str, split: str, style: Style) -> pd.DataFrame:
-    """What a figure of changes draws: one measure per response of one split, with `label` and level bands."""
+    """What a figure of changes draws: one measure per response of one split, with `label` and level
+    bands."""
     table = changes[(changes["split"] == split) & (changes["unit"] == PER_RESPONSE)]
     shown = measure if (table["measure"] == measure).any() else "logprob_with_eos"
     table = table[table["measure"] == shown].copy()
@@ -45,24 +46,49 @@ def changes_chart(
     """All categories on one log-step axis; `marks` are `step what`, drawn as vertical rules."""
     color, shape = category_color(categories, style), category_shape(categories, style)
     panels = list(dict.fromkeys(table["run"]))
-    layers = _layers(table, marks, color, shape, y="change", low="band_low", high="band_high", y_title=CHANGE_TITLE)
+    layers = _layers(
+        table,
+        marks,
+        color,
+        shape,
+        y="change",
+        low="band_low",
+        high="band_high",
+        y_title=CHANGE_TITLE,
+    )
     if len(panels) == 1:
         return layers.properties(width=width - 5 * style.font_size, height=0.5 * min(width, 600))
     columns = columns_for(len(panels), style)
     cell = cell_width(width, columns, style)
-    return facet(layers.properties(width=cell, height=cell), panels, style, columns, column="run", own_scale=False)
+    return facet(
+        layers.properties(width=cell, height=cell),
+        panels,
+        style,
+        columns,
+        column="run",
+        own_scale=False,
+    )
 
 
 def levels_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
-    """Small multiples of the levels, as the forerunner drew them; bands are those of the paired change."""
+    """Small multiples of the levels, as the forerunner drew them; bands are those of the paired
+    change."""
     columns = columns_for(len(categories), style)
     cell = cell_width(width, columns, style)
     layers = _layers(
-        table, pd.DataFrame(), category_color(categories, style, legend=False), alt.value("circle"),
-        y="level", low="level_low", high="level_high", y_title=PANEL_TITLE,
-    )  # fmt: skip
+        table,
+        pd.DataFrame(),
+        category_color(categories, style, legend=False),
+        alt.value("circle"),
+        y="level",
+        low="level_low",
+        high="level_high",
+        y_title=PANEL_TITLE,
+    )
     names = [style.label(name) for name in categories]
-    return facet(layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns)
+    return facet(
+        layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns
+    )
 
 
 def runs_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
@@ -70,21 +96,43 @@ def runs_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, wid
     keys = list(dict.fromkeys(table[style.color].astype(str)))
     colors = list(colors_of(keys).values()) if style.color == "train_category" else key_colors(keys)
     color = alt.Color(
-        f"{style.color}:N", scale=alt.Scale(domain=keys, range=colors), sort=None,
-        legend=alt.Legend(title=style.color.replace("_", " "), columns=legend_columns(keys, style), symbolOpacity=1),
-    )  # fmt: skip
+        f"{style.color}:N",
+        scale=alt.Scale(domain=keys, range=colors),
+        sort=None,
+        legend=alt.Legend(
+            title=style.color.replace("_", " "),
+            columns=legend_columns(keys, style),
+            symbolOpacity=1,
+        ),
+    )
     columns = columns_for(len(categories), style)
     cell = cell_width(width, columns, style)
     layers = _layers(
-        table, pd.DataFrame(), color, alt.value("circle"), y="change", low="band_low", high="band_high",
+        table,
+        pd.DataFrame(),
+        color,
+        alt.value("circle"),
+        y="change",
+        low="band_low",
+        high="band_high",
         y_title=PANEL_TITLE,
-    )  # fmt: skip
+    )
     names = [style.label(name) for name in categories]
-    return facet(layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns)
+    return facet(
+        layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns
+    )
 
 
 def _layers(
-    table: pd.DataFrame, marks: pd.DataFrame, color: Any, shape: Any, *, y: str, low: str, high: str, y_title: str
+    table: pd.DataFrame,
+    marks: pd.DataFrame,
+    color: Any,
+    shape: Any,
+    *,
+    y: str,
+    low: str,
+    high: str,
+    y_title: str,
 ) -> Any:
     """Band, line and points of curves, with a rule at 0 for changes."""
     unit = str(table["step_unit"].iloc[0])
@@ -92,11 +140,20 @@ def _layers(
     scale = alt.Scale(zero=y == "change")
     base = alt.Chart(table).encode(x=x, color=color, detail="run:N")
     opacity = 0.15 if table["label"].nunique() <= 8 else 0.05
-    band = base.mark_area(opacity=opacity).encode(y=alt.Y(f"{low}:Q", scale=scale, title=y_title), y2=f"{high}:Q")
+    band = base.mark_area(opacity=opacity).encode(
+        y=alt.Y(f"{low}:Q", scale=scale, title=y_title), y2=f"{high}:Q"
+    )
     line = base.mark_line(strokeWidth=1.6).encode(y=alt.Y(f"{y}:Q", scale=scale, title=y_title))
-    tooltip = ["run:N", "category:N", "step:Q", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (y, low, high))]
+    tooltip = [
+        "run:N",
+        "category:N",
+        "step:Q",
+        *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (y, low, high)),
+    ]
     size = 34 if table["step"].nunique() <= 24 else 8
-    points = base.mark_point(filled=True, size=size, opacity=1).encode(y=f"{y}:Q", shape=shape, tooltip=tooltip)
+    points = base.mark_point(filled=True, size=size, opacity=1).encode(
+        y=f"{y}:Q", shape=shape, tooltip=tooltip
+    )
     layers = [band, line, points]
     if y == "change":
         layers.insert(0, table_rule(table))
@@ -123,7 +180,9 @@ def parts_of(changes: pd.DataFrame, split: str, style: Style) -> pd.DataFrame:
     part, part_order = table["measure"].map(_PARTS), table["measure"].map(list(_PARTS).index)
     label = [style.label(str(name)) for name in table["category"]]
     columns = ["run", "category", "label", "step", "part", "part_order", "change", "stderr"]
-    return pd.DataFrame(table.assign(part=part, part_order=part_order, label=label), columns=columns)
+    return pd.DataFrame(
+        table.assign(part=part, part_order=part_order, label=label), columns=columns
+    )
 
 
 def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
@@ -135,13 +194,18 @@ def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, wi
     y_title = "nats per response"
     base = alt.Chart(table)
     bars = base.mark_bar().encode(
-        x=x, y=alt.Y("change:Q", stack="zero", title=y_title),
+        x=x,
+        y=alt.Y("change:Q", stack="zero", title=y_title),
         color=alt.Color("part:N", scale=scale, sort=None, legend=alt.Legend(title=None)),
         order=alt.Order("part_order:Q"),
         tooltip=["category:N", "step:O", "part:N", alt.Tooltip("change:Q", format=".2f")],
-    )  # fmt: skip
-    total = base.mark_point(filled=True, size=26, color="#D00000", opacity=1).encode(x=x, y="sum(change):Q")
+    )
+    total = base.mark_point(filled=True, size=26, color="#D00000", opacity=1).encode(
+        x=x, y="sum(change):Q"
+    )
     layers = alt.layer(bars, table_rule(table), total, data=table).properties(
         width=cell, height=cell_height(cell, style)
     )
-    return facet(layers, [style.label(name) for name in categories], style, columns, own_scale=False)
+    return facet(
+        layers, [style.label(name) for name in categories], style, columns, own_scale=False
+    )

@@ -1,4 +1,5 @@
-"""Figures of single docs: the data card, lines of docs, tokens of one doc, change against length."""
+"""Figures of single docs: the data card, lines of docs, tokens of one doc, change against
+length."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -39,30 +40,48 @@ def data_card(recording: Recording, split: str, arrays: Cube, style: Style) -> I
 
     def build(width: float) -> Any:
         height = 2.2 * style.font_size * len(order)
-        columns = [("repeated", 5.0), ("leading space", 7.5), ("writer", 20.0)]  # widths in letters' heights
+        columns = [
+            ("repeated", 5.0),
+            ("leading space", 7.5),
+            ("writer", 20.0),
+        ]  # widths in letters' heights
         columns = columns if style.width >= 400 else columns[:2]
         left = width - style.font_size * sum(size for _, size in columns)
         base = alt.Chart(table)
         length = alt.X("q05:Q", title="tokens per response", scale=alt.Scale(zero=False))
         whisker = base.mark_rule(strokeWidth=1).encode(x=length, x2="q95:Q", y=y, color=color)
-        box = base.mark_bar(height=style.font_size).encode(x=alt.X("q25:Q"), x2="q75:Q", y=y, color=color)
-        median = base.mark_tick(color="white", thickness=2, height=style.font_size).encode(x="q50:Q", y=y)
-        panels = [alt.layer(whisker, box, median).properties(width=max(left - 60, 60.0), height=height)]
+        box = base.mark_bar(height=style.font_size).encode(
+            x=alt.X("q25:Q"), x2="q75:Q", y=y, color=color
+        )
+        median = base.mark_tick(color="white", thickness=2, height=style.font_size).encode(
+            x="q50:Q", y=y
+        )
+        panels = [
+            alt.layer(whisker, box, median).properties(width=max(left - 60, 60.0), height=height)
+        ]
         for title, letters in columns:
             text = base.mark_text(align="left", fontSize=style.font_size * 0.9).encode(
-                y=alt.Y("label:N", sort=order, axis=None), x=alt.value(0), text=f"{title.replace(' ', '_')}_text:N"
+                y=alt.Y("label:N", sort=order, axis=None),
+                x=alt.value(0),
+                text=f"{title.replace(' ', '_')}_text:N",
             )
-            head = alt.TitleParams(title, fontSize=style.font_size * 0.95, fontWeight="normal", anchor="start")
+            head = alt.TitleParams(
+                title, fontSize=style.font_size * 0.95, fontWeight="normal", anchor="start"
+            )
             size = letters * style.font_size
-            panels.append(text.properties(width=size, height=height, title=head, view={"stroke": None}))
+            panels.append(
+                text.properties(width=size, height=height, title=head, view={"stroke": None})
+            )
         return alt.hconcat(*panels, spacing=4)
 
     dropped = len(recording.probe.get("dropped", []))
     subtitle = [
-        f"{len(arrays.doc_ids)} {SPLIT_NAMES[split]} in {arrays.cluster_text}; {dropped} docs left out; "
-        "bars: middle half, tick: median, line: 5 to 95 %"
+        f"{len(arrays.doc_ids)} {SPLIT_NAMES[split]} in {arrays.cluster_text}; {dropped} docs left "
+        "out; bars: middle half, tick: median, line: 5 to 95 %"
     ]
-    yield Figure(name=f"data_card_{split}", title="Data card", subtitle=subtitle, table=table, build=build)
+    yield Figure(
+        name=f"data_card_{split}", title="Data card", subtitle=subtitle, table=table, build=build
+    )
 
 
 def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
@@ -73,24 +92,39 @@ def _card(recording: Recording, arrays: Cube, style: Style) -> pd.DataFrame:
         if np.isnan(lengths).all():
             lengths = arrays.at_start("num_bytes")[:, number, 0]
         lengths = lengths[~np.isnan(lengths)]
-        quantiles = np.quantile(lengths, _QUANTILES) if len(lengths) else np.full(len(_QUANTILES), np.nan)
+        quantiles = (
+            np.quantile(lengths, _QUANTILES) if len(lengths) else np.full(len(_QUANTILES), np.nan)
+        )
         texts = [
-            recording.texts[name][category] for name in arrays.doc_ids if category in recording.texts.get(name, {})
+            recording.texts[name][category]
+            for name in arrays.doc_ids
+            if category in recording.texts.get(name, {})
         ]
         rows.append(
             {
-                "category": category, "label": style.label(category), "writer": str(writers.get(category, "?")),
+                "category": category,
+                "label": style.label(category),
+                "writer": str(writers.get(category, "?")),
                 "num_docs": len(arrays.doc_ids),
                 "mean_bytes": float(weighted_mean(arrays.at_start("num_bytes")[:, number, 0])),
-                **{f"q{100 * q:02.0f}": value for q, value in zip(_QUANTILES, quantiles, strict=True)},
+                **{
+                    f"q{100 * q:02.0f}": value
+                    for q, value in zip(_QUANTILES, quantiles, strict=True)
+                },
                 "repeated": 1 - len(set(texts)) / len(texts) if texts else np.nan,
-                "leading_space": np.mean([text[:1].isspace() for text in texts]) if texts else np.nan,
+                "leading_space": np.mean([text[:1].isspace() for text in texts])
+                if texts
+                else np.nan,
             }
-        )  # fmt: skip
+        )
     table = pd.DataFrame(rows)
     for name in ("repeated", "leading_space"):
-        table[f"{name}_text"] = ["?" if np.isnan(share) else f"{100 * share:.0f} %" for share in table[name]]
-    return table.assign(writer_text=[textwrap.shorten(writer, 44, placeholder="...") for writer in table["writer"]])
+        table[f"{name}_text"] = [
+            "?" if np.isnan(share) else f"{100 * share:.0f} %" for share in table[name]
+        ]
+    return table.assign(
+        writer_text=[textwrap.shorten(writer, 44, placeholder="...") for writer in table["writer"]]
+    )
 
 
 def doc_lines(split: str, arrays: Cube, measure: str, style: Style) -> Iterator[Figure]:
@@ -101,13 +135,24 @@ def doc_lines(split: str, arrays: Cube, measure: str, style: Style) -> Iterator[
     rows = []
     for number, category in enumerate(arrays.categories):
         for point in points:
-            step = {"category": category, "label": style.label(category), "step": arrays.steps[point]}
+            step = {
+                "category": category,
+                "label": style.label(category),
+                "step": arrays.steps[point],
+            }
             values = change[:, number, point]
-            rows += [{**step, "doc_id": arrays.doc_ids[doc], "change": values[doc]} for doc in shown]
+            rows += [
+                {**step, "doc_id": arrays.doc_ids[doc], "change": values[doc]} for doc in shown
+            ]
             if not np.isnan(values).all():
                 for q in (0.1, 0.5, 0.9):
                     rows.append(
-                        {**step, "doc_id": f"quantile {q:g}", "change": np.nanquantile(values, q), "quantile": q}
+                        {
+                            **step,
+                            "doc_id": f"quantile {q:g}",
+                            "change": np.nanquantile(values, q),
+                            "quantile": q,
+                        }
                     )
     table = pd.DataFrame(rows)
     names = [style.label(name) for name in arrays.categories]
@@ -116,23 +161,36 @@ def doc_lines(split: str, arrays: Cube, measure: str, style: Style) -> Iterator[
         columns = columns_for(len(names), style)
         cell = cell_width(width, columns, style)
         y = alt.Y("change:Q", title="nats per response")
-        base = alt.Chart(table).encode(x=step_axis(arrays.steps, "step (log)"), y=y, detail="doc_id:N")
+        base = alt.Chart(table).encode(
+            x=step_axis(arrays.steps, "step (log)"), y=y, detail="doc_id:N"
+        )
         color = category_color(arrays.categories, style, legend=False)
-        single = base.transform_filter("!isValid(datum.quantile)").mark_line(strokeWidth=0.6, opacity=0.35)
+        single = base.transform_filter("!isValid(datum.quantile)").mark_line(
+            strokeWidth=0.6, opacity=0.35
+        )
         quantiles = base.transform_filter("isValid(datum.quantile)").mark_line(color="black")
         dash = alt.StrokeDash(
-            "quantile:N", scale=alt.Scale(domain=[0.1, 0.5, 0.9], range=[[3, 2], [1, 0], [3, 2]]), legend=None
+            "quantile:N",
+            scale=alt.Scale(domain=[0.1, 0.5, 0.9], range=[[3, 2], [1, 0], [3, 2]]),
+            legend=None,
         )
         layers = alt.layer(
-            table_rule(table), single.encode(color=color, tooltip=["doc_id:N", "step:Q", "change:Q"]),
-            quantiles.encode(strokeDash=dash), data=table,
-        )  # fmt: skip
+            table_rule(table),
+            single.encode(color=color, tooltip=["doc_id:N", "step:Q", "change:Q"]),
+            quantiles.encode(strokeDash=dash),
+            data=table,
+        )
         return facet(
-            layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns, own_scale=False
+            layers.properties(width=cell, height=cell_height(cell, style)),
+            names,
+            style,
+            columns,
+            own_scale=False,
         )
 
     subtitle = [
-        f"Thin: {len(shown)} of {len(arrays.doc_ids)} docs; black: median, dashed: 10 and 90 % of all docs; one run"
+        f"Thin: {len(shown)} of {len(arrays.doc_ids)} docs; black: median, dashed: 10 and 90 % of "
+        "all docs; one run"
     ]
     yield Figure(
         name=f"docs_{split}",
@@ -151,19 +209,24 @@ def length_figure(split: str, arrays: Cube, measure: str, style: Style) -> Itera
     table = pd.DataFrame(
         [
             {
-                "category": category, "label": style.label(category), "doc_id": doc_id,
-                "num_tokens": lengths[doc, number], "change": change[doc, number],
+                "category": category,
+                "label": style.label(category),
+                "doc_id": doc_id,
+                "num_tokens": lengths[doc, number],
+                "change": change[doc, number],
             }
             for number, category in enumerate(arrays.categories)
             for doc, doc_id in enumerate(arrays.doc_ids)
         ]
-    ).dropna()  # fmt: skip
+    ).dropna()
     names = [style.label(name) for name in arrays.categories]
 
     def build(width: float) -> Any:
         columns = columns_for(len(names), style)
         cell = cell_width(width, columns, style)
-        x = alt.X("num_tokens:Q", title="tokens of the response", scale=alt.Scale(zero=False, nice=True))
+        x = alt.X(
+            "num_tokens:Q", title="tokens of the response", scale=alt.Scale(zero=False, nice=True)
+        )
         y = alt.Y("change:Q", title="nats per response")
         color = category_color(arrays.categories, style, legend=False)
         base = alt.Chart(table).encode(x=x, y=y)
@@ -189,7 +252,8 @@ def length_figure(split: str, arrays: Cube, measure: str, style: Style) -> Itera
 
 
 def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -> Iterator[Figure]:
-    """The change of each token of one doc: the one whose change is the median of the training category's."""
+    """The change of each token of one doc: the one whose change is the median of the training
+    category's."""
     if recording.tokens is None:
         return
     own = recording.train_category
@@ -199,7 +263,9 @@ def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -
     if not len(known):
         return
     doc_id = arrays.doc_ids[known[np.argsort(change[known])[len(known) // 2]]]
-    table = token_changes(recording, split, doc_id, arrays.categories, (arrays.steps[0], arrays.steps[-1]))
+    table = token_changes(
+        recording, split, doc_id, arrays.categories, (arrays.steps[0], arrays.steps[-1])
+    )
     if table.empty:
         return
     table["label"] = [style.label(name) for name in table["category"]]
@@ -210,27 +276,42 @@ def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -
     def build(width: float) -> Any:
         cell = cell_width(width, 1, style)
         color = alt.Color(
-            "change:Q", scale=alt.Scale(scheme="blueorange", domain=[-largest, largest], reverse=True),
-            legend=alt.Legend(title="change (nats)", orient="bottom", gradientLength=min(200.0, width / 2)),
-        )  # fmt: skip
+            "change:Q",
+            scale=alt.Scale(scheme="blueorange", domain=[-largest, largest], reverse=True),
+            legend=alt.Legend(
+                title="change (nats)", orient="bottom", gradientLength=min(200.0, width / 2)
+            ),
+        )
         x = alt.X(
             "position:O",
             title="token of the response",
             axis=alt.Axis(labelAngle=0, values=[1, *range(5, _MAX_TOKENS + 1, 5)]),
         )
-        bars = alt.Chart(table).mark_bar().encode(
-            x=x, y=alt.Y("change:Q", title="nats"), color=color, tooltip=["token:N", "position:O", "change:Q"]
-        )  # fmt: skip
+        bars = (
+            alt.Chart(table)
+            .mark_bar()
+            .encode(
+                x=x,
+                y=alt.Y("change:Q", title="nats"),
+                color=color,
+                tooltip=["token:N", "position:O", "change:Q"],
+            )
+        )
         size = min(style.font_size * 0.75, 0.8 * cell / table["position"].max())
-        words = alt.Chart(table).mark_text(angle=270, align="left", dx=3, fontSize=size, baseline="middle").encode(
-            x=x, y=alt.Y("top:Q"), text="token:N"
-        )  # fmt: skip
+        words = (
+            alt.Chart(table)
+            .mark_text(angle=270, align="left", dx=3, fontSize=size, baseline="middle")
+            .encode(x=x, y=alt.Y("top:Q"), text="token:N")
+        )
         layers = alt.layer(table_rule(table), bars, words, data=table).properties(
             width=cell, height=8 * style.font_size
         )
         return facet(layers, names, style, 1)
 
-    subtitle = [f"Doc {doc_id}, step {arrays.steps[0]} to {arrays.steps[-1]}; at most {_MAX_TOKENS} tokens; one run"]
+    subtitle = [
+        f"Doc {doc_id}, step {arrays.steps[0]} to {arrays.steps[-1]}; at most {_MAX_TOKENS} "
+        "tokens; one run"
+    ]
     title = f"Change of each token of one doc, {SPLIT_NAMES[split]}"
     yield Figure(name=f"tokens_{split}", title=title, subtitle=subtitle, table=table, build=build)
 
@@ -238,7 +319,8 @@ def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -
 def token_changes(
     recording: Recording, split: str, doc_id: str, categories: Sequence[str], steps: tuple[int, int]
 ) -> pd.DataFrame:
-    """Rows `category position token change before after` of one doc, in nats; empty where tokens were not kept."""
+    """Rows `category position token change before after` of one doc, in nats; empty where tokens
+    were not kept."""
     tokens = recording.tokens
     rows = recording.rows[(recording.rows["split"] == split) & (recording.rows["doc_id"] == doc_id)]
     found = []
@@ -251,11 +333,18 @@ def token_changes(
         texts = token_texts(recording, doc_id, category) or [""] * len(before)
         if len(texts) != len(before) or len(before) != len(after):
             texts = [""] * min(len(before), len(after))
-        for position, (text, first, last) in enumerate(zip(texts, before, after, strict=False), start=1):
+        for position, (text, first, last) in enumerate(
+            zip(texts, before, after, strict=False), start=1
+        ):
             found.append(
                 {
-                    "category": category, "position": position, "token": text, "before": first, "after": last,
-                    "change": last - first, "top": max(last - first, 0.0),
+                    "category": category,
+                    "position": position,
+                    "token": text,
+                    "before": first,
+                    "after": last,
+                    "change": last - first,
+                    "top": max(last - first, 0.0),
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(found)

@@ -1,4 +1,5 @@
-"""A figure: one specification, fitted to a width, saved in any format with its numbers beside it."""
+"""A figure: one specification, fitted to a width, saved in any format with its numbers beside
+it."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -31,9 +32,11 @@ class Figure:
     """The chart whose content is about that wide, in points."""
 
     def spec(self, style: Style, *, fit: bool = True) -> dict[str, Any]:
-        """A Vega-Lite specification whose whole width is `style.width`: axes and legends are measured, then fitted.
+        """A Vega-Lite specification whose whole width is `style.width`: axes and legends are
+        measured, then fitted.
 
-        Without `fit` the width is roughly that, which is enough for a screen and saves two of three renderings.
+        Without `fit` the width is roughly that, which is enough for a screen and saves two of three
+        renderings.
         """
         spec = self._spec(style.width, style)
         if not fit:
@@ -44,7 +47,9 @@ class Figure:
     def _spec(self, width: float, style: Style) -> dict[str, Any]:
         with alt.data_transformers.disable_max_rows():
             chart = finish(self.build(max(width, 40.0)), self.title, self.subtitle, style)
-            spec: dict[str, Any] = chart.to_dict(validate=False)  # the schema is checked by what renders it
+            spec: dict[str, Any] = chart.to_dict(
+                validate=False
+            )  # the schema is checked by what renders it
         shown: dict[str, Any] = printable(spec)
         return shown
 
@@ -62,7 +67,8 @@ class Figure:
 
 
 def printable(value: Any) -> Any:
-    """The same with U+FFFD for characters that XML 1.0 forbids: one in a text aborts the process that draws an SVG."""
+    """The same with U+FFFD for characters that XML 1.0 forbids: one in a text aborts the process
+    that draws an SVG."""
     if isinstance(value, str):
         return _NOT_XML.sub("\ufffd", value)
     if isinstance(value, dict):
@@ -73,7 +79,9 @@ def printable(value: Any) -> Any:
 def render(spec: dict[str, Any], suffix: str) -> bytes:
     """The bytes of a file. A point is 1/72 inch in all of them."""
     if suffix == "png":
-        return bytes(vl_convert.vegalite_to_png(spec, scale=_PNG_PPI / POINTS_PER_INCH, ppi=POINTS_PER_INCH))
+        return bytes(
+            vl_convert.vegalite_to_png(spec, scale=_PNG_PPI / POINTS_PER_INCH, ppi=POINTS_PER_INCH)
+        )
     if suffix == "pdf":
         return bytes(vl_convert.vegalite_to_pdf(spec))
     if suffix == "html":

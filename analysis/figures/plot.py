@@ -1,4 +1,5 @@
-"""`sft-probe plot`: every figure from one specification as PNG, SVG, PDF or HTML, and its numbers as CSV."""
+"""`sft-probe plot`: every figure from one specification as PNG, SVG, PDF or HTML, and its numbers
+as CSV."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -28,7 +29,9 @@ from sft_probe.files import make_dir
 
 FORMATS = ("png", "svg", "pdf", "html")
 DEFAULT_FORMATS = ("png", "svg", "pdf")
-_LEVEL_BANDS = "Around levels: the bands of the paired change, which are narrower than those of a level"
+_LEVEL_BANDS = (
+    "Around levels: the bands of the paired change, which are narrower than those of a level"
+)
 _BANDS = "Bands: 95 % for all categories and steps at once, over prompts"
 
 
@@ -41,7 +44,8 @@ def plot(
     include_eos: bool = False,
     out: Path | None = None,
 ) -> Iterator[Path]:
-    """Writes all figures of the runs and yields the paths: into RUN/figures for one run, else into `figures`.
+    """Writes all figures of the runs and yields the paths: into RUN/figures for one run, else into
+    `figures`.
 
     Raises:
         UserError: there is nothing to draw.
@@ -59,7 +63,8 @@ def plot(
 
 
 def figures_of(analysis: Analysis, style: Style) -> Iterator[Figure]:
-    """The figures that these tables and rows allow, the data card first; all but `code_length_figure`."""
+    """The figures that these tables and rows allow, the data card first; all but
+    `code_length_figure`."""
     recordings = analysis.recordings
     if len(recordings) > 1 or style.color != "category":
         yield from _of_several(analysis, style)
@@ -85,25 +90,39 @@ def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) 
     def both(width: float) -> Any:
         top = changes_chart(table, categories, marks, style, width)
         bottom = levels_chart(table, categories, style, width)
-        return alt.vconcat(top, bottom, spacing=24).resolve_scale(color="independent", shape="independent")
+        return alt.vconcat(top, bottom, spacing=24).resolve_scale(
+            color="independent", shape="independent"
+        )
 
     about_levels = [*subtitle, _LEVEL_BANDS] if table["band_low"].notna().any() else subtitle
-    yield Figure(name=f"trajectory_{split}", title=what, subtitle=about_levels, table=table, build=both)
     yield Figure(
-        name=f"changes_{split}", title=f"Change of {what}", subtitle=subtitle, table=table,
+        name=f"trajectory_{split}", title=what, subtitle=about_levels, table=table, build=both
+    )
+    yield Figure(
+        name=f"changes_{split}",
+        title=f"Change of {what}",
+        subtitle=subtitle,
+        table=table,
         build=partial(changes_chart, table, categories, marks, style),
-    )  # fmt: skip
+    )
     yield Figure(
-        name=f"levels_{split}", title=what, subtitle=about_levels, table=table,
+        name=f"levels_{split}",
+        title=what,
+        subtitle=about_levels,
+        table=table,
         build=partial(levels_chart, table, categories, style),
-    )  # fmt: skip
+    )
     parts = parts_of(analysis.changes, split, style)
     if len(parts):
         yield Figure(
-            name=f"parts_{split}", title=f"Where the change comes from, {SPLIT_NAMES[split]}",
-            subtitle=["Stacked: first token, body and terminator; red dot: their sum; means of one run"], table=parts,
+            name=f"parts_{split}",
+            title=f"Where the change comes from, {SPLIT_NAMES[split]}",
+            subtitle=[
+                "Stacked: first token, body and terminator; red dot: their sum; means of one run"
+            ],
+            table=parts,
             build=partial(parts_chart, parts, categories, style),
-        )  # fmt: skip
+        )
     if arrays is not None:
         yield from doc_lines(split, arrays, analysis.measure, style)
         yield from token_figure(recording, split, arrays, style)
@@ -114,38 +133,55 @@ def _of_several(analysis: Analysis, style: Style) -> Iterator[Figure]:
     keys = pd.DataFrame(
         [
             {
-                "run": item.name, "order_seed": item.order_seed, "train_category": item.train_category or "?",
+                "run": item.name,
+                "order_seed": item.order_seed,
+                "train_category": item.train_category or "?",
                 "model": item.model,
             }
             for item in analysis.recordings
         ]
-    )  # fmt: skip
+    )
     for split in dict.fromkeys(analysis.changes["split"]):
-        table = curves_of(analysis.changes, analysis.measure, str(split), style).merge(keys, on="run")
+        table = curves_of(analysis.changes, analysis.measure, str(split), style).merge(
+            keys, on="run"
+        )
         categories = list(dict.fromkeys(table["category"]))
-        title = f"Change of log p(response | prompt), {SPLIT_NAMES[str(split)]}, {len(analysis.recordings)} runs"
+        title = (
+            f"Change of log p(response | prompt), {SPLIT_NAMES[str(split)]}, "
+            f"{len(analysis.recordings)} runs"
+        )
         subtitle = [f"{_BANDS} of one run; they say nothing of training noise"]
         if style.color == "category":
             yield Figure(
-                name=f"changes_{split}", title=title, subtitle=subtitle, table=table,
+                name=f"changes_{split}",
+                title=title,
+                subtitle=subtitle,
+                table=table,
                 build=partial(changes_chart, table, categories, pd.DataFrame(), style),
-            )  # fmt: skip
+            )
         else:
             yield Figure(
-                name=f"changes_{split}_by_{style.color}", title=title, subtitle=subtitle, table=table,
+                name=f"changes_{split}_by_{style.color}",
+                title=title,
+                subtitle=subtitle,
+                table=table,
                 build=partial(runs_chart, table, categories, style),
-            )  # fmt: skip
+            )
 
 
 def boundaries(recording: Recording) -> pd.DataFrame:
-    """Steps at which an epoch or the warm-up ends, as `step what`; drawn since curves bend there."""
+    """Steps at which an epoch or the warm-up ends, as `step what`; drawn since curves bend
+    there."""
     if recording.means is not None or not recording.manifest:
         return pd.DataFrame()
     last = recording.rows.sort_values("step").iloc[-1]
     marks = []
     if last["epoch"] and last["epoch"] > 0 and last["step"]:
         per_epoch = last["step"] / last["epoch"]
-        marks += [(per_epoch * number, f"end of epoch {number}") for number in range(1, int(last["epoch"]) + 1)]
+        marks += [
+            (per_epoch * number, f"end of epoch {number}")
+            for number in range(1, int(last["epoch"]) + 1)
+        ]
     warmup = recording.manifest.get("arguments", {}).get("warmup_steps") or 0
     if 0 < warmup <= last["step"]:
         marks.append((float(warmup), "end of warm-up"))

@@ -1,4 +1,5 @@
-"""The figure of `sft-probe simplicity`: runs ranked by what their training sets cost and by how soon they gain."""
+"""The figure of `sft-probe simplicity`: runs ranked by what their training sets cost and by how
+soon they gain."""
 
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ _MEASURES = {
 }
 
 
-def plot_simplicity(found: Simplicity, folder: Path, formats: tuple[str, ...] = ("png", "svg", "pdf")) -> list[Path]:
+def plot_simplicity(
+    found: Simplicity, folder: Path, formats: tuple[str, ...] = ("png", "svg", "pdf")
+) -> list[Path]:
     """Writes `simplicity_ranks` with its numbers; returns the paths."""
     style = Style()
     names = list(found.runs.sort_values("bits_per_byte")["run"])
     table = found.runs.melt(
-        id_vars=["run", "train_category"], value_vars=list(_MEASURES), var_name="measure", value_name="value"
+        id_vars=["run", "train_category"],
+        value_vars=list(_MEASURES),
+        var_name="measure",
+        value_name="value",
     ).dropna(subset="value")
     table["panel"] = [_MEASURES[name][0] for name in table["measure"]]
     table["what"] = [_MEASURES[name][1] for name in table["measure"]]
@@ -30,7 +36,8 @@ def plot_simplicity(found: Simplicity, folder: Path, formats: tuple[str, ...] = 
         name="simplicity_ranks",
         title="Runs by the code length of their training set, and by examples to half gain",
         subtitle=[
-            "A description, not a test: different texts differ in entropy, and ranks of a few runs decide nothing"
+            "A description, not a test: different texts differ in entropy, and ranks of a few runs "
+            "decide nothing"
         ],
         table=table,
         build=lambda width: _dots(table, names, style, width),
@@ -47,7 +54,10 @@ def _dots(table: pd.DataFrame, names: list[str], style: Style, width: float) -> 
         own = table[table["panel"] == panel]
         kinds = list(dict.fromkeys(own["what"]))
         axis = alt.Axis(title=None) if number == 0 else None
-        shapes = alt.Scale(domain=["before training", "prequential", "half gain"], range=["cross", "circle", "diamond"])
+        shapes = alt.Scale(
+            domain=["before training", "prequential", "half gain"],
+            range=["cross", "circle", "diamond"],
+        )
         charts.append(
             alt.Chart(own)
             .mark_point(filled=True, size=50, opacity=1)
@@ -55,9 +65,14 @@ def _dots(table: pd.DataFrame, names: list[str], style: Style, width: float) -> 
                 x=alt.X("value:Q", title=panel, scale=alt.Scale(zero=False)),
                 y=alt.Y("run:N", sort=names, axis=axis),
                 color=alt.Color("train_category:N", scale=color, legend=alt.Legend(title=None)),
-                shape=alt.Shape("what:N", scale=shapes, legend=alt.Legend(title=None, values=kinds)),
+                shape=alt.Shape(
+                    "what:N", scale=shapes, legend=alt.Legend(title=None, values=kinds)
+                ),
                 tooltip=["run:N", "train_category:N", "what:N", "value:Q"],
             )
-            .properties(width=cell_width(width, len(panels), style), height=1.6 * style.font_size * len(names))
+            .properties(
+                width=cell_width(width, len(panels), style),
+                height=1.6 * style.font_size * len(names),
+            )
         )
     return alt.hconcat(*charts).resolve_scale(shape="independent")

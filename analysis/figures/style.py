@@ -14,13 +14,24 @@ import yaml
 from sft_probe.errors import UserError
 from sft_probe.probe_set import CATEGORIES
 
-# Okabe & Ito's colours (jfly.uni-koeln.de/color), told apart by colour-blind readers; each category keeps its own.
+# Okabe & Ito's colours (jfly.uni-koeln.de/color), told apart by colour-blind readers; each category
+# keeps its own.
 _OKABE_ITO = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#CC79A7")
 COLORS = dict(zip(CATEGORIES, _OKABE_ITO, strict=True))
 _OTHER_COLORS = (
-    "#000000", "#999999", "#7A5195", "#8C564B", "#BCBD22", "#2F4B7C", "#E15759", "#76B7B2", "#B07AA1", "#5B8C00",
-    "#FF9DA7", "#79706E",
-)  # fmt: skip
+    "#000000",
+    "#999999",
+    "#7A5195",
+    "#8C564B",
+    "#BCBD22",
+    "#2F4B7C",
+    "#E15759",
+    "#76B7B2",
+    "#B07AA1",
+    "#5B8C00",
+    "#FF9DA7",
+    "#79706E",
+)
 PART_COLORS = {"first token": "#222222", "body": "#8FB4DC", "terminator": "#F0A35E"}
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 POINTS_PER_INCH = 72
@@ -57,7 +68,8 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def colors_of(names: Sequence[str]) -> dict[str, str]:
-    """Colours by name: the six standard categories fixed; others by their name, as far as no two fall together."""
+    """Colours by name: the six standard categories fixed; others by their name, as far as no two
+    fall together."""
     found = {name: COLORS[name] for name in names if name in COLORS}
     for name in sorted(set(names) - COLORS.keys()):
         start = zlib.crc32(name.encode()) % len(_OTHER_COLORS)
@@ -74,7 +86,9 @@ def key_colors(names: Sequence[str]) -> list[str]:
 def category_color(categories: Sequence[str], style: Style, *, legend: bool = True) -> alt.Color:
     """The colour channel of `label`."""
     colors = colors_of(categories)
-    scale = alt.Scale(domain=[style.label(name) for name in categories], range=list(colors.values()))
+    scale = alt.Scale(
+        domain=[style.label(name) for name in categories], range=list(colors.values())
+    )
     shown = category_legend(categories, style) if legend else None
     return alt.Color("label:N", scale=scale, sort=None, legend=shown)
 
@@ -100,7 +114,11 @@ def category_legend(categories: Sequence[str], style: Style) -> alt.Legend:
 
 def step_axis(steps: Sequence[int], title: str | None) -> alt.X:
     """A log axis that shows step 0: linear up to the smallest step, logarithmic above."""
-    scale = alt.Scale(type="symlog", constant=max(min((step for step in steps if step > 0), default=1), 1), nice=False)
+    scale = alt.Scale(
+        type="symlog",
+        constant=max(min((step for step in steps if step > 0), default=1), 1),
+        nice=False,
+    )
     axis = alt.Axis(values=ticks(steps), format="~s" if max(steps) >= 10_000 else "d", grid=False)
     return alt.X("step:Q", title=title, scale=scale, axis=axis)
 
@@ -118,7 +136,13 @@ def ticks(steps: Sequence[int]) -> list[int]:
 
 
 def facet(
-    layers: Any, names: Sequence[str], style: Style, columns: int, *, column: str = "label", own_scale: bool = True
+    layers: Any,
+    names: Sequence[str],
+    style: Style,
+    columns: int,
+    *,
+    column: str = "label",
+    own_scale: bool = True,
 ) -> Any:
     """Small multiples by a column, in the order of `names`."""
     header = alt.Header(labelFontWeight="bold", labelFontSize=style.font_size, labelPadding=4)
@@ -147,17 +171,31 @@ def finish(chart: Any, title: str, subtitle: Sequence[str], style: Style) -> Any
     size = style.font_size
     lines = [line for text in subtitle for line in wrap(text, style.width, size * 0.9)]
     text = alt.TitleParams(
-        wrap(title, style.width, size * 1.3), subtitle=lines, anchor="start", fontSize=size * 1.15,
-        subtitleFontSize=size * 0.9, subtitleColor="#555", offset=size,
-    )  # fmt: skip
+        wrap(title, style.width, size * 1.3),
+        subtitle=lines,
+        anchor="start",
+        fontSize=size * 1.15,
+        subtitleFontSize=size * 0.9,
+        subtitleColor="#555",
+        offset=size,
+    )
     return (
         chart.properties(title=text)
         .configure(font="DejaVu Sans, Arial, sans-serif", padding=4)
         .configure_view(stroke="#ccc")
         .configure_axis(
-            labelFontSize=size * 0.9, titleFontSize=size * 0.95, labelOverlap=True, titleFontWeight="normal"
+            labelFontSize=size * 0.9,
+            titleFontSize=size * 0.95,
+            labelOverlap=True,
+            titleFontWeight="normal",
         )
-        .configure_legend(orient="bottom", labelFontSize=size, titleFontSize=size, symbolSize=size * 8, labelLimit=0)
+        .configure_legend(
+            orient="bottom",
+            labelFontSize=size,
+            titleFontSize=size,
+            symbolSize=size * 8,
+            labelLimit=0,
+        )
     )
 
 
@@ -168,4 +206,8 @@ def wrap(text: str, width: float, size: float) -> list[str]:
 
 def zero_line() -> Any:
     """A rule at no change."""
-    return alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(color="#666", strokeDash=[4, 3]).encode(y="zero:Q")
+    return (
+        alt.Chart(pd.DataFrame({"zero": [0.0]}))
+        .mark_rule(color="#666", strokeDash=[4, 3])
+        .encode(y="zero:Q")
+    )

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def token_texts(recording: Recording, doc_id: str, category: str) -> list[str]:
-    """Texts of the tokens that were scored; empty where the tokenizer, the doc or its format is not here."""
+    """Texts of the tokens that were scored; empty where the tokenizer, the doc or its format is not
+    here."""
     if recording.probe_set is None or not recording.manifest:
         return []
     doc = next((doc for doc in recording.probe_set.docs if doc.doc_id == doc_id), None)
@@ -22,9 +23,10 @@ def token_texts(recording: Recording, doc_id: str, category: str) -> list[str]:
         return []
     try:
         prompt_format, tokenizer = _format_of(
-            recording.path, str(recording.manifest.get("prompt_format_source", recording.probe_set.prompt_format)),
+            recording.path,
+            str(recording.manifest.get("prompt_format_source", recording.probe_set.prompt_format)),
             str(recording.manifest.get("model")),
-        )  # fmt: skip
+        )
     except UserError:
         return []
     from sft_probe.prompts import encode_pair
@@ -35,12 +37,16 @@ def token_texts(recording: Recording, doc_id: str, category: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _format_of(directory: Path, format_name: str, model: str) -> "tuple[PromptFormat, PreTrainedTokenizerBase]":
+def _format_of(
+    directory: Path, format_name: str, model: str
+) -> "tuple[PromptFormat, PreTrainedTokenizerBase]":
     """Raises `UserError` where no tokenizer lies in the run; nothing is fetched."""
     from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
     from sft_probe.prompts import PromptFormat
 
-    folders = [path.parent for path in sorted(directory.glob("weights/step_*/tokenizer_config.json"))]
+    folders = [
+        path.parent for path in sorted(directory.glob("weights/step_*/tokenizer_config.json"))
+    ]
     if not folders and model != EMBEDDED_MODEL and not Path(model).is_dir():
         raise UserError(f"{directory} holds no tokenizer.")
     tokenizer = load_tokenizer(str(folders[0]) if folders else model)

@@ -1,4 +1,5 @@
-"""What the report's browser of single docs shows: prompts, responses, curves, and the change of each token."""
+"""What the report's browser of single docs shows: prompts, responses, curves, and the change of
+each token."""
 
 import json
 import math
@@ -15,7 +16,8 @@ MAX_CHARACTERS = 4000
 
 
 def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any]:
-    """One run's docs for the browser, as many as fit into `max_bytes` of JSON; `omitted` counts the others.
+    """One run's docs for the browser, as many as fit into `max_bytes` of JSON; `omitted` counts the
+    others.
 
     `curves` are levels of `measure` in nats; texts are cut at 4,000 characters.
     """
@@ -40,11 +42,17 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
     }
 
 
-def _doc(recording: Recording, split: str, arrays: Cube, number: int, measure: str) -> dict[str, Any]:
+def _doc(
+    recording: Recording, split: str, arrays: Cube, number: int, measure: str
+) -> dict[str, Any]:
     doc_id = arrays.doc_ids[number]
     texts = recording.texts.get(doc_id, {})
-    values = arrays.arrays[measure if not np.isnan(arrays.arrays[measure]).all() else "logprob"][number]
-    changes = token_changes(recording, split, doc_id, arrays.categories, (arrays.steps[0], arrays.steps[-1]))
+    values = arrays.arrays[measure if not np.isnan(arrays.arrays[measure]).all() else "logprob"][
+        number
+    ]
+    changes = token_changes(
+        recording, split, doc_id, arrays.categories, (arrays.steps[0], arrays.steps[-1])
+    )
     tokens = {}
     for category, own in changes.groupby("category", sort=False) if len(changes) else ():
         words = [str(word) for word in own["token"]]

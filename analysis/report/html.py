@@ -1,4 +1,5 @@
-"""`sft-probe report`: one HTML file that needs nothing else, or a Markdown appendix with figures beside it."""
+"""`sft-probe report`: one HTML file that needs nothing else, or a Markdown appendix with figures
+beside it."""
 
 import html
 import json
@@ -16,7 +17,13 @@ from sft_probe.analysis.figures.plot import figures_of
 from sft_probe.analysis.figures.runs import code_length_figure
 from sft_probe.analysis.figures.style import Style
 from sft_probe.analysis.report.docs import browser
-from sft_probe.analysis.stats.analyze import Analysis, analyze, notes_of, over_runs_text, sentences_of
+from sft_probe.analysis.stats.analyze import (
+    Analysis,
+    analyze,
+    notes_of,
+    over_runs_text,
+    sentences_of,
+)
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
@@ -27,24 +34,66 @@ from sft_probe.files import make_dir, write_text
 MAX_BYTES = 8_000_000
 _DOC_BYTES = 3_500_000
 _HEADER = (
-    "category", "docs", "start", "change", "95 % interval", "sign", "p (Holm)", "body", "peak", "at step", "half at",
-    "first / body / EOS", "rank", "SE",
-)  # fmt: skip
+    "category",
+    "docs",
+    "start",
+    "change",
+    "95 % interval",
+    "sign",
+    "p (Holm)",
+    "body",
+    "peak",
+    "at step",
+    "half at",
+    "first / body / EOS",
+    "rank",
+    "SE",
+)
 _MANIFEST = (
-    "run", "model", "train_category", "order_seed", "probe_set", "probe_set_sha256", "prompt_format", "terminator_id",
-    "max_length", "dtype", "num_examples", "num_cut_prompts", "snapshot_steps", "versions", "git_revision",
-)  # fmt: skip
+    "run",
+    "model",
+    "train_category",
+    "order_seed",
+    "probe_set",
+    "probe_set_sha256",
+    "prompt_format",
+    "terminator_id",
+    "max_length",
+    "dtype",
+    "num_examples",
+    "num_cut_prompts",
+    "snapshot_steps",
+    "versions",
+    "git_revision",
+)
 _ARGUMENTS = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "num_train_epochs", "max_steps", "optim", "weight_decay", "seed", "data_seed", "bf16", "fp16", "deepspeed",
-)  # fmt: skip
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "weight_decay",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "deepspeed",
+)
 
 
 def report(
-    paths: Sequence[Path], *, format_name: str = "html", include_eos: bool = False,
-    categories: Sequence[str] | None = None, out: Path | None = None,
-) -> list[Path]:  # fmt: skip
-    """Writes `report.html` or `report.md` with its figures; into the run for one run, else here. Returns the paths.
+    paths: Sequence[Path],
+    *,
+    format_name: str = "html",
+    include_eos: bool = False,
+    categories: Sequence[str] | None = None,
+    out: Path | None = None,
+) -> list[Path]:
+    """Writes `report.html` or `report.md` with its figures; into the run for one run, else here.
+    Returns the paths.
 
     Raises:
         UserError: there is nothing to report, or the file would be over 8 MB.
@@ -63,14 +112,17 @@ def report(
 
 
 def html_report(analysis: Analysis) -> str:
-    """The report as HTML; all text from data or models is escaped, and the page may load nothing."""
+    """The report as HTML; all text from data or models is escaped, and the page may load
+    nothing."""
     style = Style(width=900, font_size=12)
     specs: dict[str, dict[str, Any]] = {}
     figures: dict[str, list[str]] = {}
     for number, recording in enumerate(analysis.recordings):
         one = _of_run(analysis, recording)
         for figure in figures_of(one, style):
-            if not figure.name.startswith("trajectory_"):  # it is changes and levels, which are there
+            if not figure.name.startswith(
+                "trajectory_"
+            ):  # it is changes and levels, which are there
                 name = f"figure-{number}-{figure.name}"
                 specs[name] = figure.spec(style, fit=False)
                 figures.setdefault(recording.name, []).append(name)
@@ -85,19 +137,29 @@ def html_report(analysis: Analysis) -> str:
         specs[name] = figure.spec(style, fit=False)
         figures.setdefault("all runs", []).append(name)
     with_docs = [recording for recording in analysis.recordings if recording.means is None]
-    docs = [browser(recording, analysis.measure, _DOC_BYTES // len(with_docs)) for recording in with_docs]
+    docs = [
+        browser(recording, analysis.measure, _DOC_BYTES // len(with_docs))
+        for recording in with_docs
+    ]
     folder = resources.files("sft_probe.analysis.report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     template = environment.from_string(folder.joinpath("report.html.jinja").read_text("utf-8"))
     return template.render(
-        title="What the model learned: " + ", ".join(recording.name for recording in analysis.recordings),
+        title="What the model learned: "
+        + ", ".join(recording.name for recording in analysis.recordings),
         runs=[_run(analysis, recording) for recording in analysis.recordings],
         header=_HEADER,
         over_runs=over_runs_text(analysis.over_runs),
-        sums=", ".join(dict.fromkeys(recording.sums(analysis.measure) for recording in analysis.recordings)),
+        sums=", ".join(
+            dict.fromkeys(recording.sums(analysis.measure) for recording in analysis.recordings)
+        ),
         figures=figures,
         has_docs=bool(docs),
-        vega=_in_script(f"(() => {{{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"),
+        vega=_in_script(
+            f"(() => {{{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"
+        ),
         data=json_in_html({"figures": specs, "docs": docs}),
         script=_in_script(folder.joinpath("report.js").read_text("utf-8")),
     )
@@ -130,7 +192,8 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
     own = analysis.verdict[analysis.verdict["run"] == recording.name]
     splits = [
         {
-            "title": f"{SPLIT_NAMES[str(split)]}, {recording.step_unit} {rows['first_step'].iloc[0]} to "
+            "title": f"{SPLIT_NAMES[str(split)]}, {recording.step_unit} "
+            f"{rows['first_step'].iloc[0]} to "
             f"{rows['last_step'].iloc[0]}",
             "rows": [_cells(row) for _, row in rows.iterrows()],
             "sentences": sentences_of(rows, analysis.contrasts),
@@ -165,7 +228,8 @@ def _change_text(row: "pd.Series[Any]") -> str:
 
 
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
-    """What rose, what fell and what did not, in one sentence, from the verdict on held-out prompts if there are any."""
+    """What rose, what fell and what did not, in one sentence, from the verdict on held-out prompts
+    if there are any."""
     split = str(verdict["split"].iloc[0])
     rows = verdict[verdict["split"] == split]
     parts = []
@@ -183,7 +247,8 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     if not rows["num_docs"].max():
         docs = f"published means, {SPLIT_NAMES[split]}"
     return (
-        f"{recording.name}: by {recording.step_unit} {rows['last_step'].iloc[0]} {'; '.join(parts)} (nats per response "
+        f"{recording.name}: by {recording.step_unit} {rows['last_step'].iloc[0]} "
+        f"{'; '.join(parts)} (nats per response "
         f"{recording.sums(str(verdict['measure'].iloc[0]))}; {docs}, one run)."
     )
 
@@ -195,17 +260,30 @@ def _cells(row: "pd.Series[Any]") -> list[str]:
     shares = [share_text(row, part) for part in PARTS]
     interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
     return [
-        str(row["category"]), str(row["num_docs"] or "?"), number("start", ".1f"), number("change", "+.1f"), interval,
-        row["sign"], number("p_holm", ".2g"), number("body", "+.1f"), number("peak", "+.1f"), str(row["peak_step"]),
-        number("half_step", ".1f"), "-" if "-" in shares else " / ".join(shares) + " %", number("rank", ".0f"),
+        str(row["category"]),
+        str(row["num_docs"] or "?"),
+        number("start", ".1f"),
+        number("change", "+.1f"),
+        interval,
+        row["sign"],
+        number("p_holm", ".2g"),
+        number("body", "+.1f"),
+        number("peak", "+.1f"),
+        str(row["peak_step"]),
+        number("half_step", ".1f"),
+        "-" if "-" in shares else " / ".join(shares) + " %",
+        number("rank", ".0f"),
         number("stderr", ".2f"),
-    ]  # fmt: skip
+    ]
 
 
 def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
     figures = make_dir(target.parent / "report_figures")
     style = Style()
-    lines = [f"# What the model learned: {_md(', '.join(item.name for item in analysis.recordings))}", ""]
+    lines = [
+        f"# What the model learned: {_md(', '.join(item.name for item in analysis.recordings))}",
+        "",
+    ]
     written = []
     for recording in analysis.recordings:
         run = _run(analysis, recording)

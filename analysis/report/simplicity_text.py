@@ -8,22 +8,27 @@ from sft_probe.analysis.studies.simplicity import Simplicity
 def simplicity_text(found: Simplicity) -> str:
     """What `sft-probe simplicity` prints."""
     head = (
-        f"{'run':<22}{'trained on':<18}{'order':>6}{'examples':>9}{'bits/byte: start':>18}{'prequential':>12}"
+        f"{'run':<22}{'trained on':<18}{'order':>6}{'examples':>9}"
+        f"{'bits/byte: start':>18}{'prequential':>12}"
         f"{'nats':>10}{'learned bits':>14}{'half gain in':>14}"
     )
     lines = [head]
     for _, row in found.runs.iterrows():
         lines.append(
             f"{str(row['run'])[:21]:<22}{str(row['train_category'])[:17]:<18}{row['order_seed']:>6}"
-            f"{row['num_examples']:>9}{_number(row['start_bits_per_byte'], '.3f'):>18}{row['bits_per_byte']:>12.3f}"
+            f"{row['num_examples']:>9}{_number(row['start_bits_per_byte'], '.3f'):>18}"
+            f"{row['bits_per_byte']:>12.3f}"
             f"{row['code_length']:>10.0f}{_number(row['learned_bits'], '.0f'):>14}"
             f"{_bracket(row['half_gain_after_examples'], row['half_gain_by_examples']):>14}"
         )
     lines.append("")
     for _, row in found.runs.iterrows():
-        if row["num_at_start"] < row["num_examples"] and not str(row["train_category"]).endswith("_no_prompt"):
+        if row["num_at_start"] < row["num_examples"] and not str(row["train_category"]).endswith(
+            "_no_prompt"
+        ):
             lines.append(
-                f"! {row['run']}: step-0 scores of {row['num_at_start']} of {row['num_examples']} training texts; "
+                f"! {row['run']}: step-0 scores of {row['num_at_start']} of {row['num_examples']} "
+                "training texts; "
                 f"`sft-probe sweep RUN --splits heldout,train` gives the rest"
             )
     if "kl_at" in found.runs:
@@ -31,11 +36,19 @@ def simplicity_text(found: Simplicity) -> str:
 
         lines += kl_text(found.runs)
     for _, row in found.contrasts.iterrows():
-        scope = "for other texts; one order" if row["num_runs"] == 1 else "for other orders and texts"
-        interval = f"[{row['low']:+.0f}, {row['high']:+.0f}] {scope}" if not math.isnan(row["low"]) else "no interval"
+        scope = (
+            "for other texts; one order" if row["num_runs"] == 1 else "for other orders and texts"
+        )
+        interval = (
+            f"[{row['low']:+.0f}, {row['high']:+.0f}] {scope}"
+            if not math.isnan(row["low"])
+            else "no interval"
+        )
         lines.append(
-            f"{row['train_category']} costs {row['difference_bits']:+.0f} bits ({row['bits_per_byte']:+.4f} per byte) "
-            f"more than {row['than']} on the same {row['num_texts']} texts, {row['num_runs']} order(s), {interval}"
+            f"{row['train_category']} costs {row['difference_bits']:+.0f} bits "
+            f"({row['bits_per_byte']:+.4f} per byte) "
+            f"more than {row['than']} on the same {row['num_texts']} texts, {row['num_runs']} "
+            f"order(s), {interval}"
         )
     return "\n".join([*lines, *(f"! {note}" for note in found.notes)])
 

@@ -11,35 +11,55 @@ def transfer_text(found: Transfer) -> str:
     """What `sft-probe transfer` prints."""
     categories = list(dict.fromkeys(found.matrix["category"]))
     lines = [
-        f"transfer at step {found.step} on {found.num_docs} held-out prompts in {found.clusters}: change "
-        "of body log-prob, nats per body token (. : the interval holds 0; ? : no interval)",
-        f"{'trained on':<20}{'seeds':>6}" + "".join(f"{name[:13]:>14}" for name in categories) + "  selectivity",
+        f"transfer at step {found.step} on {found.num_docs} held-out prompts in {found.clusters}: "
+        "change of body log-prob, nats per body token (. : the interval holds 0; ? : no interval)",
+        f"{'trained on':<20}{'seeds':>6}"
+        + "".join(f"{name[:13]:>14}" for name in categories)
+        + "  selectivity",
     ]
     selective = {
-        row["row"]: _range(row, "selectivity") if len(categories) > 1 else "not defined (one category)"
+        row["row"]: _range(row, "selectivity")
+        if len(categories) > 1
+        else "not defined (one category)"
         for _, row in found.selectivity.iterrows()
     }
     for name, part in found.matrix.groupby("row", sort=False):
         cells = [f"{row['transfer']:>+13.3f}{_mark(row)}" for _, row in part.iterrows()]
-        lines.append(f"{str(name)[:19]:<20}{part['seeds'].iloc[0]:>6}{''.join(cells)}  {selective[name]}")
+        lines.append(
+            f"{str(name)[:19]:<20}{part['seeds'].iloc[0]:>6}{''.join(cells)}  {selective[name]}"
+        )
     lines.append("")
     for _, row in found.omega.iterrows():
         if row["is_null"]:
             lines.append(
-                f"noise floor of omega, from {row['row']} and {row['other']}: {row['omega']:.3f} (sd over random "
+                f"noise floor of omega, from {row['row']} and {row['other']}: {row['omega']:.3f} "
+                "(sd over random "
                 "halvings of the prompts, divided by 2)"
             )
             continue
         matched = "not defined (an on-target gain is not told apart from 0)"
         if not math.isnan(row["matched_gain"]):
-            matched = f"both at {row['matched_gain']:.3f} nats per token: {_range(row, 'matched_omega', 'matched_')}"
+            matched = (
+                f"both at {row['matched_gain']:.3f} nats per token: "
+                f"{_range(row, 'matched_omega', 'matched_')}"
+            )
         lines.append(f"omega({row['row']}, {row['other']}): {_range(row, 'omega')}; {matched}")
     for _, row in found.differences.iterrows():
-        interval = "(no interval)" if math.isnan(row["low"]) else f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        interval = (
+            "(no interval)"
+            if math.isnan(row["low"])
+            else f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        )
         more = f"{row['difference']:+.3f} {interval} nats per body token more"
-        lines.append(f"training on {row['row']} gained {more} on {row['category']} than training on {row['other']}")
+        lines.append(
+            f"training on {row['row']} gained {more} on {row['category']} than training on "
+            f"{row['other']}"
+        )
     for _, row in found.shares.iterrows():
-        lines.append(f"share of chosen's held-out gain that training on {row['row']} gives: {_range(row, 'share')}")
+        lines.append(
+            f"share of chosen's held-out gain that training on {row['row']} gives: "
+            f"{_range(row, 'share')}"
+        )
     return "\n".join([*lines, *(f"! {note}" for note in found.notes)])
 
 

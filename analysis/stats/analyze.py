@@ -20,7 +20,8 @@ from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 
 _HEAD = (
-    f"{'category':<22}{'start':>8}{'change':>8}  {'95 % interval':<16}{'sign':>4}{'p (Holm)':>10}{'body':>8}"
+    f"{'category':<22}{'start':>8}{'change':>8}  "
+    f"{'95 % interval':<16}{'sign':>4}{'p (Holm)':>10}{'body':>8}"
     f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>24}{'rank':>5}{'SE':>7}"
 )
 
@@ -43,7 +44,7 @@ class Analysis:
 
 def analyze(
     paths: Sequence[Path], *, include_eos: bool = False, categories: Sequence[str] | None = None
-) -> Analysis:  # fmt: skip
+) -> Analysis:
     """Reads runs or files and computes their tables.
 
     Args:
@@ -57,9 +58,17 @@ def analyze(
     recordings = load_recordings(paths)
     measure = "logprob_with_eos" if include_eos else "logprob"
     for recording in recordings:
-        if include_eos and recording.means is None and recording.rows["logprob_with_eos"].isna().all():
-            raise UserError(f"{recording.path} has no scores of the terminator: leave out --include-eos.")
-    changes = pd.concat([change_table(recording, categories) for recording in recordings], ignore_index=True)
+        if (
+            include_eos
+            and recording.means is None
+            and recording.rows["logprob_with_eos"].isna().all()
+        ):
+            raise UserError(
+                f"{recording.path} has no scores of the terminator: leave out --include-eos."
+            )
+    changes = pd.concat(
+        [change_table(recording, categories) for recording in recordings], ignore_index=True
+    )
     contrasts = [contrast_table(recording, measure) for recording in recordings]
     groups = [
         table_over_runs(group, measure, categories).assign(
@@ -81,7 +90,8 @@ def analyze(
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
-    """Writes `changes`, `verdict`, `contrasts` and, with several runs, `over_runs`, as CSV and parquet."""
+    """Writes `changes`, `verdict`, `contrasts` and, with several runs, `over_runs`, as CSV and
+    parquet."""
     make_dir(folder)
     written = []
     for name in ("changes", "contrasts", "over_runs", "verdict"):
@@ -132,7 +142,8 @@ def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
 
 
 def sentences_of(rows: pd.DataFrame, contrasts: pd.DataFrame) -> list[str]:
-    """Return the sentences on one run and split: one per category, and one on what hangs on the prompt.
+    """Return the sentences on one run and split: one per category, and one on what hangs on the
+    prompt.
 
     Args:
         rows: of the verdict.
@@ -150,9 +161,10 @@ def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analy
         docs = "means over an unknown number of prompts"
     return "\n".join(
         [
-            f"{recording.name}: model {recording.model}, trained on {recording.train_category or '?'}; {docs}",
-            f"change of log p(response | prompt) from {recording.step_unit} {first['first_step']} to "
-            f"{first['last_step']}, nats per response {recording.sums(analysis.measure)}",
+            f"{recording.name}: model {recording.model}, trained on "
+            f"{recording.train_category or '?'}; {docs}",
+            f"change of log p(response | prompt) from {recording.step_unit} {first['first_step']} "
+            f"to {first['last_step']}, nats per response {recording.sums(analysis.measure)}",
             "",
             _HEAD,
             *(_line(row) for _, row in rows.iterrows()),
@@ -167,11 +179,19 @@ def _line(row: pd.Series) -> str:
     shares = [share_text(row, part) for part in PARTS]
     split = "-" if "-" in shares else "/".join(shares) + " %"
     numbers = {name: _number(row[name], "+.1f") for name in ("change", "body", "peak")}
-    p_holm = "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.1g}" if row["p_holm"] >= 1e-4 else "<0.0001"
+    p_holm = (
+        "-"
+        if math.isnan(row["p_holm"])
+        else f"{row['p_holm']:.1g}"
+        if row["p_holm"] >= 1e-4
+        else "<0.0001"
+    )
     return (
-        f"{row['category'][:21]:<22}{row['start']:>8.1f}{numbers['change']:>8}  {interval:<16}{row['sign']:>4}"
+        f"{row['category'][:21]:<22}{row['start']:>8.1f}{numbers['change']:>8}  "
+        f"{interval:<16}{row['sign']:>4}"
         f"{p_holm:>10}{numbers['body']:>8}{numbers['peak']:>8} {row['peak_step']:<7}"
-        f"{_number(row['half_step'], '.1f'):>8}{split:>24}{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
+        f"{_number(row['half_step'], '.1f'):>8}{split:>24}"
+        f"{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
     )
 
 
@@ -188,14 +208,18 @@ def over_runs_text(table: pd.DataFrame) -> str:
         last = part[part["step"] == part["step"].max()]
         first = last.iloc[0]
         head = (
-            f"mean of {first['num_runs']} runs of {first['model']} on {first['train_category']} that differ in their "
+            f"mean of {first['num_runs']} runs of {first['model']} on {first['train_category']} "
+            "that differ in their "
             f"order seed alone ({first['order_seeds']}): {runs}\n"
-            f"{SPLIT_NAMES[str(split)]} that all runs scored at steps {part['step'].min()} and {first['step']}\n"
+            f"{SPLIT_NAMES[str(split)]} that all runs scored at steps {part['step'].min()} and "
+            f"{first['step']}\n"
             f"{'category':<22}{'docs':>6}{'change':>8}  {'other runs':<20}other runs and prompts"
         )
         lines = [
-            f"{str(row['category'])[:21]:<22}{row['num_docs']:>6}{_number(row['change'], '+.1f'):>8}  "
-            f"{_interval(row['low'], row['high']):<20}{_interval(row['both_low'], row['both_high'])}"
+            f"{str(row['category'])[:21]:<22}{row['num_docs']:>6}"
+            f"{_number(row['change'], '+.1f'):>8}  "
+            f"{_interval(row['low'], row['high']):<20}"
+            f"{_interval(row['both_low'], row['both_high'])}"
             for _, row in last.iterrows()
         ]
         notes = [*cluster_warnings(last), *few_runs_note(int(first["num_runs"]))]
@@ -204,11 +228,13 @@ def over_runs_text(table: pd.DataFrame) -> str:
 
 
 def few_runs_note(num_runs: int) -> list[str]:
-    """Return how often an interval over so few runs and prompts holds the truth, as measured; empty from 4 runs on."""
+    """Return how often an interval over so few runs and prompts holds the truth, as measured; empty
+    from 4 runs on."""
     if num_runs not in FEW_RUNS_COVERAGE:
         return []
     return [
-        f"{num_runs} runs: intervals for other runs and prompts hold the truth in {FEW_RUNS_COVERAGE[num_runs]:.0%} of "
+        f"{num_runs} runs: intervals for other runs and prompts hold the truth in "
+        f"{FEW_RUNS_COVERAGE[num_runs]:.0%} of "
         "cases, not in 95 %, where runs vary much more than prompts"
     ]
 

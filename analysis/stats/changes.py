@@ -27,21 +27,22 @@ PER_RESPONSE, PER_TOKEN, PER_BYTE = "nats/response", "nats/body token", "nats/by
 
 
 HEADLINES = ("logprob", "logprob_with_eos")
-"""Measures of which a verdict can speak: for them the change from each step to the last has a band too."""
+"""Measures of which a verdict can speak: for them the change from each step to the last has a band
+too."""
 
 
 def change_table(recording: Recording, categories: Sequence[str] | None = None) -> pd.DataFrame:
     """Return every change of one run: a row per split, category, step, measure and unit.
 
-    Columns: `run split step_unit category step examples_seen epoch measure unit level change stderr low high band_low
-    band_high rest_low rest_high share share_low share_high num_docs num_clusters effective_clusters
-    largest_cluster p_value`. `change` is the mean
-    paired change from the first step; `low` to `high` its 95 % interval over prompts, `band_low` to `band_high` a 95 %
-    band over all categories and steps of that measure. `rest_low` to `rest_high` is such a band of the change from
-    this step to the last, for `HEADLINES`. `share` with its interval is that of a part in the change of first token,
-    body and terminator, null where the interval of that whole holds 0. `num_docs` counts the docs that both steps have,
-    `num_clusters` their clusters. `nats/body token` and
-    `nats/byte` are ratios of sums.
+    Columns: `run split step_unit category step examples_seen epoch measure unit level change stderr
+    low high band_low band_high rest_low rest_high share share_low share_high num_docs num_clusters
+    effective_clusters largest_cluster p_value`. `change` is the mean
+    paired change from the first step; `low` to `high` its 95 % interval over prompts, `band_low` to
+    `band_high` a 95 % band over all categories and steps of that measure. `rest_low` to `rest_high`
+    is such a band of the change from this step to the last, for `HEADLINES`. `share` with its
+    interval is that of a part in the change of first token, body and terminator, null where the
+    interval of that whole holds 0. `num_docs` counts the docs that both steps have, `num_clusters`
+    their clusters. `nats/body token` and `nats/byte` are ratios of sums.
 
     Raises:
         UserError: there is one step only, or no category is left.
@@ -54,12 +55,16 @@ def change_table(recording: Recording, categories: Sequence[str] | None = None) 
         if names:
             tables.append(_table_of_split(recording, split, recording.cube(split, names)))
     if not tables:
-        raise UserError(f"{recording.path} has no {', '.join(categories or ())}; it has {_known(recording)}.")
+        raise UserError(
+            f"{recording.path} has no {', '.join(categories or ())}; it has {_known(recording)}."
+        )
     return pd.concat(tables, ignore_index=True)
 
 
 def _chosen(recording: Recording, split: str, categories: Sequence[str] | None) -> list[str]:
-    return [name for name in recording.categories(split) if categories is None or name in categories]
+    return [
+        name for name in recording.categories(split) if categories is None or name in categories
+    ]
 
 
 def _known(recording: Recording) -> str:
@@ -67,25 +72,39 @@ def _known(recording: Recording) -> str:
 
 
 def _one_step(recording: Recording, step: int) -> UserError:
-    return UserError(f"{recording.path} has scores of one step only ({step}), so nothing can have changed.")
+    return UserError(
+        f"{recording.path} has scores of one step only ({step}), so nothing can have changed."
+    )
 
 
 def _table_of_split(recording: Recording, split: str, arrays: Cube) -> pd.DataFrame:
     if len(arrays.steps) < 2:
         raise _one_step(recording, arrays.steps[0])
     seen = recording.rows.groupby("step")[["examples_seen", "epoch"]].first().reindex(arrays.steps)
-    places = pd.DataFrame(itertools.product(arrays.categories, arrays.steps), columns=["category", "step"])
+    places = pd.DataFrame(
+        itertools.product(arrays.categories, arrays.steps), columns=["category", "step"]
+    )
     places = places.join(seen, on="step")
     tables = []
-    for measure, unit in [*((name, PER_RESPONSE) for name in MEASURES), ("body", PER_TOKEN), ("logprob", PER_BYTE)]:
+    for measure, unit in [
+        *((name, PER_RESPONSE) for name in MEASURES),
+        ("body", PER_TOKEN),
+        ("logprob", PER_BYTE),
+    ]:
         if np.isnan(arrays.arrays[measure]).all():
             continue  # a plain `hf` model gives neither parts nor the terminator
         denominators = None
         if unit != PER_RESPONSE:
-            denominators = arrays.at_start("num_tokens") - 1 if unit == PER_TOKEN else arrays.at_start("num_bytes")
+            denominators = (
+                arrays.at_start("num_tokens") - 1
+                if unit == PER_TOKEN
+                else arrays.at_start("num_bytes")
+            )
         values = arrays.arrays[measure]
         levels = weighted_mean(values, denominators)
-        found = estimate(arrays.change(measure), arrays.clusters, denominators=denominators, band=True)
+        found = estimate(
+            arrays.change(measure), arrays.clusters, denominators=denominators, band=True
+        )
         rest = None
         if measure in HEADLINES and unit == PER_RESPONSE:
             rest = estimate(values[:, :, -1:] - values, arrays.clusters, band=True)
@@ -100,13 +119,23 @@ def _table_of_split(recording: Recording, split: str, arrays: Cube) -> pd.DataFr
     return table
 
 
-def _rows(places: pd.DataFrame, levels: Floats, found: Estimate, rest: Estimate | None) -> pd.DataFrame:
+def _rows(
+    places: pd.DataFrame, levels: Floats, found: Estimate, rest: Estimate | None
+) -> pd.DataFrame:
     columns = {
-        "level": levels, "change": found.mean, "stderr": found.stderr, "low": found.low, "high": found.high,
-        "band_low": found.band_low, "band_high": found.band_high, "num_docs": found.num_docs,
-        "num_clusters": found.num_clusters, "effective_clusters": found.effective_clusters,
-        "largest_cluster": found.largest_cluster, "p_value": found.p_values,
-    }  # fmt: skip
+        "level": levels,
+        "change": found.mean,
+        "stderr": found.stderr,
+        "low": found.low,
+        "high": found.high,
+        "band_low": found.band_low,
+        "band_high": found.band_high,
+        "num_docs": found.num_docs,
+        "num_clusters": found.num_clusters,
+        "effective_clusters": found.effective_clusters,
+        "largest_cluster": found.largest_cluster,
+        "p_value": found.p_values,
+    }
     nothing = np.full(levels.shape, np.nan)
     columns |= dict.fromkeys(("rest_low", "rest_high", "share", "share_low", "share_high"), nothing)
     if rest is not None:
@@ -131,13 +160,26 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
     if categories is not None:
         means = means[means["category"].isin(categories)]
         if means.empty:
-            raise UserError(f"{recording.path} has no {', '.join(categories)}; it has {_known(recording)}.")
+            raise UserError(
+                f"{recording.path} has no {', '.join(categories)}; it has {_known(recording)}."
+            )
     means = means.sort_values("step", kind="stable")
     start = means.groupby(["split", "category"])["value"].transform("first")
     unknown = (
-        "stderr", "low", "high", "band_low", "band_high", "rest_low", "rest_high", "effective_clusters",
-        "largest_cluster", "p_value", "share", "share_low", "share_high",
-    )  # fmt: skip
+        "stderr",
+        "low",
+        "high",
+        "band_low",
+        "band_high",
+        "rest_low",
+        "rest_high",
+        "effective_clusters",
+        "largest_cluster",
+        "p_value",
+        "share",
+        "share_low",
+        "share_high",
+    )
     table = means.rename(columns={"value": "level"}).assign(
         run=recording.name,
         step_unit=recording.step_unit,
@@ -151,7 +193,9 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
         **dict.fromkeys(unknown, np.nan),
     )
     order = {name: number for number, name in enumerate(recording.categories(recording.splits[0]))}
-    return table.sort_values(["split", "category", "step"], key=lambda c: c.map(order) if c.name == "category" else c)
+    return table.sort_values(
+        ["split", "category", "step"], key=lambda c: c.map(order) if c.name == "category" else c
+    )
 
 
 def groups_of_runs(recordings: Sequence[Recording]) -> list[list[Recording]]:
@@ -167,16 +211,22 @@ def groups_of_runs(recordings: Sequence[Recording]) -> list[list[Recording]]:
             found.append(group)
         elif len(group) > 1:
             names = ", ".join(recording.name for recording in group)
-            log.warning("not averaged, since they have the same order seed and so are no repeats: %s", names)
+            log.warning(
+                "not averaged, since they have the same order seed and so are no repeats: %s", names
+            )
     return found
 
 
-def table_over_runs(group: Sequence[Recording], measure: str, categories: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return changes averaged over runs, each point on the docs that all runs have there; empty where there are none.
+def table_over_runs(
+    group: Sequence[Recording], measure: str, categories: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Return changes averaged over runs, each point on the docs that all runs have there; empty
+    where there are none.
 
-    Columns: `split category step change low high both_low both_high num_runs num_docs effective_clusters
-    largest_cluster`. `low` to `high` is the t-interval on run means (these prompts, other runs), `both_low` to
-    `both_high` that of `over_runs_and_docs` (other prompts too).
+    Columns: `split category step change low high both_low both_high num_runs num_docs
+    effective_clusters largest_cluster`. `low` to `high` is the t-interval on run means (these
+    prompts, other runs), `both_low` to `both_high` that of `over_runs_and_docs` (other prompts
+    too).
     """
     tables = []
     for split in group[0].splits:
@@ -185,7 +235,9 @@ def table_over_runs(group: Sequence[Recording], measure: str, categories: Sequen
             names = [name for name in chosen[0] if all(name in other for other in chosen)]
             if names:
                 tables.append(
-                    _split_over_runs([item.cube(split, names) for item in group], measure).assign(split=split)
+                    _split_over_runs([item.cube(split, names) for item in group], measure).assign(
+                        split=split
+                    )
                 )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -196,17 +248,24 @@ def _split_over_runs(cubes: list[Cube], measure: str) -> pd.DataFrame:
     steps = sorted(set.intersection(*(set(item.steps) for item in cubes)))
     if not doc_ids or len(steps) < 2 or any(item.steps[0] != steps[0] for item in cubes):
         return pd.DataFrame()
-    changes = np.stack([_aligned(item, measure, doc_ids, steps) for item in cubes])  # [runs, docs, categories, steps]
+    changes = np.stack(
+        [_aligned(item, measure, doc_ids, steps) for item in cubes]
+    )  # [runs, docs, categories, steps]
     changes = np.where(np.isnan(changes).any(axis=0), np.nan, changes)
     clusters = renumber(first.clusters[[first.doc_ids.index(name) for name in doc_ids]])
     mean, _, low, high = over_runs(weighted_mean(np.moveaxis(changes, 1, 0)))
     both = over_runs_and_docs(changes, clusters)
     table = pd.DataFrame(itertools.product(first.categories, steps), columns=["category", "step"])
     columns = {
-        "change": mean, "low": low, "high": high, "both_low": both.low, "both_high": both.high,
-        "num_docs": both.num_docs, "effective_clusters": both.effective_clusters,
+        "change": mean,
+        "low": low,
+        "high": high,
+        "both_low": both.low,
+        "both_high": both.high,
+        "num_docs": both.num_docs,
+        "effective_clusters": both.effective_clusters,
         "largest_cluster": both.largest_cluster,
-    }  # fmt: skip
+    }
     flat = {name: values.reshape(-1) for name, values in columns.items()}
     return table.assign(**flat, num_runs=len(cubes))
 

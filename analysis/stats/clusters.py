@@ -10,10 +10,12 @@ Ints = NDArray[np.int64]
 
 
 def cluster_ids(*labels: Sequence[object] | Ints) -> Ints:
-    """Return the number of each doc's cluster: docs that share a label of any kind, directly or through others.
+    """Return the number of each doc's cluster: docs that share a label of any kind, directly or
+    through others.
 
     Args:
-        *labels: each `[docs]`: conversations, texts of one category, or cluster numbers; `None` is shared with no other
+        *labels: each `[docs]`: conversations, texts of one category, or cluster numbers; `None` is
+        shared with no other
             doc.
     """
     num_docs = len(labels[0])
@@ -34,7 +36,9 @@ def cluster_ids(*labels: Sequence[object] | Ints) -> Ints:
 def renumber(clusters: Ints) -> Ints:
     """Return the clusters of some docs, [docs] or [docs, categories], numbered without gaps."""
     columns = clusters.reshape(len(clusters), -1).T
-    return np.stack([np.unique(own, return_inverse=True)[1] for own in columns], axis=1).reshape(clusters.shape)
+    return np.stack([np.unique(own, return_inverse=True)[1] for own in columns], axis=1).reshape(
+        clusters.shape
+    )
 
 
 def membership(clusters: Ints) -> sparse.csr_matrix:

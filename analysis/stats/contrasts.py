@@ -1,4 +1,5 @@
-"""Contrasts between categories: margins, the part of a log-prob that the prompt gives (PMI), slopes with length."""
+"""Contrasts between categories: margins, the part of a log-prob that the prompt gives (PMI), slopes
+with length."""
 
 import math
 
@@ -10,26 +11,34 @@ from sft_probe.analysis.stats.measures import Cube
 from sft_probe.analysis.stats.runs import Recording
 
 MIN_PAIR_CLUSTERS = 20
-"""Effective clusters below which an interval of PMI carries a warning: each cluster is in two places."""
+"""Effective clusters below which an interval of PMI carries a warning: each cluster is in two
+places."""
 
 
 def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFrame:
-    """Return rows `run split contrast category step value stderr low high num_docs effective_clusters`.
+    """Return rows `run split contrast category step value stderr low high num_docs
+    effective_clusters`.
 
     Intervals are 95 %, over prompts.
 
-    `margin`: log-prob of the training category (else `chosen`) less that of `category`, in nats, at that step.
-    `margin_change`: the same of changes from the first step. `pmi`: mean of log p(y_n | x_n) - log p(y_n | x_m) in
-    nats, m the doc whose `random` response is y_n; only texts scored under both prompts count, clustered by both docs.
-    `pmi_change`: the same of changes, the part of chosen's change that its own prompt has over another's. `slope`:
-    change from the first step in nats per token of the response.
+    `margin`: log-prob of the training category (else `chosen`) less that of `category`, in nats, at
+    that step. `margin_change`: the same of changes from the first step. `pmi`: mean of log p(y_n |
+    x_n) - log p(y_n | x_m) in nats, m the doc whose `random` response is y_n; only texts scored
+    under both prompts count, clustered by both docs. `pmi_change`: the same of changes, the part of
+    chosen's change that its own prompt has over another's. `slope`: change from the first step in
+    nats per token of the response.
     """
     tables = []
     for split in recording.splits if recording.means is None else ():
         arrays = recording.cube(split)
-        parts = [*_margins(arrays, recording.target(arrays.categories) or "chosen", measure), *_slopes(arrays, measure)]
+        parts = [
+            *_margins(arrays, recording.target(arrays.categories) or "chosen", measure),
+            *_slopes(arrays, measure),
+        ]
         if recording.probe_set is not None:
-            parts += _pmi(arrays, {doc.doc_id: doc.random_doc_id for doc in recording.probe_set.docs}, measure)
+            parts += _pmi(
+                arrays, {doc.doc_id: doc.random_doc_id for doc in recording.probe_set.docs}, measure
+            )
         tables += [part.assign(run=recording.name, split=split) for part in parts]
     if not tables:
         return pd.DataFrame()
@@ -40,11 +49,17 @@ def contrast_table(recording: Recording, measure: str = "logprob") -> pd.DataFra
 def _rows(contrast: str, category: str, steps: list[int], found: Estimate) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "contrast": contrast, "category": category, "step": steps, "value": found.mean, "stderr": found.stderr,
-            "low": found.low, "high": found.high, "num_docs": found.num_docs,
+            "contrast": contrast,
+            "category": category,
+            "step": steps,
+            "value": found.mean,
+            "stderr": found.stderr,
+            "low": found.low,
+            "high": found.high,
+            "num_docs": found.num_docs,
             "effective_clusters": found.effective_clusters,
         }
-    )  # fmt: skip
+    )
 
 
 def _margins(arrays: Cube, reference: str, measure: str) -> list[pd.DataFrame]:
@@ -52,10 +67,15 @@ def _margins(arrays: Cube, reference: str, measure: str) -> list[pd.DataFrame]:
         return []
     own = arrays.categories.index(reference)
     tables = []
-    for name, values in (("margin", arrays.arrays[measure]), ("margin_change", arrays.change(measure))):
+    for name, values in (
+        ("margin", arrays.arrays[measure]),
+        ("margin_change", arrays.change(measure)),
+    ):
         for number, category in enumerate(arrays.categories):
             if number != own:
-                found = estimate(values[:, own] - values[:, number], arrays.shared_clusters(own, number))
+                found = estimate(
+                    values[:, own] - values[:, number], arrays.shared_clusters(own, number)
+                )
                 tables.append(_rows(name, category, arrays.steps, found))
     return tables
 
@@ -97,7 +117,8 @@ def _pmi(arrays: Cube, random_doc_ids: dict[str, str | None], measure: str) -> l
 
 
 def pmi_sentence(contrasts: pd.DataFrame, run: str, split: str) -> str | None:
-    """Return what the last change of chosen's PMI is, with its interval; `None` where it was not measured."""
+    """Return what the last change of chosen's PMI is, with its interval; `None` where it was not
+    measured."""
     if contrasts.empty:
         return None
     names = {"run": run, "split": split, "contrast": "pmi_change"}
@@ -106,8 +127,14 @@ def pmi_sentence(contrasts: pd.DataFrame, run: str, split: str) -> str | None:
         return None
     last = rows.iloc[-1]
     few = last["effective_clusters"] < MIN_PAIR_CLUSTERS
-    warning = f", in {last['effective_clusters']:.0f} clusters: the interval may cover less than 95 %" if few else ""
+    warning = (
+        f", in {last['effective_clusters']:.0f} clusters: the interval may cover less than 95 %"
+        if few
+        else ""
+    )
     return (
-        f"of chosen's change, {last['value']:+.1f} [{last['low']:+.1f}, {last['high']:+.1f}] nats hang on its own "
-        f"prompt (change of PMI over {last['num_docs']} texts that were also scored under another prompt{warning})"
+        f"of chosen's change, {last['value']:+.1f} [{last['low']:+.1f}, {last['high']:+.1f}] nats "
+        "hang on its own "
+        f"prompt (change of PMI over {last['num_docs']} texts that were also scored under another "
+        f"prompt{warning})"
     )

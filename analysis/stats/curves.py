@@ -10,7 +10,8 @@ from sft_probe.analysis.stats.intervals import Floats
 
 
 def crossing(curve: Floats, level: float) -> Floats | None:
-    """Weights over the points of `curve`, linear between them, that give where it first reaches `level`.
+    """Weights over the points of `curve`, linear between them, that give where it first reaches
+    `level`.
 
     `None` where it stays below.
     """
@@ -28,16 +29,19 @@ def crossing(curve: Floats, level: float) -> Floats | None:
 
 
 def matched_gain(last_gains: Sequence[float]) -> float:
-    """Return the gain at which runs are compared: half of the least last one; NaN where that is not above 0.
+    """Return the gain at which runs are compared: half of the least last one; NaN where that is not
+    above 0.
 
-    It is fixed before any comparison, so that every run has passed it and none is compared at its noisy end.
+    It is fixed before any comparison, so that every run has passed it and none is compared at its
+    noisy end.
     """
     least = min((gain for gain in last_gains if not math.isnan(gain)), default=math.nan)
     return least / 2 if least > 0 else math.nan
 
 
 def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> float:
-    """Where a curve, linear between its points, first reaches half of its last value; NaN where that is 0."""
+    """Where a curve, linear between its points, first reaches half of its last value; NaN where
+    that is 0."""
     x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
     if math.isnan(y[-1]) or y[-1] == 0:
         return math.nan
@@ -45,8 +49,11 @@ def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.
     return math.nan if weights is None else float(weights @ x)
 
 
-def half_bracket(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> tuple[float, float]:
-    """Return the two neighbouring points between which a curve first reaches half of its last value.
+def half_bracket(
+    steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series
+) -> tuple[float, float]:
+    """Return the two neighbouring points between which a curve first reaches half of its last
+    value.
 
     Both are the first point where the curve starts there, and NaN where the last value is 0 or NaN.
     """

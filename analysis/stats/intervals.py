@@ -1,6 +1,8 @@
-"""Means over docs in clusters, their intervals and bands; runs and docs crossed. Arrays in, arrays out.
+"""Means over docs in clusters, their intervals and bands; runs and docs crossed. Arrays in, arrays
+out.
 
-NaN marks what was not measured and is left out of that point alone. Measured coverage: docs/claims.md.
+NaN marks what was not measured and is left out of that point alone. Measured coverage:
+docs/claims.md.
 """
 
 import functools
@@ -16,12 +18,14 @@ from sft_probe.analysis.stats.clusters import Ints, cluster_ids, membership, ren
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
 MIN_CLUSTERS = 10
-"""Effective clusters below which there is no bootstrap and so no band, and a warning beside the interval."""
+"""Effective clusters below which there is no bootstrap and so no band, and a warning beside the
+interval."""
 MAX_CLUSTER_SHARE = 0.1
 """Share of the docs above which one cluster alone is worth a warning."""
 SKEWNESS_STRETCH = 1.5
-"""Factor of what the bootstrap quantile has over that of t, since few docs show less skewness than there is; from
-simulations of 12 to 250 clusters (1: .93 for 24 lognormal docs, 1.5: .95, and at most .97 for exponential ones)"""
+"""Factor of what the bootstrap quantile has over that of t, since few docs show less skewness than
+there is; from simulations of 12 to 250 clusters (1: .93 for 24 lognormal docs, 1.5: .95, and at
+most .97 for exponential ones)"""
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -31,7 +35,8 @@ _UPPER = (1 + LEVEL) / 2
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Means with their intervals; every array has the shape of the points, NaN where nothing can be said."""
+    """Means with their intervals; every array has the shape of the points, NaN where nothing can be
+    said."""
 
     mean: Floats
     stderr: Floats
@@ -48,7 +53,8 @@ class Estimate:
     num_clusters: Ints
     """Clusters with a doc that was measured"""
     effective_clusters: Floats
-    """(sum of weights)^2 / sum of squared weights, over clusters: as many as there are if all weigh the same"""
+    """(sum of weights)^2 / sum of squared weights, over clusters: as many as there are if all weigh
+    the same"""
     largest_cluster: Floats
     """Share of the largest cluster in the sum of weights"""
 
@@ -77,7 +83,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over the docs of each cluster, `[clusters, points]`, of which resampled t-statistics are made.
+    """Sums over the docs of each cluster, `[clusters, points]`, of which resampled t-statistics are
+    made.
 
     `errors` have mean 0 in the sample, so that their mean in a resample is its error.
     """
@@ -100,7 +107,8 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Points of one category, which share their clusters: arrays of `[points]`, and sums by cluster."""
+    """Points of one category, which share their clusters: arrays of `[points]`, and sums by
+    cluster."""
 
     mean: Floats
     stderr: Floats
@@ -117,7 +125,8 @@ class _Fit:
 
 
 def weighted_mean(values: Floats, denominators: Floats | None = None) -> Floats:
-    """Return the mean over the first axis, or the sum of values over that of denominators, where neither is NaN."""
+    """Return the mean over the first axis, or the sum of values over that of denominators, where
+    neither is NaN."""
     weights = _weights(values, denominators)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(weights > 0, values, 0.0).sum(axis=0) / weights.sum(axis=0))
@@ -132,22 +141,25 @@ def estimate(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Estimate the mean of every point over docs, or the ratio of two sums, with a 95 % interval and band.
+    """Estimate the mean of every point over docs, or the ratio of two sums, with a 95 % interval
+    and band.
 
-    The standard error is the cluster-robust one of a ratio of sums (Taylor expansion; for a plain mean that of an OLS
-    constant with clustered errors and the factor G / (G - 1)). An interval is that of a t distribution whose degrees of
-    freedom are the effective clusters less 1, widened at either end towards the quantile of a studentised bootstrap of
-    whole clusters, which follows skewness (Hall 1992), see `SKEWNESS_STRETCH`. The band is mean +- c x standard error,
-    c the quantile of the largest |t| over all points (Montiel Olea & Plagborg-Moller 2019, doi:10.1002/jae.2656), drawn
-    from the clusters that join those of every category with a band. Points with under `MIN_CLUSTERS` effective clusters
-    have no band and stay out of the maximum; so do those whose change is made of so few docs that the bootstrap has no
-    variance. A point whose clusters all have the very same mean, other than 0, has no error: they look like copies.
+    The standard error is the cluster-robust one of a ratio of sums (Taylor expansion; for a plain
+    mean that of an OLS constant with clustered errors and the factor G / (G - 1)). An interval is
+    that of a t distribution whose degrees of freedom are the effective clusters less 1, widened at
+    either end towards the quantile of a studentised bootstrap of whole clusters, which follows
+    skewness (Hall 1992), see `SKEWNESS_STRETCH`. The band is mean +- c x standard error, c the
+    quantile of the largest |t| over all points (Montiel Olea & Plagborg-Moller 2019,
+    doi:10.1002/jae.2656), drawn from the clusters that join those of every category with a band.
+    Points with under `MIN_CLUSTERS` effective clusters have no band and stay out of the maximum; so
+    do those whose change is made of so few docs that the bootstrap has no variance. A point whose
+    clusters all have the very same mean, other than 0, has no error: they look like copies.
 
     Args:
         values: [docs, points], or [docs, categories, points].
         clusters: [docs] or [docs, categories], from `cluster_ids`.
-        denominators: shape of the values, e.g. tokens; the mean is then sum of values / sum of denominators.
-        band: whether to compute the band.
+        denominators: shape of the values, e.g. tokens; the mean is then sum of values / sum of
+        denominators. band: whether to compute the band.
         num_resamples: of the bootstrap.
         seed: of the bootstrap.
     """
@@ -163,23 +175,43 @@ def estimate(
             strict=True,
         )
     ]
-    draws = {size: resamples(size, num_resamples, seed) for size in {len(fit.sums.errors) for fit in fits}}
-    resampled = [_resampled_t(fit.sums.take(fit.can_bootstrap), draws[len(fit.sums.errors)]) for fit in fits]
+    draws = {
+        size: resamples(size, num_resamples, seed)
+        for size in {len(fit.sums.errors) for fit in fits}
+    }
+    resampled = [
+        _resampled_t(fit.sums.take(fit.can_bootstrap), draws[len(fit.sums.errors)]) for fit in fits
+    ]
     low, high = (
-        np.stack([_degrees(fit, sign * t) for fit, t in zip(fits, resampled, strict=True)]) for sign in (1, -1)
+        np.stack([_degrees(fit, sign * t) for fit, t in zip(fits, resampled, strict=True)])
+        for sign in (1, -1)
     )
     found = {
         name: np.stack([getattr(fit, name) for fit in fits]).reshape(values.shape[1:])
-        for name in ("mean", "stderr", "num_docs", "num_clusters", "effective_clusters", "largest_cluster")
+        for name in (
+            "mean",
+            "stderr",
+            "num_docs",
+            "num_clusters",
+            "effective_clusters",
+            "largest_cluster",
+        )
     }
     nothing = np.full(values.shape[1:], np.nan)
     result = Estimate(
-        **found, degrees_low=low.reshape(nothing.shape), degrees_high=high.reshape(nothing.shape),
-        band_low=nothing, band_high=nothing, critical=np.nan,
-    )  # fmt: skip
+        **found,
+        degrees_low=low.reshape(nothing.shape),
+        degrees_high=high.reshape(nothing.shape),
+        band_low=nothing,
+        band_high=nothing,
+        critical=np.nan,
+    )
     if not band:
         return result
-    usable = [fit.can_bootstrap & (np.minimum(a, b) > 1) for fit, a, b in zip(fits, low, high, strict=True)]
+    usable = [
+        fit.can_bootstrap & (np.minimum(a, b) > 1)
+        for fit, a, b in zip(fits, low, high, strict=True)
+    ]
     critical = _critical(fits, usable, columns, resampled, seed=seed)
     return _with_band(result, critical, np.stack(usable).reshape(nothing.shape))
 
@@ -191,7 +223,8 @@ def _weights(values: Floats, denominators: Floats | None) -> Floats:
 
 
 def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
-    """Fit points that share their clusters; values and weights: [docs, points], 0 where a doc was not measured."""
+    """Fit points that share their clusters; values and weights: [docs, points], 0 where a doc was
+    not measured."""
     member = membership(clusters)
     sums, sizes = member @ values, member @ weights
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -199,35 +232,51 @@ def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
         mean = sums.sum(axis=0) / total
         count = (sizes > 0).sum(axis=0)
         errors = sums - mean * sizes
-        stderr = np.where(count > 1, np.sqrt((errors**2).sum(axis=0) * count / (count - 1)) / total, np.nan)
-        copies = (errors**2).sum(axis=0) <= 1e-24 * (sums**2).sum(axis=0)  # of one doc: they tell of no other
+        stderr = np.where(
+            count > 1, np.sqrt((errors**2).sum(axis=0) * count / (count - 1)) / total, np.nan
+        )
+        copies = (errors**2).sum(axis=0) <= 1e-24 * (sums**2).sum(
+            axis=0
+        )  # of one doc: they tell of no other
         stderr[copies & (mean != 0)] = np.nan
         effective = total**2 / (sizes**2).sum(axis=0)
         largest = sizes.max(axis=0) / total
     return _Fit(
-        mean, stderr, (weights > 0).sum(axis=0), count, effective, largest,
+        mean,
+        stderr,
+        (weights > 0).sum(axis=0),
+        count,
+        effective,
+        largest,
         _Sums(errors, sizes, errors**2, errors * sizes, sizes**2),
-    )  # fmt: skip
+    )
 
 
 def _resampled_t(sums: _Sums, draws: Floats) -> Floats:
-    """[resamples, points], t of each resample of clusters; infinite where a resample has no variance."""
+    """[resamples, points], t of each resample of clusters; infinite where a resample has no
+    variance."""
     if not sums.errors.shape[1]:
         return np.empty((len(draws), 0))
     count = (sums.weights > 0).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = draws @ sums.errors
         mean = error / (draws @ sums.weights)
-        variance = draws @ sums.squares - 2 * mean * (draws @ sums.products) + mean**2 * (draws @ sums.weights2)
+        variance = (
+            draws @ sums.squares
+            - 2 * mean * (draws @ sums.products)
+            + mean**2 * (draws @ sums.weights2)
+        )
         variance = np.where(variance > 1e-9 * sums.squares.sum(axis=0), variance, 0.0)
         t = error / np.sqrt(variance * count / (count - 1))
         return np.where(np.isnan(t), 0.0, t)
 
 
 def _degrees(fit: _Fit, resampled: Floats) -> Floats:
-    """[points], degrees of freedom whose t quantile is that of the resampled t, at most the effective clusters less 1.
+    """[points], degrees of freedom whose t quantile is that of the resampled t, at most the
+    effective clusters less 1.
 
-    The degrees stay above 1: below, the bootstrap says no more than that a few docs carry the change.
+    The degrees stay above 1: below, the bootstrap says no more than that a few docs carry the
+    change.
     """
     degrees = np.where(np.isnan(fit.stderr), np.nan, np.maximum(fit.effective_clusters - 1, 0.5))
     if resampled.shape[1]:
@@ -242,9 +291,15 @@ def _degrees(fit: _Fit, resampled: Floats) -> Floats:
 
 
 def _critical(
-    fits: Sequence[_Fit], usable: Sequence[Bools], columns: Ints, resampled: Sequence[Floats], *, seed: int
+    fits: Sequence[_Fit],
+    usable: Sequence[Bools],
+    columns: Ints,
+    resampled: Sequence[Floats],
+    *,
+    seed: int,
 ) -> float:
-    """Quantile of the largest |t| over the usable points; NaN where their joint clusters are too few."""
+    """Quantile of the largest |t| over the usable points; NaN where their joint clusters are too
+    few."""
     kept = [number for number, points in enumerate(usable) if points.any()]
     if not kept:
         return float("nan")
@@ -281,14 +336,17 @@ def _with_band(found: Estimate, critical: float, usable: Bools) -> Estimate:
 def resamples(num_clusters: int, num_resamples: int, seed: int) -> Floats:
     """Return [num_resamples, num_clusters], how often each cluster is drawn."""
     generator = np.random.default_rng(seed)
-    counts = generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples)
+    counts = generator.multinomial(
+        num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples
+    )
     draws = counts.astype(np.float64)
     draws.flags.writeable = False
     return draws
 
 
 def holm(p_values: Sequence[float] | Floats) -> Floats:
-    """Adjust p values for their number by Holm's step-down (1979); NaN stays NaN and does not count."""
+    """Adjust p values for their number by Holm's step-down (1979); NaN stays NaN and does not
+    count."""
     p = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(p.shape, np.nan)
     order = np.argsort(p)[: int((~np.isnan(p)).sum())]
@@ -298,7 +356,8 @@ def holm(p_values: Sequence[float] | Floats) -> Floats:
 
 
 def over_runs(run_means: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return the mean over runs, its standard error and 95 % t-interval with df = runs - 1; for these prompts.
+    """Return the mean over runs, its standard error and 95 % t-interval with df = runs - 1; for
+    these prompts.
 
     Args:
         run_means: [runs, points]; NaN intervals with one run.
@@ -314,21 +373,26 @@ def over_runs(run_means: Floats) -> tuple[Floats, Floats, Floats, Floats]:
 
 
 def add_runs(found: Estimate, *run_means: Floats) -> Estimate:
-    """Add the variance between runs to an estimate over docs, for an interval that holds for other runs and docs.
+    """Add the variance between runs to an estimate over docs, for an interval that holds for other
+    runs and docs.
 
-    Runs and docs are crossed: each run scores the same docs. The variances of run means and of doc means are added
-    (which counts their interaction twice), the degrees of freedom are Satterthwaite's.
+    Runs and docs are crossed: each run scores the same docs. The variances of run means and of doc
+    means are added (which counts their interaction twice), the degrees of freedom are
+    Satterthwaite's.
 
     Args:
         found: the estimate over docs, of values averaged over runs.
-        *run_means: each `[runs, points]`, two runs or more: what the runs of one independent set contribute.
+        *run_means: each `[runs, points]`, two runs or more: what the runs of one independent set
+        contribute.
     """
     variances = [found.stderr**2, *(means.var(axis=0, ddof=1) / len(means) for means in run_means)]
     total = np.sum(variances, axis=0)
     fewer = [len(means) - 1 for means in run_means]
 
     def satterthwaite(degrees: Floats) -> Floats:
-        parts = [variance**2 / df for variance, df in zip(variances, [degrees, *fewer], strict=True)]
+        parts = [
+            variance**2 / df for variance, df in zip(variances, [degrees, *fewer], strict=True)
+        ]
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(total**2 / np.sum(parts, axis=0))
 
@@ -341,18 +405,20 @@ def add_runs(found: Estimate, *run_means: Floats) -> Estimate:
 
 
 def over_runs_and_docs(values: Floats, clusters: Ints) -> Estimate:
-    """Estimate means where runs and docs are both samples; a single run gives the interval over docs alone.
+    """Estimate means where runs and docs are both samples; a single run gives the interval over
+    docs alone.
 
     Args:
-        values: [runs, docs, points] or [runs, docs, categories, points]; NaN in all runs or in none.
-        clusters: [docs] or [docs, categories]
+        values: [runs, docs, points] or [runs, docs, categories, points]; NaN in all runs or in
+        none. clusters: [docs] or [docs, categories]
     """
     found = estimate(values.mean(axis=0), clusters)
     return add_runs(found, weighted_mean(np.moveaxis(values, 1, 0))) if len(values) > 1 else found
 
 
 def share(part: Floats, whole: Floats, clusters: Ints) -> Estimate:
-    """Estimate the mean of a part over the mean of the whole, of docs that have both, as a linearised ratio.
+    """Estimate the mean of a part over the mean of the whole, of docs that have both, as a
+    linearised ratio.
 
     Unlike the denominators of `estimate`, the whole of a doc may be below 0.
 
@@ -371,7 +437,8 @@ def share(part: Floats, whole: Floats, clusters: Ints) -> Estimate:
 
 
 def slope(x: Floats, values: Floats, clusters: Ints) -> Estimate:
-    """Estimate the slope of the least-squares line of each point's values on `x`, as a ratio of sums over docs.
+    """Estimate the slope of the least-squares line of each point's values on `x`, as a ratio of
+    sums over docs.
 
     Args:
         x: [docs], e.g. tokens of the response.
@@ -382,7 +449,9 @@ def slope(x: Floats, values: Floats, clusters: Ints) -> Estimate:
     repeated = np.where(present, x[:, None], np.nan)
     centred = repeated - weighted_mean(repeated)
     found = estimate(
-        centred * (values - weighted_mean(np.where(present, values, np.nan))), clusters, denominators=centred**2
+        centred * (values - weighted_mean(np.where(present, values, np.nan))),
+        clusters,
+        denominators=centred**2,
     )
     return replace(found, num_docs=present.sum(axis=0))
 
@@ -390,9 +459,10 @@ def slope(x: Floats, values: Floats, clusters: Ints) -> Estimate:
 def pair_mean(values: Floats, owners: Ints, borrowers: Ints) -> Estimate:
     """Estimate the mean of quantities that belong to two clusters of docs each.
 
-    The variance is the larger of two: clustered by the owner, and dyadic-robust, the products of the residuals of all
-    pairs of quantities that share a cluster in either place (Aronow, Samii & Assenova 2015, doi:10.1093/pan/mpv018),
-    which alone is too small where clusters are few. NaN where neither is above 0.
+    The variance is the larger of two: clustered by the owner, and dyadic-robust, the products of
+    the residuals of all pairs of quantities that share a cluster in either place (Aronow, Samii &
+    Assenova 2015, doi:10.1093/pan/mpv018), which alone is too small where clusters are few. NaN
+    where neither is above 0.
 
     Args:
         values: [quantities, points], complete.
@@ -404,6 +474,9 @@ def pair_mean(values: Floats, owners: Ints, borrowers: Ints) -> Estimate:
     residuals = values - found.mean
     shares = (owners[:, None] == owners) | (borrowers[:, None] == borrowers)
     shares |= (owners[:, None] == borrowers) | (borrowers[:, None] == owners)
-    dyadic = np.einsum("ik,ij,jk->k", residuals, shares.astype(np.float64), residuals, optimize=True) / len(values) ** 2
+    dyadic = (
+        np.einsum("ik,ij,jk->k", residuals, shares.astype(np.float64), residuals, optimize=True)
+        / len(values) ** 2
+    )
     variance = np.maximum(found.stderr**2, dyadic * groups / max(groups - 1, 1))
     return replace(found, stderr=np.sqrt(np.where(variance > 0, variance, np.nan)))

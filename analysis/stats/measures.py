@@ -1,4 +1,5 @@
-"""What is measured of a response: its log-prob and parts of it, as arrays over docs, categories and steps."""
+"""What is measured of a response: its log-prob and parts of it, as arrays over docs, categories and
+steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,13 @@ import pyarrow as pa
 from sft_probe.analysis.stats.clusters import Ints, cluster_ids, count_text
 from sft_probe.analysis.stats.intervals import Floats
 
-POSITIONS = {"tokens_1": 1, "tokens_2_4": 4, "tokens_5_16": 16, "tokens_17_64": 64, "tokens_65_up": None}
+POSITIONS = {
+    "tokens_1": 1,
+    "tokens_2_4": 4,
+    "tokens_5_16": 16,
+    "tokens_17_64": 64,
+    "tokens_65_up": None,
+}
 """Part of a response to its last token, counted from 1."""
 PARTS = ("first", "body", "eos")
 MEASURES = ("logprob", "logprob_with_eos", *PARTS, *POSITIONS)
@@ -20,7 +27,8 @@ MEASURES = ("logprob", "logprob_with_eos", *PARTS, *POSITIONS)
 def add_measures(rows: pa.Table) -> pd.DataFrame:
     """Score rows as a frame without `token_logprobs`, with a column for each of `MEASURES`.
 
-    `first` is `logprob_first`, `body` the rest of `logprob`; parts by position are null without token log-probs.
+    `first` is `logprob_first`, `body` the rest of `logprob`; parts by position are null without
+    token log-probs.
     """
     frame: pd.DataFrame = rows.drop_columns(["token_logprobs"]).to_pandas()
     for name in ("logprob", "logprob_first", "logprob_eos", "num_tokens", "num_bytes"):
@@ -37,7 +45,9 @@ def add_measures(rows: pa.Table) -> pd.DataFrame:
 def _sums_by_position(tokens: pa.ListArray) -> dict[str, Floats]:
     """[rows] for each part; NaN where a row has no token log-probs."""
     lengths = tokens.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    totals = np.concatenate([[0.0], np.cumsum(tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float64))])
+    totals = np.concatenate(
+        [[0.0], np.cumsum(tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float64))]
+    )
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
     missing = (lengths == 0).nonzero()[0]
     sums, begin = {}, starts
@@ -62,7 +72,8 @@ class Cube:
     """`MEASURES`, `num_tokens` and `num_bytes`; NaN where there is no row."""
 
     def shared_clusters(self, *categories: int) -> Ints:
-        """Return [docs], the clusters of a contrast: docs that share one in any of these categories."""
+        """Return [docs], the clusters of a contrast: docs that share one in any of these
+        categories."""
         return cluster_ids(*self.clusters[:, categories].T)
 
     @property
@@ -76,18 +87,22 @@ class Cube:
         return values - values[:, :, :1]
 
     def at_start(self, name: str) -> Floats:
-        """[docs, categories, steps]: the first step's `num_tokens` or `num_bytes`, at every step."""
+        """[docs, categories, steps]: the first step's `num_tokens` or `num_bytes`, at every
+        step."""
         values = self.arrays[name]
         return np.broadcast_to(values[:, :, :1], values.shape)
 
 
-def cube(rows: pd.DataFrame, categories: Sequence[str], texts: dict[str, dict[str, str]] | None = None) -> Cube:
+def cube(
+    rows: pd.DataFrame, categories: Sequence[str], texts: dict[str, dict[str, str]] | None = None
+) -> Cube:
     """Arrays from the rows of one run, source and split.
 
     Args:
         rows: from `add_measures`.
         categories: their order.
-        texts: doc id to category to response; docs that share a category's response share its cluster.
+        texts: doc id to category to response; docs that share a category's response share its
+        cluster.
     """
     docs = pd.Categorical(rows["doc_id"])
     doc_ids = [str(name) for name in docs.categories]
@@ -101,8 +116,15 @@ def cube(rows: pd.DataFrame, categories: Sequence[str], texts: dict[str, dict[st
     for name in (*MEASURES, "num_tokens", "num_bytes"):
         arrays[name] = np.full((len(doc_ids), len(categories), len(steps)), np.nan)
         arrays[name][index] = rows[name].to_numpy(dtype=np.float64)
-    conversations = rows.drop_duplicates("doc_id").set_index("doc_id")["conversation_id"].reindex(doc_ids)
+    conversations = (
+        rows.drop_duplicates("doc_id").set_index("doc_id")["conversation_id"].reindex(doc_ids)
+    )
     conversation_of: list[object] = [None if pd.isna(name) else name for name in conversations]
-    own_texts = [[(texts or {}).get(doc_id, {}).get(category) for doc_id in doc_ids] for category in categories]
+    own_texts = [
+        [(texts or {}).get(doc_id, {}).get(category) for doc_id in doc_ids]
+        for category in categories
+    ]
     clusters = np.stack([cluster_ids(conversation_of, own) for own in own_texts], axis=1)
-    return Cube(doc_ids=doc_ids, categories=list(categories), steps=steps, clusters=clusters, arrays=arrays)
+    return Cube(
+        doc_ids=doc_ids, categories=list(categories), steps=steps, clusters=clusters, arrays=arrays
+    )

@@ -1,4 +1,5 @@
-"""What was recorded of a run, from wherever it lies: a run directory, score rows, lm-eval's files, a table of means."""
+"""What was recorded of a run, from wherever it lies: a run directory, score rows, lm-eval's files,
+a table of means."""
 
 import json
 import math
@@ -21,14 +22,31 @@ from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_
 
 _KEY = ["run", "source", "step", "split", "category", "doc_id"]
 _KINDS = {
-    "model": str | None, "train_category": str | None, "arguments": dict, "categories": list, "dropped": list,
-    "step_unit": str, "probe_set": str | None, "probe_set_sha256": str | None,
-}  # fmt: skip
+    "model": str | None,
+    "train_category": str | None,
+    "arguments": dict,
+    "categories": list,
+    "dropped": list,
+    "step_unit": str,
+    "probe_set": str | None,
+    "probe_set_sha256": str | None,
+}
 _MAX_NAMED = 5
 _SETTING = (
-    "train_data", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "dtype", "bf16",
-    "fp16", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "max_length",
-)  # fmt: skip
+    "train_data",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "dtype",
+    "bf16",
+    "fp16",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "max_length",
+)
 _DISAGREEMENT_NATS = 0.05
 SPLIT_NAMES = {"heldout": "held-out prompts", "train": "prompts trained on"}
 
@@ -44,7 +62,8 @@ class Recording:
     tokens: pa.ListArray | None = None
     """Token log-probs; the index of `rows` counts them."""
     means: pd.DataFrame | None = None
-    """`split category step value`, where no doc is known; nats with the terminator, as they were published."""
+    """`split category step value`, where no doc is known; nats with the terminator, as they were
+    published."""
     step_unit: str = "optimizer step"
     manifest: dict[str, Any] = field(default_factory=dict)
     """Of the training; empty for what was trained elsewhere."""
@@ -66,9 +85,13 @@ class Recording:
         return self.manifest.get("train_category") or self.probe.get("train_category")
 
     def target(self, categories: Sequence[str]) -> str | None:
-        """Which of these categories holds the responses that the run was trained on; `None` where none does."""
+        """Which of these categories holds the responses that the run was trained on; `None` where
+        none does."""
         trained = str(self.train_category)
-        return next((name for name in (trained, trained.removesuffix("_no_prompt")) if name in categories), None)
+        return next(
+            (name for name in (trained, trained.removesuffix("_no_prompt")) if name in categories),
+            None,
+        )
 
     @property
     def model(self) -> str:
@@ -77,7 +100,8 @@ class Recording:
 
     @property
     def setting(self) -> str:
-        """What repeats of a run have in common: all that is known of them but the seeds and the length of training."""
+        """What repeats of a run have in common: all that is known of them but the seeds and the
+        length of training."""
         arguments = self.manifest.get("arguments", {})
         trained = [arguments.get(name) for name in _SETTING]
         probed = [self.probe.get(name) for name in ("probe_set_sha256", "prompt_format", "dtype")]
@@ -106,7 +130,9 @@ class Recording:
         frame = self.rows if self.means is None else self.means
         present = list(dict.fromkeys(frame.loc[frame["split"] == split, "category"]))
         order = list(self.probe.get("categories") or CATEGORIES)
-        return [name for name in order if name in present] + [name for name in present if name not in order]
+        return [name for name in order if name in present] + [
+            name for name in present if name not in order
+        ]
 
     def cube(self, split: str, categories: Sequence[str] | None = None) -> Cube:
         """Arrays over docs of one split."""
@@ -130,13 +156,25 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 
 
 def load_recording(path: Path) -> Recording:
-    """Reads a run directory, a parquet file of score rows, a directory of lm-eval's results, or means."""
+    """Reads a run directory, a parquet file of score rows, a directory of lm-eval's results, or
+    means."""
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     if path.suffix in (".csv", ".json"):
         means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
-        notes = ("means over docs as they were published: no intervals, and the terminator may be in the sums", *notes)
-        return Recording(name=path.stem, path=path, rows=pd.DataFrame(), means=means, step_unit=step_unit, notes=notes)
+        notes = (
+            "means over docs as they were published: no intervals, and the terminator may be in "
+            "the sums",
+            *notes,
+        )
+        return Recording(
+            name=path.stem,
+            path=path,
+            rows=pd.DataFrame(),
+            means=means,
+            step_unit=step_unit,
+            notes=notes,
+        )
     if path.is_file():
         return _of_rows(path, path.parent, _read_parquet(path))
     rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
@@ -147,16 +185,22 @@ def load_recording(path: Path) -> Recording:
     if find(path, "**/results_*.json"):
         table, texts, prompts, notes = read_lm_eval(path)
         return Recording(
-            name=path.resolve().name, path=path, rows=add_measures(table), texts=texts, prompts=prompts, notes=notes
-        )  # fmt: skip
+            name=path.resolve().name,
+            path=path,
+            rows=add_measures(table),
+            texts=texts,
+            prompts=prompts,
+            notes=notes,
+        )
     raise UserError(
-        f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe train "
-        "--probe_steps`), no scores.parquet and no results of lm-eval."
+        f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe "
+        "train --probe_steps`), no scores.parquet and no results of lm-eval."
     )
 
 
 def recording_of_rows(directory: Path, table: pa.Table) -> Recording:
-    """Return what score rows of a run directory record; with the texts of its probe set, where that is there."""
+    """Return what score rows of a run directory record; with the texts of its probe set, where that
+    is there."""
     return _of_rows(directory, directory, table)
 
 
@@ -176,13 +220,19 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
     frame = add_measures(table)
     for name, known in (("split", {"heldout", "train"}), ("source", {"lm_eval", "live"})):
         if unknown := set(frame[name].map(str)) - known:
-            raise UserError(f"{path}: the {name} {min(unknown)!r} is none of {', '.join(sorted(known))}.")
+            raise UserError(
+                f"{path}: the {name} {min(unknown)!r} is none of {', '.join(sorted(known))}."
+            )
     repeated = frame.duplicated(_KEY)
     if repeated.any():
         first = frame[repeated].iloc[0]
-        raise UserError(f"{path}: two score rows of {', '.join(f'{name} {first[name]}' for name in _KEY)}.")
+        raise UserError(
+            f"{path}: two score rows of {', '.join(f'{name} {first[name]}' for name in _KEY)}."
+        )
     if frame["run"].nunique() > 1:
-        raise UserError(f"{path} holds {frame['run'].nunique()} runs; give each in a file of its own.")
+        raise UserError(
+            f"{path} holds {frame['run'].nunique()} runs; give each in a file of its own."
+        )
     source = "lm_eval" if (frame["source"] == "lm_eval").any() else "live"  # never on one curve
     manifest = _json_of(directory / "manifest.json")
     probe = _json_of(directory / ("sweep" if source == "lm_eval" else "probe") / "manifest.json")
@@ -201,7 +251,9 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         probe=probe,
         probe_set=probe_set,
         texts={doc.doc_id: doc.responses for doc in probe_set.docs} if probe_set else {},
-        prompts={doc.doc_id: _prompt_text(doc.messages) for doc in probe_set.docs} if probe_set else {},
+        prompts={doc.doc_id: _prompt_text(doc.messages) for doc in probe_set.docs}
+        if probe_set
+        else {},
         benchmarks=pd.read_csv(benchmarks) if benchmarks.is_file() else None,
         generations=pd.read_parquet(generations) if generations.is_file() else None,
         notes=(*set_notes, *_notes(directory, rows, manifest, probe, source)),
@@ -216,36 +268,65 @@ def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
 
 
-def _probe_set_of(manifest: dict[str, Any], probe: dict[str, Any]) -> tuple[ProbeSet | None, list[str]]:
+def _probe_set_of(
+    manifest: dict[str, Any], probe: dict[str, Any]
+) -> tuple[ProbeSet | None, list[str]]:
     """The texts behind the rows, where they are still there and the same."""
-    for source in (manifest.get("probe_set"), probe.get("probe_set_source"), probe.get("probe_set")):
+    for source in (
+        manifest.get("probe_set"),
+        probe.get("probe_set_source"),
+        probe.get("probe_set"),
+    ):
         if isinstance(source, str) and (source in EMBEDDED_PROBE_SETS or Path(source).exists()):
             probe_set = load_probe_set(source)
             if probe_set.sha256 == probe.get("probe_set_sha256", probe_set.sha256):
                 return probe_set, []
-    return None, ["the probe set is not here or has changed: no texts are shown, and clusters are conversations alone"]
+    return None, [
+        "the probe set is not here or has changed: no texts are shown, and clusters are "
+        "conversations alone"
+    ]
 
 
 def _notes(
-    directory: Path, rows: pd.DataFrame, manifest: dict[str, Any], probe: dict[str, Any], source: str
+    directory: Path,
+    rows: pd.DataFrame,
+    manifest: dict[str, Any],
+    probe: dict[str, Any],
+    source: str,
 ) -> list[str]:
     notes = []
     if dropped := probe.get("dropped"):
         names = ", ".join(str(drop["doc_id"]) for drop in dropped[:_MAX_NAMED])
-        notes.append(f"{len(dropped)} docs were left out of all categories: {names}{_more(len(dropped))}")
+        notes.append(
+            f"{len(dropped)} docs were left out of all categories: {names}{_more(len(dropped))}"
+        )
     for split, part in rows.groupby("split"):
         size = part["doc_id"].nunique() * part["category"].nunique() * part["step"].nunique()
         if missing := size - len(part):
-            notes.append(f"{split}: {missing} of {size} scores are missing (NaN, or a step that is not complete)")
-    if dtypes := {"bfloat16", "float16"} & {*rows["weights_dtype"].dropna(), *rows["compute_dtype"].dropna()}:
-        notes.append(f"{', '.join(sorted(dtypes))} hides small changes: early steps are near-copies of the start")
+            notes.append(
+                f"{split}: {missing} of {size} scores are missing (NaN, or a step that is not "
+                "complete)"
+            )
+    if dtypes := {"bfloat16", "float16"} & {
+        *rows["weights_dtype"].dropna(),
+        *rows["compute_dtype"].dropna(),
+    }:
+        notes.append(
+            f"{', '.join(sorted(dtypes))} hides small changes: early steps are near-copies of the "
+            "start"
+        )
     model = str(manifest.get("model") or probe.get("model") or "")
     if model == EMBEDDED_MODEL:
-        notes.append("the model is instruction-tuned and dequantised from 4 bits: early steps may repair that")
+        notes.append(
+            "the model is instruction-tuned and dequantised from 4 bits: early steps may repair "
+            "that"
+        )
     elif any(word in model.lower() for word in ("instruct", "chat", "-it", "rlhf", "dpo")):
         notes.append("the model is instruction-tuned already, by its name")
     if probe.get("probe_set") in EMBEDDED_PROBE_SETS:
-        notes.append("the texts were written for the demo: it demonstrates the tool, it is no evidence")
+        notes.append(
+            "the texts were written for the demo: it demonstrates the tool, it is no evidence"
+        )
     if source == "lm_eval" and (live := find(directory, "probe/step_*.jsonl")):
         notes += _disagreement(rows, live)
     return notes
@@ -255,12 +336,15 @@ def _disagreement(swept: pd.DataFrame, live: list[Path]) -> list[str]:
     """Where the live probe and the sweep scored the same response at the same step and differ."""
     keys = ["step", "split", "category", "doc_id"]
     columns = [*keys, "logprob"]
-    both = swept[columns].merge(read_rows(live).select(columns).to_pandas(), on=keys, suffixes=("", "_live"))
+    both = swept[columns].merge(
+        read_rows(live).select(columns).to_pandas(), on=keys, suffixes=("", "_live")
+    )
     largest = float((both["logprob"] - both["logprob_live"]).abs().max()) if len(both) else math.nan
     if not largest > _DISAGREEMENT_NATS:
         return []
     return [
-        f"live probe and sweep differ by up to {largest:.2f} nats on {len(both)} common scores (weights in 16 bits?)"
+        f"live probe and sweep differ by up to {largest:.2f} nats on {len(both)} common scores "
+        "(weights in 16 bits?)"
     ]
 
 

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from sft_probe.errors import UserError
 
 STEP, EPOCH = "optimizer step", "epoch"
-REMEDY = "Say the step with NAME=STEP, e.g. `--revisions main=2000` or `--checkpoints out/final=2000`."
+REMEDY = (
+    "Say the step with NAME=STEP, e.g. `--revisions main=2000` or `--checkpoints out/final=2000`."
+)
 _LAST_STEP = 2**53
-"""The largest that every reader of the tables, JavaScript and spreadsheets included, keeps exactly."""
+"""The largest that every reader of the tables, JavaScript and spreadsheets included, keeps
+exactly."""
 _WORDS = {
     STEP: r"(?:global[-_. ]?)?steps?|checkpoints?|ckpts?|iter(?:ation)?s?",
     EPOCH: r"epochs?",
 }
 _SEPARATOR = r"[-_=. :#]"
-_NO_POSITION = "".join(rf"(?<!{word}[-_. ])" for word in ("warmup", "max", "total", "num", "every", "save", "eval"))
+_NO_POSITION = "".join(
+    rf"(?<!{word}[-_. ])" for word in ("warmup", "max", "total", "num", "every", "save", "eval")
+)
 """`warmup_steps100` names a setting, not where the training stood."""
 _ANY_NUMBER = re.compile(r"\d+")
 
@@ -32,20 +37,26 @@ class NamedStep:
 def check_step(step: int, where: str) -> int:
     """Return `step`. Raises `UserError`, beginning with `where`, for one that no training makes."""
     if not 0 <= step <= _LAST_STEP:
-        raise UserError(f"{where}: {step} is no step; a step is a whole number from 0 to {_LAST_STEP}.")
+        raise UserError(
+            f"{where}: {step} is no step; a step is a whole number from 0 to {_LAST_STEP}."
+        )
     return step
 
 
 def find_step(name: str) -> NamedStep | None:
-    """Return the number after step, checkpoint, ckpt, iter or global_step; without one, that after epoch.
+    """Return the number after step, checkpoint, ckpt, iter or global_step; without one, that after
+    epoch.
 
     Raises:
-        UserError: the name tells several steps, or one that is no plain number, such as 1e3, 10k or a date.
+        UserError: the name tells several steps, or one that is no plain number, such as 1e3, 10k or
+        a date.
     """
     for unit in (STEP, EPOCH):
         numbers = {_plain_number(name, match) for match in _pattern(unit).finditer(name)}
         if len(numbers) > 1:
-            raise UserError(f"{name!r} tells several steps: {', '.join(map(str, sorted(numbers)))}.")
+            raise UserError(
+                f"{name!r} tells several steps: {', '.join(map(str, sorted(numbers)))}."
+            )
         if numbers:
             return NamedStep(numbers.pop(), unit)
     return None
@@ -57,13 +68,15 @@ def step_in(name: str) -> NamedStep:
         return found
     seen = ", ".join(_ANY_NUMBER.findall(name)) or "no number"
     raise UserError(
-        f"{name!r} tells no step: there must be a number after step, checkpoint, ckpt, iter or global_step (seen: "
-        f"{seen})."
+        f"{name!r} tells no step: there must be a number after step, checkpoint, ckpt, iter or "
+        f"global_step (seen: {seen})."
     )
 
 
 def _pattern(unit: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![a-z]){_NO_POSITION}(?:{_WORDS[unit]}){_SEPARATOR}*(\d+)", re.IGNORECASE)
+    return re.compile(
+        rf"(?<![a-z]){_NO_POSITION}(?:{_WORDS[unit]}){_SEPARATOR}*(\d+)", re.IGNORECASE
+    )
 
 
 def _plain_number(name: str, match: re.Match[str]) -> int:
@@ -76,7 +89,8 @@ def _plain_number(name: str, match: re.Match[str]) -> int:
 
 
 def split_explicit(name: str) -> tuple[str, int | None]:
-    """Return name and step of `NAME=STEP`; the whole and `None` where no step is written beside a name.
+    """Return name and step of `NAME=STEP`; the whole and `None` where no step is written beside a
+    name.
 
     In `epoch=3-step=300`, as Lightning writes it, the number belongs to the name.
     """
@@ -96,6 +110,7 @@ def common_unit(found: Sequence[tuple[str, NamedStep]]) -> str:
     examples = {named.unit: name for name, named in found if named.unit}
     if len(examples) > 1:
         raise UserError(
-            f"{examples[STEP]!r} tells a step and {examples[EPOCH]!r} an epoch, which have no common axis. {REMEDY}"
+            f"{examples[STEP]!r} tells a step and {examples[EPOCH]!r} an epoch, which have no "
+            f"common axis. {REMEDY}"
         )
     return next(iter(examples), None) or STEP

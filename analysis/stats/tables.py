@@ -20,7 +20,8 @@ def tables_lock(directory: Path) -> FileLock:
 
 
 def write_tables(directory: Path) -> list[Path]:
-    """Writes `scores.parquet`, `trajectory.csv`, and `benchmarks.csv` and `generations.parquet` where there are any.
+    """Writes `scores.parquet`, `trajectory.csv`, and `benchmarks.csv` and `generations.parquet`
+    where there are any.
 
     Returns what was written.
 
@@ -32,11 +33,20 @@ def write_tables(directory: Path) -> list[Path]:
         if paths:
             scores = read_rows(paths)
             write_parquet(directory / "scores.parquet", scores)
-            write_text(directory / "trajectory.csv", _trajectories(directory, scores).to_csv(index=False))
+            write_text(
+                directory / "trajectory.csv", _trajectories(directory, scores).to_csv(index=False)
+            )
             written += [directory / "scores.parquet", directory / "trajectory.csv"]
-        benchmarks = [row for path in find(directory, "sweep/step_*/*/benchmarks.jsonl") for row in read_jsonl(path)]
+        benchmarks = [
+            row
+            for path in find(directory, "sweep/step_*/*/benchmarks.jsonl")
+            for row in read_jsonl(path)
+        ]
         if len(answers := read_generations(directory)):
-            write_parquet(directory / "generations.parquet", pa.Table.from_pandas(answers, preserve_index=False))
+            write_parquet(
+                directory / "generations.parquet",
+                pa.Table.from_pandas(answers, preserve_index=False),
+            )
             written.append(directory / "generations.parquet")
         if benchmarks:
             write_text(directory / "benchmarks.csv", pd.DataFrame(benchmarks).to_csv(index=False))

@@ -1,4 +1,5 @@
-"""The trajectory table: mean log-prob of each category at each step, its change, and intervals over docs."""
+"""The trajectory table: mean log-prob of each category at each step, its change, and intervals over
+docs."""
 
 import numpy as np
 import pandas as pd
@@ -9,19 +10,35 @@ from sft_probe.analysis.stats.measures import Cube
 from sft_probe.analysis.stats.runs import Recording
 
 COLUMNS = [
-    "run", "source", "step", "split", "category", "examples_seen", "epoch", "n", "num_tokens", "logprob", "ci_low",
-    "ci_high", "delta", "delta_ci_low", "delta_ci_high", "logprob_body", "delta_body",
-]  # fmt: skip
+    "run",
+    "source",
+    "step",
+    "split",
+    "category",
+    "examples_seen",
+    "epoch",
+    "n",
+    "num_tokens",
+    "logprob",
+    "ci_low",
+    "ci_high",
+    "delta",
+    "delta_ci_low",
+    "delta_ci_high",
+    "logprob_body",
+    "delta_body",
+]
 
 
 def trajectory(recording: Recording) -> pd.DataFrame:
     """Return one row per step, split and category of one run as one source saw it.
 
-    `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `delta` the mean paired
-    change from the run's first step; `logprob_body` and `delta_body` are the same without the first token, null where
-    the rows hold no token log-probs. The 95 % intervals are those of `sft-probe analyze`, each of one mean: they hold
-    for prompts, not for repeated training. `analyze` adds bands for all steps at once. Values are rounded to 1e-4,
-    since the composition of batches changes sums by about 1e-6 nats.
+    `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `delta`
+    the mean paired change from the run's first step; `logprob_body` and `delta_body` are the same
+    without the first token, null where the rows hold no token log-probs. The 95 % intervals are
+    those of `sft-probe analyze`, each of one mean: they hold for prompts, not for repeated
+    training. `analyze` adds bands for all steps at once. Values are rounded to 1e-4, since the
+    composition of batches changes sums by about 1e-6 nats.
     """
     tables = [_table(recording, split, recording.cube(split)) for split in recording.splits]
     return pd.concat(tables).sort_values("step", kind="stable", ignore_index=True)[COLUMNS].round(4)
@@ -31,13 +48,23 @@ def _table(recording: Recording, split: str, arrays: Cube) -> pd.DataFrame:
     level = estimate(arrays.arrays["logprob"], arrays.clusters)
     change = estimate(arrays.change("logprob"), arrays.clusters)
     columns = {
-        "n": level.num_docs, "num_tokens": weighted_mean(arrays.arrays["num_tokens"]), "logprob": level.mean,
-        "ci_low": level.low, "ci_high": level.high, "delta": change.mean, "delta_ci_low": change.low,
-        "delta_ci_high": change.high, "logprob_body": weighted_mean(arrays.arrays["body"]),
+        "n": level.num_docs,
+        "num_tokens": weighted_mean(arrays.arrays["num_tokens"]),
+        "logprob": level.mean,
+        "ci_low": level.low,
+        "ci_high": level.high,
+        "delta": change.mean,
+        "delta_ci_low": change.low,
+        "delta_ci_high": change.high,
+        "logprob_body": weighted_mean(arrays.arrays["body"]),
         "delta_body": weighted_mean(arrays.change("body")),
-    }  # fmt: skip
-    places = pd.MultiIndex.from_product([arrays.categories, arrays.steps], names=["category", "step"])
-    table = pd.DataFrame({name: values.reshape(-1) for name, values in columns.items()}, index=places)
+    }
+    places = pd.MultiIndex.from_product(
+        [arrays.categories, arrays.steps], names=["category", "step"]
+    )
+    table = pd.DataFrame(
+        {name: values.reshape(-1) for name, values in columns.items()}, index=places
+    )
     table = table[table["n"] > 0].reset_index()
     seen = recording.rows.groupby("step")[["examples_seen", "epoch"]].first()
     source = recording.rows["source"].iloc[0]

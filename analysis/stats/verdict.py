@@ -20,27 +20,58 @@ _BY = {
     "epoch": "by epoch",
 }
 COLUMNS = [
-    "run", "split", "category", "num_docs", "num_clusters", "first_step", "last_step", "start", "change", "low", "high",
-    "stderr", "effective_clusters", "largest_cluster", "sign", "p_holm", "body", "peak", "peak_step", "half_step",
-    *(f"share_{part}{end}" for part in PARTS for end in ("", "_low", "_high")), "rank", "moved", "measure", "sentence",
-]  # fmt: skip
+    "run",
+    "split",
+    "category",
+    "num_docs",
+    "num_clusters",
+    "first_step",
+    "last_step",
+    "start",
+    "change",
+    "low",
+    "high",
+    "stderr",
+    "effective_clusters",
+    "largest_cluster",
+    "sign",
+    "p_holm",
+    "body",
+    "peak",
+    "peak_step",
+    "half_step",
+    *(f"share_{part}{end}" for part in PARTS for end in ("", "_low", "_high")),
+    "rank",
+    "moved",
+    "measure",
+    "sentence",
+]
 
 
 def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFrame:
     """One row per run, split and category, from `change_table`; nats per response.
 
-    `change` is that of the last step with its 95 % interval over prompts; `sign` is +, - or 0 by a t-test of the last
-    step, adjusted by Holm over the categories of a run and split (`p_holm`). `peak` is the turn that the sentence tells
-    of, else the largest change by size; `half_step` the step at which the curve, linear between steps, first reaches
-    half of the last change (only where that has a sign). Shares are those of first token, body and terminator in the
-    change of all three with their intervals; null where the interval of that holds 0. `rank` 1 rose most; `moved` says
-    whether the last
-    change is certain. A sentence tells of a turn where the bands of the change up to it and from it exclude 0.
+    `change` is that of the last step with its 95 % interval over prompts; `sign` is +, - or 0 by a
+    t-test of the last step, adjusted by Holm over the categories of a run and split (`p_holm`).
+    `peak` is the turn that the sentence tells of, else the largest change by size; `half_step` the
+    step at which the curve, linear between steps, first reaches half of the last change (only where
+    that has a sign). Shares are those of first token, body and terminator in the change of all
+    three with their intervals; null where the interval of that holds 0. `rank` 1 rose most; `moved`
+    says whether the last change is certain. A sentence tells of a turn where the bands of the
+    change up to it and from it exclude 0.
     """
     rows = []
-    for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(["run", "split"], sort=False):
-        own = part[part["measure"] == (measure if (part["measure"] == measure).any() else "logprob_with_eos")]
-        curves = {str(name): curve.sort_values("step") for name, curve in own.groupby("category", sort=False)}
+    for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(
+        ["run", "split"], sort=False
+    ):
+        own = part[
+            part["measure"]
+            == (measure if (part["measure"] == measure).any() else "logprob_with_eos")
+        ]
+        curves = {
+            str(name): curve.sort_values("step")
+            for name, curve in own.groupby("category", sort=False)
+        }
         adjusted = holm([float(curve["p_value"].iloc[-1]) for curve in curves.values()])
         last = [-curve["change"].iloc[-1] for curve in curves.values()]
         ranks = dict(zip(curves, stats.rankdata(last, nan_policy="omit"), strict=True))
@@ -84,7 +115,11 @@ def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, o
 def _shares(parts: pd.DataFrame, step: int) -> dict[str, float]:
     last = parts[parts["step"] == step].set_index("measure")
     ends = ("", "_low", "_high")
-    shares = {f"share_{name}{end}": float(last[f"share{end}"].get(name, math.nan)) for name in PARTS for end in ends}
+    shares = {
+        f"share_{name}{end}": float(last[f"share{end}"].get(name, math.nan))
+        for name in PARTS
+        for end in ends
+    }
     return {**shares, "body": float(last["change"].get("body", math.nan))}
 
 
@@ -96,14 +131,16 @@ def share_text(row: pd.Series, part: str) -> str:
         part: one of `PARTS`.
     """
     share, low, high = (row[f"share_{part}{end}"] for end in ("", "_low", "_high"))
-    return "-" if math.isnan(low) else f"{100 * share:.0f}±{100 * max(high - share, share - low):.0f}"
+    return (
+        "-" if math.isnan(low) else f"{100 * share:.0f}±{100 * max(high - share, share - low):.0f}"
+    )
 
 
 def sentence(curve: pd.DataFrame, sign: str) -> str:
     """What the curve of one category did, in one sentence; "prompts only" since it is one run.
 
-    `sign` is that of the last change, as in `verdict_table`; where it is ?, a tenth of the curve's range counts as
-    moved.
+    `sign` is that of the last change, as in `verdict_table`; where it is ?, a tenth of the curve's
+    range counts as moved.
     """
     name = str(curve["category"].iloc[0])
     curve = curve[curve["change"].notna()]
@@ -119,7 +156,9 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
     if turn is not None:
         verb, back = ("rose", "fell") if y[turn] > 0 else ("fell", "rose")
         where = _place(y[-1], turned=y[turn], certain=certain)
-        return f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
+        return (
+            f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
+        )
     if not certain:
         return f"{name} did not move for certain ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
     _, half = half_bracket(x.tolist(), y.tolist())
@@ -136,19 +175,30 @@ def cluster_warnings(rows: pd.DataFrame) -> list[str]:
     found = []
     few = rows[rows["effective_clusters"] < MIN_CLUSTERS]
     if len(few):
-        names = ", ".join(f"{row['category']} ({row['effective_clusters']:.1f})" for _, row in few.iterrows())
-        found.append(
-            f"under {MIN_CLUSTERS} effective clusters: {names}: intervals may cover less than 95 %, without a band"
+        names = ", ".join(
+            f"{row['category']} ({row['effective_clusters']:.1f})" for _, row in few.iterrows()
         )
-    uneven = rows[(rows["effective_clusters"] >= MIN_CLUSTERS) & (rows["largest_cluster"] > MAX_CLUSTER_SHARE)]
+        found.append(
+            f"under {MIN_CLUSTERS} effective clusters: {names}: intervals may cover less than 95 "
+            "%, without a band"
+        )
+    uneven = rows[
+        (rows["effective_clusters"] >= MIN_CLUSTERS) & (rows["largest_cluster"] > MAX_CLUSTER_SHARE)
+    ]
     if len(uneven):
-        names = ", ".join(f"{row['category']} ({row['largest_cluster']:.0%})" for _, row in uneven.iterrows())
-        found.append(f"one cluster holds over {MAX_CLUSTER_SHARE:.0%} of the docs: {names}: intervals may cover less")
+        names = ", ".join(
+            f"{row['category']} ({row['largest_cluster']:.0%})" for _, row in uneven.iterrows()
+        )
+        found.append(
+            f"one cluster holds over {MAX_CLUSTER_SHARE:.0%} of the docs: {names}: intervals may "
+            "cover less"
+        )
     return found
 
 
 def has_moved(curve: pd.DataFrame, sign: str) -> bool:
-    """Whether the last change is certain: by its sign, or for means without any error by their size."""
+    """Whether the last change is certain: by its sign, or for means without any error by their
+    size."""
     return sign in "+-" or (sign == "?" and bool(_is_certain(curve, "band_low", "band_high")[-1]))
 
 
@@ -160,7 +210,8 @@ def _place(last: float, *, turned: float, certain: bool) -> str:
 
 
 def _is_certain(curve: pd.DataFrame, low: str, high: str) -> Bools:
-    """Whether the band of each step excludes 0; for means without any error, whether a change is a tenth of the range.
+    """Whether the band of each step excludes 0; for means without any error, whether a change is a
+    tenth of the range.
 
     Where errors are known and bands are not, nothing is certain.
     """
@@ -172,12 +223,15 @@ def _is_certain(curve: pd.DataFrame, low: str, high: str) -> Bools:
 
 
 def _turn(curve: pd.DataFrame) -> int | None:
-    """Index of a peak or trough between the ends, certain in itself, from which the curve certainly went back.
+    """Index of a peak or trough between the ends, certain in itself, from which the curve certainly
+    went back.
 
     Of two, the one that is further from the last step.
     """
     y = curve["change"].to_numpy(float)
-    certain = _is_certain(curve, "band_low", "band_high") & _is_certain(curve, "rest_low", "rest_high")
+    certain = _is_certain(curve, "band_low", "band_high") & _is_certain(
+        curve, "rest_low", "rest_high"
+    )
     found = [
         (abs(y[index] - y[-1]), index)
         for index, sign in ((int(np.nanargmax(y)), 1), (int(np.nanargmin(y)), -1))

@@ -1,6 +1,8 @@
-"""How simple a training target is for a model: code lengths from the losses of the first epoch, examples to half gain.
+"""How simple a training target is for a model: code lengths from the losses of the first epoch,
+examples to half gain.
 
-Every loss is that of an example before the update it takes part in, summed over response and terminator, in nats.
+Every loss is that of an example before the update it takes part in, summed over response and
+terminator, in nats.
 """
 
 import json
@@ -22,11 +24,32 @@ from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 
 MIN_ORDERS = 3
-_COLUMNS = ("run", "step", "doc_id", "category", "split", "loss_sum", "num_tokens", "num_bytes", "order")
+_COLUMNS = (
+    "run",
+    "step",
+    "doc_id",
+    "category",
+    "split",
+    "loss_sum",
+    "num_tokens",
+    "num_bytes",
+    "order",
+)
 COLUMNS = [
-    "run", "train_category", "order_seed", "num_examples", "num_bytes", "code_length", "bits_per_byte", "start_length",
-    "start_bits_per_byte", "learned_bits", "num_at_start", "half_gain_after_examples", "half_gain_by_examples",
-]  # fmt: skip
+    "run",
+    "train_category",
+    "order_seed",
+    "num_examples",
+    "num_bytes",
+    "code_length",
+    "bits_per_byte",
+    "start_length",
+    "start_bits_per_byte",
+    "learned_bits",
+    "num_at_start",
+    "half_gain_after_examples",
+    "half_gain_by_examples",
+]
 
 
 def first_epoch(directory: Path) -> pd.DataFrame | None:
@@ -44,15 +67,22 @@ def first_epoch(directory: Path) -> pd.DataFrame | None:
             row = json.loads(line)
             rows.append({name: row[name] for name in _COLUMNS})
             if not math.isfinite(row["loss_sum"]):
-                raise UserError(f"{path}, line {number}: the loss of {row['doc_id']} is {row['loss_sum']}.")
+                raise UserError(
+                    f"{path}, line {number}: the loss of {row['doc_id']} is {row['loss_sum']}."
+                )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: no row of a first-epoch loss ({error}).") from error
+            raise UserError(
+                f"{path}, line {number}: no row of a first-epoch loss ({error})."
+            ) from error
     if not rows:
         raise UserError(f"{path} is empty: training stopped before its first step.")
     table = pd.DataFrame(rows).sort_values("order", kind="stable").reset_index(drop=True)
     repeated = table.duplicated(["doc_id", "category"])
     if repeated.any():
-        raise UserError(f"{path}: {table['doc_id'][repeated].iloc[0]} stands there twice; an example is coded once.")
+        raise UserError(
+            f"{path}: {table['doc_id'][repeated].iloc[0]} stands there twice; an example is coded "
+            "once."
+        )
     return table
 
 
@@ -61,41 +91,51 @@ class Simplicity:
     """What `sft-probe simplicity` found."""
 
     runs: pd.DataFrame
-    """One row per run, `COLUMNS`, with the KL those of `at_matched_gain`; in nats unless the name says bits."""
+    """One row per run, `COLUMNS`, with the KL those of `at_matched_gain`; in nats unless the name
+    says bits."""
     contrasts: pd.DataFrame
-    """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders low high
-    effective_clusters largest_cluster`, each row on the same texts; `low` and `high` end the 95 % interval over data
-    orders and texts, in bits (of one order: over texts alone)."""
+    """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders
+    low high effective_clusters largest_cluster`, each row on the same texts; `low` and `high` end
+    the 95 % interval over data orders and texts, in bits (of one order: over texts alone)."""
     notes: list[str]
 
 
 def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
     """Code lengths of finished runs.
 
-    `code_length` is the prequential one, the sum of all first-epoch losses (Blier & Ollivier 2018, arXiv 1802.07044).
-    `learned_bits` is what the same texts cost before training less that, where the run has scores of trained prompts at
-    step 0. Half of the last held-out gain was first seen at `half_gain_by_examples`, and not yet at the probed step
-    before, `half_gain_after_examples`. `with_kl` adds the forward KL from the start at matched gain (arXiv 2509.04259),
-    for which every snapshot is loaded once.
+    `code_length` is the prequential one, the sum of all first-epoch losses (Blier & Ollivier 2018,
+    arXiv 1802.07044). `learned_bits` is what the same texts cost before training less that, where
+    the run has scores of trained prompts at step 0. Half of the last held-out gain was first seen
+    at `half_gain_by_examples`, and not yet at the probed step before, `half_gain_after_examples`.
+    `with_kl` adds the forward KL from the start at matched gain (arXiv 2509.04259), for which every
+    snapshot is loaded once.
 
     Raises:
-        UserError: a run has no scores or no `first_epoch.jsonl`; with the KL, if it has no snapshot of step 0.
+        UserError: a run has no scores or no `first_epoch.jsonl`; with the KL, if it has no snapshot
+        of step 0.
     """
     recordings = load_recordings(paths)
     losses: dict[str, pd.DataFrame] = {}
     for recording in recordings:
         table = first_epoch(recording.path)
         if table is None:
-            raise UserError(f"{recording.path} has no first_epoch.jsonl: it was not trained by this version.")
+            raise UserError(
+                f"{recording.path} has no first_epoch.jsonl: it was not trained by this version."
+            )
         losses[recording.name] = table
-    runs = pd.DataFrame([_row(recording, losses[recording.name]) for recording in recordings])[COLUMNS]
+    runs = pd.DataFrame([_row(recording, losses[recording.name]) for recording in recordings])[
+        COLUMNS
+    ]
     if with_kl:
         from sft_probe.analysis.studies.divergence import at_matched_gain
 
         gains = [_gain(recording) for recording in recordings]
-        runs = pd.concat([runs, at_matched_gain([recording.path for recording in recordings], gains)], axis=1)
+        runs = pd.concat(
+            [runs, at_matched_gain([recording.path for recording in recordings], gains)], axis=1
+        )
     notes = [
-        "raw code lengths mostly rank the entropy of the texts: compare categories on the same texts",
+        "raw code lengths mostly rank the entropy of the texts: compare categories on the same "
+        "texts",
     ]
     fewest = min(runs.groupby("train_category", dropna=False)["order_seed"].nunique())
     if fewest < MIN_ORDERS:
@@ -109,7 +149,11 @@ def _row(recording: Recording, losses: pd.DataFrame) -> dict[str, object]:
     own = losses[losses["doc_id"].isin(start)]
     start_length = sum(start.values()) if start else math.nan
     gain = _gain(recording)
-    after, by = half_bracket(gain["examples_seen"], gain["gain"]) if gain is not None else (math.nan, math.nan)
+    after, by = (
+        half_bracket(gain["examples_seen"], gain["gain"])
+        if gain is not None
+        else (math.nan, math.nan)
+    )
     return {
         "run": recording.name,
         "train_category": recording.train_category,
@@ -119,7 +163,9 @@ def _row(recording: Recording, losses: pd.DataFrame) -> dict[str, object]:
         "code_length": nats,
         "bits_per_byte": nats / num_bytes / math.log(2),
         "start_length": start_length,
-        "start_bits_per_byte": start_length / own["num_bytes"].sum() / math.log(2) if start else math.nan,
+        "start_bits_per_byte": start_length / own["num_bytes"].sum() / math.log(2)
+        if start
+        else math.nan,
         "learned_bits": (start_length - own["loss_sum"].sum()) / math.log(2) if start else math.nan,
         "num_at_start": len(own),
         "half_gain_after_examples": after,
@@ -128,17 +174,26 @@ def _row(recording: Recording, losses: pd.DataFrame) -> dict[str, object]:
 
 
 def _start_losses(recording: Recording, losses: pd.DataFrame) -> dict[str, float]:
-    """Doc id to the loss of its training text at step 0, in nats, from score rows of trained prompts."""
+    """Doc id to the loss of its training text at step 0, in nats, from score rows of trained
+    prompts."""
     rows = recording.rows
     if recording.means is not None or recording.train_category is None:
         return {}
-    own = rows[(rows["split"] == "train") & (rows["category"] == recording.train_category) & (rows["step"] == 0)]
+    own = rows[
+        (rows["split"] == "train")
+        & (rows["category"] == recording.train_category)
+        & (rows["step"] == 0)
+    ]
     own = own[own["doc_id"].isin(losses["doc_id"]) & own["logprob_with_eos"].notna()]
-    return {str(doc): -float(value) for doc, value in zip(own["doc_id"], own["logprob_with_eos"], strict=True)}
+    return {
+        str(doc): -float(value)
+        for doc, value in zip(own["doc_id"], own["logprob_with_eos"], strict=True)
+    }
 
 
 def _gain(recording: Recording) -> pd.DataFrame | None:
-    """`step examples_seen gain`: the held-out change of a run's own category in nats per body token, where known."""
+    """`step examples_seen gain`: the held-out change of a run's own category in nats per body
+    token, where known."""
     if recording.means is not None or "heldout" not in recording.splits:
         return None
     if (target := recording.target(recording.categories("heldout"))) is None:
@@ -147,14 +202,20 @@ def _gain(recording: Recording) -> pd.DataFrame | None:
     seen = recording.rows.groupby("step")["examples_seen"].first().reindex(arrays.steps)
     num_tokens = np.nansum(arrays.at_start("num_tokens")[:, 0, 0] - 1)
     gain = np.nansum(arrays.change("body")[:, 0], axis=0) / num_tokens
-    return pd.DataFrame({"step": arrays.steps, "examples_seen": seen.to_numpy(dtype=float), "gain": gain})
+    return pd.DataFrame(
+        {"step": arrays.steps, "examples_seen": seen.to_numpy(dtype=float), "gain": gain}
+    )
 
 
-def _contrasts(recordings: Sequence[Recording], losses: dict[str, pd.DataFrame], notes: list[str]) -> pd.DataFrame:
-    """Return the code lengths of `random` and `chosen_no_prompt` less that of `chosen`, on the same texts.
+def _contrasts(
+    recordings: Sequence[Recording], losses: dict[str, pd.DataFrame], notes: list[str]
+) -> pd.DataFrame:
+    """Return the code lengths of `random` and `chosen_no_prompt` less that of `chosen`, on the same
+    texts.
 
-    Only runs of one model and probe set are compared, order by order; runs with a `--train_data` of their own have no
-    texts in common. Adds to `notes` why a run or the whole contrast is missing, and what its interval may not cover.
+    Only runs of one model and probe set are compared, order by order; runs with a `--train_data` of
+    their own have no texts in common. Adds to `notes` why a run or the whole contrast is missing,
+    and what its interval may not cover.
     """
     own = [recording for recording in recordings if not recording.manifest.get("train_data")]
     if len({(recording.model, recording.probe.get("probe_set_sha256")) for recording in own}) > 1:
@@ -170,25 +231,40 @@ def _contrasts(recordings: Sequence[Recording], losses: dict[str, pd.DataFrame],
         if not texts:
             continue
         chosen, others = (
-            np.stack([coded[name][order].loc[texts, "loss_sum"].to_numpy(dtype=float) for order in orders])
+            np.stack(
+                [
+                    coded[name][order].loc[texts, "loss_sum"].to_numpy(dtype=float)
+                    for order in orders
+                ]
+            )
             for name in ("chosen", other)
         )
         num_bytes = int(tables[0].loc[texts, "num_bytes"].sum())
         numbers = cluster_ids([clusters.get(text, text) for text in texts])
-        rows.append({"train_category": other, "than": "chosen", **_difference((others - chosen), numbers, num_bytes)})
+        rows.append(
+            {
+                "train_category": other,
+                "than": "chosen",
+                **_difference((others - chosen), numbers, num_bytes),
+            }
+        )
     table = pd.DataFrame(rows)
     if rows:
         notes += cluster_warnings(table.rename(columns={"train_category": "category"}))
         notes += few_runs_note(int(table["num_runs"].min()))
     else:
-        notes.append("no contrast on the same texts: it needs runs on chosen and on random or chosen_no_prompt")
+        notes.append(
+            "no contrast on the same texts: it needs runs on chosen and on random or "
+            "chosen_no_prompt"
+        )
     return table
 
 
 def _coded_texts(
     recordings: Sequence[Recording], losses: dict[str, pd.DataFrame], notes: list[str]
 ) -> dict[str, dict[str, pd.DataFrame]]:
-    """Return, by training category and order seed, `loss_sum num_bytes` of each text by the doc that it belongs to.
+    """Return, by training category and order seed, `loss_sum num_bytes` of each text by the doc
+    that it belongs to.
 
     Raises:
         UserError: two runs on one category have the same order seed.
@@ -199,14 +275,20 @@ def _coded_texts(
         owners = _owners(recording)
         if recording.train_category == "random" and not owners:
             notes.append(
-                f"{recording.name} is not in the contrast: its probe set, which tells whose texts, is not here"
+                f"{recording.name} is not in the contrast: its probe set, which tells whose texts, "
+                "is not here"
             )
             continue
         per_order = coded.setdefault(str(recording.train_category), {})
         if recording.order_seed in per_order:
-            raise UserError(f"two runs on {recording.train_category} have order seed {recording.order_seed}: give one.")
+            raise UserError(
+                f"two runs on {recording.train_category} have order seed {recording.order_seed}: "
+                "give one."
+            )
         texts = [owners.get(str(name), str(name)) for name in table["doc_id"]]
-        per_order[recording.order_seed] = table.assign(text=texts).set_index("text")[["loss_sum", "num_bytes"]]
+        per_order[recording.order_seed] = table.assign(text=texts).set_index("text")[
+            ["loss_sum", "num_bytes"]
+        ]
     return coded
 
 
@@ -217,7 +299,8 @@ def _text_clusters(recordings: Sequence[Recording]) -> dict[str, str]:
 
 
 def _difference(nats: Floats, clusters: Ints, num_bytes: int) -> dict[str, object]:
-    """Return the summed difference in bits with its 95 % intervals over orders, and over orders and texts.
+    """Return the summed difference in bits with its 95 % intervals over orders, and over orders and
+    texts.
 
     Args:
         nats: [orders, texts], differences of losses.
@@ -246,11 +329,16 @@ def _owners(recording: Recording) -> dict[str, str]:
     """For a run on `random`, doc id to the doc whose text it was trained on."""
     if recording.train_category != "random" or recording.probe_set is None:
         return {}
-    return {doc.doc_id: doc.random_doc_id for doc in recording.probe_set.docs if doc.random_doc_id is not None}
+    return {
+        doc.doc_id: doc.random_doc_id
+        for doc in recording.probe_set.docs
+        if doc.random_doc_id is not None
+    }
 
 
 def write_simplicity(found: Simplicity, folder: Path) -> list[Path]:
-    """Writes `simplicity.csv` and, where there is one, `simplicity_contrasts.csv`; returns their paths."""
+    """Writes `simplicity.csv` and, where there is one, `simplicity_contrasts.csv`; returns their
+    paths."""
     make_dir(folder)
     tables = {"simplicity": found.runs, "simplicity_contrasts": found.contrasts}
     paths = [folder / f"{name}.csv" for name, table in tables.items() if len(table)]

@@ -1,4 +1,5 @@
-"""The training runs of a transfer experiment: one for each row (what is trained on) and data order."""
+"""The training runs of a transfer experiment: one for each row (what is trained on) and data
+order."""
 
 import json
 import logging
@@ -15,23 +16,32 @@ from sft_probe.probe_set import ProbeSet, load_probe_set
 log = logging.getLogger(__name__)
 
 TAGGED = "tagged"
-"""A row that is a contrast set: both responses of each doc, each under a tag that says which one is meant."""
+"""A row that is a contrast set: both responses of each doc, each under a tag that says which one is
+meant."""
 HALVES = ("half_1", "half_2")
-"""Rows that are disjoint halves of the chosen responses, by conversations: the noise floor of omega."""
+"""Rows that are disjoint halves of the chosen responses, by conversations: the noise floor of
+omega."""
 _TAGS = {"chosen": "Give the better answer.", "rejected": "Give the worse answer."}
 
 
 def train_rows(
-    rows: Sequence[str], folder: Path, *, recipe: Path, num_orders: int, shard: tuple[int, int], extra: Sequence[str]
+    rows: Sequence[str],
+    folder: Path,
+    *,
+    recipe: Path,
+    num_orders: int,
+    shard: tuple[int, int],
+    extra: Sequence[str],
 ) -> list[str]:
-    """Trains what is missing and returns `ROW=RUN` for the runs of this shard, in `folder/<row>-order<k>`.
+    """Trains what is missing and returns `ROW=RUN` for the runs of this shard, in
+    `folder/<row>-order<k>`.
 
-    A run that is complete is left alone, one that was cut off goes on. All categories are probed at `log2` and the last
-    step, unless the recipe or `extra` says otherwise.
+    A run that is complete is left alone, one that was cut off goes on. All categories are probed at
+    `log2` and the last step, unless the recipe or `extra` says otherwise.
 
     Args:
-        rows: categories as for `--train_category`, data files as for `--train_data`, `tagged`, `half_1`, `half_2`.
-        folder: of all runs.
+        rows: categories as for `--train_category`, data files as for `--train_data`, `tagged`,
+        `half_1`, `half_2`. folder: of all runs.
         recipe: of `sft-probe train`.
         num_orders: how many data orders (`--data_seed 0, 1, ...`) each row is trained in.
         shard: (i, n): every n-th run, from the i-th.
@@ -42,11 +52,17 @@ def train_rows(
     """
     make_dir(folder)
     if mixed := [row for row in rows if ":" in row and not _is_file(row)]:
-        raise UserError(f"the mixture {mixed[0]} has no one category as its target; write it as a data file.")
+        raise UserError(
+            f"the mixture {mixed[0]} has no one category as its target; write it as a data file."
+        )
     runs = [(row, order) for order in range(num_orders) for row in rows]
     trained = []
     for row, order in runs[shard[0] - 1 :: shard[1]]:
-        name = Path(row).name.split(".")[0] if _is_file(row) else row.replace(":", "-").replace(",", "+")
+        name = (
+            Path(row).name.split(".")[0]
+            if _is_file(row)
+            else row.replace(":", "-").replace(",", "+")
+        )
         directory = folder / f"{name}-order{order}"
         log.info("run %s", directory)
         flags = [
@@ -60,9 +76,14 @@ def train_rows(
         flags += ["--data_seed", str(order), "--output_dir", str(directory)]
         with (folder / f"{directory.name}.log").open("w") as output:
             command = [sys.executable, "-m", "sft_probe", "train", *flags]
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, check=False
+            ).returncode
         if code:
-            raise UserError(f"training on {row} ended with code {code}: {_last_line(folder / f'{directory.name}.log')}")
+            raise UserError(
+                f"training on {row} ended with code {code}: "
+                f"{_last_line(folder / f'{directory.name}.log')}"
+            )
         trained.append(f"{name}={directory}")
     return trained
 
@@ -75,7 +96,9 @@ def _data_flags(row: str, folder: Path, recipe: Path, extra: Sequence[str]) -> l
     if row == TAGGED or row in HALVES:
         path = folder / f"{row}.jsonl"
         probe_set = load_probe_set(_probe_set_of(recipe, extra))
-        lines = contrast_rows(probe_set) if row == TAGGED else half_rows(probe_set, HALVES.index(row))
+        lines = (
+            contrast_rows(probe_set) if row == TAGGED else half_rows(probe_set, HALVES.index(row))
+        )
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         if not path.exists() or path.read_text("utf-8") != text:
             write_text(path, text)
@@ -95,25 +118,32 @@ def _probe_set_of(recipe: Path, extra: Sequence[str]) -> str:
 def contrast_rows(probe_set: ProbeSet) -> list[dict[str, Any]]:
     """Chat rows of the train split: each prompt twice, asking for the better or the worse answer.
 
-    A model that fits this set has to tell chosen from rejected; one that learns "responses in general" cannot.
+    A model that fits this set has to tell chosen from rejected; one that learns "responses in
+    general" cannot.
 
     Raises:
         UserError: the set has not both categories.
     """
     if missing := _TAGS.keys() - set(probe_set.categories):
-        raise UserError(f"the row `{TAGGED}` needs the category {', '.join(sorted(missing))} in {probe_set.source}.")
+        raise UserError(
+            f"the row `{TAGGED}` needs the category {', '.join(sorted(missing))} in "
+            f"{probe_set.source}."
+        )
     rows = []
     for doc in probe_set.of_split("train"):
         for category, tag in _TAGS.items():
             *before, last = doc.messages
             asked = {**last, "content": f"{last['content']}\n\n{tag}"}
             messages = [*before, asked, {"role": "assistant", "content": doc.responses[category]}]
-            rows.append({"messages": messages, "source_doc_id": doc.doc_id, "source_category": category})
+            rows.append(
+                {"messages": messages, "source_doc_id": doc.doc_id, "source_category": category}
+            )
     return rows
 
 
 def half_rows(probe_set: ProbeSet, half: int) -> list[dict[str, Any]]:
-    """Chat rows of the chosen responses of every other conversation of the train split, from the `half`-th (0 or 1)."""
+    """Chat rows of the chosen responses of every other conversation of the train split, from the
+    `half`-th (0 or 1)."""
     docs = probe_set.of_split("train")
     conversations = list(dict.fromkeys(doc.conversation_id for doc in docs))
     own = set(conversations[half::2])

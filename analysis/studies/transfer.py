@@ -1,4 +1,5 @@
-"""`sft-probe transfer --runs`: what each training set moves in every probe category, from scores of finished runs."""
+"""`sft-probe transfer --runs`: what each training set moves in every probe category, from scores of
+finished runs."""
 
 import itertools
 import math
@@ -37,19 +38,21 @@ _HEADLINE = ("random", "chosen_no_prompt")
 class Transfer:
     """Tidy tables of a set of rows.
 
-    Intervals are 95 %, over other prompts and other runs where every row has two seeds or more, else over prompts.
+    Intervals are 95 %, over other prompts and other runs where every row has two seeds or more,
+    else over prompts.
     """
 
     matrix: pd.DataFrame
-    """`row target category transfer low high efficiency efficiency_low efficiency_high seeds`, the last common step"""
+    """`row target category transfer low high efficiency efficiency_low efficiency_high seeds`, the
+    last common step"""
     selectivity: pd.DataFrame
     """`row selectivity low high`"""
     omega: pd.DataFrame
-    """`row other omega low high matched_gain matched_omega matched_low matched_high is_null`, of rows with other
-    targets; `is_null`: the noise floor, of the rows `half_1` and `half_2`"""
+    """`row other omega low high matched_gain matched_omega matched_low matched_high is_null`, of
+    rows with other targets; `is_null`: the noise floor, of the rows `half_1` and `half_2`"""
     differences: pd.DataFrame
-    """`row other category difference low high`, nats per body token: rows of one target on it, and every row against
-    `chosen` on chosen"""
+    """`row other category difference low high`, nats per body token: rows of one target on it, and
+    every row against `chosen` on chosen"""
     curves: pd.DataFrame
     """`row other step gain omega low high`"""
     shares: pd.DataFrame
@@ -62,10 +65,12 @@ class Transfer:
 
 
 def transfer(sources: Sequence[str]) -> Transfer:
-    """Reads runs, each `RUN` or `ROW=RUN`; runs of one row are its seeds. Rows are named by their training category.
+    """Reads runs, each `RUN` or `ROW=RUN`; runs of one row are its seeds. Rows are named by their
+    training category.
 
     Raises:
-        UserError: under two rows, or runs that share no docs, categories and steps, or rows without body log-probs.
+        UserError: under two rows, or runs that share no docs, categories and steps, or rows without
+        body log-probs.
     """
     rows: dict[str, list[Recording]] = {}
     for source in sources:
@@ -75,14 +80,24 @@ def transfer(sources: Sequence[str]) -> Transfer:
             raise UserError(f"{path} holds means only; transfer needs score rows of docs.")
         rows.setdefault(name if given else str(recording.train_category), []).append(recording)
     if len(rows) < 2:
-        raise UserError(f"transfer compares at least two rows; there is only {', '.join(rows)}. Name them ROW=RUN.")
+        raise UserError(
+            f"transfer compares at least two rows; there is only {', '.join(rows)}. Name them "
+            "ROW=RUN."
+        )
     models = {recording.model for group in rows.values() for recording in group}
     if len(models) > 1:
-        raise UserError(f"the runs start from several models, {', '.join(sorted(models))}; compare those of one.")
+        raise UserError(
+            f"the runs start from several models, {', '.join(sorted(models))}; compare those of "
+            "one."
+        )
     gains, doc_ids, complete = _gains(rows)
     pairs = list(itertools.combinations(gains, 2))
     curves = [_curve(one, two) for one, two in pairs if one.target != two.target]
-    notes = [f"{len(doc_ids) - complete} docs without all scores are left out"] if complete < len(doc_ids) else []
+    notes = (
+        [f"{len(doc_ids) - complete} docs without all scores are left out"]
+        if complete < len(doc_ids)
+        else []
+    )
     return Transfer(
         matrix=pd.DataFrame(_matrix(gains)),
         selectivity=pd.DataFrame(
@@ -115,16 +130,26 @@ def _seed_notes(gains: list[Gains]) -> list[str]:
     """What the intervals over so few runs do not cover."""
     fewest = min(len(gain.change) for gain in gains)
     if fewest == 1:
-        return ["one seed of a row: its intervals hold for other prompts and say nothing of training noise"]
+        return [
+            "one seed of a row: its intervals hold for other prompts and say nothing of training "
+            "noise"
+        ]
     return few_runs_note(fewest)
 
 
 def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], int]:
-    """Gains of all rows on the docs that every run scored at every common step; how many docs and how many complete."""
+    """Gains of all rows on the docs that every run scored at every common step; how many docs and
+    how many complete."""
     runs = [recording for group in rows.values() for recording in group]
     if any("heldout" not in recording.splits for recording in runs):
-        raise UserError("transfer is measured on held-out prompts, and a run has no scores of them.")
-    common = [name for name in runs[0].categories("heldout") if all(name in run.categories("heldout") for run in runs)]
+        raise UserError(
+            "transfer is measured on held-out prompts, and a run has no scores of them."
+        )
+    common = [
+        name
+        for name in runs[0].categories("heldout")
+        if all(name in run.categories("heldout") for run in runs)
+    ]
     cubes = {id(run): run.cube("heldout", common) for run in runs}
     steps = sorted(set.intersection(*(set(item.steps) for item in cubes.values())))
     doc_ids = sorted(set.intersection(*(set(item.doc_ids) for item in cubes.values())))
@@ -139,18 +164,24 @@ def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], in
         complete &= ~np.isnan(change).any(axis=(1, 2))
     if not complete.any():
         raise UserError(
-            "no doc has body log-probs of all common categories at all common steps in every run: scores are missing, "
+            "no doc has body log-probs of all common categories at all common steps in every run: "
+            "scores are missing, "
             "or were made by a model without them; `sft-probe sweep` and the live probe give them."
         )
     clusters = renumber(first.clusters[index][complete])
     gains = [
         Gains(
-            name=name, target=_target(name, group[0], common), categories=common, steps=steps,
-            change=np.stack([changes[id(run)][complete] for run in group]), tokens=tokens[complete], clusters=clusters,
+            name=name,
+            target=_target(name, group[0], common),
+            categories=common,
+            steps=steps,
+            change=np.stack([changes[id(run)][complete] for run in group]),
+            tokens=tokens[complete],
+            clusters=clusters,
             order_seeds=_order_seeds(name, group),
         )
         for name, group in rows.items()
-    ]  # fmt: skip
+    ]
     return gains, doc_ids, int(complete.sum())
 
 
@@ -160,7 +191,9 @@ def _order_seeds(row: str, group: Sequence[Recording]) -> list[str]:
     if "?" in seeds:
         return [str(place) for place in range(len(seeds))]
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"runs of the row {row} are no repeats: their order seeds are {', '.join(seeds)}.")
+        raise UserError(
+            f"runs of the row {row} are no repeats: their order seeds are {', '.join(seeds)}."
+        )
     return seeds
 
 
@@ -174,8 +207,8 @@ def _body_change(arrays: Cube, doc_ids: list[str], steps: list[int]) -> np.ndarr
 def _target(row: str, recording: Recording, categories: list[str]) -> str:
     if (target := recording.target(categories)) is None:
         raise UserError(
-            f"the row {row} was trained on {recording.train_category}, which was not probed; probed: "
-            f"{', '.join(categories)}."
+            f"the row {row} was trained on {recording.train_category}, which was not probed; "
+            f"probed: {', '.join(categories)}."
         )
     return target
 
@@ -201,19 +234,26 @@ def _matrix(gains: list[Gains]) -> list[dict[str, object]]:
     for gain in gains:
         for category, owner in zip(gain.categories, owners, strict=True):
             cell = gain.cell(category, gain.last)
-            relative = None if owner is None else ratio(cell, gains[owner].cell(category, gain.last))
+            relative = (
+                None if owner is None else ratio(cell, gains[owner].cell(category, gain.last))
+            )
             table.append(
                 {
-                    "row": gain.name, "target": gain.target, "category": category,
+                    "row": gain.name,
+                    "target": gain.target,
+                    "category": category,
                     **_columns("transfer", delta(cell.value, [(cell, np.ones(1))])),
-                    **_columns("efficiency", relative, "efficiency_"), "seeds": len(gain.change),
+                    **_columns("efficiency", relative, "efficiency_"),
+                    "seeds": len(gain.change),
                 }
-            )  # fmt: skip
+            )
     return table
 
 
 def _differences(gains: list[Gains]) -> list[dict[str, object]]:
-    pairs = [(one, two) for one, two in itertools.combinations(gains, 2) if one.target == two.target]
+    pairs = [
+        (one, two) for one, two in itertools.combinations(gains, 2) if one.target == two.target
+    ]
     by_name = {gain.name: gain for gain in gains}
     if "chosen" in by_name and "chosen" in gains[0].categories:
         pairs += [(gain, by_name["chosen"]) for gain in gains if gain.target != "chosen"]
@@ -226,7 +266,8 @@ def _differences(gains: list[Gains]) -> list[dict[str, object]]:
 
 
 def _omega(one: Gains, two: Gains) -> dict[str, object] | None:
-    """Of rows with other targets; of one target only the noise floor, from disjoint halves of its training set."""
+    """Of rows with other targets; of one target only the noise floor, from disjoint halves of its
+    training set."""
     names: dict[str, object] = {"row": one.name, "other": two.name}
     if one.target == two.target:
         if {one.name, two.name} != set(HALVES):
@@ -236,24 +277,38 @@ def _omega(one: Gains, two: Gains) -> dict[str, object] | None:
     gain = matched_gain([float(row.cell(row.target, row.last).value[0]) for row in (one, two)])
     matched = omega_at_matched_gain(one, two, gain)
     return {
-        **names, "omega": curve.mean[-1], "low": curve.low[-1], "high": curve.high[-1], "is_null": False,
-        "matched_gain": gain, **_columns("matched_omega", matched, "matched_"),
-    }  # fmt: skip
+        **names,
+        "omega": curve.mean[-1],
+        "low": curve.low[-1],
+        "high": curve.high[-1],
+        "is_null": False,
+        "matched_gain": gain,
+        **_columns("matched_omega", matched, "matched_"),
+    }
 
 
 def _curve(one: Gains, two: Gains) -> pd.DataFrame:
     gain, found = omega_curve(one, two)
-    table = {"step": one.steps, "gain": gain, "omega": found.mean, "low": found.low, "high": found.high}
+    table = {
+        "step": one.steps,
+        "gain": gain,
+        "omega": found.mean,
+        "low": found.low,
+        "high": found.high,
+    }
     return pd.DataFrame(table).assign(row=one.name, other=two.name).iloc[1:]
 
 
 def _shares(gains: list[Gains]) -> list[dict[str, object]]:
-    """The headline: the share of chosen's held-out gain that texts without their prompts already give."""
+    """The headline: the share of chosen's held-out gain that texts without their prompts already
+    give."""
     by_name = {gain.name: gain for gain in gains}
     found: list[dict[str, object]] = []
     for name in _HEADLINE:
         if name in by_name and "chosen" in by_name:
-            one, whole = (gain.cell("chosen", gain.last) for gain in (by_name[name], by_name["chosen"]))
+            one, whole = (
+                gain.cell("chosen", gain.last) for gain in (by_name[name], by_name["chosen"])
+            )
             found.append({"row": name, "of": "chosen", **_columns("share", ratio(one, whole))})
     return found
 

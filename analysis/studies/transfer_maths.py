@@ -1,6 +1,8 @@
-"""What a training set pins down: transfer between training and probe categories, in closed forms and with intervals.
+"""What a training set pins down: transfer between training and probe categories, in closed forms
+and with intervals.
 
-T[i, j]: change of the held-out body log-prob of category j per body token, by training on i (a ratio of sums).
+T[i, j]: change of the held-out body log-prob of category j per body token, by training on i (a
+ratio of sums).
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ from sft_probe.analysis.stats.intervals import Bools, Estimate, Floats, add_runs
 
 @dataclass(frozen=True, kw_only=True)
 class Gains:
-    """What one training row moved on each held-out doc, of runs that share docs, categories and steps."""
+    """What one training row moved on each held-out doc, of runs that share docs, categories and
+    steps."""
 
     name: str
     target: str
@@ -53,7 +56,8 @@ class Gains:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """T[i, j]: change over the first two axes and tokens over docs give a ratio of sums at each point.
+    """T[i, j]: change over the first two axes and tokens over docs give a ratio of sums at each
+    point.
 
     The points are the steps of a row, or a linear interpolation between them.
     """
@@ -73,7 +77,8 @@ class Cell:
 
     @property
     def errors(self) -> Floats:
-        """[seeds, docs, points], what each doc of each run adds to the error of the value; their mean is 0."""
+        """[seeds, docs, points], what each doc of each run adds to the error of the value; their
+        mean is 0."""
         return np.asarray((self.change - self.value * self.tokens[:, None]) / self.tokens.sum())
 
     @property
@@ -83,10 +88,12 @@ class Cell:
 
 
 def delta(value: Floats, slopes: Sequence[tuple[Cell, Floats]]) -> Estimate:
-    """Return the interval of a function of cells over other prompts, and other runs where each row has several.
+    """Return the interval of a function of cells over other prompts, and other runs where each row
+    has several.
 
-    The delta method: the error of the value is the sum of those of the cells times the slopes of the function. Rows
-    with the same order seeds are matched by them, so that their runs count as pairs; others are independent.
+    The delta method: the error of the value is the sum of those of the cells times the slopes of
+    the function. Rows with the same order seeds are matched by them, so that their runs count as
+    pairs; others are independent.
 
     Args:
         value: [points]
@@ -96,14 +103,17 @@ def delta(value: Floats, slopes: Sequence[tuple[Cell, Floats]]) -> Estimate:
     for cell, slope in slopes:
         order = sorted(range(len(cell.order_seeds)), key=cell.order_seeds.__getitem__)
         key = tuple(cell.order_seeds[number] for number in order)
-        of_runs[key] = of_runs.get(key, np.zeros(1)) + cell.errors[order] * np.where(np.isfinite(slope), slope, np.nan)
+        of_runs[key] = of_runs.get(key, np.zeros(1)) + cell.errors[order] * np.where(
+            np.isfinite(slope), slope, np.nan
+        )
     cells = [cell for cell, _ in slopes]
     weights = sum(cell.tokens / cell.tokens.sum() for cell in cells) / len(cells)
     errors = sum(part.mean(axis=0) for part in of_runs.values())
     found = estimate(
-        np.asarray(errors), cluster_ids(*(cell.clusters for cell in cells)),
+        np.asarray(errors),
+        cluster_ids(*(cell.clusters for cell in cells)),
         denominators=np.broadcast_to(np.asarray(weights)[:, None], np.shape(errors)),
-    )  # fmt: skip
+    )
     if min(map(len, of_runs)) > 1:
         found = add_runs(found, *(part.sum(axis=1) for part in of_runs.values()))
     return replace(found, mean=value)
@@ -123,7 +133,11 @@ def difference(one: Cell, two: Cell) -> Estimate:
 
 def keep(found: Estimate, known: Bools) -> Estimate:
     """Return an estimate that is NaN where it is not defined."""
-    return replace(found, mean=np.where(known, found.mean, np.nan), stderr=np.where(known, found.stderr, np.nan))
+    return replace(
+        found,
+        mean=np.where(known, found.mean, np.nan),
+        stderr=np.where(known, found.stderr, np.nan),
+    )
 
 
 def divide(above: Floats | float, below: Floats) -> Floats:
@@ -133,7 +147,8 @@ def divide(above: Floats | float, below: Floats) -> Floats:
 
 
 def selectivity(own: Floats, others: Floats) -> Floats:
-    """Return 1 - mean over j != i of T[i, j] / T[i, i]: 1 where nothing else moves, 0 where all rises as much.
+    """Return 1 - mean over j != i of T[i, j] / T[i, i]: 1 where nothing else moves, 0 where all
+    rises as much.
 
     The mean is signed: a mean of max(T, 0) would grow with the noise.
 
@@ -145,7 +160,8 @@ def selectivity(own: Floats, others: Floats) -> Floats:
 
 
 def selectivity_of(gains: Gains) -> Estimate:
-    """Return the selectivity of a row at its last step with its interval; NaN where its target's interval holds 0."""
+    """Return the selectivity of a row at its last step with its interval; NaN where its target's
+    interval holds 0."""
     own = gains.cell(gains.target, gains.last)
     others = [gains.cell(name, gains.last) for name in gains.categories if name != gains.target]
     if not others:
@@ -157,7 +173,8 @@ def selectivity_of(gains: Gains) -> Estimate:
 
 
 def omega(t_ii: Floats, t_ij: Floats, t_ji: Floats, t_jj: Floats) -> Floats:
-    """Return ((T_ii - T_ji) + (T_jj - T_ij)) / (T_ii + T_jj): 0 for targets that cannot be told apart, 1: no transfer.
+    """Return ((T_ii - T_ji) + (T_jj - T_ij)) / (T_ii + T_jj): 0 for targets that cannot be told
+    apart, 1: no transfer.
 
     Each bracket compares two models on the same tokens, so that lengths and tokens cancel.
     """
@@ -186,14 +203,19 @@ def omega_of(one: Gains, two: Gains, places: tuple[Floats, Floats]) -> tuple[Flo
 def omega_curve(one: Gains, two: Gains) -> tuple[Floats, Estimate]:
     """Return the mean on-target gain and omega at each common step, [steps] each."""
     steps = [step for step in one.steps if step in two.steps]
-    places = [np.eye(len(gains.steps))[:, [gains.steps.index(step) for step in steps]] for gains in (one, two)]
+    places = [
+        np.eye(len(gains.steps))[:, [gains.steps.index(step) for step in steps]]
+        for gains in (one, two)
+    ]
     return omega_of(one, two, (places[0], places[1]))
 
 
 def omega_at_matched_gain(one: Gains, two: Gains, gain: float) -> Estimate | None:
-    """Return omega where both have first gained `gain` nats per body token on their own target, linear between steps.
+    """Return omega where both have first gained `gain` nats per body token on their own target,
+    linear between steps.
 
-    `None` where one of them never gains that much. The steps are those at which the point estimates reach the gain.
+    `None` where one of them never gains that much. The steps are those at which the point estimates
+    reach the gain.
     """
     places = [crossing(gains.cell(gains.target).value, gain) for gains in (one, two)]
     if gain <= 0 or places[0] is None or places[1] is None:
@@ -202,11 +224,13 @@ def omega_at_matched_gain(one: Gains, two: Gains, gain: float) -> Estimate | Non
 
 
 def noise_floor(one: Gains, two: Gains, num_splits: int = 1000, seed: int = 0) -> float:
-    """Return what omega of two rows of one target would be by chance: sd over random halvings of the prompts / 2.
+    """Return what omega of two rows of one target would be by chance: sd over random halvings of
+    the prompts / 2.
 
-    On one category omega is 0 by its formula, so the held-out clusters are halved at random, the one half playing the
-    target of the first row, the other that of the second. A half has twice the variance of all prompts, and the two
-    halves differ by twice as much again: hence the 2. Whether the rows differ is for `difference` to say.
+    On one category omega is 0 by its formula, so the held-out clusters are halved at random, the
+    one half playing the target of the first row, the other that of the second. A half has twice the
+    variance of all prompts, and the two halves differ by twice as much again: hence the 2. Whether
+    the rows differ is for `difference` to say.
     """
     cells = [gains.cell(one.target, gains.last) for gains in (one, two)]
     member = np.eye(int(cells[0].clusters.max()) + 1)[cells[0].clusters].T  # [clusters, docs]
@@ -216,5 +240,7 @@ def noise_floor(one: Gains, two: Gains, num_splits: int = 1000, seed: int = 0) -
     order = generator.permuted(np.tile(np.arange(len(tokens)), (num_splits, 1)), axis=1)
     first = order < len(tokens) // 2  # [splits, clusters]
     halves = (first.astype(np.float64), (~first).astype(np.float64))
-    (t_ii, t_ij), (t_ji, t_jj) = ([divide(half @ own, half @ tokens) for half in halves] for own in moved)
+    (t_ii, t_ij), (t_ji, t_jj) = (
+        [divide(half @ own, half @ tokens) for half in halves] for own in moved
+    )
     return float(np.nanstd(omega(t_ii, t_ij, t_ji, t_jj)) / 2)

@@ -1,4 +1,5 @@
-"""Finding what a sweep scores: snapshots of a run, Hugging Face checkpoints, revisions on the hub."""
+"""Finding what a sweep scores: snapshots of a run, Hugging Face checkpoints, revisions on the
+hub."""
 
 import glob
 import logging
@@ -8,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sft_probe.analysis.stats.steps import REMEDY, STEP, NamedStep, check_step, common_unit, split_explicit, step_in
+from sft_probe.analysis.stats.steps import (
+    REMEDY,
+    STEP,
+    NamedStep,
+    check_step,
+    common_unit,
+    split_explicit,
+    step_in,
+)
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_object
 
@@ -17,19 +26,26 @@ log = logging.getLogger(__name__)
 OWN_SNAPSHOTS = "weights"
 _STAGE = re.compile(r"(?:stage|phase)\d+", re.IGNORECASE)
 _META = {
-    "step": int, "examples_seen": int, "tokens_seen": int, "epoch": float, "dtype": str, "sha256": dict,
-}  # fmt: skip
+    "step": int,
+    "examples_seen": int,
+    "tokens_seen": int,
+    "epoch": float,
+    "dtype": str,
+    "sha256": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One set of weights on the step axis. What a foreign checkpoint does not say of itself is `None`."""
+    """One set of weights on the step axis. What a foreign checkpoint does not say of itself is
+    `None`."""
 
     step: int
     model: str
     """Path or hub id."""
     source: str
-    """Where it belongs: the directory that holds it, the hub id, or `weights` for snapshots of the run itself."""
+    """Where it belongs: the directory that holds it, the hub id, or `weights` for snapshots of the
+    run itself."""
     revision: str = "main"
     step_unit: str = STEP
     examples_seen: int | None = None
@@ -57,12 +73,16 @@ def of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
         try:
             checkpoint = _of_snapshot(folder)
             if other := checkpoints.get(checkpoint.step):
-                raise UserError(f"meta.json says step {checkpoint.step}, which is that of {other.model}.")
+                raise UserError(
+                    f"meta.json says step {checkpoint.step}, which is that of {other.model}."
+                )
             checkpoints[checkpoint.step] = checkpoint
         except UserError as error:
             problems.append(f"{folder.name}: {error}")
     if not checkpoints and not problems:
-        raise UserError(f"{run_dir} holds no snapshots (weights/step_*); is it the directory of a run?")
+        raise UserError(
+            f"{run_dir} holds no snapshots (weights/step_*); is it the directory of a run?"
+        )
     return [checkpoints[step] for step in sorted(checkpoints)], problems
 
 
@@ -87,7 +107,8 @@ def of_patterns(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
     The step is the one of `PATH=STEP`, else that of `trainer_state.json`, else the one in the name.
 
     Raises:
-        UserError: nothing matches, a name tells no step or several, two tell the same, or steps are mixed with epochs.
+        UserError: nothing matches, a name tells no step or several, two tell the same, or steps are
+        mixed with epochs.
     """
     given = {folder: step for pattern in patterns for folder, step in _matches(pattern).items()}
     if not given:
@@ -103,13 +124,20 @@ def of_patterns(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
             except UserError as error:
                 problems.append(f"{folder.name}: {error}")
                 del given[folder]
-    names = {folder: (folder.absolute().name, step) for folder, step in given.items() if folder not in states}
+    names = {
+        folder: (folder.absolute().name, step)
+        for folder, step in given.items()
+        if folder not in states
+    }
     steps = states | _read_steps(names)
     unit = common_unit([(str(folder), step) for folder, step in steps.items()])
     return _unique(
         [
             Checkpoint(
-                step=step.step, step_unit=unit, model=str(folder), source=str(folder.absolute().parent.resolve())
+                step=step.step,
+                step_unit=unit,
+                model=str(folder),
+                source=str(folder.absolute().parent.resolve()),
             )
             for folder, step in steps.items()
         ]
@@ -117,7 +145,8 @@ def of_patterns(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
 
 
 def _matches(pattern: str) -> dict[Path, int | None]:
-    """Return the directories that a pattern matches, and the step where one is written beside it."""
+    """Return the directories that a pattern matches, and the step where one is written beside
+    it."""
     matches = glob.glob(pattern)  # noqa: PTH207 - absolute or relative
     name, step = (pattern, None) if matches else split_explicit(pattern)
     folders = [Path(match) for match in matches or glob.glob(name) if Path(match).is_dir()]  # noqa: PTH207
@@ -127,18 +156,24 @@ def _matches(pattern: str) -> dict[Path, int | None]:
 
 
 def of_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
-    """Revisions of a hub model, as Pythia's `step1000`; `NAME=STEP` says the step of one whose name does not.
+    """Revisions of a hub model, as Pythia's `step1000`; `NAME=STEP` says the step of one whose name
+    does not.
 
     Raises:
-        UserError: a name tells no step or several, two tell the same, or steps are mixed with epochs.
+        UserError: a name tells no step or several, two tell the same, or steps are mixed with
+        epochs.
     """
     names = {name: (name, step) for name, step in map(split_explicit, revisions)}
     steps = _read_steps(names)
     unit = common_unit(list(steps.items()))
     path = Path(model)
     if path.is_dir() and len(names) > 1:
-        log.warning("%s is a directory, which has no revisions: all steps are the same weights", model)
-    source = str(path.absolute().parent.resolve() / path.absolute().name) if path.is_dir() else model
+        log.warning(
+            "%s is a directory, which has no revisions: all steps are the same weights", model
+        )
+    source = (
+        str(path.absolute().parent.resolve() / path.absolute().name) if path.is_dir() else model
+    )
     return _unique(
         [
             Checkpoint(step=step.step, step_unit=unit, model=model, revision=name, source=source)
@@ -151,7 +186,8 @@ Key = TypeVar("Key")
 
 
 def _read_steps(names: Mapping[Key, tuple[str, int | None]]) -> dict[Key, NamedStep]:
-    """Return the steps of names, some of them given. Raises one `UserError` about all that tell none."""
+    """Return the steps of names, some of them given. Raises one `UserError` about all that tell
+    none."""
     steps: dict[Key, NamedStep] = {}
     faults = []
     for key, (name, step) in names.items():
@@ -161,9 +197,15 @@ def _read_steps(names: Mapping[Key, tuple[str, int | None]]) -> dict[Key, NamedS
         except UserError as error:
             faults.append(str(error))
     if faults:
-        raise UserError("\n".join(["the steps are not clear, so nothing is scored:", *faults, REMEDY]))
-    if stages := sorted({found[0].lower() for name, _ in names.values() for found in _STAGE.finditer(name)})[1:]:
-        log.warning("several stages (%s, ...): their steps are taken as counted through", ", ".join(stages))
+        raise UserError(
+            "\n".join(["the steps are not clear, so nothing is scored:", *faults, REMEDY])
+        )
+    if stages := sorted(
+        {found[0].lower() for name, _ in names.values() for found in _STAGE.finditer(name)}
+    )[1:]:
+        log.warning(
+            "several stages (%s, ...): their steps are taken as counted through", ", ".join(stages)
+        )
     return steps
 
 
@@ -172,5 +214,7 @@ def _unique(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         other = by_step.setdefault(checkpoint.step, checkpoint)
         if other is not checkpoint:
-            raise UserError(f"{other.name} and {checkpoint.name} are both step {checkpoint.step}. {REMEDY}")
+            raise UserError(
+                f"{other.name} and {checkpoint.name} are both step {checkpoint.step}. {REMEDY}"
+            )
     return [by_step[step] for step in sorted(by_step)]

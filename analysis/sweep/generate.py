@@ -1,6 +1,7 @@
 """Greedy answers to fixed held-out prompts at a checkpoint.
 
-Sums over given texts do not show what a model writes by itself: when it stops, how long it goes on, what it repeats.
+Sums over given texts do not show what a model writes by itself: when it stops, how long it goes on,
+what it repeats.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ _NGRAM = 4
 
 
 def generation_docs(docs: Sequence[EncodedDoc], num_docs: int, max_length: int) -> list[EncodedDoc]:
-    """The first `num_docs` held-out docs whose prompts leave room for an answer of `max_new_tokens(max_length)`.
+    """The first `num_docs` held-out docs whose prompts leave room for an answer of
+    `max_new_tokens(max_length)`.
 
     Raises:
         UserError: there are not that many.
@@ -29,7 +31,8 @@ def generation_docs(docs: Sequence[EncodedDoc], num_docs: int, max_length: int) 
     fitting = [doc for doc in docs if doc.doc.split == "heldout" and len(doc.prompt_ids) <= room]
     if len(fitting) < num_docs:
         raise UserError(
-            f"--generate {num_docs}: only {len(fitting)} held-out prompts have at most {room} tokens, which leaves "
+            f"--generate {num_docs}: only {len(fitting)} held-out prompts have at most {room} "
+            "tokens, which leaves "
             f"{max_length - room} of max_length {max_length} for an answer."
         )
     return fitting[:num_docs]
@@ -41,13 +44,19 @@ def max_new_tokens(max_length: int) -> int:
 
 
 def generate_answers(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", docs: Sequence[EncodedDoc], *, ends: Sequence[int], limit: int,
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    docs: Sequence[EncodedDoc],
+    *,
+    ends: Sequence[int],
+    limit: int,
     batch_size: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row per doc: `doc_id conversation_id split text num_tokens num_bytes ended repetition max_new_tokens`.
+) -> list[dict[str, Any]]:
+    """A row per doc: `doc_id conversation_id split text num_tokens num_bytes ended repetition
+    max_new_tokens`.
 
-    `num_tokens` does not count the terminator; `ended` says whether one of `ends` came within `limit` tokens. The text
-    stands as it was decoded, special tokens included.
+    `num_tokens` does not count the terminator; `ended` says whether one of `ends` came within
+    `limit` tokens. The text stands as it was decoded, special tokens included.
 
     Raises:
         FloatingPointError: logits are NaN or infinite.
@@ -57,18 +66,26 @@ def generate_answers(
         for start in range(0, len(docs), batch_size):
             batch = docs[start : start + batch_size]
             answers = _continue(model, [doc.prompt_ids for doc in batch], int(ends[0]))
-            rows += [_row(doc, tokenizer, answer, ends, limit) for doc, answer in zip(batch, answers, strict=True)]
+            rows += [
+                _row(doc, tokenizer, answer, ends, limit)
+                for doc, answer in zip(batch, answers, strict=True)
+            ]
     return rows
 
 
 @contextmanager
 def _greedy(model: Any, ends: Sequence[int], limit: int) -> Iterator[None]:
-    """Lends the model a config of ours: its own may ask for sampling or penalties, and fills what calls leave open."""
+    """Lends the model a config of ours: its own may ask for sampling or penalties, and fills what
+    calls leave open."""
     from transformers import GenerationConfig
 
     own = model.generation_config
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=limit, eos_token_id=list(ends), pad_token_id=int(ends[0])
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        eos_token_id=list(ends),
+        pad_token_id=int(ends[0]),
     )
     try:
         yield
@@ -83,7 +100,9 @@ def _continue(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[i
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
         output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=[_check_finite]
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=[_check_finite],
         )
     answers: list[list[int]] = output[:, width:].tolist()
     return answers
@@ -96,21 +115,31 @@ def _check_finite(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 def _row(
-    doc: EncodedDoc, tokenizer: "PreTrainedTokenizerBase", ids: list[int], ends: Sequence[int], limit: int
+    doc: EncodedDoc,
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: list[int],
+    ends: Sequence[int],
+    limit: int,
 ) -> dict[str, Any]:
     end = next((place for place, token_id in enumerate(ids) if token_id in ends), None)
     answer = ids[:end]
     text = str(tokenizer.decode(answer))
     return {
-        "doc_id": doc.doc.doc_id, "conversation_id": doc.doc.conversation_id, "split": doc.doc.split,
-        "text": text, "num_tokens": len(answer),
-        "num_bytes": len(text.encode()), "ended": end is not None, "repetition": repetition(answer),
+        "doc_id": doc.doc.doc_id,
+        "conversation_id": doc.doc.conversation_id,
+        "split": doc.doc.split,
+        "text": text,
+        "num_tokens": len(answer),
+        "num_bytes": len(text.encode()),
+        "ended": end is not None,
+        "repetition": repetition(answer),
         "max_new_tokens": limit,
-    }  # fmt: skip
+    }
 
 
 def repetition(ids: Sequence[int]) -> float | None:
-    """Share of 4-grams of tokens that stood there before: seq-rep-4 of Welleck et al. 2020 (arXiv 1908.04319).
+    """Share of 4-grams of tokens that stood there before: seq-rep-4 of Welleck et al. 2020 (arXiv
+    1908.04319).
 
     `None` for fewer than 4 tokens.
     """

@@ -1,7 +1,8 @@
-"""Which weights a score belongs to: every part of a sweep holds `checkpoint.json`, written with its rows.
+"""Which weights a score belongs to: every part of a sweep holds `checkpoint.json`, written with its
+rows.
 
-Weights are known by the SHA-256 of their files, or by the commit of a hub revision. A file whose size and times are as
-they were recorded is not read again.
+Weights are known by the SHA-256 of their files, or by the commit of a hub revision. A file whose
+size and times are as they were recorded is not read again.
 """
 
 import functools
@@ -40,11 +41,13 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def identify(checkpoint: Checkpoint, known: Identity | None = None) -> Identity:
-    """Return what tells the weights of a checkpoint, and of the base of an adapter, from all others.
+    """Return what tells the weights of a checkpoint, and of the base of an adapter, from all
+    others.
 
     Args:
         checkpoint: of which nothing is downloaded that `known` makes unnecessary.
-        known: recorded earlier for this step; hashes of files that have not been touched since are taken from it.
+        known: recorded earlier for this step; hashes of files that have not been touched since are
+        taken from it.
 
     Raises:
         UserError: files are missing.
@@ -56,7 +59,13 @@ def identify(checkpoint: Checkpoint, known: Identity | None = None) -> Identity:
 
 
 def _identify(name: str, revision: str, known: Identity | None) -> Identity:
-    identity: Identity = {"name": name, "revision": revision, "commit": None, "files": {}, "base": None}
+    identity: Identity = {
+        "name": name,
+        "revision": revision,
+        "commit": None,
+        "files": {},
+        "base": None,
+    }
     if not Path(resolve_model(name)).is_dir():
         return {**identity, "place": f"{name}@{revision}", **_of_revision(name, revision, known)}
     folder = Path(resolve_model(name))
@@ -71,7 +80,8 @@ def _identify(name: str, revision: str, known: Identity | None) -> Identity:
 
 
 def _of_revision(name: str, revision: str, known: Identity | None) -> Identity:
-    """Return commit and base of a hub revision, which is downloaded only where it is not known yet."""
+    """Return commit and base of a hub revision, which is downloaded only where it is not known
+    yet."""
     if known is None:
         folder = local_folder(name, revision)
         is_adapter = (folder / ADAPTER_CONFIG).exists()
@@ -85,10 +95,15 @@ def _of_revision(name: str, revision: str, known: Identity | None) -> Identity:
 
 
 def _describe(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-    """Return hash, size and times of a file; the hash is the known one where the rest is as it was."""
+    """Return hash, size and times of a file; the hash is the known one where the rest is as it
+    was."""
     try:
         found = path.stat()
-        touched = {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}
+        touched = {
+            "size": found.st_size,
+            "mtime_ns": found.st_mtime_ns,
+            "ctime_ns": found.st_ctime_ns,
+        }
         if known and known == {**touched, "sha256": known.get("sha256")}:
             return known
         return {**touched, "sha256": sha256_file(path)}
@@ -97,11 +112,18 @@ def _describe(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def differences(identity: Identity, other: Identity) -> list[str]:
-    """Return what differs in the weights; nothing where they are the same, or where nothing can be compared."""
+    """Return what differs in the weights; nothing where they are the same, or where nothing can be
+    compared."""
     if identity["commit"] and other["commit"]:
-        return [] if identity["commit"] == other["commit"] else [f"commit {identity['commit'][:12]}"]
+        return (
+            [] if identity["commit"] == other["commit"] else [f"commit {identity['commit'][:12]}"]
+        )
     if identity["commit"] or other["commit"]:
-        return [] if identity["place"] == other["place"] else [f"{identity['place']} is not {other['place']}"]
+        return (
+            []
+            if identity["place"] == other["place"]
+            else [f"{identity['place']} is not {other['place']}"]
+        )
     names = sorted(identity["files"].keys() | other["files"].keys())
     found = [name for name in names if _sha256(identity, name) != _sha256(other, name)]
     bases = identity["base"], other["base"]
@@ -122,9 +144,12 @@ def check_undamaged(checkpoint: Checkpoint, identity: Identity) -> None:
 
 def check_unchanged(checkpoint: Checkpoint, identity: Identity) -> None:
     """Raise `UserError` where files have changed since the identity was taken."""
-    if identity["commit"] is None and (found := differences(identify(checkpoint, identity), identity)):
+    if identity["commit"] is None and (
+        found := differences(identify(checkpoint, identity), identity)
+    ):
         raise UserError(
-            f"{checkpoint.name} changed while it was read ({', '.join(found[:3])}). Rerun when it is whole."
+            f"{checkpoint.name} changed while it was read ({', '.join(found[:3])}). Rerun when it "
+            "is whole."
         )
 
 
@@ -135,13 +160,18 @@ def _sha256(identity: Identity, name: str) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _commits_of(name: str) -> dict[str, str]:
-    """Return the commits of all branches and tags of a hub model; nothing where the hub does not answer."""
+    """Return the commits of all branches and tags of a hub model; nothing where the hub does not
+    answer."""
     from huggingface_hub import HfApi
 
     try:
         refs = HfApi().list_repo_refs(name)
     except Exception as error:  # of whichever HTTP client the hub's library uses
-        log.info("the commits of %s are not known now (%s): what was recorded counts", name, type(error).__name__)
+        log.info(
+            "the commits of %s are not known now (%s): what was recorded counts",
+            name,
+            type(error).__name__,
+        )
         return {}
     return {ref.name: ref.target_commit for ref in [*refs.branches, *refs.tags]}
 

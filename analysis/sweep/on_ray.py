@@ -1,6 +1,8 @@
-"""The sweep on a Ray cluster: one live model per GPU, or per group of CPU slots; a dead worker's step goes to another.
+"""The sweep on a Ray cluster: one live model per GPU, or per group of CPU slots; a dead worker's
+step goes to another.
 
-Workers read checkpoints and write parts by the same paths as the driver, so all nodes must share the file system.
+Workers read checkpoints and write parts by the same paths as the driver, so all nodes must share
+the file system.
 """
 
 import logging
@@ -28,7 +30,8 @@ _CONNECT_TIMEOUT_S = 10
 
 
 def connect(request: SweepRequest) -> SweepRequest:
-    """Connects to `request.ray_address`, else to RAY_ADDRESS, else starts Ray here; chooses the workers' device.
+    """Connects to `request.ray_address`, else to RAY_ADDRESS, else starts Ray here; chooses the
+    workers' device.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -42,10 +45,14 @@ def connect(request: SweepRequest) -> SweepRequest:
         ray.init(address=address, logging_level=logging.WARNING, ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach a Ray cluster at {address}: {str(error)[:200]}") from error
-    return replace(request, device=request.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu"))
+    return replace(
+        request, device=request.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+    )
 
 
-def score_on_ray(request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]) -> list[str]:
+def score_on_ray(
+    request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
+) -> list[str]:
     """Scores the checkpoints on the cluster that `connect` reached; returns what went wrong."""
     num_workers, start = _plan(request, decided_by, checkpoints)
     log.info("%d workers on %s", num_workers, request.device)
@@ -83,14 +90,17 @@ def score_on_ray(request: SweepRequest, decided_by: Checkpoint, checkpoints: lis
 def _plan(
     request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
 ) -> tuple[int, Callable[[], Any]]:
-    """How many workers, and what starts one: a GPU each, else as many CPU slots each as there are enough of."""
+    """How many workers, and what starts one: a GPU each, else as many CPU slots each as there are
+    enough of."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kind = "CPU" if request.device == "cpu" else "GPU"
     slots = [int(node.get(kind, 0)) for node in nodes]
     num_workers = min(len(checkpoints), sum(slots))
     share = 1
     if kind == "CPU":  # Ray tells each worker's libraries to start as many threads
-        share = max(n for n in range(1, max(slots) + 1) if sum(slot // n for slot in slots) >= num_workers)
+        share = max(
+            n for n in range(1, max(slots) + 1) if sum(slot // n for slot in slots) >= num_workers
+        )
     options = {"num_cpus": share} if kind == "CPU" else {"num_gpus": 1}
     worker = ray.remote(StepWorker).options(**options)
     return num_workers, lambda: worker.remote(request, decided_by, Path.cwd())
@@ -107,7 +117,8 @@ class StepWorker:
         self.scorer: Scorer | None = None
 
     def score(self, checkpoint: Checkpoint, wait: bool) -> list[str] | None:
-        """Score one checkpoint; return what is wrong with it, or `None` where another process is scoring it."""
+        """Score one checkpoint; return what is wrong with it, or `None` where another process is
+        scoring it."""
         try:
             if self.scorer is None:  # not in `__init__`, where an error would be a dead worker
                 settings = resolve_settings(self.request, [self.decided_by])
@@ -117,5 +128,7 @@ class StepWorker:
             return None
         except UserError as error:
             return [str(error)]
-        except Exception as error:  # of this node: the driver would end with it, and the other steps be lost
+        except (
+            Exception
+        ) as error:  # of this node: the driver would end with it, and the other steps be lost
             return [f"{socket.gethostname()}: {type(error).__name__}: {error}"]

@@ -1,4 +1,5 @@
-"""Who may write what: one process scores a step at a time, and one directory holds the scores of one model."""
+"""Who may write what: one process scores a step at a time, and one directory holds the scores of
+one model."""
 
 import logging
 import shutil
@@ -10,7 +11,14 @@ from filelock import FileLock, Timeout
 
 from sft_probe.analysis.stats.tables import tables_lock
 from sft_probe.analysis.sweep.checkpoints import OWN_SNAPSHOTS, Checkpoint
-from sft_probe.analysis.sweep.identity import Identity, differences, identify, parts_of, recorded, recorded_of_step
+from sft_probe.analysis.sweep.identity import (
+    Identity,
+    differences,
+    identify,
+    parts_of,
+    recorded,
+    recorded_of_step,
+)
 from sft_probe.analysis.sweep.settings import sweep_manifest
 from sft_probe.errors import UserError
 from sft_probe.files import find, remove_leftovers, write_json
@@ -29,7 +37,8 @@ def step_folder(directory: Path, step: int) -> Path:
 
 @contextmanager
 def owned_step(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a step. The system releases the lock when its process ends, also by `kill -9`.
+    """Keep other processes out of a step. The system releases the lock when its process ends, also
+    by `kill -9`.
 
     Args:
         folder: of the step.
@@ -63,8 +72,10 @@ def stale_parts(folder: Path, identity: Identity) -> list[Path]:
         found = differences(identity, scored) if scored else []
         if found and scored and scored["place"] != identity["place"]:
             raise UserError(
-                f"{part} was scored from {scored['place']}, and {identity['place']} has other weights "
-                f"({', '.join(found[:3])}). A step belongs to one checkpoint: sweep into another directory, or delete "
+                f"{part} was scored from {scored['place']}, and {identity['place']} has other "
+                "weights "
+                f"({', '.join(found[:3])}). A step belongs to one checkpoint: sweep into another "
+                "directory, or delete "
                 f"{folder} to score it again."
             )
         if found:
@@ -90,18 +101,22 @@ def claim_sources(directory: Path, checkpoints: Sequence[Checkpoint]) -> None:
         manifest = sweep_manifest(directory) or {}
         known = manifest.get("sources")
         if known is None and any(step.is_dir() for step in find(path.parent, "step_*")):
-            log.warning("steps scored by an earlier version are kept; it did not record their weights")
+            log.warning(
+                "steps scored by an earlier version are kept; it did not record their weights"
+            )
         _check_sources(directory, known, checkpoints)
         sources = {checkpoint.source for checkpoint in checkpoints} | set(known or [])
         if sources != set(known or []):
             write_json(path, {**manifest, "sources": sorted(sources)})
 
 
-def _check_sources(directory: Path, known: Sequence[str] | None, checkpoints: Sequence[Checkpoint]) -> None:
+def _check_sources(
+    directory: Path, known: Sequence[str] | None, checkpoints: Sequence[Checkpoint]
+) -> None:
     """Raise `UserError` where checkpoints would be added to the scores of another model.
 
-    Checkpoints belong together where they come from one place; where one command names both places; or where weights
-    that were scored are found again in the new place, as after a move.
+    Checkpoints belong together where they come from one place; where one command names both places;
+    or where weights that were scored are found again in the new place, as after a move.
     """
     sources = {checkpoint.source for checkpoint in checkpoints}
     if known is None or sources <= set(known) or sources >= set(known):
@@ -117,7 +132,10 @@ def _check_sources(directory: Path, known: Sequence[str] | None, checkpoints: Se
             continue
         if found:
             raise _another_model(
-                directory, known, sources, f"; at step {checkpoint.step} {', '.join(found[:3])} differ"
+                directory,
+                known,
+                sources,
+                f"; at step {checkpoint.step} {', '.join(found[:3])} differ",
             )
         again.append(checkpoint.step)
     if not any(again):  # step 0 may be the same base model in two runs
@@ -130,7 +148,9 @@ def _another_model(directory: Path, known: Sequence[str], sources: set[str], why
         for places in (known, sources)
     ]
     return UserError(
-        f"{directory / 'sweep'} holds the scores of the checkpoints of {names[0]}; those of {names[1]} are another "
-        f"model's{why}. Sweep them into another directory. If all are of one model, name the checkpoints of both "
+        f"{directory / 'sweep'} holds the scores of the checkpoints of {names[0]}; those of "
+        f"{names[1]} are another "
+        f"model's{why}. Sweep them into another directory. If all are of one model, name the "
+        "checkpoints of both "
         "places in one command."
     )

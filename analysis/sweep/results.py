@@ -23,12 +23,15 @@ def write_results(directory: Path, results: dict[str, Any], model_args: dict[str
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, task_samples in samples.items():
         tracker.save_results_samples(task_name=task, samples=task_samples)
-    if len(list(directory.glob("results_*.json"))) != 1 or len(list(directory.glob("samples_*.jsonl"))) != len(samples):
+    if len(list(directory.glob("results_*.json"))) != 1 or len(
+        list(directory.glob("samples_*.jsonl"))
+    ) != len(samples):
         raise UserError(f"lm-eval could not write its results to {directory}; is the disk full?")
 
 
 def benchmark_rows(results: dict[str, Any], run: str, step: int) -> list[dict[str, Any]]:
-    """Rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's results."""
+    """Rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's
+    results."""
     rows = []
     for task, metrics in results["results"].items():
         for key, value in metrics.items():

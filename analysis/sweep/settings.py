@@ -36,14 +36,24 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LENGTH = 1024
 _MAX_NAMED = 5
 _FIXED = (
-    "probe_set_sha256", "prompt_format", "tokenizer_sha256", "terminator_id", "items_sha256", "max_length", "dtype",
-    "step_unit", "model_config",
-)  # fmt: skip
+    "probe_set_sha256",
+    "prompt_format",
+    "tokenizer_sha256",
+    "terminator_id",
+    "items_sha256",
+    "max_length",
+    "dtype",
+    "step_unit",
+    "model_config",
+)
 _RUN_MANIFEST = {"prompt_format": str, "prompt_format_source": str, "request": dict}
 _RUN_MANIFEST_OPTIONAL = {
-    "probe_set": str | None, "max_length": int | None, "model": str | None, "train_category": str | None,
+    "probe_set": str | None,
+    "max_length": int | None,
+    "model": str | None,
+    "train_category": str | None,
     "order_seed": int | None,
-}  # fmt: skip
+}
 _SWEEP_MANIFEST = {"max_tokens": int}
 _SWEEP_MANIFEST_OPTIONAL = {"model": str | None, "run": str, "sources": list, "model_config": dict}
 
@@ -99,7 +109,8 @@ class SweepSettings:
     """As it stands in rows."""
     tokenizer: "PreTrainedTokenizerBase"
     decided_by: Checkpoint
-    """The first one whose tokenizer and config can be read and whose weights fit; they hold for all."""
+    """The first one whose tokenizer and config can be read and whose weights fit; they hold for
+    all."""
     tokenizer_source: tuple[str, str]
     """Name or path, and revision."""
     model_config: dict[str, Any]
@@ -110,14 +121,17 @@ class SweepSettings:
 
 
 def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -> SweepSettings:
-    """Fill in what the request leaves open from the run's manifest; tokenizer and config are those of a checkpoint.
+    """Fill in what the request leaves open from the run's manifest; tokenizer and config are those
+    of a checkpoint.
 
     Args:
         request: what the user asked for.
-        checkpoints: the first one that can be read decides; the others are reported when it is their turn.
+        checkpoints: the first one that can be read decides; the others are reported when it is
+        their turn.
 
     Raises:
-        UserError: training has not finished, the probe set has changed or has another format than the run, no
+        UserError: training has not finished, the probe set has changed or has another format than
+        the run, no
             checkpoint can be read, or no doc fits.
     """
     foreign = bool(request.checkpoints or request.model)
@@ -126,18 +140,26 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
     source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
     probe_set = load_probe_set(source)
     decided_by, tokenizer_source, tokenizer, config = _first_readable(checkpoints)
-    given = request.prompt_format or (probe_set.prompt_format if foreign else manifest["prompt_format_source"])
+    given = request.prompt_format or (
+        probe_set.prompt_format if foreign else manifest["prompt_format_source"]
+    )
     recorded = manifest.get("prompt_format_source") or _recorded_format(request.directory)
     prompt_format = resolve_format(given, tokenizer, probe_set.docs, recorded)
     _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
     max_length = request.max_length or manifest.get("max_length") or DEFAULT_MAX_LENGTH
     docs, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, max_length)
     if not docs:
-        raise UserError(f"no doc of {source} can be scored; the first one: {dropped[0].doc_id}: {dropped[0].reason}")
+        raise UserError(
+            f"no doc of {source} can be scored; the first one: {dropped[0].doc_id}: "
+            f"{dropped[0].reason}"
+        )
     return SweepSettings(
         run_columns={
             "run": earlier.get("run") or request.directory.resolve().name,
-            "model": manifest.get("model") or earlier.get("model") or request.model or checkpoints[0].source,
+            "model": manifest.get("model")
+            or earlier.get("model")
+            or request.model
+            or checkpoints[0].source,
             "train_category": manifest.get("train_category"),
             "order_seed": manifest.get("order_seed"),
             "compute_dtype": request.dtype,
@@ -161,8 +183,8 @@ _Readable = tuple[Checkpoint, tuple[str, str], "PreTrainedTokenizerBase", dict[s
 def _first_readable(checkpoints: Sequence[Checkpoint]) -> _Readable:
     """Return the first checkpoint whose tokenizer and config can be read, and these.
 
-    One whose weights do not fit its config is passed over, unless there is no other: such a config is not to be that
-    of all. Weights that are gone from every place still have their scores.
+    One whose weights do not fit its config is passed over, unless there is no other: such a config
+    is not to be that of all. Weights that are gone from every place still have their scores.
     """
     faults = []
     without_weights: _Readable | None = None
@@ -175,7 +197,9 @@ def _first_readable(checkpoints: Sequence[Checkpoint]) -> _Readable:
             folder = local_folder(checkpoint.model, checkpoint.revision)
             check_weights_fit(local_folder(*base_of(folder, checkpoint.revision)))
             return readable
-        except Exception as error:  # of whatever library reads it; one bad checkpoint must not stop the others
+        except (
+            Exception
+        ) as error:  # of whatever library reads it; one bad checkpoint must not stop the others
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             faults.append(f"step {checkpoint.step}: {name}{textwrap.shorten(str(error), 300)}")
     if without_weights:
@@ -185,7 +209,8 @@ def _first_readable(checkpoints: Sequence[Checkpoint]) -> _Readable:
 
 
 def _recorded_format(directory: Path) -> str | None:
-    """The format of an earlier sweep into this directory, so that a clock or a rule in it stays what it was."""
+    """The format of an earlier sweep into this directory, so that a clock or a rule in it stays
+    what it was."""
     earlier = sweep_manifest(directory) or {}
     return earlier.get("prompt_format_source") or earlier.get("prompt_format")
 
@@ -193,7 +218,8 @@ def _recorded_format(directory: Path) -> str | None:
 def _run_manifest(directory: Path) -> dict[str, Any]:
     if not (directory / "manifest.json").exists():
         raise UserError(
-            f"{directory} holds no finished run (manifest.json is missing). Run the same `sft-probe train` command "
+            f"{directory} holds no finished run (manifest.json is missing). Run the same "
+            "`sft-probe train` command "
             "again, or name foreign checkpoints with --checkpoints or --model."
         )
     return read_object(directory / "manifest.json", _RUN_MANIFEST, _RUN_MANIFEST_OPTIONAL)
@@ -216,19 +242,26 @@ def _check_against_run(
         return
     own_format = prompt_format
     if request.probe_set:
-        own_format = resolve_format(probe_set.prompt_format, tokenizer, probe_set.docs, prompt_format.source)
+        own_format = resolve_format(
+            probe_set.prompt_format, tokenizer, probe_set.docs, prompt_format.source
+        )
     for name in (prompt_format.name, own_format.name):
         if not same_format(manifest["prompt_format"], name):
             raise UserError(
-                f"the prompt format differs: the run was trained with {manifest['prompt_format']!r}, the sweep would "
-                f"score {name!r}. One run has one format; use a probe set and a --prompt_format that match."
+                "the prompt format differs: the run was trained with "
+                f"{manifest['prompt_format']!r}, the sweep would "
+                f"score {name!r}. One run has one format; use a probe set and a --prompt_format "
+                "that match."
             )
     if not request.probe_set and probe_set.sha256 != manifest["request"].get("probe_set_sha256"):
-        raise UserError(f"the probe set {probe_set.source} has changed since the run was trained on it.")
+        raise UserError(
+            f"the probe set {probe_set.source} has changed since the run was trained on it."
+        )
 
 
 def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
-    """Writes `sweep/manifest.json` at first use; later sweeps must agree with it. Returns the token budget.
+    """Writes `sweep/manifest.json` at first use; later sweeps must agree with it. Returns the token
+    budget.
 
     Raises:
         UserError: names what differs from the steps already scored.
@@ -241,12 +274,15 @@ def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
             write_json(path, manifest)
         earlier = sweep_manifest(request.directory) or {}
     earlier.setdefault("step_unit", manifest["step_unit"])  # of an earlier version
-    earlier["model_config"] = active_part(earlier.get("model_config"))  # an earlier version kept dropouts too
+    earlier["model_config"] = active_part(
+        earlier.get("model_config")
+    )  # an earlier version kept dropouts too
     differing = [_difference(name, earlier.get(name), manifest[name]) for name in _FIXED]
     differing = [difference for difference in differing if difference]
     if differing:
         raise UserError(
-            f"{path.parent} holds steps scored otherwise: {'; '.join(differing)}. A sweep never mixes them: delete "
+            f"{path.parent} holds steps scored otherwise: {'; '.join(differing)}. A sweep never "
+            "mixes them: delete "
             "that directory, or sweep into another one."
         )
     if request.max_tokens:
@@ -271,7 +307,10 @@ def _manifest(settings: SweepSettings, request: SweepRequest) -> dict[str, Any]:
         "max_tokens": request.max_tokens or default_max_tokens(request.resolved_device),
         "dtype": settings.run_columns["compute_dtype"],
         "categories": list(settings.probe_set.categories),
-        "num_docs": {split: sum(doc.doc.split == split for doc in settings.docs) for split in ("train", "heldout")},
+        "num_docs": {
+            split: sum(doc.doc.split == split for doc in settings.docs)
+            for split in ("train", "heldout")
+        },
         "doc_ids": [doc.doc.doc_id for doc in settings.docs],
         "dropped": [vars(drop) for drop in settings.dropped],
         "model_config": settings.model_config,
@@ -280,7 +319,8 @@ def _manifest(settings: SweepSettings, request: SweepRequest) -> dict[str, Any]:
 
 
 def record(directory: Path, **values: Any) -> None:
-    """Put other values into `sweep/manifest.json`, such as a token budget, with which sums change by about 1e-6."""
+    """Put other values into `sweep/manifest.json`, such as a token budget, with which sums change
+    by about 1e-6."""
     path = directory / "sweep" / "manifest.json"
     with FileLock(path.with_name(".lock")):
         write_json(path, {**(sweep_manifest(directory) or {}), **values})
@@ -295,4 +335,6 @@ def _difference(name: str, earlier: Any, now: Any) -> str:
     if not isinstance(earlier, dict) or earlier == now:
         return "" if earlier == now else f"{name} ({earlier} there, {now} now)"
     keys = [key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key)]
-    return "; ".join(_difference(f"{name}.{key}", earlier.get(key), now.get(key)) for key in sorted(keys)[:5])
+    return "; ".join(
+        _difference(f"{name}.{key}", earlier.get(key), now.get(key)) for key in sorted(keys)[:5]
+    )

@@ -1,4 +1,5 @@
-"""Scores the parts of one checkpoint: a split of the probe set or a benchmark, each written whole or not at all."""
+"""Scores the parts of one checkpoint: a split of the probe set or a benchmark, each written whole
+or not at all."""
 
 import logging
 import textwrap
@@ -25,7 +26,13 @@ from sft_probe.analysis.sweep.identity import (
     recorded_of_step,
 )
 from sft_probe.analysis.sweep.live_model import LiveModel
-from sft_probe.analysis.sweep.ownership import StepBusyError, owned_step, remove_parts, stale_parts, step_folder
+from sft_probe.analysis.sweep.ownership import (
+    StepBusyError,
+    owned_step,
+    remove_parts,
+    stale_parts,
+    step_folder,
+)
 from sft_probe.analysis.sweep.results import benchmark_rows, write_results
 from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, record
 from sft_probe.errors import UserError
@@ -44,12 +51,14 @@ _MAX_NAMED = 5
 
 
 class Scorer:
-    """Task objects and the lm-eval model, built at first need and kept; each checkpoint replaces the weights.
+    """Task objects and the lm-eval model, built at first need and kept; each checkpoint replaces
+    the weights.
 
     Args:
         request: what to score.
         settings: what all steps share.
-        max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory runs out.
+        max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory
+        runs out.
     """
 
     def __init__(self, request: SweepRequest, settings: SweepSettings, max_tokens: int) -> None:
@@ -73,15 +82,16 @@ class Scorer:
         self.lm: ProbeLM | None = None
 
     def score(self, checkpoint: Checkpoint, *, wait: bool = True) -> list[str]:
-        """Score the parts that are missing, or whose weights have changed; return what is wrong with those there are.
+        """Score the parts that are missing, or whose weights have changed; return what is wrong
+        with those there are.
 
         Args:
             checkpoint: the one to score.
             wait: for another process that is scoring it.
 
         Raises:
-            UserError: the checkpoint cannot be scored; after an unforeseen error it names the file with the traceback.
-            StepBusyError: another process is scoring it.
+            UserError: the checkpoint cannot be scored; after an unforeseen error it names the file
+            with the traceback. StepBusyError: another process is scoring it.
         """
         folder = step_folder(self.request.directory, checkpoint.step)
         try:
@@ -91,15 +101,21 @@ class Scorer:
                 return problems
         except (UserError, StepBusyError):
             raise
-        except Exception as error:  # of whatever library reads this checkpoint; the others are scored
+        except (
+            Exception
+        ) as error:  # of whatever library reads this checkpoint; the others are scored
             self._reset()
-            where = f"{checkpoint.name}: {type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+            where = (
+                f"{checkpoint.name}: {type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+            )
             raise UserError(f"{where} ({_write_error_log(folder)})") from error
 
     def _score_owned(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
         request = self.request
         parts = {split: folder / split for split in request.splits}
-        parts |= {spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in request.tasks}
+        parts |= {
+            spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in request.tasks
+        }
         if request.generate:
             parts[_ANSWERS] = folder / f"generate_{request.generate}"
         missing = self._prepare(checkpoint, folder, parts)
@@ -114,7 +130,10 @@ class Scorer:
                     self._score_benchmark(checkpoint, name, parts[name])
             except (NonFiniteError, FloatingPointError) as error:
                 problems.append(f"{name}: {error}")
-        return [*(fault for split in request.splits for fault in _faults(folder / split)), *problems]
+        return [
+            *(fault for split in request.splits for fault in _faults(folder / split)),
+            *problems,
+        ]
 
     def _prepare(self, checkpoint: Checkpoint, folder: Path, parts: dict[str, Path]) -> list[str]:
         """Return the names of the parts to score, after loading the weights where there are any."""
@@ -139,7 +158,10 @@ class Scorer:
         if stale:
             names = ", ".join(path.name for path in stale)
             log.warning(
-                "step %d: %s has changed since %s were scored: removed", checkpoint.step, checkpoint.name, names
+                "step %d: %s has changed since %s were scored: removed",
+                checkpoint.step,
+                checkpoint.name,
+                names,
             )
             remove_parts(self.request.directory, stale)
         return missing
@@ -175,9 +197,17 @@ class Scorer:
         faults: list[dict[str, Any]] = []
         try:
             with _quiet("lm_eval"):
-                results = evaluate(lm=self.lm, task_dict=self.probe_tasks[split], bootstrap_iters=1000)
-            scored = [(sample["doc"], sample["resps"][0][0]) for task in results["samples"].values() for sample in task]
-        except NonFiniteError as error:  # lm-eval's means would be of fewer docs, so that its files are left out
+                results = evaluate(
+                    lm=self.lm, task_dict=self.probe_tasks[split], bootstrap_iters=1000
+                )
+            scored = [
+                (sample["doc"], sample["resps"][0][0])
+                for task in results["samples"].values()
+                for sample in task
+            ]
+        except (
+            NonFiniteError
+        ) as error:  # lm-eval's means would be of fewer docs, so that its files are left out
             scored = [(request.doc, score) for request, score in error.scored]
             faults = [request.doc for request in error.faults]
         self._keep_max_tokens()
@@ -187,9 +217,13 @@ class Scorer:
             if results is not None:
                 self._write_results(temporary, results, checkpoint)
             if faults:
-                write_jsonl(temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults])
+                write_jsonl(
+                    temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults]
+                )
 
-    def _row(self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _row(
+        self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint
+    ) -> dict[str, Any]:
         columns = {
             **self.settings.run_columns,
             "step": checkpoint.step,
@@ -220,8 +254,12 @@ class Scorer:
             "max_length": self.settings.max_length,
         }
         with _quiet("lm_eval", "sft_probe.tasks"):
-            manager = TaskManager(include_defaults=False, include_path=str(tasks_dir), metadata=metadata)
-            return manager.load([task_name(category, split) for category in self.settings.probe_set.categories])
+            manager = TaskManager(
+                include_defaults=False, include_path=str(tasks_dir), metadata=metadata
+            )
+            return manager.load(
+                [task_name(category, split) for category in self.settings.probe_set.categories]
+            )
 
     def _score_benchmark(self, checkpoint: Checkpoint, spec: str, folder: Path) -> None:
         if spec not in self.benchmarks:
@@ -232,7 +270,9 @@ class Scorer:
             num_fewshot=self.request.num_fewshot,
             limit=self.request.limit,
             apply_chat_template=self.request.apply_chat_template,
-            task_manager=TaskManager(include_defaults=False),  # else it reads 14,000 files, at every step
+            task_manager=TaskManager(
+                include_defaults=False
+            ),  # else it reads 14,000 files, at every step
         )
         self._keep_max_tokens()
         rows = benchmark_rows(results, self.settings.run_columns["run"], checkpoint.step)
@@ -246,7 +286,10 @@ class Scorer:
             self.live.model,
             settings.tokenizer,
             generation_docs(settings.docs, self.request.generate, settings.max_length),
-            ends=[terminator_id(settings.format_name, settings.tokenizer), settings.tokenizer.eos_token_id],
+            ends=[
+                terminator_id(settings.format_name, settings.tokenizer),
+                settings.tokenizer.eos_token_id,
+            ],
             limit=max_new_tokens(settings.max_length),
             batch_size=self.request.batch_size,
         )
@@ -291,7 +334,11 @@ def _write_error_log(folder: Path) -> str:
 
 
 def _fault(doc: dict[str, Any], step: int) -> dict[str, Any]:
-    return {"step": step, **{name: doc[name] for name in ("split", "category", "doc_id")}, "reason": "NaN or inf"}
+    return {
+        "step": step,
+        **{name: doc[name] for name in ("split", "category", "doc_id")},
+        "reason": "NaN or inf",
+    }
 
 
 def _faults(folder: Path) -> list[str]:
@@ -302,7 +349,10 @@ def _faults(folder: Path) -> list[str]:
     rows = read_jsonl(path)
     names = ", ".join(f"{row['doc_id']} {row['category']}" for row in rows[:_MAX_NAMED])
     more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
-    return [f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} ({path})"]
+    return [
+        f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} "
+        f"({path})"
+    ]
 
 
 def _load_benchmark(spec: str) -> list[Any]:
@@ -311,8 +361,12 @@ def _load_benchmark(spec: str) -> list[Any]:
         manager = TaskManager(include_defaults=not is_file)
         names = [spec] if is_file else manager.match_tasks([spec])
         if not names or (is_file and not Path(spec).is_file()):
-            raise UserError(f"--tasks: lm-eval knows no task {spec!r}; `lm_eval ls tasks` lists them.")
-        if len(names) > 1:  # a pattern may match a group and its tasks, which lm-eval refuses as duplicates
+            raise UserError(
+                f"--tasks: lm-eval knows no task {spec!r}; `lm_eval ls tasks` lists them."
+            )
+        if (
+            len(names) > 1
+        ):  # a pattern may match a group and its tasks, which lm-eval refuses as duplicates
             names = [name for name in names if name in manager.all_subtasks]
         loaded = manager.load(names)
     return [*loaded["groups"].values()] or [*loaded["tasks"].values()]

@@ -1,4 +1,5 @@
-"""The sweep: every checkpoint that is not scored yet, in this process or on a Ray cluster, then the tables.
+"""The sweep: every checkpoint that is not scored yet, in this process or on a Ray cluster, then the
+tables.
 
 It resumes part by part: `sweep/step_000016/heldout/` exists only complete.
 """
@@ -13,7 +14,12 @@ from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources
-from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, fix_settings, resolve_settings
+from sft_probe.analysis.sweep.settings import (
+    SweepRequest,
+    SweepSettings,
+    fix_settings,
+    resolve_settings,
+)
 from sft_probe.analysis.sweep.step import Scorer
 from sft_probe.errors import UserError
 
@@ -24,7 +30,8 @@ def sweep(request: SweepRequest) -> list[Path]:
     """Scores what is not scored yet and writes the tables; returns their paths.
 
     Raises:
-        UserError: nothing can be scored; or, after all others are done, some checkpoint could not be.
+        UserError: nothing can be scored; or, after all others are done, some checkpoint could not
+        be.
     """
     checkpoints, problems = _find(request)
     if not checkpoints:
@@ -35,15 +42,20 @@ def sweep(request: SweepRequest) -> list[Path]:
         request = _on_ray().connect(request)
     settings = resolve_settings(request, checkpoints)
     if request.generate:
-        generation_docs(settings.docs, request.generate, settings.max_length)  # refused before anything is scored
+        generation_docs(
+            settings.docs, request.generate, settings.max_length
+        )  # refused before anything is scored
     max_tokens = fix_settings(settings, request)
     claim_sources(request.directory, checkpoints)
     for drop in settings.dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
     log.info(
         "%d checkpoints; %d docs can be scored in %d categories, %d are left out",
-        len(checkpoints), len(settings.docs), len(settings.probe_set.categories), len(settings.dropped),
-    )  # fmt: skip
+        len(checkpoints),
+        len(settings.docs),
+        len(settings.probe_set.categories),
+        len(settings.dropped),
+    )
     index, num_shards = request.shard
     mine = checkpoints[index - 1 :: num_shards]
     if request.engine == "ray" and mine:
@@ -53,7 +65,11 @@ def sweep(request: SweepRequest) -> list[Path]:
     tables = write_tables(request.directory)
     if problems:
         done = f"the others are in {request.directory}" if tables else "nothing was scored"
-        raise UserError("\n".join([f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]))
+        raise UserError(
+            "\n".join(
+                [f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]
+            )
+        )
     return tables
 
 
@@ -61,14 +77,17 @@ def _on_ray() -> ModuleType:
     try:
         from sft_probe.analysis.sweep import on_ray
     except ImportError as error:
-        raise UserError(f"--engine ray needs Ray ({error}). Run:  pip install 'sft-probe[ray]'") from error
+        raise UserError(
+            f"--engine ray needs Ray ({error}). Run:  pip install 'sft-probe[ray]'"
+        ) from error
     return on_ray
 
 
 def _score_here(
     request: SweepRequest, settings: SweepSettings, max_tokens: int, checkpoints: list[Checkpoint]
 ) -> list[str]:
-    """Scores one after the other, last those that another process is scoring now; returns what went wrong."""
+    """Scores one after the other, last those that another process is scoring now; returns what went
+    wrong."""
     scorer = Scorer(request, settings, max_tokens)
     problems = []
     waiting = deque((checkpoint, False) for checkpoint in checkpoints)

@@ -1,7 +1,7 @@
 """The one exception that a user is meant to read.
 
-Everything that a user can get wrong (data, flags, paths, models) raises `UserError`; the command line prints its
-message and exits with code 2. Any other exception is a defect of this program.
+Everything that a user can get wrong (data, flags, paths, models) raises `UserError`; the command
+line prints its message and exits with code 2. Any other exception is a defect of this program.
 """
 
 import sys

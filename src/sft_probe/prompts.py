@@ -1,9 +1,10 @@
 """The one renderer and the one join rule of training, live probe and sweep.
 
-A prompt is rendered to `(text, separator)`: the text never ends in white space; the separator stands between prompt and
-response. By the ordinary rule token ids are those of lm-eval's `_encode_pair(prompt, separator + response)`: the joint
-text is encoded, and what follows the ids of the prompt alone is the continuation. Where a token spans that join, in one
-item or more, the rule of the whole run is `in_use`: the context is prompt and separator, as a model is given them.
+A prompt is rendered to `(text, separator)`: the text never ends in white space; the separator
+stands between prompt and response. By the ordinary rule token ids are those of lm-eval's
+`_encode_pair(prompt, separator + response)`: the joint text is encoded, and what follows the ids of
+the prompt alone is the continuation. Where a token spans that join, in one item or more, the rule
+of the whole run is `in_use`: the context is prompt and separator, as a model is given them.
 """
 
 import hashlib
@@ -29,25 +30,29 @@ _SPEC = re.compile(
 
 
 class Prompt(NamedTuple):
-    """A rendered prompt: `text` ends in no white space, `separator` comes between it and the response."""
+    """A rendered prompt: `text` ends in no white space, `separator` comes between it and the
+    response."""
 
     text: str
     separator: str
 
     def context(self, *, in_use: bool) -> str:
-        """What the join rule takes as the context: the separator belongs to it by the rule `+in_use` alone."""
+        """What the join rule takes as the context: the separator belongs to it by the rule
+        `+in_use` alone."""
         return self.text + self.separator if in_use else self.text
 
 
 class PromptFormat:
-    """`hh`, `chat` (the tokenizer's own template), `plain`, or the path of a Jinja file that is given `messages`.
+    """`hh`, `chat` (the tokenizer's own template), `plain`, or the path of a Jinja file that is
+    given `messages`.
 
-    What `resolve_format` has chosen follows the name: `@` and the time that a chat template reads, `+full_render` where
-    the prompt is what stands before an answer in a full rendering instead of the generation prompt, and the join rule,
-    `+prefix` or `+in_use`.
+    What `resolve_format` has chosen follows the name: `@` and the time that a chat template reads,
+    `+full_render` where the prompt is what stands before an answer in a full rendering instead of
+    the generation prompt, and the join rule, `+prefix` or `+in_use`.
 
     Raises:
-        UserError: the name is no format and no file, or `chat` is asked of a tokenizer without a template.
+        UserError: the name is no format and no file, or `chat` is asked of a tokenizer without a
+        template.
     """
 
     def __init__(self, spec: str, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
@@ -60,10 +65,15 @@ class PromptFormat:
         name = base
         if base == "chat":
             if tokenizer is None or not tokenizer.chat_template:
-                raise UserError("the prompt format `chat` needs a tokenizer with a chat template; use hh or plain.")
+                raise UserError(
+                    "the prompt format `chat` needs a tokenizer with a chat template; use hh or "
+                    "plain."
+                )
             self.chat = ChatTemplate(tokenizer, _time(time))
         elif time or full:
-            raise UserError(f"{spec!r} is no prompt format: only chat takes a time or +full_render.")
+            raise UserError(
+                f"{spec!r} is no prompt format: only chat takes a time or +full_render."
+            )
         elif base not in BUILT_IN_FORMATS:
             path = Path(base).expanduser()
             self._template = _read_template(path)
@@ -77,7 +87,11 @@ class PromptFormat:
     def render(self, messages: Messages) -> Prompt:
         """Renders chat turns. Raises `UserError` where the format has no place for a turn."""
         if self.chat is not None:
-            text = self.chat.answer_prompt(messages) if self.full_render else self.chat.generation_prompt(messages)
+            text = (
+                self.chat.answer_prompt(messages)
+                if self.full_render
+                else self.chat.generation_prompt(messages)
+            )
         elif self._template is not None:
             try:
                 text = str(self._template.render(messages=list(messages)))
@@ -92,18 +106,24 @@ class PromptFormat:
 
 
 def resolve_format(
-    given: str, tokenizer: "PreTrainedTokenizerBase", docs: Sequence[Doc], recorded: str | None = None
+    given: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    docs: Sequence[Doc],
+    recorded: str | None = None,
 ) -> PromptFormat:
-    """The format with what is chosen once for a whole run, by a test on all docs and responses; see `PromptFormat`.
+    """The format with what is chosen once for a whole run, by a test on all docs and responses; see
+    `PromptFormat`.
 
     Args:
         given: what the user or the probe set names; what it leaves open is chosen.
         tokenizer: of the model.
         docs: all that the run will train on or score.
-        recorded: the name or source of the format that the run has used so far; nothing is chosen again.
+        recorded: the name or source of the format that the run has used so far; nothing is chosen
+        again.
 
     Raises:
-        UserError: the format is unusable, the tokenizer puts something other than EOS after a text, or the template
+        UserError: the format is unusable, the tokenizer puts something other than EOS after a text,
+        or the template
             reads a clock and what is recorded names no time.
     """
     _check_suffix(tokenizer)
@@ -117,11 +137,16 @@ def resolve_format(
         pinned = time or found.chat.pinned_time()
         if rule and pinned:
             raise UserError(
-                f"the chat template shows the time, and the format {recorded or given!r} does not say which. Name the "
+                f"the chat template shows the time, and the format {recorded or given!r} does not "
+                "say which. Name the "
                 "day that the run was trained on: --prompt_format chat@YYYY-MM-DD"
             )
-        opened = not rule and any(found.chat.answer_prompt(doc.messages) != "".join(prompt) for doc, prompt in prompts)
-        spec = base + (f"@{pinned}" if pinned else "") + (full or ("+full_render" if opened else ""))
+        opened = not rule and any(
+            found.chat.answer_prompt(doc.messages) != "".join(prompt) for doc, prompt in prompts
+        )
+        spec = (
+            base + (f"@{pinned}" if pinned else "") + (full or ("+full_render" if opened else ""))
+        )
         found = PromptFormat(spec, tokenizer)
         prompts = [(doc, found.render(doc.messages)) for doc, _ in prompts]
     is_split = all(_splits(tokenizer, prompt, doc) for doc, prompt in prompts)
@@ -129,7 +154,8 @@ def resolve_format(
 
 
 def same_format(recorded: str, name: str) -> bool:
-    """True for equal names, and where the recorded one is of a time when the clock of a template was not recorded."""
+    """True for equal names, and where the recorded one is of a time when the clock of a template
+    was not recorded."""
     old, new = _parse(recorded), _parse(name)
     return recorded == name or (not old[1] and (old[0], *old[2:]) == (new[0], *new[2:]))
 
@@ -149,7 +175,8 @@ def _parse(spec: str) -> tuple[str, str, str, str]:
 def _recorded_spec(given: str, recorded: str | None) -> str | None:
     """What was recorded, as a full spec, where what is given does not contradict it; else `None`.
 
-    A recorded format without a rule is of the ordinary one; a time that is given fills in one that was not recorded.
+    A recorded format without a rule is of the ordinary one; a time that is given fills in one that
+    was not recorded.
     """
     old, new = _parse(recorded or ""), _parse(given)
     old = (*old[:3], old[3] or "+prefix")
@@ -190,7 +217,8 @@ def _check_suffix(tokenizer: "PreTrainedTokenizerBase") -> None:
     if ids[len(ids) - len(plain) :] != plain:
         after = tokenizer.decode(ids[-1:])
         raise UserError(
-            f"the tokenizer puts {after!r} after every text, which is not its EOS token ({tokenizer.eos_token!r}), so "
+            f"the tokenizer puts {after!r} after every text, which is not its EOS token "
+            f"({tokenizer.eos_token!r}), so "
             "that no response can follow a prompt. Change its post-processor."
         )
 
@@ -202,10 +230,16 @@ def terminator_id(format_name: str, tokenizer: "PreTrainedTokenizerBase") -> int
         UserError: the tokenizer has no EOS token.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, so no terminator can be trained or scored.")
+        raise UserError(
+            "the tokenizer has no EOS token, so no terminator can be trained or scored."
+        )
     if _parse(format_name)[0] == "chat":
         end = ChatTemplate(tokenizer, _time("")).answer_end()
-        ids = [i for i in tokenizer.encode(end, add_special_tokens=False) if str(tokenizer.decode([i])).strip()]
+        ids = [
+            i
+            for i in tokenizer.encode(end, add_special_tokens=False)
+            if str(tokenizer.decode([i])).strip()
+        ]
         # whatever its registration: an added token, or a text that is one token of the vocabulary
         if ids and (len(ids) == 1 or ids[0] in tokenizer.get_added_vocab().values()):
             return int(ids[0])
@@ -239,14 +273,19 @@ def _render_hh(messages: Messages) -> str:
     parts = []
     for turn in messages:
         if turn["role"] not in _HH_ROLES:
-            raise UserError(f"the prompt format hh has no {turn['role']} turn; use chat, plain or a Jinja file.")
+            raise UserError(
+                f"the prompt format hh has no {turn['role']} turn; use chat, plain or a Jinja file."
+            )
         parts.append(f"\n\n{_HH_ROLES[turn['role']]}: {turn['content'].strip()}")
     return "".join(parts) + "\n\nAssistant:"
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids under the BOS rule of lm-eval's `hf`: the tokenizer's own, but no second BOS, and no EOS at the end."""
-    prefix_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    """Token ids under the BOS rule of lm-eval's `hf`: the tokenizer's own, but no second BOS, and
+    no EOS at the end."""
+    prefix_id = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     if prefix_id is not None and text.startswith(str(tokenizer.decode([prefix_id]))):
         return list(tokenizer.encode(text, add_special_tokens=False))
     ids = list(tokenizer.encode(text))
@@ -264,8 +303,8 @@ def encode_pair(
 ) -> tuple[list[int], list[int]] | None:
     """Ids of the context and of the continuation that is trained on and scored.
 
-    Returns `None` where the ordinary rule finds no split, since the prompt's ids are not a prefix of the joint ids, and
-    where no id is left on one side.
+    Returns `None` where the ordinary rule finds no split, since the prompt's ids are not a prefix
+    of the joint ids, and where no id is left on one side.
     """
     context = encode(tokenizer, prompt.context(in_use=in_use))
     joint = encode(tokenizer, "".join(prompt) + response)
@@ -280,20 +319,28 @@ def no_pair_reason(in_use: bool) -> str:
     """Why `encode_pair` has found none."""
     if in_use:
         return "no token is left of the prompt or of the response"
-    return "the tokens of the prompt are not a prefix of those of prompt and response, which the run's rule asks for"
+    return (
+        "the tokens of the prompt are not a prefix of those of prompt and response, which the "
+        "run's rule asks for"
+    )
 
 
 def encode_after(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Ids of a text that follows others: without the space that SentencePiece puts before a text."""
+    """Ids of a text that follows others: without the space that SentencePiece puts before a
+    text."""
     line_end = list(tokenizer.encode("\n", add_special_tokens=False))
     ids = list(tokenizer.encode("\n" + text, add_special_tokens=False))
     is_split = ids[: len(line_end)] == line_end
-    return ids[len(line_end) :] if is_split else list(tokenizer.encode(text, add_special_tokens=False))
+    return (
+        ids[len(line_end) :] if is_split else list(tokenizer.encode(text, add_special_tokens=False))
+    )
 
 
 def first_visible(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> int:
     """Index of the first token that holds a character other than white space."""
-    return next((i for i, token_id in enumerate(ids) if str(tokenizer.decode([token_id])).strip()), 0)
+    return next(
+        (i for i, token_id in enumerate(ids) if str(tokenizer.decode([token_id])).strip()), 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,15 +362,21 @@ class DroppedDoc:
 
 
 def encode_probe_set(
-    probe_set: ProbeSet, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    probe_set: ProbeSet,
+    prompt_format: PromptFormat,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
 ) -> tuple[list[EncodedDoc], list[DroppedDoc]]:
-    """Encodes every doc; one that the format refuses, or with one response that does not fit, is dropped and named.
+    """Encodes every doc; one that the format refuses, or with one response that does not fit, is
+    dropped and named.
 
     `max_length` is in tokens and counts prompt, response and terminator.
     """
     encoded = [encode_doc(doc, prompt_format, tokenizer, max_length) for doc in probe_set.docs]
     kept = [item for item in encoded if isinstance(item, EncodedDoc)]
-    return kept, dropped_by_faults(probe_set) + [item for item in encoded if isinstance(item, DroppedDoc)]
+    return kept, dropped_by_faults(probe_set) + [
+        item for item in encoded if isinstance(item, DroppedDoc)
+    ]
 
 
 def dropped_by_faults(probe_set: ProbeSet) -> list[DroppedDoc]:
@@ -355,10 +408,17 @@ def encode_doc(
     for category, response in doc.responses.items():
         pair = encode_pair(tokenizer, prompt, response, in_use=prompt_format.in_use)
         if pair is None:
-            return DroppedDoc(doc_id=doc.doc_id, reason=f"`{category}`: {no_pair_reason(prompt_format.in_use)}")
+            return DroppedDoc(
+                doc_id=doc.doc_id, reason=f"`{category}`: {no_pair_reason(prompt_format.in_use)}"
+            )
         prompt_ids, continuation_ids[category] = pair
         num_tokens = len(prompt_ids) + len(continuation_ids[category]) + 1
         if num_tokens > max_length:
-            reason = f"`{category}`: {num_tokens} tokens with prompt and terminator, over max_length {max_length}"
+            reason = (
+                f"`{category}`: {num_tokens} tokens with prompt and terminator, over max_length "
+                f"{max_length}"
+            )
             return DroppedDoc(doc_id=doc.doc_id, reason=reason)
-    return EncodedDoc(doc=doc, prompt=prompt, prompt_ids=prompt_ids, continuation_ids=continuation_ids)
+    return EncodedDoc(
+        doc=doc, prompt=prompt, prompt_ids=prompt_ids, continuation_ids=continuation_ids
+    )

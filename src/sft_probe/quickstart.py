@@ -29,7 +29,10 @@ def quickstart(directory: Path) -> None:
         log.info("[%d/3] sft-probe %s", number, " ".join(command))
         code = subprocess.run([sys.executable, "-m", "sft_probe", *command], check=False).returncode
         if code != 0:
-            raise UserError(f"`sft-probe {' '.join(command)}` failed with exit code {code}; nothing complete is lost.")
+            raise UserError(
+                f"`sft-probe {' '.join(command)}` failed with exit code {code}; nothing complete "
+                "is lost."
+            )
     log.info(
         "done in %.0f s\n  table:   %s\n  figure:  %s\n  scores:  %s",
         time.monotonic() - started,

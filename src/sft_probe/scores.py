@@ -1,4 +1,5 @@
-"""Score rows, the one table that everything else is made from: one per run, step, split, category, doc and source."""
+"""Score rows, the one table that everything else is made from: one per run, step, split, category,
+doc and source."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""The files that hold a checkpoint's weights, checked before anything loads them. Safetensors only."""
+"""The files that hold a checkpoint's weights, checked before anything loads them. Safetensors
+only."""
 
 import json
 from pathlib import Path
@@ -14,10 +15,12 @@ _INDEX = "model.safetensors.index.json"
 
 
 def check_weight_files(folder: Path) -> None:
-    """Check that a model's directory holds `model.safetensors`, or all the files that its index names.
+    """Check that a model's directory holds `model.safetensors`, or all the files that its index
+    names.
 
     Raises:
-        UserError: there is neither, a file is missing or damaged, or the index has another shape than transformers
+        UserError: there is neither, a file is missing or damaged, or the index has another shape
+        than transformers
             reads.
     """
     for path in weight_files(folder):
@@ -34,7 +37,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise `UserError` where a file is missing or its header and length are not those of a safetensors file."""
+    """Raise `UserError` where a file is missing or its header and length are not those of a
+    safetensors file."""
     try:
         with safe_open(path, "pt"):
             pass
@@ -57,7 +61,8 @@ def _indexed_files(folder: Path) -> list[Path]:
 
 
 def base_of(folder: Path, revision: str) -> tuple[str, str]:
-    """Return name and revision of the whole model: the directory itself, or the base of the adapter that it holds.
+    """Return name and revision of the whole model: the directory itself, or the base of the adapter
+    that it holds.
 
     Raises:
         UserError: the adapter's config names no base, or another adapter.
@@ -69,9 +74,17 @@ def base_of(folder: Path, revision: str) -> tuple[str, str]:
     base, base_revision = adapter.get("base_model_name_or_path"), adapter.get("revision") or "main"
     if not isinstance(base, str) or not base:
         state = f"is {json.dumps(base)}" if "base_model_name_or_path" in adapter else "is missing"
-        raise UserError(f"{path}: `base_model_name_or_path` {state}; it must name the model the adapter was made for.")
+        raise UserError(
+            f"{path}: `base_model_name_or_path` {state}; it must name the model the adapter was "
+            "made for."
+        )
     if (Path(base) / ADAPTER_CONFIG).exists():
-        raise UserError(f"{path}: the base, {base}, is an adapter itself; merge that one into its own base first.")
+        raise UserError(
+            f"{path}: the base, {base}, is an adapter itself; merge that one into its own base "
+            "first."
+        )
     if not isinstance(base_revision, str):
-        raise UserError(f"{path}: `revision` is {base_revision!r}; it must be the name of a revision of {base}.")
+        raise UserError(
+            f"{path}: `revision` is {base_revision!r}; it must be the name of a revision of {base}."
+        )
     return base, base_revision

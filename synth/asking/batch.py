@@ -31,7 +31,8 @@ class JobFailedError(Exception):
 
 @runtime_checkable
 class BatchWriter(Protocol):
-    """A writer that is asked in jobs. All methods raise `Wait` for what may pass and `UserError` for what cannot."""
+    """A writer that is asked in jobs. All methods raise `Wait` for what may pass and `UserError`
+    for what cannot."""
 
     name: str
     model: str
@@ -59,18 +60,24 @@ class BatchWriter(Protocol):
 def obtain_batch(
     requests: Iterable[Request], writer: BatchWriter, store: Store, limits: Limits
 ) -> Iterator[tuple[Request, Answer]]:
-    """`obtain` for a batch writer: makes jobs of what the store lacks, waits for them, gives everything in order.
+    """`obtain` for a batch writer: makes jobs of what the store lacks, waits for them, gives
+    everything in order.
 
-    Jobs of a run that was stopped are found in the store and read, not made again. Holds all requests in memory.
-    Raises the same errors as `obtain`; of those that a budget did not reach, none is asked.
+    Jobs of a run that was stopped are found in the store and read, not made again. Holds all
+    requests in memory. Raises the same errors as `obtain`; of those that a budget did not reach,
+    none is asked.
     """
     everything = list(requests)
-    run = _BatchRun({request_key(writer, request): request for request in everything}, writer, store, limits)
+    run = _BatchRun(
+        {request_key(writer, request): request for request in everything}, writer, store, limits
+    )
     with asyncio.Runner() as runner:
         try:
             runner.run(run.run())
         except KeyboardInterrupt:
-            _LOG.warning("stopped; jobs go on at the server. The same command finds and reads them.")
+            _LOG.warning(
+                "stopped; jobs go on at the server. The same command finds and reads them."
+            )
             raise SystemExit(130) from None
         finally:
             runner.run(writer.close())
@@ -81,14 +88,17 @@ def obtain_batch(
 
 
 class _BatchRun:
-    def __init__(self, requests: dict[str, Request], writer: BatchWriter, store: Store, limits: Limits) -> None:
+    def __init__(
+        self, requests: dict[str, Request], writer: BatchWriter, store: Store, limits: Limits
+    ) -> None:
         self._requests, self._writer, self._store, self._limits = requests, writer, store, limits
         self._price = price_within(limits, writer)
         self._version = VersionPin(writer, store)
         self._wrong_version: Answer | None = None
 
     async def run(self) -> None:
-        """Find the jobs of earlier runs, make those that are missing (a small one first), wait for all."""
+        """Find the jobs of earlier runs, make those that are missing (a small one first), wait for
+        all."""
         self._started_s = self._said_s = monotonic()
         for job in self._store.jobs(self._writer):
             await self._find(job)
@@ -103,8 +113,10 @@ class _BatchRun:
         await self._read_all()
         if out_of_budget:
             raise UserError(
-                f"the budget ends here: {out_of_budget} requests were not asked, since their worst case would pass "
-                f"${self._limits.max_cost_usd:.4f} (${self._store.cost_usd():.4f} is spent). All answers are stored; "
+                f"the budget ends here: {out_of_budget} requests were not asked, since their worst "
+                "case would pass "
+                f"${self._limits.max_cost_usd:.4f} (${self._store.cost_usd():.4f} is spent). All "
+                "answers are stored; "
                 "raise --max-cost-usd to go on."
             )
 
@@ -119,7 +131,11 @@ class _BatchRun:
         """Wait for the jobs that are made and store their answers."""
         jobs = self._store.jobs(self._writer)
         if jobs:
-            _LOG.info("waiting for %d batch jobs with %d requests", len(jobs), sum(len(job.keys) for job in jobs))
+            _LOG.info(
+                "waiting for %d batch jobs with %d requests",
+                len(jobs),
+                sum(len(job.keys) for job in jobs),
+            )
         for number, job in enumerate(jobs):
             await self._read(job, f"{number} of {len(jobs)} batch jobs are read")
         if self._wrong_version is not None:
@@ -131,7 +147,8 @@ class _BatchRun:
         return [key for key in self._requests if key not in in_jobs and not self._is_answered(key)]
 
     async def _find(self, job: Job) -> None:
-        """A job whose name was not heard: it exists at the server under its display name, or was never made."""
+        """A job whose name was not heard: it exists at the server under its display name, or was
+        never made."""
         if job.name is None:
             name = await self._patiently(lambda: self._writer.find(job.display_name))
             if name is None:
@@ -144,7 +161,9 @@ class _BatchRun:
         affordable, left_out = self._within_budget(keys)
         for start in range(0, len(affordable), _JOB_SIZE):
             part = affordable[start : start + _JOB_SIZE]
-            job = Job(f"sft-probe-{uuid.uuid4().hex}", None, tuple(part), sum(map(self._worst_usd, part)))
+            job = Job(
+                f"sft-probe-{uuid.uuid4().hex}", None, tuple(part), sum(map(self._worst_usd, part))
+            )
             await self._store.save_job(self._writer, job)
             name = await self._submit(job, {key: self._requests[key] for key in part})
             await self._store.save_job(self._writer, replace(job, name=name))
@@ -167,7 +186,8 @@ class _BatchRun:
         return keys, 0
 
     async def _submit(self, job: Job, requests: dict[str, Request]) -> str:
-        """Makes a job. A call that failed may have made it, so from the second on it is looked for first.
+        """Makes a job. A call that failed may have made it, so from the second on it is looked for
+        first.
 
         Where the attempts run out the job stays in the store, and the next run looks for it.
         """
@@ -192,33 +212,44 @@ class _BatchRun:
                 return await call()
             except Wait as wait:
                 if attempt == self._limits.max_attempts:
-                    raise UserError(f"the server does not answer: {wait}. Run the same command later.") from None
+                    raise UserError(
+                        f"the server does not answer: {wait}. Run the same command later."
+                    ) from None
                 await asyncio.sleep(max(backoff_s(self._limits, attempt), wait.wait_s or 0.0))
         raise AssertionError("max_attempts is positive")
 
     async def _read(self, job: Job, progress: str) -> None:
-        """Waits for the end of a job and stores its answers; the job is kept for those of other requests."""
+        """Waits for the end of a job and stores its answers; the job is kept for those of other
+        requests."""
         keys = [key for key in job.keys if key in self._requests]
         try:
             answers = await self._finished(str(job.name), progress)
         except JobFailedError as error:
-            _LOG.warning("the job %s failed: %s. Its requests are asked again by the next run.", job.name, error)
+            _LOG.warning(
+                "the job %s failed: %s. Its requests are asked again by the next run.",
+                job.name,
+                error,
+            )
             await self._save_answers(keys, dict.fromkeys(keys, error_answer(f"job: {error}")))
             await self._store.close_job(job)
             return
-        # a line that is missing may be paid for; the name of the job tells the loss from that of an earlier job
+        # a line that is missing may be paid for; the name of the job tells the loss from that of an
+        # earlier job
         missing = replace(error_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
         await self._save_answers(keys, {key: answers.get(key, missing) for key in keys})
         others = tuple(key for key in job.keys if key not in self._requests)
         if others:
-            _LOG.warning("%d answers of %s belong to other requests; it is kept", len(others), job.name)
+            _LOG.warning(
+                "%d answers of %s belong to other requests; it is kept", len(others), job.name
+            )
             cost_usd = max(0.0, job.cost_usd - sum(map(self._worst_usd, keys)))
             await self._store.save_job(self._writer, replace(job, keys=others, cost_usd=cost_usd))
         else:
             await self._store.close_job(job)
 
     async def _finished(self, name: str, progress: str) -> dict[str, Answer]:
-        """Wait for the end of a job; return answers by key. Raise `JobFailedError`, or `UserError` after too long."""
+        """Wait for the end of a job; return answers by key. Raise `JobFailedError`, or `UserError`
+        after too long."""
         while True:
             answers = await self._patiently(lambda: self._writer.read(name))
             if answers is not None:
@@ -227,25 +258,36 @@ class _BatchRun:
             waited_s, longest_s = now_s - self._started_s, self._limits.max_wait_s
             if longest_s is not None and waited_s >= longest_s:
                 raise UserError(
-                    f"no end of the batch jobs after {waited_s:.0f} s ({progress}). They go on at the server, and are "
+                    f"no end of the batch jobs after {waited_s:.0f} s ({progress}). They go on at "
+                    "the server, and are "
                     "paid for; the same command reads them later."
                 )
             if now_s - self._said_s >= _LINE_INTERVAL_S:
                 self._said_s = now_s
-                _LOG.info("waiting for %.0f min: %s; %s has not ended", waited_s / 60, progress, name)
-            await asyncio.sleep(min(self._writer.poll_s, longest_s - waited_s if longest_s else self._writer.poll_s))
+                _LOG.info(
+                    "waiting for %.0f min: %s; %s has not ended", waited_s / 60, progress, name
+                )
+            await asyncio.sleep(
+                min(self._writer.poll_s, longest_s - waited_s if longest_s else self._writer.poll_s)
+            )
 
     async def _save_answers(self, keys: list[str], answers: dict[str, Answer]) -> None:
         for start in range(0, len(keys), _SAVED_AT_ONCE):
-            await asyncio.gather(*(self._save(key, answers[key]) for key in keys[start : start + _SAVED_AT_ONCE]))
+            await asyncio.gather(
+                *(self._save(key, answers[key]) for key in keys[start : start + _SAVED_AT_ONCE])
+            )
 
     async def _save(self, key: str, answer: Answer) -> None:
         kept = self._version.check(answer)
         stored = self._store.get_key(key)
-        if stored is not None and (stored.raw == kept.raw or (kept.status == "error" and stored.status != "error")):
+        if stored is not None and (
+            stored.raw == kept.raw or (kept.status == "error" and stored.status != "error")
+        ):
             return  # read before, by a run that was stopped before it closed the job
         if kept is not answer:
             self._wrong_version = kept
         request = self._requests[key]
         cost_usd = self._price.answer_usd(request, kept) if self._price else None
-        await self._store.save(self._writer, request, kept, cost_usd=cost_usd, attempts=1, reservation=None)
+        await self._store.save(
+            self._writer, request, kept, cost_usd=cost_usd, attempts=1, reservation=None
+        )

@@ -11,10 +11,12 @@ from sft_probe.synth.asking.store import Store
 
 # a longer wait is that for a quota of the day, and better told than slept through
 _MAX_WAIT_S = 900.0
-# a server that names a shorter wait is not heard alone: five attempts would pass before it has drawn breath
+# a server that names a shorter wait is not heard alone: five attempts would pass before it has
+# drawn breath
 _MIN_WAIT_S = 1.0
 MAX_BILLED_CALLS = 2
-"""For one answer in one run: a call that was cut or cannot be read may be paid for, so it is made again only once."""
+"""For one answer in one run: a call that was cut or cannot be read may be paid for, so it is made
+again only once."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,17 @@ class Caller:
         self._stopped.set()
 
     def cost_usd(self) -> float | None:
-        """Return what was spent so far by all runs on the store; None where the price is unknown."""
+        """Return what was spent so far by all runs on the store; None where the price is
+        unknown."""
         return None if self._price is None else self._budget.spent_usd
 
     async def ask(self, request: Request) -> Answer | None:
-        """Return the stored answer: `error` after the last attempt, None where the run was stopped before it.
+        """Return the stored answer: `error` after the last attempt, None where the run was stopped
+        before it.
 
         Raises:
-            UserError: the budget is spent, the writer cannot work, or another version of the model answered.
+            UserError: the budget is spent, the writer cannot work, or another version of the model
+            answered.
         """
         held: _Reservation | None = None
         failure, num_billed, attempt = error_answer(""), 0, 0
@@ -83,7 +88,8 @@ class Caller:
         return await self._save(request, failure, attempt, None)
 
     async def _settle_failed(self, wait: Wait, held: _Reservation) -> _Reservation | None:
-        """Settle the money of a failed call; return what is still held. Raise `UserError` where a wait is too long."""
+        """Settle the money of a failed call; return what is still held. Raise `UserError` where a
+        wait is too long."""
         left: _Reservation | None = held
         if wait.maybe_billed:
             await self._lose(held)
@@ -91,8 +97,8 @@ class Caller:
         if (wait.wait_s or 0.0) > _MAX_WAIT_S:
             await self._release(left)
             raise UserError(
-                f"the server asks to wait {wait.wait_s:.0f} s ({wait}). All answers so far are stored; run the same "
-                "command then."
+                f"the server asks to wait {wait.wait_s:.0f} s ({wait}). All answers so far are "
+                "stored; run the same command then."
             ) from None
         return left
 
@@ -116,7 +122,9 @@ class Caller:
 
     async def _back_off(self, wait: Wait, attempt: int) -> None:
         if wait.wait_s:
-            self._requests.hold(wait.wait_s)  # the quota is everybody's, so nobody asks before it is over
+            self._requests.hold(
+                wait.wait_s
+            )  # the quota is everybody's, so nobody asks before it is over
         if (wait.wait_s or 0.0) < _MIN_WAIT_S:
             await self._sleep(backoff_s(self._limits, attempt))
 
@@ -138,17 +146,25 @@ class Caller:
             await self._store.release(held.id)
 
     async def _lose(self, held: _Reservation) -> None:
-        """Spend the money of a call that may have been paid for: its reservation stays in the store."""
+        """Spend the money of a call that may have been paid for: its reservation stays in the
+        store."""
         if held.id is not None:
             await self._budget.settle(held.cost_usd, held.cost_usd)
 
-    async def _save(self, request: Request, answer: Answer, attempts: int, held: _Reservation | None) -> Answer:
+    async def _save(
+        self, request: Request, answer: Answer, attempts: int, held: _Reservation | None
+    ) -> Answer:
         kept = self._version.check(answer)
         cost_usd = self._price.answer_usd(request, answer) if self._price else None
         reservation = held.id if held else None
         try:
             await self._store.save(
-                self._writer, request, kept, cost_usd=cost_usd, attempts=attempts, reservation=reservation
+                self._writer,
+                request,
+                kept,
+                cost_usd=cost_usd,
+                attempts=attempts,
+                reservation=reservation,
             )
         finally:
             if held is not None and reservation is not None:
@@ -166,18 +182,24 @@ class VersionPin:
         self._version = store.model_version(writer)
 
     def check(self, answer: Answer) -> Answer:
-        """Return the answer itself, or it as an `error` where another version gave it than the first."""
+        """Return the answer itself, or it as an `error` where another version gave it than the
+        first."""
         if answer.model_version is None or answer.status == "error":
             return answer
         self._version = self._version or answer.model_version
         if answer.model_version == self._version:
             return answer
-        return replace(answer, status="error", text=None, reason=f"version {answer.model_version!r} answered")
+        return replace(
+            answer, status="error", text=None, reason=f"version {answer.model_version!r} answered"
+        )
 
     def remedy(self, answer: Answer) -> str:
         """Return what to say about an answer that `check` turned down."""
         return (
-            f"the answers of {self._writer.model!r} come from version {self._version!r} so far, and now from "
-            f"{answer.model_version!r}: a set must come from one. Run again later if this was passing; else start in "
-            f"a new directory, with a --model name that fixes the version. ({self._store.path} keeps all answers.)"
+            f"the answers of {self._writer.model!r} come from version {self._version!r} so far, "
+            "and now from "
+            f"{answer.model_version!r}: a set must come from one. Run again later if this was "
+            "passing; else start in "
+            f"a new directory, with a --model name that fixes the version. ({self._store.path} "
+            "keeps all answers.)"
         )

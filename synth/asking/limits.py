@@ -37,12 +37,15 @@ class Limits:
 
 
 def price_within(limits: Limits, writer: Named) -> Price | None:
-    """The price that a run goes by. Raises `UserError` where a budget is set and no price is known."""
+    """The price that a run goes by. Raises `UserError` where a budget is set and no price is
+    known."""
     price = limits.price or price_of(writer)
     if price is None and limits.max_cost_usd is not None:
         raise UserError(
-            f"--max-cost-usd cannot be kept: the price of {writer.model!r} is not in the table of {PRICES_DATE}. "
-            "Give it with --price INPUT,OUTPUT (USD per million tokens; 0,0 for a server of your own)."
+            f"--max-cost-usd cannot be kept: the price of {writer.model!r} is not in the table of "
+            f"{PRICES_DATE}. "
+            "Give it with --price INPUT,OUTPUT (USD per million tokens; 0,0 for a server of your "
+            "own)."
         )
     return price
 
@@ -50,15 +53,17 @@ def price_within(limits: Limits, writer: Named) -> Price | None:
 def backoff_s(limits: Limits, attempt: int) -> float:
     """Seconds to wait after the given failed attempt (1 for the first).
 
-    Exponential with full jitter: uniform between 0 and the doubled-up ceiling, so that callers which failed together
-    do not come back together (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+    Exponential with full jitter: uniform between 0 and the doubled-up ceiling, so that callers
+    which failed together do not come back together
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
     """
     ceiling = min(_MAX_BACKOFF_S, limits.first_backoff_s * 2 ** (attempt - 1))
     return random.uniform(0, ceiling)  # noqa: S311 - not secret
 
 
 class Pace:
-    """Spreads units (requests, tokens) evenly over time, and stands still while the server says so."""
+    """Spreads units (requests, tokens) evenly over time, and stands still while the server says
+    so."""
 
     def __init__(self, per_minute: float | None, clock: Callable[[], float]) -> None:
         self._s_per_unit = 60 / per_minute if per_minute else 0.0
@@ -87,7 +92,8 @@ class BudgetSpentError(UserError):
 
 
 class Budget:
-    """Reserves the worst case of each call, on disk before the call, and never passes `max_cost_usd`."""
+    """Reserves the worst case of each call, on disk before the call, and never passes
+    `max_cost_usd`."""
 
     def __init__(self, store: Store, max_cost_usd: float | None) -> None:
         self._store = store
@@ -98,7 +104,8 @@ class Budget:
         self._settled = asyncio.Condition()
 
     async def reserve(self, cost_usd: float) -> int | None:
-        """Waits for calls in flight to settle where need be; the reservation, or None where the call is free.
+        """Waits for calls in flight to settle where need be; the reservation, or None where the
+        call is free.
 
         Raises:
             BudgetSpentError: the call does not fit even when nothing else is in flight.
@@ -109,8 +116,10 @@ class Budget:
             while not self._fits(cost_usd):
                 if self._num_open == 0:
                     raise BudgetSpentError(
-                        f"the budget is spent: ${self.spent_usd:.4f} of ${self._max_cost_usd:.4f}, and the next call "
-                        f"may cost ${cost_usd:.4f}. All answers so far are stored; raise --max-cost-usd to go on."
+                        f"the budget is spent: ${self.spent_usd:.4f} of "
+                        f"${self._max_cost_usd:.4f}, and the next call "
+                        f"may cost ${cost_usd:.4f}. All answers so far are stored; raise "
+                        "--max-cost-usd to go on."
                     )
                 await self._settled.wait()
             self._reserved_usd += cost_usd

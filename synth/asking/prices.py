@@ -9,7 +9,10 @@ PRICES_DATE = "2026-10-07"
 PRICES_SOURCE = "https://ai.google.dev/gemini-api/docs/pricing"
 # USD per million tokens of input and of output (thinking included), for prompts up to 200k tokens
 _PRICES = {
-    "gemini-3.8-flash": (1.50, 7.50),  # half of it through 2026-12-31; a budget should not break on the day after
+    "gemini-3.8-flash": (
+        1.50,
+        7.50,
+    ),  # half of it through 2026-12-31; a budget should not break on the day after
     "gemini-3.7-flash": (1.50, 7.50),  # likewise
     "gemini-3.6-flash": (1.50, 7.50),  # likewise
     "gemini-3.5-flash": (1.50, 9.00),
@@ -22,7 +25,8 @@ _PRICES = {
 _BATCH_FACTOR = 0.5
 LOCAL_WRITERS = ("hf", "offline")
 """They are free, and cannot be misconfigured at a distance."""
-# for the expected cost alone: English text has about four bytes and three quarters of a word per token
+# for the expected cost alone: English text has about four bytes and three quarters of a word per
+# token
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_WORD = 4 / 3
 _TEMPLATE_TOKENS = 128
@@ -43,7 +47,8 @@ class Price:
         return (num_prompt_tokens * self.input_usd + num_output_tokens * self.output_usd) / 1e6
 
     def answer_usd(self, request: Request, answer: Answer) -> float:
-        """Return the cost of one answer: its worst case where the server's count is missing or cannot be."""
+        """Return the cost of one answer: its worst case where the server's count is missing or
+        cannot be."""
         prompt, output = answer.num_prompt_tokens, answer.num_output_tokens
         if answer.num_prompt_tokens == 0 and not answer.is_final:
             return 0.0  # nothing was written
@@ -52,24 +57,30 @@ class Price:
         return self.cost_usd(prompt, output)
 
     def worst_usd(self, request: Request) -> float:
-        """Return the most that one call can cost: no token is shorter than a byte, no output longer than allowed."""
+        """Return the most that one call can cost: no token is shorter than a byte, no output longer
+        than allowed."""
         return self.cost_usd(max_prompt_tokens(request), request.max_output_tokens)
 
 
 def parse_price(text: str) -> Price:
-    """Return a `Price` from `INPUT,OUTPUT` in USD per million tokens. Raises `UserError` for anything else."""
+    """Return a `Price` from `INPUT,OUTPUT` in USD per million tokens. Raises `UserError` for
+    anything else."""
     parts = text.split(",")
     try:
         input_usd, output_usd = (float(part) for part in parts)
     except ValueError:
         input_usd = output_usd = -1.0
     if not (0 <= input_usd < float("inf") and 0 <= output_usd < float("inf")):
-        raise UserError(f"{text!r} is no price. Give USD per million tokens of input and of output, such as 0.30,2.50.")
+        raise UserError(
+            f"{text!r} is no price. Give USD per million tokens of input and of output, such as "
+            "0.30,2.50."
+        )
     return Price(input_usd, output_usd)
 
 
 def price_of(writer: Named) -> Price | None:
-    """Return the list price of the writer's model; None where it is not in the table. Local writers are free."""
+    """Return the list price of the writer's model; None where it is not in the table. Local writers
+    are free."""
     if writer.name in LOCAL_WRITERS:
         return Price(0.0, 0.0)
     prices = _PRICES.get(writer.model.removeprefix("models/"))
@@ -80,7 +91,8 @@ def price_of(writer: Named) -> Price | None:
 
 
 def _is_absurd(request: Request, answer: Answer, prompt: int, output: int) -> bool:
-    """Whether a count is far too small for what was sent and written, or far beyond what any model takes."""
+    """Whether a count is far too small for what was sent and written, or far beyond what any model
+    takes."""
     return (
         prompt * _MAX_BYTES_PER_TOKEN < _num_bytes(request.prompt)
         or output * _MAX_BYTES_PER_TOKEN < _num_bytes(answer.text or "")

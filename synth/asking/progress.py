@@ -16,7 +16,9 @@ class Progress:
 
     def __init__(self, total: int | None) -> None:
         self._total = total
-        self._bar = tqdm(total=total, unit="text", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+        self._bar = tqdm(
+            total=total, unit="text", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+        )
         self._started_s = self._logged_s = time.monotonic()
         self._num_stored = 0
         self._statuses: Counter[str] = Counter()
@@ -42,7 +44,9 @@ class Progress:
 
     def _failures(self) -> list[str]:
         """Return what fails, most often first: answers without a text by status, texts by fault."""
-        without_text = Counter({status: count for status, count in self._statuses.items() if status != "ok"})
+        without_text = Counter(
+            {status: count for status, count in self._statuses.items() if status != "ok"}
+        )
         return [f"{count} {name}" for name, count in (without_text + self._faults).most_common()]
 
     def line(self, cost_usd: float | None) -> str:
@@ -53,7 +57,10 @@ class Progress:
         parts = [f"{done} texts done ({self._num_stored} from the store)"]
         if self._total is not None:
             left = self._total - done
-            parts.append(f"{left} left" + (f", {tqdm.format_interval(left / rate)} to go" if left and asked else ""))
+            parts.append(
+                f"{left} left"
+                + (f", {tqdm.format_interval(left / rate)} to go" if left and asked else "")
+            )
         parts.append(f"{rate:.1f} a second")
         parts.append(_cost(cost_usd))
         return "; ".join(parts + self._failures())

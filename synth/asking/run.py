@@ -26,7 +26,8 @@ from sft_probe.synth.asking.protocol import Answer, Named, Request, Writer
 from sft_probe.synth.asking.store import Store, request_key
 
 _LOG = logging.getLogger(__name__)
-# Requests held at once. One that waits for its server holds up the order, not the asking, until so many are done.
+# Requests held at once. One that waits for its server holds up the order, not the asking, until so
+# many are done.
 _WINDOW = 4096
 _MANY_FAILURES = 20
 _PATIENCE_S = 5.0
@@ -35,7 +36,8 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would ask for, by a guess without a tokenizer; costs in USD, None where the price is unknown."""
+    """What a run would ask for, by a guess without a tokenizer; costs in USD, None where the price
+    is unknown."""
 
     num_stored: int
     calls: int
@@ -43,8 +45,9 @@ class Estimate:
     output_tokens: int
     cost_usd: float | None
     max_cost_usd: float | None
-    """No run pays more: every prompt with a token per byte, every output of its full length, every call made as often
-    as it may be paid for, every text that may fail a check written a second time."""
+    """No run pays more: every prompt with a token per byte, every output of its full length, every
+    call made as often as it may be paid for, every text that may fail a check written a second
+    time."""
 
 
 def estimate(
@@ -103,21 +106,24 @@ def obtain(
 ) -> Generator[tuple[Request, Answer], None, None]:
     """Yield all requests with their answers, in order; ask for what the store lacks.
 
-    Every answer is on disk before it is given back. An answer that is not final (out of attempts, not taken by the
-    server) is given back like any other, and asked for again by the next call. SIGINT and SIGTERM end the asking;
-    calls in flight are waited for and stored, then `SystemExit` is raised. A second one does not wait.
+    Every answer is on disk before it is given back. An answer that is not final (out of attempts,
+    not taken by the server) is given back like any other, and asked for again by the next call.
+    SIGINT and SIGTERM end the asking; calls in flight are waited for and stored, then `SystemExit`
+    is raised. A second one does not wait.
 
     Args:
-        requests: may be a generator of any length; a few thousand are held at a time. (Batch writers hold all.)
-        writer: whom to ask.
+        requests: may be a generator of any length; a few thousand are held at a time. (Batch
+        writers hold all.) writer: whom to ask.
         store: where answers are kept; held exclusively meanwhile.
         limits: rates, retries and money.
         total: number of requests, for the live line.
         progress: the live line, where somebody else has a word in it.
 
     Raises:
-        UserError: the budget is spent or cannot be kept, the model's version changed, the writer cannot work, many
-            requests failed in a row, the disk is full, or another run holds the store. Answers so far are stored.
+        UserError: the budget is spent or cannot be kept, the model's version changed, the writer
+        cannot work, many
+            requests failed in a row, the disk is full, or another run holds the store. Answers so
+            far are stored.
     """
     with store.exclusive():
         _warn_of_earlier_runs(store, limits)
@@ -138,19 +144,25 @@ def obtain(
 def _warn_of_earlier_runs(store: Store, limits: Limits) -> None:
     if limits.max_cost_usd is not None and (number := store.num_unpriced()):
         _LOG.warning(
-            "%d answers of earlier runs were asked for without --price: the budget counts them as free", number
+            "%d answers of earlier runs were asked for without --price: the budget counts them as "
+            "free",
+            number,
         )
     count, cost_usd = store.lost_calls()
     if count:
         _LOG.warning(
-            "%d calls of earlier runs were made and never answered (killed, cut or timed out). They may have been "
-            "paid for: $%.4f is counted as spent.", count, cost_usd,
-        )  # fmt: skip
+            "%d calls of earlier runs were made and never answered (killed, cut or timed out). "
+            "They may have been "
+            "paid for: $%.4f is counted as spent.",
+            count,
+            cost_usd,
+        )
 
 
 @contextmanager
 def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the run cleanly, the second at once; a third meets the handlers before."""
+    """The first SIGINT or SIGTERM ends the run cleanly, the second at once; a third meets the
+    handlers before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -164,7 +176,10 @@ def _stopped_by_signals(run: "_Run", loop: asyncio.AbstractEventLoop) -> Iterato
     def stop(number: int, _frame: FrameType | None) -> None:
         for one in signals:
             signal.signal(one, abandon)
-        _LOG.warning("stopping; waiting for calls in flight, so that they need not be paid again (Ctrl-C: do not wait)")
+        _LOG.warning(
+            "stopping; waiting for calls in flight, so that they need not be paid again (Ctrl-C: "
+            "do not wait)"
+        )
         loop.call_soon_threadsafe(run.stop, SystemExit(128 + number))
 
     def abandon(_number: int, _frame: FrameType | None) -> None:
@@ -191,17 +206,24 @@ class _Slot:
 
 
 class _Run:
-    """The asking side of `obtain`: one task for each call that may be in flight, one window of requests in order."""
+    """The asking side of `obtain`: one task for each call that may be in flight, one window of
+    requests in order."""
 
     def __init__(
-        self, requests: Iterable[Request], writer: Writer, store: Store, limits: Limits, progress: Progress
+        self,
+        requests: Iterable[Request],
+        writer: Writer,
+        store: Store,
+        limits: Limits,
+        progress: Progress,
     ) -> None:
         self._requests = iter(requests)
         self._writer, self._store, self._limits, self._progress = writer, store, limits, progress
         self._window: deque[tuple[Request, _Slot]] = deque()
         self._in_flight: dict[str, _Slot] = {}
         self._num_failed = 0
-        # Nothing is known of a server yet: one call at first, and one more for each that ends well or costs nothing.
+        # Nothing is known of a server yet: one call at first, and one more for each that ends well
+        # or costs nothing.
         self._allowed = limits.concurrency if writer.name in LOCAL_WRITERS else 1
         self._is_abandoned = False
         self._failure: BaseException | None = None
@@ -308,6 +330,7 @@ class _Run:
         self._num_failed = 0 if answer.is_final else self._num_failed + 1
         if self._num_failed == _MANY_FAILURES:
             raise UserError(
-                f"{_MANY_FAILURES} requests in a row failed, the last with: {answer.reason}. Nothing that was answered "
+                f"{_MANY_FAILURES} requests in a row failed, the last with: {answer.reason}. "
+                "Nothing that was answered "
                 "is lost, and the others are asked again: fix the cause, then run the same command."
             )

@@ -26,14 +26,16 @@ _SCHEMA_VERSION = 1
 _NUM_COPIES = 10
 _SCHEMA = """
 CREATE TABLE answers (
-    key TEXT PRIMARY KEY, writer TEXT, model TEXT, api_version TEXT, template TEXT, template_sha256 TEXT,
-    doc_id TEXT, category TEXT, sample_index INTEGER, status TEXT, raw TEXT, text TEXT, reason TEXT,
-    model_version TEXT, num_prompt_tokens INTEGER, num_output_tokens INTEGER, cost_usd REAL, attempts INTEGER,
-    answered_at TEXT
+    key TEXT PRIMARY KEY, writer TEXT, model TEXT, api_version TEXT,
+    template TEXT, template_sha256 TEXT, doc_id TEXT, category TEXT, sample_index INTEGER,
+    status TEXT, raw TEXT, text TEXT, reason TEXT,
+    model_version TEXT, num_prompt_tokens INTEGER, num_output_tokens INTEGER, cost_usd REAL,
+    attempts INTEGER, answered_at TEXT
 ) WITHOUT ROWID;
 CREATE TABLE reservations (id INTEGER PRIMARY KEY, cost_usd REAL NOT NULL);
 CREATE TABLE jobs (
-    display_name TEXT PRIMARY KEY, name TEXT, writer TEXT, model TEXT, keys TEXT, cost_usd REAL NOT NULL
+    display_name TEXT PRIMARY KEY, name TEXT, writer TEXT, model TEXT, keys TEXT,
+    cost_usd REAL NOT NULL
 );
 """
 _ANSWER_COLUMNS = "status, raw, text, reason, model_version, num_prompt_tokens, num_output_tokens"
@@ -55,7 +57,8 @@ class Job:
     """A batch job that is not read yet."""
 
     display_name: str
-    """Chosen here and stored before the job is made, so that a job whose name was lost in a crash is found again."""
+    """Chosen here and stored before the job is made, so that a job whose name was lost in a crash
+    is found again."""
     name: str | None
     """Given by the server; None where the program ended between asking and hearing it."""
     keys: tuple[str, ...]
@@ -77,7 +80,8 @@ class Count:
 
 
 def request_key(writer: Named, request: Request) -> str:
-    """Return the hex SHA-256 of all that an answer depends on; neither the doc nor the category is part of it."""
+    """Return the hex SHA-256 of all that an answer depends on; neither the doc nor the category is
+    part of it."""
     parts = [
         writer.name,
         writer.model,
@@ -93,8 +97,8 @@ def request_key(writer: Named, request: Request) -> str:
 class Store:
     """The answers of all runs. Any number of readers, one writing run at a time (`exclusive`).
 
-    What an awaited method wrote is on disk (WAL, synchronous=FULL) when it returns; statements that arrive while the
-    disk is busy share the next commit.
+    What an awaited method wrote is on disk (WAL, synchronous=FULL) when it returns; statements that
+    arrive while the disk is busy share the next commit.
 
     Raises:
         UserError: the file cannot be opened, is no sqlite file, or was written by another version.
@@ -133,7 +137,9 @@ class Store:
         try:
             lock.acquire()
         except Timeout:
-            raise UserError(f"another run is writing to {self.path}. Wait for it, or stop it.") from None
+            raise UserError(
+                f"another run is writing to {self.path}. Wait for it, or stop it."
+            ) from None
         try:
             yield
         finally:
@@ -146,10 +152,13 @@ class Store:
     def get_key(self, key: str) -> Answer | None:
         """Return the stored answer of a `request_key`."""
         rows = self._read(f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE key = ?", key)  # noqa: S608
-        return Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), rows[0], strict=True))) if rows else None
+        return (
+            Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), rows[0], strict=True))) if rows else None
+        )
 
     def set_status(self, writer: Named, request: Request, status: str, reason: str) -> None:
-        """Change the status of a stored answer, for example to `refused` after a look at its text."""
+        """Change the status of a stored answer, for example to `refused` after a look at its
+        text."""
         if status not in STATUSES:
             raise ValueError(f"no status {status!r}")
         sql = "UPDATE answers SET status = ?, reason = ? WHERE key = ?"
@@ -157,24 +166,30 @@ class Store:
         self._executor.submit(self._commit, [statements]).result()
 
     def forget_without_text(self, writer: Named, category: str | None) -> None:
-        """Make an `error` of every answer of a writer without a text, of one category or all: it is asked again."""
+        """Make an `error` of every answer of a writer without a text, of one category or all: it is
+        asked again."""
         sql = (
-            "UPDATE answers SET status = 'error' WHERE writer = ? AND model = ? AND api_version = ? AND status != 'ok' "
+            "UPDATE answers SET status = 'error' WHERE writer = ? AND model = ? AND api_version = "
+            "? AND status != 'ok' "
             "AND ? IN (category, '')"
         )
         values = (writer.name, writer.model, writer.api_version, category or "")
         self._executor.submit(self._commit, [[(sql, values)]]).result()
 
     def counts(self) -> list[Count]:
-        """Return the answers by category and status, with tokens and cost (0 where the price was unknown)."""
+        """Return the answers by category and status, with tokens and cost (0 where the price was
+        unknown)."""
         rows = self._read(
-            "SELECT category, status, count(*), total(num_prompt_tokens), total(num_output_tokens), total(cost_usd) "
+            "SELECT category, status, count(*), total(num_prompt_tokens), "
+            "total(num_output_tokens), "
+            "total(cost_usd) "
             "FROM answers GROUP BY category, status ORDER BY category, status"
         )
         return [Count(row[0], row[1], row[2], int(row[3]), int(row[4]), row[5]) for row in rows]
 
     def cost_usd(self) -> float:
-        """Return what was or may have been spent: answers, calls of which no answer came back, unread batch jobs."""
+        """Return what was or may have been spent: answers, calls of which no answer came back,
+        unread batch jobs."""
         tables = ("answers", "reservations", "jobs")
         sums = " + ".join(f"(SELECT total(cost_usd) FROM {table})" for table in tables)  # noqa: S608
         return float(self._read(f"SELECT {sums}")[0][0])
@@ -185,7 +200,8 @@ class Store:
         return math.fsum(row[0] or 0.0 for key in keys for row in self._read(sql, key))
 
     def lost_calls(self) -> tuple[int, float]:
-        """Return the calls of which no answer came back (killed, cut, timed out), and their worst-case cost in USD."""
+        """Return the calls of which no answer came back (killed, cut, timed out), and their
+        worst-case cost in USD."""
         [(count, cost)] = self._read("SELECT count(*), total(cost_usd) FROM reservations")
         return int(count), float(cost)
 
@@ -206,14 +222,21 @@ class Store:
 
     def has_text(self, writer: Named) -> bool:
         """Return whether this writer and model have given any text."""
-        sql = "SELECT 1 FROM answers WHERE writer = ? AND model = ? AND api_version = ? AND status = 'ok' LIMIT 1"
+        sql = (
+            "SELECT 1 FROM answers WHERE writer = ? AND model = ? AND api_version = ? AND status = "
+            "'ok' LIMIT 1"
+        )
         return bool(self._read(sql, writer.name, writer.model, writer.api_version))
 
     def jobs(self, writer: Named) -> list[Job]:
         """Return the batch jobs of this writer and model that are not read yet."""
-        sql = "SELECT display_name, name, keys, cost_usd FROM jobs WHERE writer = ? AND model = ? ORDER BY rowid"
+        sql = (
+            "SELECT display_name, name, keys, cost_usd FROM jobs WHERE writer = ? AND model = ? "
+            "ORDER BY rowid"
+        )
         return [
-            Job(row[0], row[1], tuple(json.loads(row[2])), row[3]) for row in self._read(sql, writer.name, writer.model)
+            Job(row[0], row[1], tuple(json.loads(row[2])), row[3])
+            for row in self._read(sql, writer.name, writer.model)
         ]
 
     def _read(self, sql: str, *values: object) -> list[Any]:
@@ -223,7 +246,8 @@ class Store:
             raise _damaged(self.path, error) from None
 
     async def reserve(self, cost_usd: float) -> int:
-        """Record that a call is about to be made that may cost this much; returns the number of the reservation."""
+        """Record that a call is about to be made that may cost this much; returns the number of the
+        reservation."""
         row = await self._write([("INSERT INTO reservations (cost_usd) VALUES (?)", (cost_usd,))])
         assert row is not None  # noqa: S101 - an INSERT has a row id
         return row
@@ -242,21 +266,47 @@ class Store:
         attempts: int,
         reservation: int | None,
     ) -> None:
-        """Store an answer and settle its reservation in one commit; cost and attempts of earlier ones are added."""
+        """Store an answer and settle its reservation in one commit; cost and attempts of earlier
+        ones are added."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         values = (
-            request_key(writer, request), writer.name, writer.model, writer.api_version, request.template,
-            request.template_sha256, request.doc_id, request.category, request.sample_index, answer.status, answer.raw,
-            answer.text, answer.reason, answer.model_version, answer.num_prompt_tokens, answer.num_output_tokens,
-            cost_usd, attempts, now,
-        )  # fmt: skip
+            request_key(writer, request),
+            writer.name,
+            writer.model,
+            writer.api_version,
+            request.template,
+            request.template_sha256,
+            request.doc_id,
+            request.category,
+            request.sample_index,
+            answer.status,
+            answer.raw,
+            answer.text,
+            answer.reason,
+            answer.model_version,
+            answer.num_prompt_tokens,
+            answer.num_output_tokens,
+            cost_usd,
+            attempts,
+            now,
+        )
         await self._write(
-            [(_SAVE, tuple(map(_clean, values))), *([_release(reservation)] if reservation is not None else [])]
+            [
+                (_SAVE, tuple(map(_clean, values))),
+                *([_release(reservation)] if reservation is not None else []),
+            ]
         )
 
     async def save_job(self, writer: Named, job: Job) -> None:
         """Store a batch job, or the name that the server gave to it."""
-        values = (job.display_name, job.name, writer.name, writer.model, json.dumps(job.keys), job.cost_usd)
+        values = (
+            job.display_name,
+            job.name,
+            writer.name,
+            writer.model,
+            json.dumps(job.keys),
+            job.cost_usd,
+        )
         await self._write([("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", values)])
 
     async def close_job(self, job: Job) -> None:
@@ -280,7 +330,9 @@ class Store:
         while self._queue:
             batch, self._queue = self._queue, []
             try:
-                rows = await loop.run_in_executor(self._executor, self._commit, [item for item, _ in batch])
+                rows = await loop.run_in_executor(
+                    self._executor, self._commit, [item for item, _ in batch]
+                )
             except UserError as error:
                 for _, future in batch:
                     if not future.done():
@@ -291,7 +343,8 @@ class Store:
                     future.set_result(row)
 
     def _commit(self, groups: list[list[Statement]]) -> list[int | None]:
-        """Run all statements in one transaction; return the row id of the first statement of each group."""
+        """Run all statements in one transaction; return the row id of the first statement of each
+        group."""
         rows = []
         try:
             with self._connection:
@@ -300,7 +353,9 @@ class Store:
                     for statement in statements[1:]:
                         self._connection.execute(*statement)
         except sqlite3.Error as error:
-            raise UserError(f"cannot write to {self.path}: {error}. What was stored before is safe.") from error
+            raise UserError(
+                f"cannot write to {self.path}: {error}. What was stored before is safe."
+            ) from error
         return rows
 
 
@@ -341,7 +396,10 @@ def _state(path: Path) -> list[tuple[int, int]]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be used as a store of answers ({error}). Choose another one, or bring it back.")
+    return UserError(
+        f"{path} cannot be used as a store of answers ({error}). Choose another one, or bring it "
+        "back."
+    )
 
 
 def _close(*connections: sqlite3.Connection) -> None:
@@ -359,10 +417,13 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
-            connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
+            connection.executescript(
+                f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;"
+            )
         elif version != _SCHEMA_VERSION:
             raise UserError(
-                f"{path} was written by another version of sft-probe (layout {version}). Choose another file."
+                f"{path} was written by another version of sft-probe (layout {version}). Choose "
+                "another file."
             )
     except (sqlite3.Error, UserError) as error:
         connection.close()

@@ -6,22 +6,30 @@ from sft_probe.errors import UserError
 from sft_probe.synth.asking.protocol import Answer
 
 NUM_WITHOUT_TEXT = 20
-"""Answers without any text, whatever their category, after which a run ends if there never was one."""
+"""Answers without any text, whatever their category, after which a run ends if there never was
+one."""
 NUM_WITHOUT_USE = 50
 """Answers of one category, none of which passes the checks, after which a run ends."""
 _CURES = {
     "truncated": "The output limit is too low for the text: shorten what the template asks for.",
     "blocked": "The server blocks these prompts or answers: try another model or another source.",
-    "judged": "The writer turns its own texts down (--judge): look at them in the store, then change the template.",
+    "judged": "The writer turns its own texts down (--judge): look at them in the store, then "
+    "change the template.",
     "no verdict": "The model says neither yes nor no: take a larger one, or leave --judge out.",
     "refused": "The model refuses: change the template (--templates) or the model.",
-    "invalid": "The server sends no text: check the model and the address, and the request that it complains about.",
+    "invalid": "The server sends no text: check the model and the address, and the request that it "
+    "complains about.",
 }
 _THOUGHTS_CURE = (
-    "The model spends its output on thoughts: take one that does not think or turn its thinking off at the server, or "
-    "leave room with --thinking-tokens N, which raises the output limit of every text (and what it may cost)."
+    "The model spends its output on thoughts: take one that does not think or turn its thinking "
+    "off at the server, or "
+    "leave room with --thinking-tokens N, which raises the output limit of every text (and what it "
+    "may cost)."
 )
-_CHECK_CURE = "Look at these texts in the store, then change the template (--templates) or take a larger model."
+_CHECK_CURE = (
+    "Look at these texts in the store, then change the template (--templates) or take a larger "
+    "model."
+)
 
 
 class UselessRunError(UserError):
@@ -57,9 +65,15 @@ class Trial:
         if not answer.is_turned_down:  # those are counted where they are asked for
             self._without_text[_shown(answer, fault)] += 1
         if not self._has_text and self._without_text.total() >= NUM_WITHOUT_TEXT:
-            raise useless(f"of the first {NUM_WITHOUT_TEXT} answers none has a text", self._without_text)
+            raise useless(
+                f"of the first {NUM_WITHOUT_TEXT} answers none has a text", self._without_text
+            )
         if faults.total() >= NUM_WITHOUT_USE:
-            raise useless(f"none of the first {faults.total()} answers for `{category}` can be used", faults, category)
+            raise useless(
+                f"none of the first {faults.total()} answers for `{category}` can be used",
+                faults,
+                category,
+            )
 
 
 def _shown(answer: Answer, fault: str | None) -> str:
@@ -70,7 +84,11 @@ def useless(what: str, faults: Counter[str], category: str | None = None) -> Use
     """Return the error that ends a useless run, with the most common faults and what to do."""
     reasons = "; ".join(f"{fault} ({count})" for fault, count in faults.most_common(3))
     worst = faults.most_common(1)[0][0]
-    cure = _THOUGHTS_CURE if "thoughts" in worst else _CURES.get(worst.partition(":")[0], _CHECK_CURE)
+    cure = (
+        _THOUGHTS_CURE if "thoughts" in worst else _CURES.get(worst.partition(":")[0], _CHECK_CURE)
+    )
     return UselessRunError(
-        f"{what}: {reasons}. So the run ends here; the next one asks for what has no text again. {cure}", category
+        f"{what}: {reasons}. So the run ends here; the next one asks for what has no text again. "
+        f"{cure}",
+        category,
     )

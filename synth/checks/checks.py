@@ -1,4 +1,5 @@
-"""Faults of written texts. Plain patterns and counts, so that a user can see why a text was refused."""
+"""Faults of written texts. Plain patterns and counts, so that a user can see why a text was
+refused."""
 
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.categories import Template
@@ -28,7 +29,9 @@ def fault_of(request: Request, answer: Answer, pair: SourcePair, template: Templ
         "refusal": is_refusal(text, source_text),
         "leak": is_leak(text, template.text, context, is_answer=is_answer),
         "cut off": not is_finished(text),
-        "near-copy": any(is_near_copy(text, other) for other in {source_text, pair.chosen, pair.rejected}),
+        "near-copy": any(
+            is_near_copy(text, other) for other in {source_text, pair.chosen, pair.rejected}
+        ),
         "length": not has_length(text, request.num_words),
     }
     return next((name for name, is_found in faults.items() if is_found), None)

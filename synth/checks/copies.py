@@ -12,17 +12,19 @@ MIN_SHARED = 0.75
 _MIN_SHARED_OF_SHORT, _SHORT_WORDS = 0.9, 10
 _MIN_CONTAINED = 0.85
 _MIN_SHARED_TRIGRAMS = 0.7
-# letters of other alphabets that look like a Latin one; full-width and mathematical letters are folded by NFKC
+# letters of other alphabets that look like a Latin one; full-width and mathematical letters are
+# folded by NFKC
 _LOOK_ALIKE = str.maketrans(
     "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0456\u0458\u0455\u04bb\u0501\u051b\u051d"
     "\u03b1\u03b2\u03b5\u03b9\u03ba\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u03bc\u0131\u0261\u04cf\u0585\u057d\u0578",
-    "abekmhopctyxijshdqw" "abeikvoptyxmigloun",
-)  # fmt: skip
+    "abekmhopctyxijshdqwabeikvoptyxmigloun",
+)
 _WORD = regex.compile(r"[\w']+")
 
 
 def is_near_copy(text: str, other: str) -> bool:
-    """Whether one text is the other, a part of it, or its sentences in another order, but for a few words.
+    """Whether one text is the other, a part of it, or its sentences in another order, but for a few
+    words.
 
     Look-alike letters, invisible characters, accents, case and punctuation make no difference.
     """
@@ -41,8 +43,12 @@ def is_near_copy(text: str, other: str) -> bool:
 @lru_cache(maxsize=8)
 def _folded_words(text: str) -> tuple[str, ...]:
     decomposed = unicodedata.normalize("NFKD", text).casefold()
-    letters = "".join(letter for letter in decomposed if unicodedata.category(letter) not in ("Mn", "Cf"))
-    return tuple(word for part in words(letters.translate(_LOOK_ALIKE)) for word in _WORD.findall(part))
+    letters = "".join(
+        letter for letter in decomposed if unicodedata.category(letter) not in ("Mn", "Cf")
+    )
+    return tuple(
+        word for part in words(letters.translate(_LOOK_ALIKE)) for word in _WORD.findall(part)
+    )
 
 
 def _trigrams(parts: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -50,7 +56,8 @@ def _trigrams(parts: tuple[str, ...]) -> set[tuple[str, ...]]:
 
 
 def _num_shared(mine: tuple[str, ...], theirs: tuple[str, ...]) -> int:
-    """Length of the longest common subsequence, with one bit for each word (Crochemore et al., 2001)."""
+    """Length of the longest common subsequence, with one bit for each word (Crochemore et al.,
+    2001)."""
     places: dict[str, int] = {}
     for i, word in enumerate(mine):
         places[word] = places.get(word, 0) | 1 << i

@@ -1,10 +1,13 @@
-"""Whether a text ends where it was to end. By the Unicode properties of its last characters, in any script."""
+"""Whether a text ends where it was to end. By the Unicode properties of its last characters, in any
+script."""
 
 import regex
 
 from sft_probe.synth.checks.words import count_words
 
-_TERMINAL = regex.compile(r"[\p{Sentence_Terminal}\u2026\u2025\u22ef~\uff5e\u301c\u266a\u266b\u037e]$")
+_TERMINAL = regex.compile(
+    r"[\p{Sentence_Terminal}\u2026\u2025\u22ef~\uff5e\u301c\u266a\u266b\u037e]$"
+)
 _CLOSERS = regex.compile(r"[\p{Pe}\p{Pf}\p{Pi}\s\"'*_`$]+$")
 _EMOJI = regex.compile(
     r"[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{Regional_Indicator}\ufe0f\u200d]+$|[:;]-?[)D(P]$|[(\uff08]\u7b11[)\uff09]$"
@@ -27,14 +30,17 @@ _MAX_LINE_WORDS, _MAX_NAME_WORDS, _MAX_EXCLAMATION_WORDS = 12, 4, 3
 
 
 def is_finished(text: str) -> bool:
-    """Whether a text ends in a sentence, an emoji, an address, or as a list, a table, a verse or a letter does."""
+    """Whether a text ends in a sentence, an emoji, an address, or as a list, a table, a verse or a
+    letter does."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or text.count("```") % 2:
         return False
     last = lines[-1]
     if len(lines) > 1 and _BARE_MARKER.fullmatch(last) and not last.endswith(("```", "|")):
         return False
-    is_exclamation = count_words(text) <= _MAX_EXCLAMATION_WORDS and not _DANGLING.search(last)  # You're welcome
+    is_exclamation = count_words(text) <= _MAX_EXCLAMATION_WORDS and not _DANGLING.search(
+        last
+    )  # You're welcome
     return is_exclamation or _ends_sentence(last) or _ends_block(lines)
 
 
@@ -42,15 +48,22 @@ def _ends_sentence(line: str) -> bool:
     core = _CLOSERS.sub("", line)
     if _ABBREVIATION.search(core):
         return False
-    return any((
-        _EMOJI.search(line), _EMOJI.search(core), _TERMINAL.search(core), _GREEK_QUESTION.search(core),
-        _ADDRESS.search(line), _NO_FULL_STOP.search(core),
-        _FORMULA.search(core),
-    ))  # fmt: skip
+    return any(
+        (
+            _EMOJI.search(line),
+            _EMOJI.search(core),
+            _TERMINAL.search(core),
+            _GREEK_QUESTION.search(core),
+            _ADDRESS.search(line),
+            _NO_FULL_STOP.search(core),
+            _FORMULA.search(core),
+        )
+    )
 
 
 def _ends_block(lines: list[str]) -> bool:
-    """The last of several lines that have no full stop by their nature, and does not break off inside a phrase."""
+    """The last of several lines that have no full stop by their nature, and does not break off
+    inside a phrase."""
     last, others = lines[-1], lines[:-1]
     if last.endswith("|") and others:
         return last.count("|") >= others[-1].count("|")
@@ -60,8 +73,14 @@ def _ends_block(lines: list[str]) -> bool:
         return False
     if _LIST_ITEM.match(last):
         items = [line for line in others if _LIST_ITEM.match(line)]
-        return 2 * sum(map(_ends_sentence, items)) <= len(items) if items else others[-1].endswith(":")
-    if others[-1].endswith((",", "\uff0c", "\u060c")) and len(last.split()) <= _MAX_NAME_WORDS and last[0].isupper():
+        return (
+            2 * sum(map(_ends_sentence, items)) <= len(items) if items else others[-1].endswith(":")
+        )
+    if (
+        others[-1].endswith((",", "\uff0c", "\u060c"))
+        and len(last.split()) <= _MAX_NAME_WORDS
+        and last[0].isupper()
+    ):
         return True  # who signs a letter
     is_verse = len(others) > 1 and not any(map(_LIST_ITEM.match, others))
     return is_verse and all(len(line.split()) <= _MAX_LINE_WORDS for line in lines)

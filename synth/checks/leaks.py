@@ -1,8 +1,10 @@
-"""Whether a text shows the task it was written for: thoughts, wrappers, labels, and talk about the text around it.
+"""Whether a text shows the task it was written for: thoughts, wrappers, labels, and talk about the
+text around it.
 
-Three kinds of signal, in any language: tokens and tags that no reader is meant to see; the words for rewriting where a
-writer announces or labels a text; a remark after the text on what it keeps of the original, how long it is or whether
-it will do. What stands in the source or in the user's own turn is no leak.
+Three kinds of signal, in any language: tokens and tags that no reader is meant to see; the words
+for rewriting where a writer announces or labels a text; a remark after the text on what it keeps of
+the original, how long it is or whether it will do. What stands in the source or in the user's own
+turn is no leak.
 """
 
 import json
@@ -13,22 +15,32 @@ _REWRITE = (
     r"(?:para?phras\w*|rephras\w*|re-?word\w*|re-?writ\w*|rewrote|rework\w*|reformul\w*|umformul\w*|umschreib\w*"
     r"|umgeschrieb\w*|formulierung|par[a\u00e1]fras\w*|r\u00e9\u00e9cri\w*|reescri\w*|riscri\w*|riformul\w*"
     r"|herschr\w*|herformul\w*"
-    r"|przeformu\w*|sparafraz\w*|omskriv\w*|omformul\w*|viết lại|diễn đạt lại|yeniden yaz\w*|tulis ulang"
+    r"|przeformu\w*|sparafraz\w*|omskriv\w*|omformul\w*|viết lại|diễn đạt lại|yeniden "
+    r"yaz\w*|tulis "
+    r"ulang"
     r"|перефраз\w*|переписан\w*|переформул\w*|إعادة صياغة|改写|改寫|重写|重寫|转述|轉述"
     r"|言い換え\w*|書き換え\w*|言い直し\w*|바꿔 쓴|다시 쓴|재작성)"
 )
 _ABOUT_TEXT = (
-    rf"(?:{_REWRITE}|versi[o\u00f3]ne?s?|wording|phrasing|attempt|my take|draft|passage|other words|different words"
-    r"|otras palabras|anderen worten|d'autres mots|altre parole|outras palavras|requested|\d+[- ]?words?|sentence"
-    r"|random|unrelated|alternative|(?:few|some|several|two|three|couple of|possible) options(?=\W*[:\n])"
-    r"|ways? to (?:say|put|phrase|express)|how I(?:'d| would) (?:say|put|phrase|word)|output|short text|new text"
+    rf"(?:{_REWRITE}|versi[o\u00f3]ne?s?|wording|phrasing|attempt|my take|draft|passage|other "
+    r"words|different "
+    r"words"
+    r"|otras palabras|anderen worten|d'autres mots|altre parole|outras palavras|requested|\d+[- "
+    r"]?words?|sentence"
+    r"|random|unrelated|alternative|(?:few|some|several|two|three|couple of|possible) "
+    r"options(?=\W*[:\n"
+    r"])"
+    r"|ways? to (?:say|put|phrase|express)|how I(?:'d| would) "
+    r"(?:say|put|phrase|word)|output|short text|new text"
     r"|paragraph|texte?o? (?:original|reformul)\w*)"
 )
 _ABOUT_TASK = rf"(?:{_REWRITE}|my (?:attempt|take)|requested|\d+[- ]words?|random|output sentence)"
 _GIVEN_TEXT = regex.compile(
     r"\A\W*this (?:passage|text|paragraph|version) (?:is|describes|explores)\b"
-    r"|\b(?:sentence|text|passage|paragraph)s? (?:that )?you(?:'ve| have)? (?:provided|gave|given|shared|sent)\b"
-    r"|\bplease (?:provide|share|send)(?: me)?(?: with)? (?:the|a|some|your) (?:\w+ )?(?:sentence|text|passage)\b",
+    r"|\b(?:sentence|text|passage|paragraph)s? (?:that )?you(?:'ve| have)? "
+    r"(?:provided|gave|given|shared|sent)\b"
+    r"|\bplease (?:provide|share|send)(?: me)?(?: with)? (?:the|a|some|your) (?:\w+ "
+    r")?(?:sentence|text|passage)\b",
     regex.IGNORECASE,
 )
 _REWRITTEN_TEXT = regex.compile(
@@ -39,20 +51,25 @@ _REWRITTEN_TEXT = regex.compile(
 _OPENING = 250
 """Characters."""
 _YES = (
-    r"(?:sure|sure thing|certainly|of course|okay|ok|alright|got it|understood|absolutely|no problem|gladly"
+    r"(?:sure|sure thing|certainly|of course|okay|ok|alright|got it|understood|absolutely|no "
+    r"problem|gladly"
     r"|bien s\u00fbr|gerne?|nat\u00fcrlich|claro|por supuesto|certo|конечно|好的|当然|はい|네)"
 )
 _HERE = (
-    r"(?:here(?:'s| is| are| it is| you go)|this is|below is|the following|(?:I|we)(?:'ve| have) (?:\w+ )?"
+    r"(?:here(?:'s| is| are| it is| you go)|this is|below is|the following|(?:I|we)(?:'ve| have) "
+    r"(?:\w+ "
+    r")?"
     rf"{_REWRITE}|voici|voil\u00e0|hier ist|hier is|aqu[i\u00ed] (?:est\u00e1|tienes|va)"
     r"|ecco|вот|oto|以下|这是|這是|下面"
     rf"|다음은)"
 )
 _TOKEN = regex.compile(
     r"[\u25c1\u27e8\[]/?think\w*[\u25b7\u27e9\]]|\A\W*thinking\.\.\.|\bdone thinking\b|\\boxed\{|"
-    r"<[|\uff5c][^<>\n]{1,40}[|\uff5c]>|<(?:start|end)_of_\w+>|</?s>|\[/?INST\]|<</?SYS>>|<(?:eos|bos|pad|unk|sep"
+    r"<[|\uff5c][^<>\n"
+    r"]{1,40}[|\uff5c]>|<(?:start|end)_of_\w+>|</?s>|\[/?INST\]|<</?SYS>>|<(?:eos|bos|pad|unk|sep"
     r"|cls|mask)>"
-    r"|\Athoughts?\s*\n|\[(?:BEGIN|START|END|EOS|BOS|PAD|UNK|SEP|CLS|MASK)\]|assistantfinal|\Aanalysis(?=[A-Z])"
+    r"|\Athoughts?\s*\n"
+    r"|\[(?:BEGIN|START|END|EOS|BOS|PAD|UNK|SEP|CLS|MASK)\]|assistantfinal|\Aanalysis(?=[A-Z])"
     r"|\n\s*(?:Human|Assistant):|<\|?(?:unused|extra_id_|reserved_|0x)\w+\|?>"
     r"|</?(?:think|thinking|thoughts?|reason|reasoning|scratchpad|reflection|analysis|text|conversation|passage"
     r"|answer"
@@ -60,14 +77,18 @@ _TOKEN = regex.compile(
     r"|human)\b[^<>]{0,40}>"
 )
 _WRAPPED = regex.compile(r"\s*<([A-Za-z_][\w-]*)>[\s\S]*</\1>\s*")
-_FENCED = regex.compile(r"\s*```(?:text|txt|markdown|md|plaintext|plain)?\s*\n[\s\S]*```\s*", regex.IGNORECASE)
+_FENCED = regex.compile(
+    r"\s*```(?:text|txt|markdown|md|plaintext|plain)?\s*\n[\s\S]*```\s*", regex.IGNORECASE
+)
 _LABEL = regex.compile(
     rf"\W*(?:(?:the|my|final|revised|new|first|second|updated|improved|suggested|alternative|{_REWRITE})\s+)*"
     rf"(?:{_REWRITE}|output|answer|response|result|draft|version|option|variante?|text|passage|sentence|assistant"
-    r"|original|topic|theme|th(?:inking|ought) process|thoughts|analysis|ai|model|user|human|system|reply"
+    r"|original|topic|theme|th(?:inking|ought) "
+    r"process|thoughts|analysis|ai|model|user|human|system|reply"
     r"|r\u00e9ponse|antwort|respuesta|risposta|resposta|ответ|вариант|回答|答案|답변|返答)"
     r"\s*(?:[A-D]|\d)?(?:\s*[(\[][^()\n]{1,40}[)\]])?(?:[*_\"]*\s*[:\uff1a]|[*_#]*\s*\n)"
-    r"|\W*(?:\w+ ){0,2}(?:text[eo]?|testo|tekst|текст|version|versi[o\u00f3]n|vers\u00e3o|fassung|wording|phrasing"
+    r"|\W*(?:\w+ "
+    r"){0,2}(?:text[eo]?|testo|tekst|текст|version|versi[o\u00f3]n|vers\u00e3o|fassung|wording|phrasing"
     r"|title|titre|titel"
     rf"|t\u00edtulo|titolo|{_REWRITE}\w{{0,6}})(?: \w+)?\s*[:\uff1a]",
     regex.IGNORECASE,
@@ -75,11 +96,18 @@ _LABEL = regex.compile(
 _INNER_LABEL = regex.compile(
     rf"\n[^\w\n]*(?:\w+ ){{0,2}}{_REWRITE}\w{{0,6}}(?: \w+)?[^\w\n]*[:\uff1a]", regex.IGNORECASE
 )
-_ANNOUNCEMENT = regex.compile(r"[^\n]{1,120}[:\uff1a][*_ ]*\n\s*\n(?!\s*(?:[-*+\u2022\u2013|>]|\(?\w{1,3}[.)]\s|```))")
-"""A short paragraph that ends in a colon, with prose after it: in any language it says what follows."""
-_OWN_LABEL = regex.compile(r"\W*(?:here(?:'s| is) )?([^\n:\uff1a]{1,80})[:\uff1a]", regex.IGNORECASE)
+_ANNOUNCEMENT = regex.compile(
+    r"[^\n]{1,120}[:\uff1a][*_ ]*\n\s*\n(?!\s*(?:[-*+\u2022\u2013|>]|\(?\w{1,3}[.)]\s|```))"
+)
+"""A short paragraph that ends in a colon, with prose after it: in any language it says what
+follows."""
+_OWN_LABEL = regex.compile(
+    r"\W*(?:here(?:'s| is) )?([^\n:\uff1a]{1,80})[:\uff1a]", regex.IGNORECASE
+)
 _HEADING = regex.compile(
-    r"[^\n.!?\u3002\uff01\uff1f\u2026,:;]{1,60}\w\n\s*\n|\W*(?:(?<=\*\*|__)[^\n*_]+(?:\*\*|__)|(?<=#)[^\n]+)\W*\n"
+    r"[^\n.!?\u3002\uff01\uff1f\u2026,:;]{1,60}\w\n\s*\n|\W*(?:(?<=\*\*|__)[^\n"
+    r"*_]+(?:\*\*|__)|(?<=#)[^\n"
+    r"]+)\W*\n"
 )
 _REMARK = regex.compile(
     r"(?<=[.!?\u3002\uff01\uff1f\"*])\s*\W{0,3}[(\[\uff08\u3010]([^()\n]+)[)\]\uff09\u3011]\W{0,3}$"
@@ -87,20 +115,27 @@ _REMARK = regex.compile(
 _ASIDE = regex.compile(r"\n\s*\n\W{0,3}[(\[\uff08\u3010][^\n]+[)\]\uff09\u3011]\W{0,3}$")
 """A last paragraph in brackets."""
 _THOUGHT = regex.compile(
-    r"\W*(?:(?:okay|ok|alright|hmm|wait|so|well|first|(?:let me|let's) (?:think|see)[^.:\n]*)\b\W*)*(?:"
+    r"\W*(?:(?:okay|ok|alright|hmm|wait|so|well|first|(?:let me|let's) (?:think|see)[^.:\n"
+    r"]*)\b\W*)*(?:"
     r"the (?:original|source|given|input)(?: text| passage| sentence| response)?"
     r" (?:says|states|talks|mentions|is about)|"
-    r"the user (?:wants|asks|is asking|asked|requested|needs|would like|has asked)|the (?:task|prompt"
+    r"the user (?:wants|asks|is asking|asked|requested|needs|would like|has asked)|the "
+    r"(?:task|prompt"
     r"|instructions?) (?:is|are|asks?|says?)"
-    r"|(?:we|I) (?:need|have|should|must|want|am asked|'m asked) ?(?:to )?(?:\w+ )?(?:keep|preserve|write|put"
+    r"|(?:we|I) (?:need|have|should|must|want|am asked|'m asked) ?(?:to )?(?:\w+ "
+    r")?(?:keep|preserve|write|put"
     r"|produce|output|paraphrase"
     r"|rewrite|rephrase|reword|make|create|respond|generate|change) (?:the|this|it|a|about|that|\d)"
-    rf"|let me [^.\n]{{0,60}}{_REWRITE}|let me (?:craft|compose|formulate|draft|produce) |I(?:'ll| will) {_REWRITE}"
+    rf"|let me [^.\n]{{0,60}}{_REWRITE}|let me (?:craft|compose|formulate|draft|produce) "
+    r"|I(?:'ll| "
+    r"will) "
+    rf"{_REWRITE}"
     rf"|let's {_REWRITE}|we need to {_REWRITE})",
     regex.IGNORECASE,
 )
 _AS_ASKED = regex.compile(
-    r"\W*(?:as (?:you )?(?:requested|asked)|per your request|in other words, as)\b", regex.IGNORECASE
+    r"\W*(?:as (?:you )?(?:requested|asked)|per your request|in other words, as)\b",
+    regex.IGNORECASE,
 )
 _PREAMBLE = regex.compile(rf"\W*(?:{_YES}\b\W*)*{_HERE}", regex.IGNORECASE)
 _FIRST_PERSON = regex.compile(r"\b(?:I|I've|I'll|we|let me|let's|my|below)\b", regex.IGNORECASE)
@@ -111,7 +146,9 @@ _NOTE = regex.compile(
     regex.IGNORECASE,
 )
 _ACCOUNT = regex.compile(
-    r"\W*(?:explanation|key points(?: preserved| kept)?|(?:key |main )?changes(?: made)?|what (?:I|has) changed"
+    r"\W*(?:explanation|key points(?: preserved| kept)?|(?:key |main )?changes(?: made)?|what "
+    r"(?:I|has) "
+    r"changed"
     r"|rationale|reasoning|commentary"
     r"|erkl\u00e4rung|explication"
     r"|explicaci\u00f3n|word count|修改说明|变更)\W*[:\uff1a]",
@@ -126,7 +163,8 @@ _ON_TEXT = regex.compile(
     regex.IGNORECASE,
 )
 _DID = regex.compile(
-    r"\b(?:I|we)(?:'ve| have)? (?:also )?(?:kept|preserved|maintained|retained|changed|restructured|replaced"
+    r"\b(?:I|we)(?:'ve| have)? (?:also "
+    r")?(?:kept|preserved|maintained|retained|changed|restructured|replaced"
     r"|rewrote|reworded|rephrased"
     r"|paraphrased|adjusted|varied|tried|aimed|made sure|used|followed|avoided"
     r"|swapped|simplified|shortened|split|combined|reordered|switched)\b"
@@ -138,14 +176,17 @@ _DID = regex.compile(
 _COUNT = regex.compile(
     r"(?:[(\[\uff08]|\n)\W*(?:approx\w*\.?|about|around|roughly|total|exactly|circa|environ|etwa"
     r"|ca\.?)?\W*(?:word count\W*)?\d+\s*"
-    r"(?:words?|w\u00f6rter|mots|palabras|parole|palavras|слов\w*|字|語|단어)\W*$|\bword count\b\W*\d*\W*$"
-    r"|\b(?:that|this|which|it)(?:'s| is| should be) (?:about|around|exactly|roughly|approximately) \d+ words\W*$",
+    r"(?:words?|w\u00f6rter|mots|palabras|parole|palavras|слов\w*|字|語|단어)\W*$|\bword "
+    r"count\b\W*\d*\W*$"
+    r"|\b(?:that|this|which|it)(?:'s| is| should be) "
+    r"(?:about|around|exactly|roughly|approximately) \d+ words\W*$",
     regex.IGNORECASE,
 )
 _OFFER = regex.compile(
     r"\bwant me to\b|\blet me know (?:if|whether|should|what you)"
     r"|\b(?:would you like|do you want|shall I|should I) (?:me )?(?:to )?"
-    r"|\bI hope (?:this|that|it) |\bhope (?:this|that) helps|\bis there anything else|\bhappy to (?:adjust|revise"
+    r"|\bI hope (?:this|that|it) |\bhope (?:this|that) helps|\bis there anything else|\bhappy to "
+    r"(?:adjust|revise"
     r"|tweak|help)"
     r"|\bdoes (?:this|that) work|希望.{0,12}(?:符合|满意|滿意|帮助|有用)"
     r"|j'esp\u00e8re que|espero que|ich hoffe|spero che|надеюсь"
@@ -154,9 +195,11 @@ _OFFER = regex.compile(
     regex.IGNORECASE,
 )
 _TO_READER = regex.compile(
-    r"\blet me know (?:if|whether|what you)|\bhope (?:this|that|it) (?:\w+ )?(?:helps|works|meets|fits|suits|is what)"
+    r"\blet me know (?:if|whether|what you)|\bhope (?:this|that|it) (?:\w+ "
+    r")?(?:helps|works|meets|fits|suits|is what)"
     r"|ich hoffe,? (?:das|dies|es) "
-    r"|j'esp\u00e8re que (?:cela|\u00e7a)|espero que (?:esto|isto|te|le|lhe)|希望|お役に立て|ご満足|도움이 되",
+    r"|j'esp\u00e8re que (?:cela|\u00e7a)|espero que (?:esto|isto|te|le|lhe)"
+    r"|希望|お役に立て|ご満足|도움이 되",
     regex.IGNORECASE,
 )
 _REVISION = regex.compile(
@@ -171,13 +214,15 @@ _LEAKED_WORDS, _LONG_LETTERS = 6, 4
 
 
 def is_leak(text: str, template_text: str, context: str, *, is_answer: bool) -> bool:
-    """Whether a text speaks of its task, is wrapped in marks of it, or repeats six words in a row of its template.
+    """Whether a text speaks of its task, is wrapped in marks of it, or repeats six words in a row
+    of its template.
 
     Args:
         text: what was written.
         template_text: the prompt template.
-        context: the user's turns and the text that this one is made from. What they hold may be taken up.
-        is_answer: whether the text answers the user, as `variant` does; an offer of more help is then a part of it.
+        context: the user's turns and the text that this one is made from. What they hold may be
+        taken up. is_answer: whether the text answers the user, as `variant` does; an offer of more
+        help is then a part of it.
     """
     text = text.replace("\u2019", "'")
     if any(match[0] not in context for match in _TOKEN.finditer(text)):
@@ -224,7 +269,11 @@ def _is_labelled(text: str, template_text: str, context: str) -> bool:
 
 def _is_announced(text: str, context: str, is_answer: bool) -> bool:
     """The text starts with a label, a thought, or a line that says what follows."""
-    if _THOUGHT.match(text) or _AS_ASKED.match(text) or (_LABEL.match(text) and not _LABEL.match(context)):
+    if (
+        _THOUGHT.match(text)
+        or _AS_ASKED.match(text)
+        or (_LABEL.match(text) and not _LABEL.match(context))
+    ):
         return True
     if _INNER_LABEL.search(text) and _search(_REWRITE, context) is None:
         return True
@@ -235,7 +284,11 @@ def _is_announced(text: str, context: str, is_answer: bool) -> bool:
     for sentence in _SENTENCE.split(text[:_OPENING].lstrip())[:3]:
         said += sentence + " "
         found = _search(about, said)
-        if found is not None and found[0].lower() not in context.lower() and _PREAMBLE.match(sentence):
+        if (
+            found is not None
+            and found[0].lower() not in context.lower()
+            and _PREAMBLE.match(sentence)
+        ):
             return True
     plans = _search(_REWRITE, said) is not None and bool(_FIRST_PERSON.search(said))
     if plans and not is_answer and _search(_REWRITE, context) is None:
@@ -248,7 +301,8 @@ def _is_announced(text: str, context: str, is_answer: bool) -> bool:
 
 
 def _is_headed(text: str, context: str) -> bool:
-    """The text starts with a line for what follows, in any language, or speaks of the text that was given."""
+    """The text starts with a line for what follows, in any language, or speaks of the text that was
+    given."""
     opening = text[:_OPENING]
     if _GIVEN_TEXT.search(opening) or (_HEADING.match(text) and not _HEADING.match(context)):
         return True
@@ -259,18 +313,30 @@ def _is_headed(text: str, context: str) -> bool:
 
 
 def _has_remark(text: str, context: str, is_answer: bool) -> bool:
-    """The text ends with a word on itself: a note, an account of changes, its length, an offer to do it again."""
+    """The text ends with a word on itself: a note, an account of changes, its length, an offer to
+    do it again."""
     remark = _REMARK.search(text)
-    is_aside = bool(_ASIDE.search(text) and not _ASIDE.search(context)) or bool(remark and _ON_TEXT.search(remark[1]))
+    is_aside = bool(_ASIDE.search(text) and not _ASIDE.search(context)) or bool(
+        remark and _ON_TEXT.search(remark[1])
+    )
     if _COUNT.search(text) or (is_aside and not is_answer):
         return True
-    paragraphs = [part for part in regex.split(r"\n\s*\n|\n(?=[-*_]{3,}\s*\n)", text) if part.strip("-*_ \n")]
+    paragraphs = [
+        part for part in regex.split(r"\n\s*\n|\n(?=[-*_]{3,}\s*\n)", text) if part.strip("-*_ \n")
+    ]
     sentences = [part for part in _SENTENCE.split(text) if part.strip()]
     if _ACCOUNT.match(text) and not _ACCOUNT.match(context):
         return True
     for paragraph in paragraphs[1:]:
-        is_rewriting = _search(rf"\A\W*{_REWRITE}", paragraph) is not None and _search(_REWRITE, context) is None
-        if is_rewriting or _ACCOUNT.match(paragraph) or (_NOTE.match(paragraph) and _ON_TEXT.search(paragraph)):
+        is_rewriting = (
+            _search(rf"\A\W*{_REWRITE}", paragraph) is not None
+            and _search(_REWRITE, context) is None
+        )
+        if (
+            is_rewriting
+            or _ACCOUNT.match(paragraph)
+            or (_NOTE.match(paragraph) and _ON_TEXT.search(paragraph))
+        ):
             return True
     tail = " ".join([*sentences[-2:][-1:], *(paragraphs[1:][-1:])]) if len(sentences) > 1 else ""
     tail = " ".join([*sentences[1:][-2:], tail])

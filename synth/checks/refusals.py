@@ -1,8 +1,9 @@
 """Whether a text refuses, in the languages that models are asked in.
 
-A refusal says that it is sorry, that it cannot, what it cannot do (help, answer, write), or that it is a machine or has
-rules. One of the first three alone is no refusal: "I can't say for certain" is an answer, and so is "I can't recommend
-one without knowing your budget". The words stand in `refusals.yaml`.
+A refusal says that it is sorry, that it cannot, what it cannot do (help, answer, write), or that it
+is a machine or has rules. One of the first three alone is no refusal: "I can't say for certain" is
+an answer, and so is "I can't recommend one without knowing your budget". The words stand in
+`refusals.yaml`.
 """
 
 import re
@@ -14,8 +15,11 @@ import yaml
 _START, _APOLOGY_START = 400, 120
 """Characters: who refuses does so at the start."""
 _CONDITION = re.compile(
-    r"\b(?:exact|definit\w+|precise|certain) (?:answer|number|summary|figure|date|price|estimate|time)"
-    r"|absolute certainty|\b(?:without|until|unless|before|sans|ohne|sin|senza|sem|zonder|bez|без|не зная|olmadan)\b"
+    r"\b(?:exact|definit\w+|precise|certain) "
+    r"(?:answer|number|summary|figure|date|price|estimate|time)"
+    r"|absolute "
+    r"certainty|\b(?:without|until|unless|before|sans|ohne|sin|senza|sem|zonder|bez|без|не "
+    r"зная|olmadan)\b"
     r"|如果不|不知道|分からないと|모르면",
     re.IGNORECASE,
 )
@@ -41,7 +45,8 @@ def _refuses(text: str) -> bool:
             found = cannot.search(sentence)
             if found is None or _CONDITION.search(sentence):
                 continue
-            # in English what is not done comes after: "that is a question I can't answer with certainty"
+            # in English what is not done comes after: "that is a question I can't answer with
+            # certainty"
             asked = sentence[found.start() :] if sentence.isascii() else sentence
             if is_sorry or task.search(asked):
                 return True
@@ -50,7 +55,8 @@ def _refuses(text: str) -> bool:
 
 @cache
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern[str], ...]]]:
-    """The words of a machine and of inability in all languages; then those of apology, inability and task in each."""
+    """The words of a machine and of inability in all languages; then those of apology, inability
+    and task in each."""
     path = resources.files("sft_probe.synth.checks").joinpath("refusals.yaml")
     languages = list(yaml.safe_load(path.read_text("utf-8")).values())
 
@@ -60,5 +66,8 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern
     return (
         compiled(*(language["machine"] for language in languages)),
         compiled(*(language["cannot"] for language in languages)),
-        [tuple(compiled(language[name]) for name in ("sorry", "cannot", "task")) for language in languages],
+        [
+            tuple(compiled(language[name]) for name in ("sorry", "cannot", "task"))
+            for language in languages
+        ],
     )

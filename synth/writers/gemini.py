@@ -16,18 +16,29 @@ from sft_probe.synth.writers.transport import guarded_client
 
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 _BLOCKED = (
-    "SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY", "MODEL_ARMOR",
-)  # fmt: skip
+    "SAFETY",
+    "RECITATION",
+    "BLOCKLIST",
+    "PROHIBITED_CONTENT",
+    "SPII",
+    "LANGUAGE",
+    "IMAGE_SAFETY",
+    "MODEL_ARMOR",
+)
 
 
 def gemini_connection(base_url: str | None, **options: Any) -> Connection:
-    """Return the connection of a Gemini writer: to `base_url`, else to GOOGLE_GEMINI_BASE_URL, else to Google."""
+    """Return the connection of a Gemini writer: to `base_url`, else to GOOGLE_GEMINI_BASE_URL, else
+    to Google."""
     key = read_key("GEMINI_API_KEY", "GOOGLE_API_KEY")
-    return Connection(key, base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL") or GEMINI_URL, **options)
+    return Connection(
+        key, base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL") or GEMINI_URL, **options
+    )
 
 
 class GeminiSdk:
-    """The SDK's client on a connection, with its own retries off. It is made for the event loop that first needs it."""
+    """The SDK's client on a connection, with its own retries off. It is made for the event loop
+    that first needs it."""
 
     def __init__(self, connection: Connection, api_version: str) -> None:
         self._connection, self._api_version = connection, api_version
@@ -41,13 +52,15 @@ class GeminiSdk:
             self._client = genai.Client(
                 api_key=self._connection.key.value,
                 vertexai=False,
-                # its defaults come from the environment, where GOOGLE_GENAI_CLIENT_MODE makes it write to files
+                # its defaults come from the environment, where GOOGLE_GENAI_CLIENT_MODE makes it
+                # write to files
                 debug_config=DebugConfig(client_mode="", replays_directory="", replay_id=""),
                 http_options=types.HttpOptions(
                     base_url=self._connection.base_url,
                     api_version=self._api_version,
                     httpx_async_client=self._http,
-                    # without this the SDK asks again after a cut connection, which may be paid for twice
+                    # without this the SDK asks again after a cut connection, which may be paid for
+                    # twice
                     retry_options=types.HttpRetryOptions(attempts=1),
                 ),
             ).aio
@@ -75,7 +88,9 @@ class GeminiWriter:
 
     name = "gemini"
 
-    def __init__(self, model: str, *, api_version: str = "v1beta", base_url: str | None = None) -> None:
+    def __init__(
+        self, model: str, *, api_version: str = "v1beta", base_url: str | None = None
+    ) -> None:
         self.model = model
         self.thinking = least_thinking(self.name, model)
         self.api_version = key_version(api_version, self.name, model)
@@ -92,7 +107,9 @@ class GeminiWriter:
             }
         )
         called = await self._connection.call(
-            self._sdk.client().models.generate_content(model=self.model, contents=request.prompt, config=config)
+            self._sdk.client().models.generate_content(
+                model=self.model, contents=request.prompt, config=config
+            )
         )
         return self._connection.read(called.reply, read_answer)
 
@@ -103,14 +120,18 @@ class GeminiWriter:
 
 def generation_config(request: Request, thinking: dict[str, int | str]) -> dict[str, Any]:
     """Return the `generationConfig` of a request, as the REST API has it."""
-    config: dict[str, Any] = {"temperature": request.temperature, "maxOutputTokens": request.max_output_tokens}
+    config: dict[str, Any] = {
+        "temperature": request.temperature,
+        "maxOutputTokens": request.max_output_tokens,
+    }
     return config | ({"thinkingConfig": thinking} if thinking else {})
 
 
 def read_answer(response: dict[str, Any], raw: str) -> Answer:
     """Return the answer in a `GenerateContentResponse`.
 
-    A blocked prompt has no candidate; a blocked answer may have text, which is not used; nor is that of a cut one.
+    A blocked prompt has no candidate; a blocked answer may have text, which is not used; nor is
+    that of a cut one.
     """
     counts = response.get("usageMetadata")
     counts = counts if isinstance(counts, dict) else {}
@@ -155,19 +176,26 @@ def _text(content: Any) -> str:
     parts = content.get("parts") if isinstance(content, dict) else None
     if not isinstance(parts, list):
         return ""
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and not part.get("thought")]
+    texts = [
+        part.get("text") for part in parts if isinstance(part, dict) and not part.get("thought")
+    ]
     return "".join(text for text in texts if isinstance(text, str))
 
 
 def _usage(counts: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Return the tokens of prompt and output, None where they are missing, partial or contradict each other.
+    """Return the tokens of prompt and output, None where they are missing, partial or contradict
+    each other.
 
     Thinking is billed as output.
     """
     names = ("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
     given = {name: token_count(counts[name]) for name in names if counts.get(name) is not None}
     prompt, total = given.get("promptTokenCount"), given.get("totalTokenCount")
-    if prompt is None or None in given.values() or (total is None and "candidatesTokenCount" not in given):
+    if (
+        prompt is None
+        or None in given.values()
+        or (total is None and "candidatesTokenCount" not in given)
+    ):
         return None, None
     output = (given.get("candidatesTokenCount") or 0) + (given.get("thoughtsTokenCount") or 0)
     if total is None:

@@ -13,7 +13,12 @@ from google.genai import types
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.batch import JobFailedError
 from sft_probe.synth.asking.protocol import Answer, Request, Wait, error_answer, turned_down
-from sft_probe.synth.writers.gemini import GeminiSdk, gemini_connection, generation_config, read_answer
+from sft_probe.synth.writers.gemini import (
+    GeminiSdk,
+    gemini_connection,
+    generation_config,
+    read_answer,
+)
 from sft_probe.synth.writers.http import Connection, message_of
 from sft_probe.synth.writers.thinking import key_version, least_thinking
 
@@ -41,7 +46,12 @@ class GeminiBatchWriter:
     name = "gemini-batch"
 
     def __init__(
-        self, model: str, *, api_version: str = "v1beta", base_url: str | None = None, poll_s: float = 30.0
+        self,
+        model: str,
+        *,
+        api_version: str = "v1beta",
+        base_url: str | None = None,
+        poll_s: float = 30.0,
     ) -> None:
         self.model = model
         self.thinking = least_thinking(self.name, model)
@@ -52,7 +62,10 @@ class GeminiBatchWriter:
 
     async def submit(self, display_name: str, requests: dict[str, Request]) -> str:
         """Upload the requests and make a job of them; return its name."""
-        lines = "".join(json.dumps({"key": key, "request": self._body(item)}) + "\n" for key, item in requests.items())
+        lines = "".join(
+            json.dumps({"key": key, "request": self._body(item)}) + "\n"
+            for key, item in requests.items()
+        )
         file = await self._call(
             self._sdk.client().files.upload(
                 file=io.BytesIO(lines.encode()),
@@ -61,7 +74,9 @@ class GeminiBatchWriter:
         )
         job = await self._call(
             self._sdk.client().batches.create(
-                model=self.model, src=file.name, config=types.CreateBatchJobConfig(display_name=display_name)
+                model=self.model,
+                src=file.name,
+                config=types.CreateBatchJobConfig(display_name=display_name),
             )
         )
         return self._checked_name(job)
@@ -70,7 +85,9 @@ class GeminiBatchWriter:
         """Look through the jobs of this key."""
 
         async def search() -> types.BatchJob | None:
-            async for job in await self._sdk.client().batches.list(config=types.ListBatchJobsConfig(page_size=100)):
+            async for job in await self._sdk.client().batches.list(
+                config=types.ListBatchJobsConfig(page_size=100)
+            ):
                 if job.display_name == display_name:
                     return job
             return None
@@ -87,12 +104,19 @@ class GeminiBatchWriter:
             if not job.done:
                 return None
             if job.dest is None or job.dest.file_name is None:
-                reason = f"{job.state.name if job.state else 'no state'}, {job.error or 'no reason given'}"
+                reason = (
+                    f"{job.state.name if job.state else 'no state'}, "
+                    f"{job.error or 'no reason given'}"
+                )
                 raise JobFailedError(self._connection.clean(reason))
-            content = await self._call(self._sdk.client().files.download(file=job.dest.file_name), _MAX_FILE_BYTES)
+            content = await self._call(
+                self._sdk.client().files.download(file=job.dest.file_name), _MAX_FILE_BYTES
+            )
         except _GoneError as error:
             raise JobFailedError(str(error)) from None
-        return dict(_answer(line, self._connection) for line in content.split(b"\n") if line.strip())
+        return dict(
+            _answer(line, self._connection) for line in content.split(b"\n") if line.strip()
+        )
 
     async def close(self) -> None:
         """Close the connections; the next call opens new ones."""
@@ -113,7 +137,9 @@ class GeminiBatchWriter:
             raise Wait(f"no answer in {_TIMEOUT_S:g} s", maybe_billed=True) from None
         reply = called.reply
         if reply.status == 404:
-            raise _GoneError(f"HTTP 404: {self._connection.clean(message_of(reply.json()) or 'no reason given')}")
+            raise _GoneError(
+                f"HTTP 404: {self._connection.clean(message_of(reply.json()) or 'no reason given')}"
+            )
         if not 200 <= reply.status < 300:
             answer = self._connection.failed(reply, reply.json())
             raise UserError(f"the server refuses a batch job: {answer.reason}.")
@@ -122,7 +148,8 @@ class GeminiBatchWriter:
         return called.value  # type: ignore[return-value]  # there was no error
 
     def _checked_name(self, job: types.BatchJob) -> str:
-        """Return the name of a job, which is stored and shown. Raise `Wait` where it cannot be one."""
+        """Return the name of a job, which is stored and shown. Raise `Wait` where it cannot be
+        one."""
         name = str(job.name)
         if not _JOB_NAME.fullmatch(name) or self._connection.key.redact(name) != name:
             raise Wait("the server answers without the name of a job", maybe_billed=True)
@@ -134,7 +161,8 @@ class _GoneError(UserError):
 
 
 def _answer(line: bytes, connection: Connection) -> tuple[str, Answer]:
-    """Return key and answer of one line; a line without a readable answer is an `error` that may be paid for."""
+    """Return key and answer of one line; a line without a readable answer is an `error` that may be
+    paid for."""
     unreadable = replace(error_answer("a line of the job is unreadable"), num_prompt_tokens=None)
     try:
         value: Any = json.loads(line.decode("utf-8"))
@@ -143,11 +171,15 @@ def _answer(line: bytes, connection: Connection) -> tuple[str, Answer]:
         return "", unreadable
     if isinstance(response, dict):
         try:
-            return key, connection.answer(response, connection.key.redact(json.dumps(response)), read_answer)
+            return key, connection.answer(
+                response, connection.key.redact(json.dumps(response)), read_answer
+            )
         except Wait as wait:
             return key, replace(error_answer(str(wait), wait.raw), num_prompt_tokens=None)
     error = value.get("error")
     if not isinstance(error, dict):
         return key, unreadable
     is_turned_down = error.get("code") in _INVALID_ARGUMENT
-    return key, (turned_down if is_turned_down else error_answer)(f"job: {connection.clean(json.dumps(error))}")
+    return key, (turned_down if is_turned_down else error_answer)(
+        f"job: {connection.clean(json.dumps(error))}"
+    )

@@ -42,12 +42,16 @@ class LegacyGeminiWriter:
     name = "gemini-legacy"
     api_version = "v1beta"
 
-    def __init__(self, model: str, *, base_url: str | None = None, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, model: str, *, base_url: str | None = None, timeout_s: float = 120.0
+    ) -> None:
         self.model = model
         self.thinking = least_thinking(self.name, model)
         self._timeout_s = timeout_s
         self._connection = gemini_connection(base_url)
-        options = ClientOptions(api_key=self._connection.key.value, api_endpoint=self._connection.base_url)
+        options = ClientOptions(
+            api_key=self._connection.key.value, api_endpoint=self._connection.base_url
+        )
         self._service = GenerativeServiceClient(transport="rest", client_options=options)
         # private: the package has no other way to the session that it sends through
         session: requests.Session = self._service.transport._session
@@ -56,7 +60,9 @@ class LegacyGeminiWriter:
         for scheme in ("https://", "http://"):
             session.mount(scheme, _GuardedAdapter(self._connection))
         self._model = genai.GenerativeModel(model)
-        self._model._client = self._service  # private: else the package makes a client of its own, with other sessions
+        self._model._client = (
+            self._service
+        )  # private: else the package makes a client of its own, with other sessions
 
     async def write(self, request: Request) -> Answer:
         """Make one `generateContent` call."""
@@ -70,7 +76,10 @@ class LegacyGeminiWriter:
     def _generate(self, request: Request) -> object:
         return self._model.generate_content(
             request.prompt,
-            generation_config={"temperature": request.temperature, "max_output_tokens": request.max_output_tokens},
+            generation_config={
+                "temperature": request.temperature,
+                "max_output_tokens": request.max_output_tokens,
+            },
             request_options={"retry": None, "timeout": self._timeout_s},
         )
 
@@ -82,7 +91,9 @@ class _GuardedAdapter(HTTPAdapter):
         super().__init__(pool_maxsize=_MAX_CONNECTIONS)
         self._connection = connection
 
-    def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
+    def send(
+        self, request: requests.PreparedRequest, *args: Any, **options: Any
+    ) -> requests.Response:
         """Send one request. Raises `StoppedError` for everything but a success."""
         self._connection.note_request(str(request.url))
         proxy = self._connection.proxy()
@@ -93,10 +104,14 @@ class _GuardedAdapter(HTTPAdapter):
                 for chunk in response.iter_content(_CHUNK_BYTES):
                     self._connection.add_chunk(body, chunk)
         except (requests.RequestException, OSError) as error:
-            self._connection.note_problem(f"connection failed ({type(error).__name__})", is_sent=_is_sent(error))
+            self._connection.note_problem(
+                f"connection failed ({type(error).__name__})", is_sent=_is_sent(error)
+            )
             raise StoppedError from None
         shown = requests.Response()
-        shown.raw = io.BytesIO(self._connection.note_reply(response.status_code, response.headers, bytes(body)))
+        shown.raw = io.BytesIO(
+            self._connection.note_reply(response.status_code, response.headers, bytes(body))
+        )
         shown.status_code, shown.url, shown.request = response.status_code, response.url, request
         return shown
 

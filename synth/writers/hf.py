@@ -27,13 +27,16 @@ Pending = tuple[Request, "asyncio.Future[Answer]"]
 class HfWriter:
     """Answers in float32 and in batches.
 
-    A request of temperature 0 is answered greedily. A draw is seeded by the prompts of its batch, so it can be repeated
-    as long as the batches fall the same way; the store is what makes a set reproducible.
+    A request of temperature 0 is answered greedily. A draw is seeded by the prompts of its batch,
+    so it can be repeated as long as the batches fall the same way; the store is what makes a set
+    reproducible.
 
     Args:
         model: a hub id, a path, or the embedded model.
-        is_chat: the prompt is a user's turn in the model's chat template. Otherwise it is continued as it is, and the
-            answer ends where the model ends it or starts another HH turn, or else after its last full sentence.
+        is_chat: the prompt is a user's turn in the model's chat template. Otherwise it is continued
+        as it is, and the
+            answer ends where the model ends it or starts another HH turn, or else after its last
+            full sentence.
 
     Raises:
         UserError: there is no such model, or it has no chat template or no EOS token.
@@ -49,9 +52,14 @@ class HfWriter:
         self._model: Any = None
         self._pending: list[Pending] = []
         if is_chat and not self.tokenizer.chat_template:
-            raise UserError(f"the model {model!r} has no chat template, so it cannot be asked to write; take another.")
+            raise UserError(
+                f"the model {model!r} has no chat template, so it cannot be asked to write; take "
+                "another."
+            )
         if self.tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {model!r} has no EOS token, so an answer would never end.")
+            raise UserError(
+                f"the tokenizer of {model!r} has no EOS token, so an answer would never end."
+            )
 
     async def write(self, request: Request) -> Answer:
         """One text, written together with those asked for at the same moment."""
@@ -67,9 +75,13 @@ class HfWriter:
         self._pending.clear()
 
     async def _work(self) -> None:
-        await asyncio.sleep(_GATHER_S)  # until the callers that got their answers at once have asked again
+        await asyncio.sleep(
+            _GATHER_S
+        )  # until the callers that got their answers at once have asked again
         while self._pending:
-            self._pending.sort(key=lambda item: _token_budget(item[0]))  # a batch takes as long as its longest text
+            self._pending.sort(
+                key=lambda item: _token_budget(item[0])
+            )  # a batch takes as long as its longest text
             batch = self._pending[:BATCH_SIZE]
             try:
                 answers = await in_thread(self._generate, [request for request, _ in batch])
@@ -97,7 +109,9 @@ class HfWriter:
         temperature = requests[0].temperature
         key = "\n".join(f"{request.sample_index} {request.prompt}" for request in requests)
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        )
         with torch.inference_mode():
             output = self._model.generate(
                 ids.to(self._model.device),
@@ -113,7 +127,9 @@ class HfWriter:
         if not self._is_chat:
             return encode(self.tokenizer, prompt)
         messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
         return encode(self.tokenizer, text)
 
     def _answer(self, request: Request, num_prompt_tokens: int, new: list[int]) -> Answer:
@@ -138,11 +154,13 @@ class HfWriter:
         )
 
     def _end_ids(self) -> set[int]:
-        """The ids at which `generate` stops: those of the generation config, and the tokenizer's EOS."""
+        """The ids at which `generate` stops: those of the generation config, and the tokenizer's
+        EOS."""
         ids = self._model.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])}
 
 
 def _token_budget(request: Request) -> int:
-    """A small model may never end: three tokens for each word asked for are enough for an answer that will pass."""
+    """A small model may never end: three tokens for each word asked for are enough for an answer
+    that will pass."""
     return min(request.max_output_tokens, 3 * request.num_words + 32)

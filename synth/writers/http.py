@@ -75,12 +75,14 @@ class Called(Generic[_T]):
 
 
 class Connection:
-    """The one way to a server: one origin, no redirects, bodies of a limited size, a key that shows nowhere.
+    """The one way to a server: one origin, no redirects, bodies of a limited size, a key that shows
+    nowhere.
 
     Args:
         key: sent by the SDK.
         base_url: of the server.
-        is_body_shown: whether the SDK reads what the server sends. Otherwise it is given an empty object, and nothing
+        is_body_shown: whether the SDK reads what the server sends. Otherwise it is given an empty
+        object, and nothing
             that a server sends can break it.
 
     Raises:
@@ -90,18 +92,22 @@ class Connection:
     def __init__(self, key: Secret, base_url: str, *, is_body_shown: bool = False) -> None:
         origin = _origin(base_url)
         if origin is None:
-            raise UserError(f"{base_url!r} is no address of a server. Give one like https://host/v1.")
+            raise UserError(
+                f"{base_url!r} is no address of a server. Give one like https://host/v1."
+            )
         self.key, self.base_url = key, base_url
         self._origin, self._is_body_shown = origin, is_body_shown
 
     def proxy(self) -> str | None:
-        """Return the proxy of the environment: a tunnel for TLS. Plain HTTP goes without, or the proxy has the key."""
+        """Return the proxy of the environment: a tunnel for TLS. Plain HTTP goes without, or the
+        proxy has the key."""
         scheme, host, _ = self._origin
         proxy = getproxies().get("https") if scheme == "https" and not proxy_bypass(host) else None
         return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
     def note_request(self, url: str) -> None:
-        """Record that a request goes to `url`. Raises `StoppedError` where it is of another origin."""
+        """Record that a request goes to `url`. Raises `StoppedError` where it is of another
+        origin."""
         exchange = _exchange.get()
         if _origin(url) != self._origin:
             exchange.refused_url = url
@@ -109,8 +115,11 @@ class Connection:
         exchange.is_sent, exchange.reply, exchange.problem = True, None, None
 
     def note_reply(self, status: int, headers: Mapping[str, str], body: bytes) -> bytes:
-        """Record a reply; return the body that the SDK is given. Raises `StoppedError` where the call has failed."""
-        _exchange.get().reply = Reply(status, {name.lower(): value for name, value in headers.items()}, body)
+        """Record a reply; return the body that the SDK is given. Raises `StoppedError` where the
+        call has failed."""
+        _exchange.get().reply = Reply(
+            status, {name.lower(): value for name, value in headers.items()}, body
+        )
         if not 200 <= status < 300:
             raise StoppedError
         return body if self._is_body_shown else b"{}"
@@ -128,7 +137,9 @@ class Connection:
             self.note_problem(f"the answer is longer than {limit / 1e6:g} MB")
             raise StoppedError
 
-    async def call(self, awaitable: Awaitable[_T], max_body_bytes: int = _MAX_BODY_BYTES) -> Called[_T]:
+    async def call(
+        self, awaitable: Awaitable[_T], max_body_bytes: int = _MAX_BODY_BYTES
+    ) -> Called[_T]:
         """Await a call of an SDK; return what the server sent, whatever the SDK made of it.
 
         Args:
@@ -159,28 +170,39 @@ class Connection:
         if exchange.refused_url is not None:
             raise self.refusal(f"a call would go to {self.show_url(exchange.refused_url)}")
         if exchange.reply is None:
-            raise Wait(exchange.problem or f"connection failed ({error or 'no reply'})", maybe_billed=exchange.is_sent)
+            raise Wait(
+                exchange.problem or f"connection failed ({error or 'no reply'})",
+                maybe_billed=exchange.is_sent,
+            )
         return Called(exchange.reply, value, error)
 
     def refusal(self, what: str) -> UserError:
         """Return the error of a call that leads away from the configured server."""
         return UserError(
-            f"{what}. The key goes to {self.show_url(self.base_url)} and nowhere else, so the run ends here. If that "
-            "is the right server, give its address with --base-url; else check the address and the network."
+            f"{what}. The key goes to {self.show_url(self.base_url)} and nowhere else, so the run "
+            "ends here. If that "
+            "is the right server, give its address with --base-url; else check the address and the "
+            "network."
         )
 
     def show_url(self, url: str) -> str:
         """Return an address for a message: without query, user and key."""
         try:
             parts = urlsplit(url)
-            shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else parts.path
+            shown = (
+                f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+                if parts.netloc
+                else parts.path
+            )
         except ValueError:
             shown = url
         return self.clean(shown)
 
     def clean(self, text: object) -> str:
         """Return words of a server for a message: short, printable, without the key."""
-        return "".join(char if char.isprintable() else " " for char in self.key.redact(str(text)))[:300]
+        return "".join(char if char.isprintable() else " " for char in self.key.redact(str(text)))[
+            :300
+        ]
 
     def read(self, reply: Reply, read_value: Callable[[dict[str, Any], str], Answer]) -> Answer:
         """Return the answer in a reply, every field without the key.
@@ -216,15 +238,19 @@ class Connection:
             answer,
             text=None if answer.text is None else self.key.redact(answer.text),
             reason=None if answer.reason is None else self.clean(answer.reason),
-            model_version=None if answer.model_version is None else self.clean(answer.model_version),
+            model_version=None
+            if answer.model_version is None
+            else self.clean(answer.model_version),
         )
 
     def failed(self, reply: Reply, value: dict[str, Any] | None, raw: str | None = None) -> Answer:
-        """Return what an HTTP status other than 200 means for a request: the server does not take it as it is.
+        """Return what an HTTP status other than 200 means for a request: the server does not take
+        it as it is.
 
         Raises:
             Wait: for what may pass (429, 5xx).
-            UserError: for what no request can get past (a redirect, a wrong key, a daily quota, an unserved region).
+            UserError: for what no request can get past (a redirect, a wrong key, a daily quota, an
+            unserved region).
         """
         if 300 <= reply.status < 400:
             target = self.show_url(reply.headers.get("location", "nowhere"))
@@ -232,14 +258,16 @@ class Connection:
         reason = f"HTTP {reply.status}: {self.clean(message_of(value) or 'no reason given')}"
         if reply.status == 429 and (quota := _daily_quota(value)):
             raise UserError(
-                f"the quota of the day is used up: {self.clean(quota)} ({reason}). All answers so far are stored; run "
+                f"the quota of the day is used up: {self.clean(quota)} ({reason}). All answers so "
+                "far are stored; run "
                 "the same command when the quota is renewed."
             )
         if reply.status in _RETRIED or reply.status >= 500:
             raise Wait(reason, wait_s(value, reply.headers), raw=raw)
         if reply.status in _HOPELESS or _is_hopeless(value):
             raise UserError(
-                f"the server takes no request: {reason}. Check the key and its rights, the name of the model, the "
+                f"the server takes no request: {reason}. Check the key and its rights, the name of "
+                "the model, the "
                 "address and whether your region is served. All answers so far are stored."
             )
         return replace(turned_down(reason), raw=raw or "")
@@ -248,10 +276,15 @@ class Connection:
         """An error inside a success: what it cost is not known, so it counts as paid."""
         error = value["error"]
         code = error.get("code") if isinstance(error, dict) else None
-        reason = f"HTTP {reply.status} with an error: {self.clean(message_of(value) or 'no reason given')}"
+        reason = (
+            f"HTTP {reply.status} with an error: "
+            f"{self.clean(message_of(value) or 'no reason given')}"
+        )
         if isinstance(code, int) and (code in _RETRIED or 500 <= code < 600):
             raise Wait(reason, wait_s(value, reply.headers), maybe_billed=True, raw=raw)
-        return replace(error_answer(reason), raw=raw, num_prompt_tokens=None, num_output_tokens=None)
+        return replace(
+            error_answer(reason), raw=raw, num_prompt_tokens=None, num_output_tokens=None
+        )
 
 
 def _begin_exchange(max_body_bytes: int) -> Exchange:
@@ -261,7 +294,8 @@ def _begin_exchange(max_body_bytes: int) -> Exchange:
 
 
 def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that the server asks to wait: `google.rpc.RetryInfo`, else the header Retry-After."""
+    """Return the seconds that the server asks to wait: `google.rpc.RetryInfo`, else the header
+    Retry-After."""
     for detail in _details(error):
         delay = _DURATION.fullmatch(str(detail.get("retryDelay", "")))
         if delay and str(detail.get("@type", "")).endswith("google.rpc.RetryInfo"):
@@ -299,7 +333,11 @@ def _origin(url: str) -> tuple[str, str, int] | None:
         port = parts.port or _PORTS.get(parts.scheme)
     except ValueError:
         return None
-    return (parts.scheme, parts.hostname, port) if parts.scheme in _PORTS and parts.hostname and port else None
+    return (
+        (parts.scheme, parts.hostname, port)
+        if parts.scheme in _PORTS and parts.hostname and port
+        else None
+    )
 
 
 def _inner(value: Any) -> Any:
@@ -316,7 +354,11 @@ def message_of(value: Any) -> str | None:
 def _details(value: Any) -> list[dict[str, Any]]:
     inner = _inner(value)
     details = inner.get("details") if isinstance(inner, dict) else None
-    return [detail for detail in details if isinstance(detail, dict)] if isinstance(details, list) else []
+    return (
+        [detail for detail in details if isinstance(detail, dict)]
+        if isinstance(details, list)
+        else []
+    )
 
 
 def _daily_quota(value: Any) -> str | None:
@@ -324,17 +366,27 @@ def _daily_quota(value: Any) -> str | None:
     for detail in _details(value):
         violations = detail.get("violations")
         for violation in violations if isinstance(violations, list) else []:
-            names = [str(violation.get(name, "")) for name in ("quotaId", "quotaMetric")
-                     if isinstance(violation, dict)]  # fmt: skip
+            names = [
+                str(violation.get(name, ""))
+                for name in ("quotaId", "quotaMetric")
+                if isinstance(violation, dict)
+            ]
             if any(map(_DAILY.search, names)):
                 return next(filter(None, names))
     inner = _inner(value)
-    said = [str(inner.get(name, "")) for name in ("code", "type", "message")] if isinstance(inner, dict) else []
+    said = (
+        [str(inner.get(name, "")) for name in ("code", "type", "message")]
+        if isinstance(inner, dict)
+        else []
+    )
     return next((text for text in said if _DAILY.search(text)), None)
 
 
 def _is_hopeless(value: Any) -> bool:
-    """Whether an error is of the account or the place, not of the request. Google answers 400 to an unknown key."""
+    """Whether an error is of the account or the place, not of the request. Google answers 400 to an
+    unknown key."""
     inner = _inner(value)
     state = inner.get("status") if isinstance(inner, dict) else None
-    return state in _HOPELESS_STATES or any(detail.get("reason") == "API_KEY_INVALID" for detail in _details(value))
+    return state in _HOPELESS_STATES or any(
+        detail.get("reason") == "API_KEY_INVALID" for detail in _details(value)
+    )

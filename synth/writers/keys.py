@@ -13,16 +13,22 @@ _secrets: set["Secret"] = set()
 
 
 class Secret:
-    """A key. Its value is sent to one origin and redacted from everything that is logged or stored."""
+    """A key. Its value is sent to one origin and redacted from everything that is logged or
+    stored."""
 
     def __init__(self, value: str) -> None:
         self.value = value
         # every character as itself, or escaped by JSON (within JSON), in a URL or in HTML
         characters = (
-            rf"\\*(?:{re.escape(char)}|u00(?i:{ord(char):02x}))|%(?i:{ord(char):02x})|&#{ord(char)};" for char in value
+            rf"\\*(?:{re.escape(char)}|u00(?i:{ord(char):02x}))|%(?i:{ord(char):02x})|&#{ord(char)};"
+            for char in value
         )
         # a shorter value is no secret but a word, such as the `EMPTY` of vLLM
-        self._pattern = re.compile("".join(f"(?:{c})" for c in characters)) if len(value) >= _MIN_KEY_CHARS else None
+        self._pattern = (
+            re.compile("".join(f"(?:{c})" for c in characters))
+            if len(value) >= _MIN_KEY_CHARS
+            else None
+        )
 
     def redact(self, text: str) -> str:
         """Return `text` without the key, however its characters are escaped."""
@@ -30,7 +36,8 @@ class Secret:
 
 
 def read_key(*names: str) -> Secret:
-    """Return the first of these environment variables that is set. From now on no log record shows it.
+    """Return the first of these environment variables that is set. From now on no log record shows
+    it.
 
     Raises:
         UserError: none is set, or its value cannot be a key.
@@ -40,28 +47,39 @@ def read_key(*names: str) -> Secret:
         if not value:
             continue
         if not all("!" <= char <= "~" for char in value):
-            raise UserError(f"the environment variable {name} holds characters that no key has. Copy the key again.")
+            raise UserError(
+                f"the environment variable {name} holds characters that no key has. Copy the key "
+                "again."
+            )
         secret = Secret(value)
         if not _secrets:
             _redact_logs()
         _secrets.add(secret)
         return secret
-    raise UserError(f"no key: set the environment variable {' or '.join(names)}. (Keys are read from nowhere else.)")
+    raise UserError(
+        f"no key: set the environment variable {' or '.join(names)}. (Keys are read from nowhere "
+        "else.)"
+    )
 
 
 def _redact_logs() -> None:
-    """Make every log record of this process lose the keys: the SDKs log headers, addresses and answers too."""
+    """Make every log record of this process lose the keys: the SDKs log headers, addresses and
+    answers too."""
     make = logging.getLogRecordFactory()
 
     def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         try:
             message = record.getMessage()
-        except Exception:  # whatever a wrong format string raises; `logging` would print the arguments as they are
+        except (
+            Exception
+        ):  # whatever a wrong format string raises; `logging` would print the arguments as they are
             message = f"{record.msg} {record.args!r}"
         record.msg, record.args = redact_all(message), None
         if record.exc_info:
-            record.exc_text = redact_all("".join(traceback.format_exception(*record.exc_info))).rstrip("\n")
+            record.exc_text = redact_all(
+                "".join(traceback.format_exception(*record.exc_info))
+            ).rstrip("\n")
         return record
 
     logging.setLogRecordFactory(make_redacted)

@@ -1,4 +1,5 @@
-"""A writer without a model: pieces of sentences of the embedded set, drawn by a hash. For trying out the whole path."""
+"""A writer without a model: pieces of sentences of the embedded set, drawn by a hash. For trying
+out the whole path."""
 
 import hashlib
 import json
@@ -17,29 +18,45 @@ _MIN_WORDS = 6
 
 
 class OfflineWriter:
-    """Writes nothing of its own: its texts have the length asked for and do not mean what the category asks."""
+    """Writes nothing of its own: its texts have the length asked for and do not mean what the
+    category asks."""
 
     name = "offline"
     model = "helpful-mini"
     api_version = "2"
 
     def __init__(self) -> None:
-        texts = [doc.responses[category] for doc in load_probe_set(self.model).docs for category in _MATERIAL]
+        texts = [
+            doc.responses[category]
+            for doc in load_probe_set(self.model).docs
+            for category in _MATERIAL
+        ]
         sentences = [sentence.split() for text in texts for sentence in _SENTENCE.findall(text)]
-        pieces = (words[i : i + _PIECE_WORDS] for words in sentences for i in range(0, len(words), _PIECE_WORDS))
+        pieces = (
+            words[i : i + _PIECE_WORDS]
+            for words in sentences
+            for i in range(0, len(words), _PIECE_WORDS)
+        )
         plain = (re.findall(r"[A-Za-z]+", " ".join(piece)) for piece in pieces)
-        self._pieces = list(dict.fromkeys(tuple(words) for words in plain if len(words) == _PIECE_WORDS))
+        self._pieces = list(
+            dict.fromkeys(tuple(words) for words in plain if len(words) == _PIECE_WORDS)
+        )
 
     async def write(self, request: Request) -> Answer:
-        """Return pieces drawn by the prompt and the sample index, as many as make the number of words asked for."""
-        seed = hashlib.sha256(f"{request.category}\n{request.sample_index}\n{request.prompt}".encode()).hexdigest()
+        """Return pieces drawn by the prompt and the sample index, as many as make the number of
+        words asked for."""
+        seed = hashlib.sha256(
+            f"{request.category}\n{request.sample_index}\n{request.prompt}".encode()
+        ).hexdigest()
         draw = random.Random(seed)  # noqa: S311 - reproducible, not secret
         num_words = max(request.num_words, _MIN_WORDS)
         words: list[str] = []
         while len(words) < num_words:
             words += draw.choice(self._pieces)
         text = _as_sentences(words[:num_words])
-        return Answer(status="ok", raw=json.dumps({"text": text}), text=text, model_version=self.model)
+        return Answer(
+            status="ok", raw=json.dumps({"text": text}), text=text, model_version=self.model
+        )
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -48,4 +65,6 @@ class OfflineWriter:
 def _as_sentences(words: list[str]) -> str:
     """Return words in sentences of a dozen, with a capital and a full stop."""
     starts = range(0, len(words), _SENTENCE_WORDS)
-    return " ".join(" ".join(words[i : i + _SENTENCE_WORDS]).lower().capitalize() + "." for i in starts)
+    return " ".join(
+        " ".join(words[i : i + _SENTENCE_WORDS]).lower().capitalize() + "." for i in starts
+    )

@@ -17,7 +17,8 @@ _OPENAI_URL = "https://api.openai.com/v1"
 
 
 class OpenAIWriter:
-    """Writes with a chat model. The key is read from OPENAI_API_KEY; a server of your own needs none.
+    """Writes with a chat model. The key is read from OPENAI_API_KEY; a server of your own needs
+    none.
 
     Args:
         model: name that the server knows.

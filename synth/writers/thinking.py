@@ -27,9 +27,12 @@ NO_THINKING = Thinking({}, 0)
 
 
 def least_thinking(writer: str, model: str) -> Thinking:
-    """Return the least thinking that the API allows for a model of Gemini; nothing for all others."""
+    """Return the least thinking that the API allows for a model of Gemini; nothing for all
+    others."""
     name = model.removeprefix("models/")
-    if not writer.startswith("gemini") or _FLASH_LITE.match(name):  # flash-lite thinks least by itself
+    if not writer.startswith("gemini") or _FLASH_LITE.match(
+        name
+    ):  # flash-lite thinks least by itself
         return NO_THINKING
     for pattern, config, num_tokens in _LEAST:
         if re.match(pattern, name):

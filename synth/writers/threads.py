@@ -10,7 +10,8 @@ _T = TypeVar("_T")
 
 
 async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Await a call in a thread of its own. A thread of an executor would be joined at exit, for ever if it hangs."""
+    """Await a call in a thread of its own. A thread of an executor would be joined at exit, for
+    ever if it hangs."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 

@@ -1,4 +1,5 @@
-"""The HTTP client that is put into the asynchronous SDKs, so that what they do on the wire is decided here."""
+"""The HTTP client that is put into the asynchronous SDKs, so that what they do on the wire is
+decided here."""
 
 from typing import Any
 
@@ -11,9 +12,13 @@ _LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 
 
 def guarded_client(connection: Connection) -> httpx2.AsyncClient:
-    """Return a client that follows no redirect and reads nothing of the environment but what `connection` allows."""
+    """Return a client that follows no redirect and reads nothing of the environment but what
+    `connection` allows."""
     return httpx2.AsyncClient(
-        transport=_GuardedTransport(connection), follow_redirects=False, trust_env=False, timeout=None
+        transport=_GuardedTransport(connection),
+        follow_redirects=False,
+        trust_env=False,
+        timeout=None,
     )
 
 
@@ -37,10 +42,14 @@ class _GuardedTransport(httpx2.AsyncBaseTransport):
                 await response.aclose()
         except (httpx2.HTTPError, OSError) as error:
             is_sent = not isinstance(error, _NEVER_SENT)
-            self._connection.note_problem(f"connection failed ({type(error).__name__})", is_sent=is_sent)
+            self._connection.note_problem(
+                f"connection failed ({type(error).__name__})", is_sent=is_sent
+            )
             raise StoppedError from None
         shown = self._connection.note_reply(response.status_code, response.headers, bytes(body))
-        return httpx2.Response(response.status_code, headers=_plain(response.headers), content=shown, request=request)
+        return httpx2.Response(
+            response.status_code, headers=_plain(response.headers), content=shown, request=request
+        )
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -22,21 +22,39 @@ NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", 
 def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
-    tasks = [("t", "none"), ("g", "strict"), ("g", "flexible"), *((f"m{n}", "none") for n in range(10))]
+    tasks = [
+        ("t", "none"),
+        ("g", "strict"),
+        ("g", "flexible"),
+        *((f"m{n}", "none") for n in range(10)),
+    ]
     benchmarks = [
         {"run": "tiny", "step": step, "task": task, "metric": "acc", "filter": name, "value": 0.5}
         for step in (0, 4)
         for task, name in tasks
     ]
     pd.DataFrame(benchmarks).assign(stderr=0.1, n=9).to_csv(run / "benchmarks.csv", index=False)
-    row = {"run": "tiny", "category": "chosen", "split": "train", "num_tokens": 40, "num_bytes": 160}
-    lines = [{**row, "step": 1 + n // 4, "doc_id": f"t{n}", "loss_sum": 100.0 - n, "order": n} for n in range(16)]
+    row = {
+        "run": "tiny",
+        "category": "chosen",
+        "split": "train",
+        "num_tokens": 40,
+        "num_bytes": 160,
+    }
+    lines = [
+        {**row, "step": 1 + n // 4, "doc_id": f"t{n}", "loss_sum": 100.0 - n, "order": n}
+        for n in range(16)
+    ]
     (run / "first_epoch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = sft_probe("plot", run, "--format", "svg")
     assert result.returncode == 0, result.stderr
     figures = run / "figures"
     expected = {f"{name}_heldout" for name in NAMES} | {"benchmarks", "code_length"}
-    assert {path.stem for path in figures.glob("*.svg")} == expected == {path.stem for path in figures.glob("*.csv")}
+    assert (
+        {path.stem for path in figures.glob("*.svg")}
+        == expected
+        == {path.stem for path in figures.glob("*.csv")}
+    )
     svg = (figures / "trajectory_heldout.svg").read_text()
     for words in (
         *CATEGORIES,
@@ -64,7 +82,11 @@ def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -
 
 def test_formats_and_width(sft_probe: Run, tmp_path: Path) -> None:
     source = tmp_path / "means.csv"
-    rows = [f"{step},{name},{curve(step) - 100}\n" for name, curve in CURVES.items() for step in (0, 1, 4, 8)]
+    rows = [
+        f"{step},{name},{curve(step) - 100}\n"
+        for name, curve in CURVES.items()
+        for step in (0, 1, 4, 8)
+    ]
     source.write_text("step,category,logprob\n" + "".join(rows))
     (tmp_path / "labels.yaml").write_text("chosen: trained on this\n")
     flags = [
@@ -77,7 +99,9 @@ def test_formats_and_width(sft_probe: Run, tmp_path: Path) -> None:
         "--categories",
         "chosen,rejected",
     ]
-    result = sft_probe("plot", source, *flags, "--format", "png,svg,pdf,html", "--out", tmp_path / "out")
+    result = sft_probe(
+        "plot", source, *flags, "--format", "png,svg,pdf,html", "--out", tmp_path / "out"
+    )
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     assert (out / "changes_heldout.png").read_bytes().startswith(b"\x89PNG")
@@ -117,7 +141,9 @@ def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None
         write_run(tmp_path / f"r{seed}", seed=seed, model=f"m{seed}", train_category=c)
         for seed, c in ((0, "chosen"), (7, "random"))
     ]
-    result = sft_probe("plot", *runs, "--color", color, "--out", tmp_path / "out", "--format", "svg")
+    result = sft_probe(
+        "plot", *runs, "--color", color, "--out", tmp_path / "out", "--format", "svg"
+    )
     assert result.returncode == 0, result.stderr
     assert (runs[0] / "scores.parquet").is_file(), "training writes no tables"
     svg = (tmp_path / f"out/changes_heldout_by_{color}.svg").read_text()
@@ -136,7 +162,14 @@ def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None
 
 @needs_shared
 def test_a_published_run(sft_probe: Run, tmp_path: Path) -> None:
-    result = sft_probe("plot", SHARED / "reference/qwen1.5-1.8b_sft_extend.csv", "--out", tmp_path, "--format", "svg")
+    result = sft_probe(
+        "plot",
+        SHARED / "reference/qwen1.5-1.8b_sft_extend.csv",
+        "--out",
+        tmp_path,
+        "--format",
+        "svg",
+    )
     assert result.returncode == 0, result.stderr
     svg = (tmp_path / "changes_heldout.svg").read_text()
     for words in ("irr_train", "training examples", "no intervals"):
@@ -148,7 +181,9 @@ def test_what_cannot_be_drawn(sft_probe: Run, tmp_path: Path) -> None:
     run = write_run(tmp_path / "known")
     assert "none of png, svg, pdf, html" in user_error(sft_probe("plot", run, "--format", "gif"))
     (tmp_path / "labels.yaml").write_text("- chosen\n")
-    assert "must map categories" in user_error(sft_probe("plot", run, "--labels", tmp_path / "labels.yaml"))
+    assert "must map categories" in user_error(
+        sft_probe("plot", run, "--labels", tmp_path / "labels.yaml")
+    )
     assert "no length like 3.25in" in user_error(sft_probe("plot", run, "--width", "wide"))
 
 
@@ -157,6 +192,8 @@ def test_help_loads_nothing_heavy() -> None:
         "import sys, sft_probe.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'pandas', 'lm_eval', 'numpy'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert "quickstart" in result.stdout
     assert result.stdout.strip().endswith("[]")

@@ -1,4 +1,5 @@
-"""The report in a real browser: no error, every figure has marks, a doc can be picked, hostile texts stay texts."""
+"""The report in a real browser: no error, every figure has marks, a doc can be picked, hostile
+texts stay texts."""
 
 import re
 import shutil
@@ -9,11 +10,15 @@ import pytest
 from helpers import Run, user_error
 from score_files import CURVES, write_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here to open the report in")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is here to open the report in"
+)
 HOSTILE = (
-    "<script>window.hacked = 1</script></script></style><img src=x onerror='window.hacked=1'> {{ 7 * 7 }} "
-    "\u202eright to left \u05e9\u05dc\u05d5\u05dd \U0001f600 NUL:\x00 &amp; \u2028 ]]> <!--"
+    "<script>window.hacked = 1</script></script></style><img src=x onerror='window.hacked=1'> {{ 7 "
+    "* 7 }} \u202eright to left \u05e9\u05dc\u05d5\u05dd \U0001f600 NUL:\x00 &amp; \u2028 ]]> <!--"
 )
 
 
@@ -24,14 +29,20 @@ def _open(page: Path, script: str, folder: Path) -> tuple[str, str]:
     copy.write_text(f"{start}<script>{script}</script></body>{end}", "utf-8")
     assert CHROMIUM is not None
     flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-sync "
         "--disable-component-update --enable-logging=stderr --virtual-time-budget=10000 --dump-dom"
     )
     result = subprocess.run(
         [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", copy.as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    return result.stdout, "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return result.stdout, "\n".join(
+        line for line in result.stderr.splitlines() if "CONSOLE" in line
+    )
 
 
 @needs_chromium
@@ -51,7 +62,10 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     dom, console = _open(page, pick, tmp_path)
     assert console == ""
     figures = re.findall(r'<div class="figure[^"]*" id="(figure-[\w-]+)"', dom)
-    drawn = {name.removeprefix("figure-0-").removeprefix("figure-all-").removesuffix("_heldout") for name in figures}
+    drawn = {
+        name.removeprefix("figure-0-").removeprefix("figure-all-").removesuffix("_heldout")
+        for name in figures
+    }
     assert drawn == {
         "data_card",
         "changes",
@@ -74,20 +88,25 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     assert prompt[1].startswith("user: "), "the doc that was picked"
     assert dom.count('class="token"') > 100
     assert "one run says nothing of training noise" in dom
-    assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<script>")[0]), "it loads nothing"
+    assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<script>")[0]), (
+        "it loads nothing"
+    )
 
 
 @needs_chromium
 def test_hostile_texts_stay_texts(sft_probe: Run, tmp_path: Path) -> None:
     texts = dict.fromkeys(CURVES, HOSTILE) | {"rejected": "x" * 1_000_000}
-    run = write_run(tmp_path / "<b>run", texts=texts, prompt=HOSTILE, num_docs=5, model="<i>&model</script>")
+    run = write_run(
+        tmp_path / "<b>run", texts=texts, prompt=HOSTILE, num_docs=5, model="<i>&model</script>"
+    )
     other = write_run(tmp_path / "other", seed=1)
     page = tmp_path / "out" / "report.html"
     result = sft_probe("report", run, other, "--out", page)
     assert result.returncode == 0, result.stderr
     assert page.stat().st_size < 8_000_000
     probe = (
-        "document.body.dataset.hacked = String(window.hacked); document.body.dataset.images = document.images.length;"
+        "document.body.dataset.hacked = String(window.hacked); document.body.dataset.images = "
+        "document.images.length;"
     )
     dom, console = _open(page, probe, tmp_path)
     assert console == ""
@@ -110,8 +129,12 @@ def test_markdown(sft_probe: Run, tmp_path: Path) -> None:
     for name in re.findall(r"\(report_figures/(.+?)\)", text):
         assert (tmp_path / "report_figures" / name).is_file(), name
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a table with equal columns"
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, (
+        "a table with equal columns"
+    )
 
 
 def test_one_step_is_refused(sft_probe: Run, tmp_path: Path) -> None:
-    assert "one step only" in user_error(sft_probe("report", write_run(tmp_path / "short", steps=[0])))
+    assert "one step only" in user_error(
+        sft_probe("report", write_run(tmp_path / "short", steps=[0]))
+    )

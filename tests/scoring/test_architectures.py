@@ -135,36 +135,57 @@ def wrong_cut(self: HeadRows, _head: Any, args: tuple[Any, ...]) -> tuple[Any, .
 
 
 def trainer_of(model: Any) -> SftTrainer:
-    arguments = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[], save_strategy="no")
+    arguments = TrainingArguments(
+        output_dir="unused", use_cpu=True, report_to=[], save_strategy="no"
+    )
     return SftTrainer(model=model, args=arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", ["opt", "llama"])
-def test_a_wrong_cut_never_goes_unnoticed(model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_cut_never_goes_unnoticed(
+    model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(model_type).to(dtype)
     assert choose_way(model, LONGEST).shared
     trainer_of(model).try_model()
     monkeypatch.setattr(HeadRows, "_cut", wrong_cut)
-    with pytest.raises(UserError, match="cannot be scored: beside the model's own plain forward pass"):
+    with pytest.raises(
+        UserError, match="cannot be scored: beside the model's own plain forward pass"
+    ):
         choose_way(model, LONGEST)
-    with pytest.raises(UserError, match="cannot be trained here: the losses of labelled tokens are off"):
+    with pytest.raises(
+        UserError, match="cannot be trained here: the losses of labelled tokens are off"
+    ):
         trainer_of(model).try_model()
 
 
 def test_where_a_batch_changes_a_row_each_item_runs_alone() -> None:
-    """Phi-3's long context: the longest text of a batch chooses the frequencies of all of its rows."""
+    """Phi-3's long context: the longest text of a batch chooses the frequencies of all of its
+    rows."""
     rope = {
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.0, 1.1, 1.2],
-        "long_factor": [3.0, 5.0, 7.0, 9.0], "original_max_position_embeddings": 32, "factor": 4.0,
-    }  # fmt: skip
-    model = make_model("phi3", rope_parameters=rope, original_max_position_embeddings=32, max_position_embeddings=128)
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.0, 1.1, 1.2],
+        "long_factor": [3.0, 5.0, 7.0, 9.0],
+        "original_max_position_embeddings": 32,
+        "factor": 4.0,
+    }
+    model = make_model(
+        "phi3",
+        rope_parameters=rope,
+        original_max_position_embeddings=32,
+        max_position_embeddings=128,
+    )
     assert choose_way(model, longest=31).shared
     way = choose_way(model, LONGEST)
     assert way == ALONE
     found = dict(score(model, make_items(), max_tokens=256, way=way))
     exact = float64(model)
-    assert max(item_errors(model, exact, item, found[i])[0] for i, item in enumerate(make_items())) < 2e-4
+    assert (
+        max(item_errors(model, exact, item, found[i])[0] for i, item in enumerate(make_items()))
+        < 2e-4
+    )
 
 
 REFUSED = {
@@ -186,9 +207,14 @@ def test_what_reads_ahead_is_refused(model_type: str) -> None:
 
 def no_language_models() -> dict[str, Callable[[], Any]]:
     llama = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        tie_word_embeddings=True, num_labels=1,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        num_labels=1,
+    )
     t5 = T5Config(vocab_size=97, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
     untied = LlamaConfig.from_dict({**llama.to_dict(), "tie_word_embeddings": False})
     return {
@@ -272,11 +298,22 @@ def test_a_body_that_is_not_the_base_model(sft_probe: Run, tmp_path: Path) -> No
     """As many labelled tokens as a row has places: rows of the wrong kind went unnoticed here."""
     case = tmp_path / "case"
     shutil.copytree(SHARED / "cases/opt_body_bypassed", case)
-    flags = "--prompt_format plain --max_length 256 --deepspeed none --max_steps 1 --per_device_train_batch_size 2"
+    flags = (
+        "--prompt_format plain --max_length 256 --deepspeed none --max_steps 1 "
+        "--per_device_train_batch_size 2"
+    )
     result = sft_probe(
-        "train", "--model_name_or_path", case / "ck/checkpoint-1", "--probe_set", case / "silent.jsonl",
-        *flags.split(), "--use_cpu", "true", "--output_dir", tmp_path / "run",
-    )  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        case / "ck/checkpoint-1",
+        "--probe_set",
+        case / "silent.jsonl",
+        *flags.split(),
+        "--use_cpu",
+        "true",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert result.returncode == 0, result.stderr
     loss = json.loads((tmp_path / "run/losses.jsonl").read_text())["loss"]
     assert loss == pytest.approx(6.824088, abs=5e-6)

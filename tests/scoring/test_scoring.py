@@ -17,10 +17,17 @@ from sft_probe.scoring.score import Score, choose_way, score
 VOCAB = 97
 WINDOW = 16
 SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": None, "bos_token_id": None,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+    "bos_token_id": None,
     "eos_token_id": None,
-}  # fmt: skip
+}
 GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
@@ -35,12 +42,27 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {**SMALL, "rotary_pct": 0.5},
     "qwen2": GROUPED,
     "mistral": {**GROUPED, "sliding_window": WINDOW},
-    "gemma2": {**GROUPED, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
-    "gemma3_text": {**GROUPED, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {
+        **GROUPED,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        **GROUPED,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "cohere": {**GROUPED, "logit_scale": 0.25},
 }
 PLAIN_ONLY: dict[str, dict[str, Any]] = {
-    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
+    "bloom": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "initializer_range": 0.3,
+    },
     "mamba": {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -54,11 +76,14 @@ PLAIN_ONLY: dict[str, dict[str, Any]] = {
 def make_model(name: str, attention: str | None = None, **changes: Any) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **{**(ARCHITECTURES | PLAIN_ONLY)[name], **changes})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    ).eval()
 
 
 def make_items(terminator_id: int | None = 5) -> list[Item]:
-    """Docs longer than the window, several, with continuations that share a start, repeat, or are one token."""
+    """Docs longer than the window, several, with continuations that share a start, repeat, or are
+    one token."""
     random = np.random.default_rng(1)
     items = []
     for length in (40, 3, 1, 25, 40):
@@ -106,7 +131,12 @@ def test_shared_prefixes_equal_plain_float64(name: str, attention: str) -> None:
     assert way.shared
     assert way.blocks == (attention == "sdpa")
     check(model, make_items(), way)
-    check(model, make_items(terminator_id=None), dataclasses.replace(way, blocks=False), max_tokens=1024)
+    check(
+        model,
+        make_items(terminator_id=None),
+        dataclasses.replace(way, blocks=False),
+        max_tokens=1024,
+    )
 
 
 @pytest.mark.parametrize("name", PLAIN_ONLY)
@@ -118,14 +148,21 @@ def test_what_cannot_share_takes_the_plain_way(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "attention"), [("mistral", "sdpa"), ("gemma3_text", "sdpa"), ("llama", "eager")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [("mistral", "sdpa"), ("gemma3_text", "sdpa"), ("llama", "eager")]
+)
 def test_the_check_finds_a_wrong_mask(
     name: str, attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A window that the mask does not know of, or a bool mask where it is added: both are silent in transformers."""
+    """A window that the mask does not know of, or a bool mask where it is added: both are silent in
+    transformers."""
 
     def wrong(model: Any, mask: torch.Tensor, positions: torch.Tensor, way: Way) -> Any:
-        return dict.fromkeys(("full_attention", "sliding_attention"), mask) if way.mask_per_layer_type else mask
+        return (
+            dict.fromkeys(("full_attention", "sliding_attention"), mask)
+            if way.mask_per_layer_type
+            else mask
+        )
 
     model = make_model(name, attention)
     model.to(dtype)
@@ -156,7 +193,9 @@ def test_16_bits_share_too(name: str, dtype: torch.dtype) -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = make_model("llama", "sdpa")
-    next(score(model, make_items(), max_tokens=64, way=Way(shared=True, blocks=True)))  # left in mid-way
+    next(
+        score(model, make_items(), max_tokens=64, way=Way(shared=True, blocks=True))
+    )  # left in mid-way
     assert model.config._attn_implementation == "sdpa"
     assert "forward" not in vars(model.base_model)
     ids = torch.tensor([[1, 2, 3]])
@@ -167,18 +206,23 @@ def test_the_model_is_left_as_it_was() -> None:
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 drawn_items = st.lists(
     st.builds(Item, prefix_ids=ids, continuation_ids=ids, terminator_id=st.sampled_from([None, 5])),
-    min_size=1, max_size=12,
-)  # fmt: skip
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(items=drawn_items, max_tokens=st.integers(1, 40))
 def test_packs_hold_every_item_once_and_no_prefix_twice(items: list[Item], max_tokens: int) -> None:
     packs = list(pack_shared(items, max_tokens))
     assert sorted(i for pack in packs for i in pack.items) == list(range(len(items)))
-    assert sorted(i for batch in batches(packs, 64) for pack in batch for i in pack.items) == list(range(len(items)))
+    assert sorted(i for batch in batches(packs, 64) for pack in batch for i in pack.items) == list(
+        range(len(items))
+    )
     for pack in packs:
         assert pack.mask is not None
-        assert len(pack.token_ids) <= max(max_tokens, *(len(items[i].input_ids) for i in pack.items))
+        assert len(pack.token_ids) <= max(
+            max_tokens, *(len(items[i].input_ids) for i in pack.items)
+        )
         seen = [tuple(pack.token_ids[row]) for row in pack.mask]
         assert len(set(seen)) == len(seen), "two nodes hold the same prefix"
         for i, rows in zip(pack.items, pack.rows, strict=True):

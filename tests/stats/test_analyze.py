@@ -1,4 +1,5 @@
-"""`sft-probe analyze`: numbers that are known beforehand, published ones, imports, and what it refuses."""
+"""`sft-probe analyze`: numbers that are known beforehand, published ones, imports, and what it
+refuses."""
 
 import json
 import math
@@ -22,7 +23,9 @@ REFERENCE = SHARED / "reference/qwen1.5-1.8b_sft_extend.csv"
 
 
 def _tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    changes, verdict, contrasts = (pd.read_csv(folder / f"{name}.csv") for name in ("changes", "verdict", "contrasts"))
+    changes, verdict, contrasts = (
+        pd.read_csv(folder / f"{name}.csv") for name in ("changes", "verdict", "contrasts")
+    )
     return changes, verdict.set_index("category"), contrasts
 
 
@@ -41,7 +44,9 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     changes, verdict, _ = _tables(run / "analysis")
     for category, curve in CURVES.items():
         row = verdict.loc[category]
-        assert row["change"] == pytest.approx(curve(STEPS[-1]), abs=4 * float(verdict["stderr"].to_dict()[category]))
+        assert row["change"] == pytest.approx(
+            curve(STEPS[-1]), abs=4 * float(verdict["stderr"].to_dict()[category])
+        )
         assert row["stderr"] == pytest.approx(1 / np.sqrt(24), rel=0.35)
         assert row["share_first"] == pytest.approx(0.1 / 1.25, abs=1e-4)
         assert row["share_body"] == pytest.approx(0.9 / 1.25, abs=1e-4)
@@ -49,12 +54,18 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     assert list(verdict.loc[["chosen", "rejected", "non_response"], "rank"]) == [1, 2, 3]
     assert list(verdict["sign"].loc[["chosen", "non_response"]]) == ["+", "-"]
     assert verdict.loc["non_response", "peak_step"] == 4
-    parts = changes[(changes["category"] == "chosen") & (changes["step"] == 8)].set_index(["measure", "unit"])["change"]
+    parts = changes[(changes["category"] == "chosen") & (changes["step"] == 8)].set_index(
+        ["measure", "unit"]
+    )["change"]
     whole = parts["logprob", "nats/response"]
     positions = [f"tokens_{name}" for name in ("1", "2_4", "5_16", "17_64", "65_up")]
     assert sum(parts[name, "nats/response"] for name in positions) == pytest.approx(whole, abs=1e-4)
-    assert parts["tokens_5_16", "nats/response"] == pytest.approx(0.9 * whole * 12 / (NUM_TOKENS - 1), abs=1e-3)
-    assert parts["body", "nats/body token"] == pytest.approx(0.9 * whole / (NUM_TOKENS - 1), abs=1e-4)
+    assert parts["tokens_5_16", "nats/response"] == pytest.approx(
+        0.9 * whole * 12 / (NUM_TOKENS - 1), abs=1e-3
+    )
+    assert parts["body", "nats/body token"] == pytest.approx(
+        0.9 * whole / (NUM_TOKENS - 1), abs=1e-4
+    )
     assert parts["logprob", "nats/byte"] == pytest.approx(whole / (4 * NUM_TOKENS), abs=1e-4)
     assert pd.read_parquet(run / "analysis/changes.parquet").shape == changes.shape
 
@@ -81,7 +92,9 @@ def test_half_step(changes: list[float], expected: float) -> None:
     assert half_step(steps, changes) == pytest.approx(expected)
 
 
-def test_several_runs_are_averaged_and_shown_with_both_kinds_of_noise(sft_probe: Run, tmp_path: Path) -> None:
+def test_several_runs_are_averaged_and_shown_with_both_kinds_of_noise(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(3)]
     result = sft_probe("analyze", *runs, "--out", tmp_path / "out")
     assert "mean of 3 runs of made-up on chosen" in result.stdout, result.stderr
@@ -90,20 +103,29 @@ def test_several_runs_are_averaged_and_shown_with_both_kinds_of_noise(sft_probe:
     verdict = pd.read_csv(tmp_path / "out/verdict.csv")
     means = verdict.groupby("category")["change"]
     np.testing.assert_allclose(table["change"], means.mean().reindex(table.index), atol=1e-4)
-    half = 4.302653 * means.std().reindex(table.index) / np.sqrt(3)  # t quantile of 2 degrees of freedom
+    half = (
+        4.302653 * means.std().reindex(table.index) / np.sqrt(3)
+    )  # t quantile of 2 degrees of freedom
     np.testing.assert_allclose(table["high"] - table["change"], half, atol=1e-3)
     assert (table["both_high"] - table["both_low"] > 0).all()
 
 
-def test_means_over_runs_are_of_the_docs_that_all_runs_have_and_of_one_setting(sft_probe: Run, tmp_path: Path) -> None:
+def test_means_over_runs_are_of_the_docs_that_all_runs_have_and_of_one_setting(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     runs = []
     for rate in (1e-5, 2e-5):
         for seed in range(2):
             run = write_run(
-                tmp_path / f"rate{rate}-s{seed}", seed=seed, num_docs=30, order_seed=seed,
+                tmp_path / f"rate{rate}-s{seed}",
+                seed=seed,
+                num_docs=30,
+                order_seed=seed,
                 omit=lambda row: row["category"] == "rejected" and int(row["doc_id"][1:]) >= 5,
-            )  # fmt: skip
-            manifest = json.loads((run / "manifest.json").read_text()) | {"arguments": {"learning_rate": rate}}
+            )
+            manifest = json.loads((run / "manifest.json").read_text()) | {
+                "arguments": {"learning_rate": rate}
+            }
             (run / "manifest.json").write_text(json.dumps(manifest))
             runs.append(run)
     result = sft_probe("analyze", *runs, "--out", tmp_path / "out")
@@ -115,8 +137,10 @@ def test_means_over_runs_are_of_the_docs_that_all_runs_have_and_of_one_setting(s
     assert "under 10 effective clusters: rejected (5.0)" in over
     table = pd.read_csv(tmp_path / "out/over_runs.csv").query("step == 8")
     assert dict(zip(table["category"], table["num_docs"], strict=True)) == {
-        "chosen": 30, "rejected": 5, "non_response": 30,
-    }  # fmt: skip
+        "chosen": 30,
+        "rejected": 5,
+        "non_response": 30,
+    }
     means = pd.read_csv(tmp_path / "out/verdict.csv").groupby("category")["change"].mean()
     np.testing.assert_allclose(table["change"], means.reindex(table["category"]), atol=1e-5)
 
@@ -128,10 +152,15 @@ def test_published_numbers(sft_probe: Run) -> None:
     assert "+43.6" in lines["chosen"]
     assert "+36.6" in lines["rejected"]
     assert "+22.8" in lines["irr_train"]
-    assert "irr_test rose 7.9 nats by example 10000, then fell to about its start (-0.7); means only" in result.stdout
+    assert (
+        "irr_test rose 7.9 nats by example 10000, then fell to about its start (-0.7); means only"
+        in result.stdout
+    )
 
 
-def test_the_results_of_a_plain_lm_eval_give_the_same_changes(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+def test_the_results_of_a_plain_lm_eval_give_the_same_changes(
+    sft_probe: Run, swept_run: Path, tmp_path: Path
+) -> None:
     theirs = tmp_path / "theirs"
     for path in swept_run.glob("sweep/step_*/heldout/*_*.json*"):
         folder = theirs / f"checkpoint-{int(path.parts[-3][5:])}" / "some_model"
@@ -145,12 +174,18 @@ def test_the_results_of_a_plain_lm_eval_give_the_same_changes(sft_probe: Run, sw
     own = tmp_path / "own"
     shutil.copytree(swept_run, own)
     mine, other = _verdict_of(sft_probe, own), _verdict_of(sft_probe, theirs)
-    pd.testing.assert_frame_equal(mine[["change", "low", "high"]], other.loc[mine.index, ["change", "low", "high"]])
+    pd.testing.assert_frame_equal(
+        mine[["change", "low", "high"]], other.loc[mine.index, ["change", "low", "high"]]
+    )
     assert other["share_body"].isna().all()
-    assert "has no scores of the terminator" in user_error(sft_probe("analyze", theirs, "--include-eos"))
+    assert "has no scores of the terminator" in user_error(
+        sft_probe("analyze", theirs, "--include-eos")
+    )
 
 
-def test_margins_slopes_and_pmi_of_a_real_run(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+def test_margins_slopes_and_pmi_of_a_real_run(
+    sft_probe: Run, swept_run: Path, tmp_path: Path
+) -> None:
     own = tmp_path / "own"
     shutil.copytree(swept_run, own)
     result = sft_probe("analyze", own)
@@ -159,7 +194,9 @@ def test_margins_slopes_and_pmi_of_a_real_run(sft_probe: Run, swept_run: Path, t
     pmi = contrasts[contrasts["contrast"] == "pmi"].set_index("step")["value"]
     moved_pmi = contrasts[contrasts["contrast"] == "pmi_change"].set_index("step")
     np.testing.assert_allclose(moved_pmi["value"], pmi - pmi.iloc[0], atol=1e-5)
-    assert moved_pmi["low"].isna().to_list() == [step == 0 for step in moved_pmi.index], "no variance, no interval"
+    assert moved_pmi["low"].isna().to_list() == [step == 0 for step in moved_pmi.index], (
+        "no variance, no interval"
+    )
     last = contrasts[contrasts["step"] == 4].set_index(["contrast", "category"])["value"]
     change = verdict["change"].astype(float).to_dict()
     expected = change["chosen"] - change["random"]
@@ -170,12 +207,20 @@ def test_margins_slopes_and_pmi_of_a_real_run(sft_probe: Run, swept_run: Path, t
         rows[rows["category"] == name].set_index("doc_id")["logprob"].astype(float).to_dict()
         for name in ("chosen", "random")
     )
-    differences = [own_prompt[docs[str(name)]["random_doc_id"]] - value for name, value in borrowed.items()]
+    differences = [
+        own_prompt[docs[str(name)]["random_doc_id"]] - value for name, value in borrowed.items()
+    ]
     assert last["pmi", "chosen"] == pytest.approx(np.mean(differences), abs=1e-4)
     chosen = rows[rows["category"] == "chosen"].set_index("doc_id")
-    start = pd.read_parquet(own / "scores.parquet").query("step == 0 and category == 'chosen'").set_index("doc_id")
+    start = (
+        pd.read_parquet(own / "scores.parquet")
+        .query("step == 0 and category == 'chosen'")
+        .set_index("doc_id")
+    )
     moved = chosen["logprob"] - start["logprob"].reindex(chosen.index)
-    assert last["slope", "chosen"] == pytest.approx(np.polyfit(chosen["num_tokens"], moved, 1)[0], abs=1e-5)
+    assert last["slope", "chosen"] == pytest.approx(
+        np.polyfit(chosen["num_tokens"], moved, 1)[0], abs=1e-5
+    )
 
 
 def _embedded_lines() -> list[str]:
@@ -190,7 +235,8 @@ def test_one_doc_one_category_and_a_missing_score(sft_probe: Run, tmp_path: Path
     result = sft_probe("analyze", write_run(tmp_path / "one", curves=only, num_docs=1))
     assert "too few prompts for an interval" in result.stdout, result.stderr
     holed = write_run(
-        tmp_path / "holed", omit=lambda row: (row["step"], row["doc_id"], row["category"]) == (8, "d3", "chosen")
+        tmp_path / "holed",
+        omit=lambda row: (row["step"], row["doc_id"], row["category"]) == (8, "d3", "chosen"),
     )
     result = sft_probe("analyze", holed)
     assert "1 of 288 scores are missing" in result.stdout, result.stderr
@@ -199,7 +245,9 @@ def test_one_doc_one_category_and_a_missing_score(sft_probe: Run, tmp_path: Path
 
 def test_many_steps_and_categories(sft_probe: Run, tmp_path: Path) -> None:
     curves = {f"c{number}": lambda step, rate=number: rate * step / 154 for number in range(12)}
-    result = sft_probe("analyze", write_run(tmp_path / "big", curves=curves, steps=range(154), num_docs=4))
+    result = sft_probe(
+        "analyze", write_run(tmp_path / "big", curves=curves, steps=range(154), num_docs=4)
+    )
     assert result.returncode == 0, result.stderr
     assert sum(line.startswith("- c") for line in result.stdout.splitlines()) == 12
 
@@ -219,7 +267,9 @@ def test_repeated_responses_are_one_cluster(sft_probe: Run, tmp_path: Path) -> N
     assert sft_probe("plot", run, "--format", "svg").returncode == 0
     trajectory = pd.read_csv(run / "trajectory.csv").query("step == 8").set_index("category")
     ends = trajectory.loc[verdict.index, ["delta_ci_low", "delta_ci_high"]]
-    np.testing.assert_allclose(ends, verdict[["low", "high"]], atol=6e-5, err_msg="one mean has one interval")
+    np.testing.assert_allclose(
+        ends, verdict[["low", "high"]], atol=6e-5, err_msg="one mean has one interval"
+    )
 
 
 def test_a_foreign_sweep_finds_its_probe_set_from_any_directory(
@@ -228,11 +278,15 @@ def test_a_foreign_sweep_finds_its_probe_set_from_any_directory(
     monkeypatch.chdir(tmp_path)
     docs = [
         {
-            "doc_id": f"d{number}", "conversation_id": f"c{number}", "split": "heldout", "chosen": f"Answer {number}.",
-            "non_response": f"The same for {number // 4}.", "messages": [{"role": "user", "content": f"Q{number}"}],
+            "doc_id": f"d{number}",
+            "conversation_id": f"c{number}",
+            "split": "heldout",
+            "chosen": f"Answer {number}.",
+            "non_response": f"The same for {number // 4}.",
+            "messages": [{"role": "user", "content": f"Q{number}"}],
         }
         for number in range(12)
-    ]  # fmt: skip
+    ]
     Path("set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     for step in (0, 1):
         shutil.copytree(tiny_model, f"ck/checkpoint-{step}")
@@ -244,7 +298,9 @@ def test_a_foreign_sweep_finds_its_probe_set_from_any_directory(
     assert not [note for note in recording.notes if "probe set" in note]
 
 
-def test_live_and_swept_rows_that_differ_are_told(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+def test_live_and_swept_rows_that_differ_are_told(
+    sft_probe: Run, swept_run: Path, tmp_path: Path
+) -> None:
     own = tmp_path / "own"
     shutil.copytree(swept_run, own)
     (own / "probe").mkdir()
@@ -259,7 +315,13 @@ def test_live_and_swept_rows_that_differ_are_told(sft_probe: Run, swept_run: Pat
 def test_a_forerunners_metric_file(sft_probe: Run, tmp_path: Path) -> None:
     values = [(-122.5, -97.0), (-100.0, -80.0), (-79.5, -60.5)]
     lines = [
-        json.dumps({"logps_eval_prob_train/chosen": a, "p_e": math.nan, "logps_eval_prob_train/reject_gptformat": b})
+        json.dumps(
+            {
+                "logps_eval_prob_train/chosen": a,
+                "p_e": math.nan,
+                "logps_eval_prob_train/reject_gptformat": b,
+            }
+        )
         for a, b in values
     ]
     path = tmp_path / "prob_train_metrics.json"
@@ -269,12 +331,21 @@ def test_a_forerunners_metric_file(sft_probe: Run, tmp_path: Path) -> None:
     verdict = pd.read_csv(tmp_path / "out/verdict.csv").set_index("category")
     assert verdict["change"].to_dict() == pytest.approx({"chosen": 43.0, "reject_gptformat": 36.5})
     assert set(verdict["split"]) == {"train"}
-    assert "keys left out (no log-prob of a category, or not finite in every line): p_e" in result.stdout
+    assert (
+        "keys left out (no log-prob of a category, or not finite in every line): p_e"
+        in result.stdout
+    )
 
 
 def test_a_repeated_line_that_lost_a_key_or_a_number_is_a_repeat(tmp_path: Path) -> None:
-    lines = [{f"logps_eval_prob_train/{name}": -9.0 * step for name in ("chosen", "rejected")} for step in range(3)]
-    partial, not_finite = dict(list(lines[1].items())[:1]), lines[2] | {"logps_eval_prob_train/rejected": math.nan}
+    lines = [
+        {f"logps_eval_prob_train/{name}": -9.0 * step for name in ("chosen", "rejected")}
+        for step in range(3)
+    ]
+    partial, not_finite = (
+        dict(list(lines[1].items())[:1]),
+        lines[2] | {"logps_eval_prob_train/rejected": math.nan},
+    )
     path = tmp_path / "prob_train_metrics.json"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, partial, not_finite]))
     recording = load_recording(path)
@@ -292,10 +363,14 @@ def test_a_repeated_line_that_lost_a_key_or_a_number_is_a_repeat(tmp_path: Path)
 def test_repeated_and_interleaved_evaluations_count_once(lines: list[tuple[int, float]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "metrics.json")
-        path.write_text("".join(f'{{"logps_eval_prob_train/a": {-n + e}, "p_e": NaN}}\n' for n, e in lines))
+        path.write_text(
+            "".join(f'{{"logps_eval_prob_train/a": {-n + e}, "p_e": NaN}}\n' for n, e in lines)
+        )
         means, unit, notes = read_metrics(path)
     first = list(dict.fromkeys(number for number, _ in lines))
-    assert list(means["value"].round()) == [-number for number in first], "in the order of their first line"
+    assert list(means["value"].round()) == [-number for number in first], (
+        "in the order of their first line"
+    )
     assert (list(means["step"]), unit) == (list(range(len(first))), "evaluation")
     repeats = len(lines) - len(first)
     assert any(f"{repeats} of {len(lines)} lines repeat" in note for note in notes) == (repeats > 0)
@@ -310,7 +385,9 @@ def test_repeated_and_interleaved_evaluations_count_once(lines: list[tuple[int, 
         ("qwen1.8b_dpo_after_sft", 30, (-54.38, None)),
     ],
 )
-def test_published_metrics(name: str, evaluations: int, first_last: tuple[float, float | None]) -> None:
+def test_published_metrics(
+    name: str, evaluations: int, first_last: tuple[float, float | None]
+) -> None:
     means, _, notes = read_metrics(SHARED / f"reference/learning-dynamics/{name}.metrics.json")
     chosen = means[means["category"] == "chosen"]["value"]
     assert len(chosen) == evaluations
@@ -337,7 +414,8 @@ def test_published_metrics(name: str, evaluations: int, first_last: tuple[float,
         (
             "a.json",
             3 * '{"logps_eval_prob_train/chosen": -1}\n',
-            "one evaluation only, so nothing can have changed. 2 of 3 lines repeat an earlier evaluation",
+            "one evaluation only, so nothing can have changed. 2 of 3 lines repeat an earlier "
+            "evaluation",
         ),
         ("a.json", "[]\n", "line 1: not a JSON object"),
         ("a.json", "", "is empty"),
@@ -346,7 +424,9 @@ def test_published_metrics(name: str, evaluations: int, first_last: tuple[float,
         ("nothing.txt", "", "holds no scores"),
     ],
 )
-def test_what_cannot_be_analyzed(sft_probe: Run, tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_what_cannot_be_analyzed(
+    sft_probe: Run, tmp_path: Path, name: str, content: str, words: str
+) -> None:
     (tmp_path / name).write_text(content)
     source = tmp_path / name if name.startswith("a.") else tmp_path
     assert words in user_error(sft_probe("analyze", source))
@@ -355,7 +435,9 @@ def test_what_cannot_be_analyzed(sft_probe: Run, tmp_path: Path, name: str, cont
 def test_a_curve_that_never_moves(sft_probe: Run, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("step,category,logprob\n0,a,-1\n1,a,-1\n0,b,-1\n1,b,-9\n")
     result = sft_probe("analyze", tmp_path / "a.csv")
-    assert "a did not move for certain (+0.0 nats by step 1); means only" in result.stdout, result.stderr
+    assert "a did not move for certain (+0.0 nats by step 1); means only" in result.stdout, (
+        result.stderr
+    )
 
 
 def test_what_is_no_score_row(sft_probe: Run, tmp_path: Path) -> None:
@@ -365,10 +447,18 @@ def test_what_is_no_score_row(sft_probe: Run, tmp_path: Path) -> None:
     path.write_text(lines.replace('"split": "heldout"', '"split": "test"'))
     assert "the split 'test' is none of heldout, train" in user_error(sft_probe("analyze", run))
     path.write_text(lines[: len(lines) // 2])
-    assert "step_000001.jsonl holds no score rows of this version" in user_error(sft_probe("analyze", run))
-    path.write_text("".join(line for line in lines.splitlines(keepends=True) if '"chosen"' not in line))
+    assert "step_000001.jsonl holds no score rows of this version" in user_error(
+        sft_probe("analyze", run)
+    )
+    path.write_text(
+        "".join(line for line in lines.splitlines(keepends=True) if '"chosen"' not in line)
+    )
     first = run / "probe/step_000000.jsonl"
-    rest = [line for line in first.read_text().splitlines(keepends=True) if '"category": "rejected"' not in line]
+    rest = [
+        line
+        for line in first.read_text().splitlines(keepends=True)
+        if '"category": "rejected"' not in line
+    ]
     first.write_text("".join(rest))
     verdict = _verdict_of(sft_probe, run)
     assert "rejected was scored at one step only" in verdict["sentence"]["rejected"]
@@ -378,9 +468,13 @@ def test_what_is_no_score_row(sft_probe: Run, tmp_path: Path) -> None:
 def test_runs_of_different_settings_are_not_averaged(sft_probe: Run, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(3)]
     path = runs[2] / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "arguments": {"learning_rate": 1e-3}}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "arguments": {"learning_rate": 1e-3}})
+    )
     text = sft_probe("analyze", *runs).stdout
-    assert "mean of 2 runs of made-up on chosen that differ in their order seed alone (0, 1)" in text
+    assert (
+        "mean of 2 runs of made-up on chosen that differ in their order seed alone (0, 1)" in text
+    )
     again = write_run(tmp_path / "again", seed=0)
     result = sft_probe("analyze", runs[0], again)
     assert "mean of" not in result.stdout
@@ -389,8 +483,12 @@ def test_runs_of_different_settings_are_not_averaged(sft_probe: Run, tmp_path: P
 
 def test_refusals_of_runs(sft_probe: Run, tmp_path: Path) -> None:
     assert "does not exist" in user_error(sft_probe("analyze", tmp_path / "nowhere"))
-    assert "one step only (0)" in user_error(sft_probe("analyze", write_run(tmp_path / "short", steps=[0])))
+    assert "one step only (0)" in user_error(
+        sft_probe("analyze", write_run(tmp_path / "short", steps=[0]))
+    )
     run = write_run(tmp_path / "twice")
-    assert "it has chosen, rejected" in user_error(sft_probe("analyze", run, "--categories", "nonsense"))
+    assert "it has chosen, rejected" in user_error(
+        sft_probe("analyze", run, "--categories", "nonsense")
+    )
     shutil.copy(run / "probe/step_000001.jsonl", run / "probe/step_000002.jsonl")
     assert "two score rows of run twice" in user_error(sft_probe("analyze", run))

@@ -1,4 +1,5 @@
-"""The statistics against scipy, statsmodels, closed forms, published numbers, and simulated coverage."""
+"""The statistics against scipy, statsmodels, closed forms, published numbers, and simulated
+coverage."""
 
 import importlib.util
 import json
@@ -38,7 +39,9 @@ def _clusters(num_docs: int, generator: np.random.Generator) -> NDArray[np.int64
     return np.repeat(np.arange(num_docs), sizes)[:num_docs]
 
 
-def _trajectories(clusters: NDArray[np.int64], num_points: int, generator: np.random.Generator) -> Floats:
+def _trajectories(
+    clusters: NDArray[np.int64], num_points: int, generator: np.random.Generator
+) -> Floats:
     """Skewed random walks, correlated within clusters and from step to step; true mean 0."""
     of_clusters = generator.normal(size=(clusters.max() + 1, num_points))
     noise = generator.exponential(size=(len(clusters), num_points)) - 1
@@ -46,7 +49,13 @@ def _trajectories(clusters: NDArray[np.int64], num_points: int, generator: np.ra
     return walks
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 5))), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 5))),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_clusters_are_connected_components(docs: list[tuple[int, int | None]]) -> None:
     found = cluster_ids([doc[0] for doc in docs], [doc[1] for doc in docs])
     expected = list(range(len(docs)))
@@ -55,7 +64,9 @@ def test_clusters_are_connected_components(docs: list[tuple[int, int | None]]) -
             for j, second in enumerate(docs):
                 if first[0] == second[0] or (first[1] is not None and first[1] == second[1]):
                     expected[i] = expected[j] = min(expected[i], expected[j])
-    assert [[a == b for b in found] for a in found] == [[a == b for b in expected] for a in expected]
+    assert [[a == b for b in found] for a in found] == [
+        [a == b for b in expected] for a in expected
+    ]
     assert set(found) == set(range(found.max() + 1))
 
 
@@ -71,7 +82,10 @@ def test_a_mean_of_few_docs_is_that_of_scipy() -> None:
 
 def test_an_interval_is_at_least_that_of_t_and_longer_where_docs_are_skewed() -> None:
     generator = np.random.default_rng(0)
-    for values, ratio in ((generator.normal(size=(40, 200)), 1.0), (generator.exponential(size=(40, 200)), 1.4)):
+    for values, ratio in (
+        (generator.normal(size=(40, 200)), 1.0),
+        (generator.exponential(size=(40, 200)), 1.4),
+    ):
         found = estimate(values, np.arange(40))
         interval = stats.ttest_1samp(values, 0).confidence_interval()
         assert (found.low <= interval.low + 1e-9).all()
@@ -82,7 +96,9 @@ def test_an_interval_is_at_least_that_of_t_and_longer_where_docs_are_skewed() ->
 
 @given(st.floats(-3, 3), st.integers(0, 1000))
 def test_p_is_below_5_percent_where_the_interval_excludes_0(shift: float, seed: int) -> None:
-    found = estimate(shift + np.random.default_rng(seed).exponential(size=(20, 1)) - 1, np.arange(20))
+    found = estimate(
+        shift + np.random.default_rng(seed).exponential(size=(20, 1)) - 1, np.arange(20)
+    )
     if min(abs(found.low[0]), abs(found.high[0])) > 1e-6:
         assert (found.p_values[0] < 0.05) == found.has_sign[0]
 
@@ -93,7 +109,9 @@ def test_a_clustered_mean_is_that_of_statsmodels() -> None:
     values = _trajectories(clusters, 4, generator)
     found = estimate(values, clusters)
     for point in range(4):
-        fit = sm.OLS(values[:, point], np.ones(50)).fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
+        fit = sm.OLS(values[:, point], np.ones(50)).fit(
+            cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True
+        )
         assert found.stderr[point] == pytest.approx(fit.bse[0])
 
 
@@ -138,7 +156,9 @@ def test_one_cluster_has_a_mean_and_no_interval() -> None:
 
 
 def test_copies_of_one_change_have_no_interval_and_no_change_at_all_has_one_of_no_width() -> None:
-    values = np.stack([np.full(24, 0.1), np.zeros(24), np.random.default_rng(0).normal(size=24)], axis=1)
+    values = np.stack(
+        [np.full(24, 0.1), np.zeros(24), np.random.default_rng(0).normal(size=24)], axis=1
+    )
     found = estimate(values, np.arange(24), band=True)
     assert list(np.isnan(found.low)) == [True, False, False]
     assert (found.low[1], found.high[1]) == (0, 0)
@@ -158,11 +178,16 @@ def test_the_band_is_wider_than_one_interval_and_narrower_than_bonferroni() -> N
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=60, max_size=60), st.integers(0, 99))
-def test_repeated_responses_of_one_category_change_its_own_intervals_alone(texts: list[int], seed: int) -> None:
+def test_repeated_responses_of_one_category_change_its_own_intervals_alone(
+    texts: list[int], seed: int
+) -> None:
     values = np.random.default_rng(seed).exponential(size=(60, 3, 4))
     conversations = np.arange(60) // 2
     apart = np.stack([cluster_ids(conversations)] * 3, axis=1)
-    repeated = np.stack([cluster_ids(conversations), cluster_ids(conversations, texts), cluster_ids(conversations)], 1)
+    repeated = np.stack(
+        [cluster_ids(conversations), cluster_ids(conversations, texts), cluster_ids(conversations)],
+        1,
+    )
     before, after = (estimate(values, clusters) for clusters in (apart, repeated))
     for name in ("mean", "stderr", "low", "high", "p_values"):
         np.testing.assert_array_equal(getattr(before, name)[[0, 2]], getattr(after, name)[[0, 2]])
@@ -190,7 +215,9 @@ def test_the_size_that_is_promised() -> None:
     clusters = np.stack([np.arange(500) // (1 + number % 3) for number in range(12)], axis=1)
     started = time.process_time()
     estimate(values, clusters, band=True)
-    assert time.process_time() - started < 60, "500 docs x 12 categories x 50 steps x 2,000 resamples"
+    assert time.process_time() - started < 60, (
+        "500 docs x 12 categories x 50 steps x 2,000 resamples"
+    )
 
 
 @settings(max_examples=20, deadline=None)  # statsmodels takes 50 ms
@@ -215,14 +242,17 @@ def test_a_slope_is_that_of_statsmodels() -> None:
             cov_type="cluster", cov_kwds={"groups": clusters[rows]}, use_t=True
         )
         count = len(values[rows])
-        without_intercept = math.sqrt((count - 2) / (count - 1))  # statsmodels counts it in its factor
+        without_intercept = math.sqrt(
+            (count - 2) / (count - 1)
+        )  # statsmodels counts it in its factor
         assert [found.mean[point], found.stderr[point]] == pytest.approx(
             [fit.params[1], fit.bse[1] * without_intercept]
         )
 
 
 def _parts(num_docs: int, num_points: int, generator: np.random.Generator) -> tuple[Floats, Floats]:
-    """[docs, points] of a part and of a whole of mean -2 that is above 0 for some docs; the share is 0.25."""
+    """[docs, points] of a part and of a whole of mean -2 that is above 0 for some docs; the share
+    is 0.25."""
     whole = -2 + 1.5 * (generator.exponential(size=(num_docs, num_points)) - 1)
     return 0.25 * whole + 0.5 * generator.normal(size=whole.shape), whole
 
@@ -271,7 +301,8 @@ def test_pairs_never_have_less_variance_than_their_owners_and_none_without_any()
 
 
 def _pair_stderr(seed: int) -> tuple[float, float]:
-    """Quantities a_n - b_m + noise, m a cyclic shift of n: neighbours share a doc. Mean and standard error."""
+    """Quantities a_n - b_m + noise, m a cyclic shift of n: neighbours share a doc. Mean and
+    standard error."""
     generator = np.random.default_rng(seed)
     effects = generator.normal(size=(80, 1))
     values = effects + np.roll(effects, -1, axis=0) + 0.2 * generator.normal(size=(80, 1))
@@ -292,7 +323,9 @@ def test_the_interval_over_runs_is_that_of_scipy() -> None:
     np.testing.assert_allclose(stderr, stats.sem(means))
 
 
-def _crossed(num_runs: int, num_docs: int, generator: np.random.Generator, doc_sd: float = 1.0) -> Floats:
+def _crossed(
+    num_runs: int, num_docs: int, generator: np.random.Generator, doc_sd: float = 1.0
+) -> Floats:
     """[runs, docs, 1], true mean 0."""
     runs = generator.normal(0, 0.5, size=(num_runs, 1, 1))
     docs = generator.normal(0, doc_sd, size=(1, num_docs, 1))
@@ -303,7 +336,10 @@ def _crossed(num_runs: int, num_docs: int, generator: np.random.Generator, doc_s
 def test_runs_and_docs_add_their_variances() -> None:
     values = _crossed(4, 30, np.random.default_rng(9))
     found = over_runs_and_docs(values, np.arange(30))
-    of_runs, of_docs = stats.sem(values.mean(axis=1))[0] ** 2, stats.sem(values.mean(axis=0))[0] ** 2
+    of_runs, of_docs = (
+        stats.sem(values.mean(axis=1))[0] ** 2,
+        stats.sem(values.mean(axis=0))[0] ** 2,
+    )
     assert found.stderr[0] ** 2 == pytest.approx(of_runs + of_docs)
     alone = estimate(values.mean(axis=0), np.arange(30))
     satterthwaite = (of_runs + of_docs) ** 2 / (of_runs**2 / 3 + of_docs**2 / alone.degrees_low[0])
@@ -318,12 +354,17 @@ def test_one_run_has_the_interval_over_docs() -> None:
 
 @needs_shared
 def test_published_changes_and_their_errors() -> None:
-    expected = {  # change by the last evaluation, its error unclustered, and by the category's own text
-        "chosen": (-151.98, 5.64, 0.90, 0.91), "rejected": (-121.35, -76.29, 1.30, 1.31),
-        "chosen_initial": (-151.66, -45.85, 1.60, 2.32), "irr_train": (-193.41, -29.59, 0.96, 1.27),
-        "irr_test": (-161.16, -48.98, 1.05, 1.05), "irr_hum": (-187.90, -34.72, 0.94, 0.96),
-        "random_permute": (-401.35, -90.14, 2.23, 2.23), "random_nonhum": (-361.76, -79.14, 1.76, 1.79),
-    }  # fmt: skip
+    # change by the last evaluation, its error unclustered, and by the category's own text
+    expected = {
+        "chosen": (-151.98, 5.64, 0.90, 0.91),
+        "rejected": (-121.35, -76.29, 1.30, 1.31),
+        "chosen_initial": (-151.66, -45.85, 1.60, 2.32),
+        "irr_train": (-193.41, -29.59, 0.96, 1.27),
+        "irr_test": (-161.16, -48.98, 1.05, 1.05),
+        "irr_hum": (-187.90, -34.72, 0.94, 0.96),
+        "random_permute": (-401.35, -90.14, 2.23, 2.23),
+        "random_nonhum": (-361.76, -79.14, 1.76, 1.79),
+    }
     names, values, texts = _published()
     own = np.stack([cluster_ids([doc[name] for doc in texts]) for name in names], axis=1)
     change = values - values[:, :, :1]
@@ -332,8 +373,12 @@ def test_published_changes_and_their_errors() -> None:
     for name, (start, moved, alone, by_text) in expected.items():
         number = names.index(name)
         found = (values[:, number, 0].mean(), apart.mean[number, -1], apart.stderr[number, -1])
-        assert [*found, clustered.stderr[number, 0]] == pytest.approx([start, moved, alone, by_text], abs=0.0051), name
-    assert apart.critical == pytest.approx(3.63, abs=0.08), "the quantile of 2,000 resamples has an error of 0.03"
+        assert [*found, clustered.stderr[number, 0]] == pytest.approx(
+            [start, moved, alone, by_text], abs=0.0051
+        ), name
+    assert apart.critical == pytest.approx(3.63, abs=0.08), (
+        "the quantile of 2,000 resamples has an error of 0.03"
+    )
 
 
 def _published() -> tuple[list[str], Floats, list[dict[str, Any]]]:
@@ -342,7 +387,10 @@ def _published() -> tuple[list[str], Floats, list[dict[str, Any]]]:
     values = np.load(folder / "pythia410m_dpo.logp.npy").transpose(2, 1, 0)
     lines = (folder / "pythia410m_dpo.metrics.json").read_text().splitlines()
     first = json.loads(lines[0])
-    texts = [json.loads(line) for line in (SHARED / "data/helpful-base/probe_train.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)
+        for line in (SHARED / "data/helpful-base/probe_train.jsonl").read_text().splitlines()
+    ]
     rows = [name.rpartition("/")[2] for name in first]
     kept = [number for number, name in enumerate(rows) if name in texts[0]]
     return [rows[number] for number in kept], values[:, kept], texts
@@ -382,7 +430,11 @@ def test_coverage_of_means_of_few_docs(simulations: Any) -> None:
     _check(rows, 1000)
     calm = {row["clusters"] for row in rows if row["warned"] <= 0.5}
     assert {"alone", "pairs", "30 % missing"} <= calm, "not everything is excused by a warning"
-    uneven = [row["coverage"] for row in rows if row["noise"] == "normal" and row["clusters"] == "half in one"]
+    uneven = [
+        row["coverage"]
+        for row in rows
+        if row["noise"] == "normal" and row["clusters"] == "half in one"
+    ]
     assert min(uneven) > 0.92, "G - 1 degrees of freedom give 0.7"
 
 
@@ -398,9 +450,13 @@ def test_coverage_of_bands_of_few_docs(simulations: Any, kind: str) -> None:
 @pytest.mark.parametrize("num_runs", [1, 2, 3, 5, 8, 12])
 def test_coverage_over_runs_and_docs(simulations: Any, num_runs: int) -> None:
     low, high = _bounds(1000)
-    low = {2: 0.87 - 0.03, 3: 0.91 - 0.03}.get(num_runs, low)  # what the output says of two and three runs
+    low = {2: 0.87 - 0.03, 3: 0.91 - 0.03}.get(
+        num_runs, low
+    )  # what the output says of two and three runs
     for noise in ("normal", "lognormal"):
-        row = simulations.runs(simulations.Design(noise, 24, "alone"), 1000, np.random.default_rng(0), num_runs, 10.0)
+        row = simulations.runs(
+            simulations.Design(noise, 24, "alone"), 1000, np.random.default_rng(0), num_runs, 10.0
+        )
         assert low <= row["coverage"] <= high + 0.01, (noise, row)
 
 
@@ -409,13 +465,17 @@ def test_coverage_of_transfer(simulations: Any, num_runs: int) -> None:
     low, _ = _bounds(500)
     low = {3: 0.91 - 0.04}.get(num_runs, low)
     for noise in ("normal", "lognormal"):
-        row = simulations.ratios(simulations.Design(noise, 32, "pairs"), 500, np.random.default_rng(0), num_runs)
+        row = simulations.ratios(
+            simulations.Design(noise, 32, "pairs"), 500, np.random.default_rng(0), num_runs
+        )
         assert row["coverage"] >= low, (noise, row)
 
 
 def test_coverage_of_pairs_and_slopes(simulations: Any) -> None:
     for name in ("pmi", "slopes"):
-        row = getattr(simulations, name)(simulations.Design("exponential", 32, "alone"), 1000, np.random.default_rng(0))
+        row = getattr(simulations, name)(
+            simulations.Design("exponential", 32, "alone"), 1000, np.random.default_rng(0)
+        )
         assert row["warned"] > 0.5 or row["coverage"] >= _bounds(1000)[0], (name, row)
 
 
@@ -429,13 +489,16 @@ def test_false_sentences(simulations: Any, truth: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["means", "bands", "runs", "runs_alike", "ratios", "pmi", "slopes"])
+@pytest.mark.parametrize(
+    "name", ["means", "bands", "runs", "runs_alike", "ratios", "pmi", "slopes"]
+)
 def test_coverage_of_every_cell(simulations: Any, name: str) -> None:
     rows = list(simulations.cells(name, 400, num_docs=(24, 32, 100)))
     low, high = _bounds(400)
     for row in rows:
         excused = row["warned"] > 0.5 or row.get("withheld", 0) > 0.5 or row.get("runs") in {2, 3}
-        # the interaction of runs and docs counts twice, pairs take a maximum, few docs of heavy tails give wide bands
+        # the interaction of runs and docs counts twice, pairs take a maximum, few docs of heavy
+        # tails give wide bands
         wide = name in {"runs_alike", "ratios", "pmi", "bands", "slopes"}
         assert excused or low - 0.01 <= row["coverage"] <= (1.0 if wide else high + 0.01), row
 

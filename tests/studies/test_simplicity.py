@@ -23,12 +23,22 @@ NUM_TRAIN = 32
 def _losses(run: Path, losses: list[float], category: str = "chosen", **changes: Any) -> Path:
     rows = [
         {
-            "run": run.name, "step": 1 + n // 4, "doc_id": f"d{n}", "category": category, "split": "train",
-            "loss_sum": loss, "num_tokens": NUM_TOKENS + 1, "num_bytes": 160, "order": n, **changes,
+            "run": run.name,
+            "step": 1 + n // 4,
+            "doc_id": f"d{n}",
+            "category": category,
+            "split": "train",
+            "loss_sum": loss,
+            "num_tokens": NUM_TOKENS + 1,
+            "num_bytes": 160,
+            "order": n,
+            **changes,
         }
         for n, loss in enumerate(losses)
-    ]  # fmt: skip
-    (run / "first_epoch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    ]
+    (run / "first_epoch.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in reversed(rows))
+    )
     return run
 
 
@@ -52,7 +62,10 @@ def test_code_length_and_half_gain(sft_probe: Run, tmp_path: Path) -> None:
     assert "surplus" not in text
     assert "step-0 scores of 0 of 32 training texts" in text
     assert "a claim needs at least 3" in text
-    assert set(pd.read_csv(tmp_path / "out/simplicity_ranks.csv")["what"]) == {"prequential", "half gain"}
+    assert set(pd.read_csv(tmp_path / "out/simplicity_ranks.csv")["what"]) == {
+        "prequential",
+        "half gain",
+    }
     assert "examples to half gain" in (tmp_path / "out/simplicity_ranks.svg").read_text()
 
 
@@ -80,7 +93,9 @@ def test_learned_bits(sft_probe: Run, tmp_path: Path) -> None:
         ([0, 1, 2, math.nan], (math.nan, math.nan)),
     ],
 )
-def test_half_of_a_gain_lies_between_two_probed_steps(changes: list[float], expected: tuple[float, float]) -> None:
+def test_half_of_a_gain_lies_between_two_probed_steps(
+    changes: list[float], expected: tuple[float, float]
+) -> None:
     assert half_bracket([0, 4, 8, 16], changes) == pytest.approx(expected, nan_ok=True)
 
 
@@ -102,8 +117,12 @@ def test_the_contrast_is_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> No
             order = [
                 (number + (category == "random")) % 24 for number in range(24)
             ]  # the text, not the prompt, has a cost
-            noise = [(text % 3 - 1 + 0.1 * (seed - 1)) * (category == "random") for text in order]  # of mean 0
-            losses = [100.0 + text + extra + seed + own for text, own in zip(order, noise, strict=True)]
+            noise = [
+                (text % 3 - 1 + 0.1 * (seed - 1)) * (category == "random") for text in order
+            ]  # of mean 0
+            losses = [
+                100.0 + text + extra + seed + own for text, own in zip(order, noise, strict=True)
+            ]
             runs.append(_losses(run, losses, category))
     _, text = _table(sft_probe, tmp_path / "out", *runs)
     table = pd.read_csv(tmp_path / "out/simplicity_contrasts.csv").iloc[0].to_dict()
@@ -111,13 +130,21 @@ def test_the_contrast_is_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> No
     assert table["num_runs"] == 3
     assert table["difference_bits"] == pytest.approx(12.0 * 24 / math.log(2))
     assert "random costs +415 bits" in text
-    assert table["low"] <= table["low_orders"] <= 12.0 * 24 / math.log(2) <= table["high_orders"] <= table["high"]
+    assert (
+        table["low"]
+        <= table["low_orders"]
+        <= 12.0 * 24 / math.log(2)
+        <= table["high_orders"]
+        <= table["high"]
+    )
     assert "for other orders and texts" in text
     assert "! 3 runs: intervals for other runs and prompts hold the truth in 92%" in text
 
 
 def test_runs_without_prompts_gain_on_their_responses(sft_probe: Run, tmp_path: Path) -> None:
-    run = _losses(write_run(tmp_path / "bare", train_category="chosen_no_prompt"), [100.0] * NUM_TRAIN)
+    run = _losses(
+        write_run(tmp_path / "bare", train_category="chosen_no_prompt"), [100.0] * NUM_TRAIN
+    )
     table, text = _table(sft_probe, tmp_path / "out", run)
     assert table["half_gain_by_examples"].notna().all()
     assert "sweep RUN --splits" not in text, "no sweep scores them without their prompts"
@@ -125,7 +152,11 @@ def test_runs_without_prompts_gain_on_their_responses(sft_probe: Run, tmp_path: 
 
 def test_texts_of_several_models_are_not_compared(sft_probe: Run, tmp_path: Path) -> None:
     runs = [
-        _losses(write_run(tmp_path / f"{model}_{name}", model=model, train_category=name), [100.0] * NUM_TRAIN, name)
+        _losses(
+            write_run(tmp_path / f"{model}_{name}", model=model, train_category=name),
+            [100.0] * NUM_TRAIN,
+            name,
+        )
         for model in ("a", "b")
         for name in ("chosen", "chosen_no_prompt")
     ]
@@ -133,7 +164,10 @@ def test_texts_of_several_models_are_not_compared(sft_probe: Run, tmp_path: Path
     assert "the runs are of several models or probe sets" in text
     assert "chosen_no_prompt costs" not in text
     twice = sft_probe(
-        "simplicity", runs[0], runs[1], _losses(write_run(tmp_path / "two", model="a"), [90.0] * NUM_TRAIN)
+        "simplicity",
+        runs[0],
+        runs[1],
+        _losses(write_run(tmp_path / "two", model="a"), [90.0] * NUM_TRAIN),
     )
     assert "two runs on chosen have order seed 0" in user_error(twice)
 
@@ -158,7 +192,8 @@ def test_the_kl_against_plain_transformers(sft_probe: Run, swept_run: Path, tmp_
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "out/simplicity.csv").iloc[0]
     models: list[Any] = [
-        AutoModelForCausalLM.from_pretrained(run / f"weights/step_{step:06d}").double() for step in (0, 4)
+        AutoModelForCausalLM.from_pretrained(run / f"weights/step_{step:06d}").double()
+        for step in (0, 4)
     ]
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "weights/step_000000")
     total, count = 0.0, 0
@@ -166,12 +201,19 @@ def test_the_kl_against_plain_transformers(sft_probe: Run, swept_run: Path, tmp_
         prompt = encode(tokenizer, PromptFormat("hh").render(doc.messages).text)
         ids = [*prompt, *tokenizer.encode(" " + doc.responses["chosen"]), tokenizer.eos_token_id]
         with torch.no_grad():
-            old, new = (model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1] for model in models)
-        start, last = torch.distributions.Categorical(logits=old), torch.distributions.Categorical(logits=new)
+            old, new = (
+                model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1] for model in models
+            )
+        start, last = (
+            torch.distributions.Categorical(logits=old),
+            torch.distributions.Categorical(logits=new),
+        )
         total += float(torch.distributions.kl_divergence(start, last).sum())
         count += len(ids) - len(prompt)
     assert total > 0
-    assert (table["kl_step_before"], table["kl_step_at"]) == (1, 4), "the two snapshots, half of the gain between them"
+    assert (table["kl_step_before"], table["kl_step_at"]) == (1, 4), (
+        "the two snapshots, half of the gain between them"
+    )
     assert table["kl_gain_before"] < table["matched_gain"] <= table["kl_gain_at"]
     assert 0 < table["kl_before"] < table["kl_at"]
     assert table["kl_at"] == pytest.approx(total / count, rel=1e-4)
@@ -180,6 +222,10 @@ def test_the_kl_against_plain_transformers(sft_probe: Run, swept_run: Path, tmp_
     assert max(abs(row["kl_sum"]) for row in rows) == 0.0
     before = {path: path.stat().st_mtime_ns for path in (run / "kl").iterdir()}
     assert sft_probe("simplicity", run, "--kl").returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in (run / "kl").iterdir()} == before, "what is there stays"
+    assert {path: path.stat().st_mtime_ns for path in (run / "kl").iterdir()} == before, (
+        "what is there stays"
+    )
     shutil.rmtree(run / "weights/step_000000")
-    assert "needs every snapshot, and that of step 0" in user_error(sft_probe("simplicity", run, "--kl"))
+    assert "needs every snapshot, and that of step 0" in user_error(
+        sft_probe("simplicity", run, "--kl")
+    )

@@ -22,21 +22,32 @@ RATES = {  # nats per response and step: row to probe category
 
 
 def _write(folder: Path, row: str, seed: int = 0, scale: float = 1.0, **columns: Any) -> Path:
-    curves = {name: lambda step, rate=rate: scale * rate * step for name, rate in RATES[row].items()}
-    return write_run(folder / f"{row}_{seed}", curves=curves, seed=seed, train_category=row, **columns)
+    curves = {
+        name: lambda step, rate=rate: scale * rate * step for name, rate in RATES[row].items()
+    }
+    return write_run(
+        folder / f"{row}_{seed}", curves=curves, seed=seed, train_category=row, **columns
+    )
 
 
 def _tables(folder: Path) -> dict[str, pd.DataFrame]:
-    return {path.stem.removeprefix("transfer_"): pd.read_csv(path) for path in folder.glob("transfer_*.csv")}
+    return {
+        path.stem.removeprefix("transfer_"): pd.read_csv(path)
+        for path in folder.glob("transfer_*.csv")
+    }
 
 
 def test_closed_forms() -> None:
-    np.testing.assert_allclose(selectivity(np.array([4.0]), np.array([[2.0], [-1.0]])), [1 - (2 - 1) / 2 / 4])
+    np.testing.assert_allclose(
+        selectivity(np.array([4.0]), np.array([[2.0], [-1.0]])), [1 - (2 - 1) / 2 / 4]
+    )
     assert np.isnan(divide(0.0, np.zeros(1))).all()
     same, apart = np.array(2.0), np.array(0.0)
     assert omega(same, same, same, same) == 0
     assert omega(same, apart, apart, same) == 1
-    assert omega(np.array(4.0), np.array(2.0), np.array(1.0), np.array(5.0)) == pytest.approx((3 + 3) / 9)
+    assert omega(np.array(4.0), np.array(2.0), np.array(1.0), np.array(5.0)) == pytest.approx(
+        (3 + 3) / 9
+    )
     halfway = crossing(np.array([0.0, 1.0, 3.0]), 2.0)
     assert halfway is not None
     assert list(halfway) == [0, 0.5, 0.5]
@@ -48,7 +59,9 @@ def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
     result = sft_probe("transfer", "--runs", *runs, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     tables = _tables(tmp_path / "out")
-    assert {"transfer.png", "omega.svg", "omega_curve.pdf"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"transfer.png", "omega.svg", "omega_curve.pdf"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
     per_token = 0.9 * 8 / (NUM_TOKENS - 1)  # the body gains 0.9 of a curve; the last step is 8
     matrix = tables["matrix"].set_index(["row", "category"])
     for row, rates in RATES.items():
@@ -68,7 +81,9 @@ def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
     assert share["random"] == pytest.approx(3.0 / 4.0, abs=0.03)
     assert "that training on random gives: 0.7" in result.stdout
     assert "3 runs: intervals for other runs and prompts hold the truth in 92%" in result.stdout
-    against = tables["differences"].set_index(["row", "other"]).to_dict("index")["rejected", "chosen"]
+    against = (
+        tables["differences"].set_index(["row", "other"]).to_dict("index")["rejected", "chosen"]
+    )
     assert against["category"] == "chosen"
     assert against["low"] < against["difference"] == pytest.approx(-2.0 * per_token, abs=0.03)
     assert f"training on rejected gained {against['difference']:+.3f}" in result.stdout
@@ -100,16 +115,24 @@ def test_disjoint_halves_are_the_null(sft_probe: Run, tmp_path: Path) -> None:
     real = table[~table["is_null"]].iloc[0].to_dict()
     assert 0 < null["omega"] < 0.05 < real["low"]
     found = _tables(tmp_path / "out")["differences"].set_index(["row", "other"])
-    assert found["low"].to_dict()["half_1", "half_2"] < 0 < found["high"].to_dict()["half_1", "half_2"]
+    assert (
+        found["low"].to_dict()["half_1", "half_2"] < 0 < found["high"].to_dict()["half_1", "half_2"]
+    )
     assert found["low"].to_dict()["half_1", "slower"] > 0, "rows of one target that do differ"
-    assert found["difference"].to_dict()["half_1", "slower"] == pytest.approx(0.2 * 4 * 7.2 / 39, abs=0.02)
+    assert found["difference"].to_dict()["half_1", "slower"] == pytest.approx(
+        0.2 * 4 * 7.2 / 39, abs=0.02
+    )
 
 
 def test_efficiency_is_of_the_row_that_bears_the_name(sft_probe: Run, tmp_path: Path) -> None:
     bare = _write(tmp_path / "bare", "chosen", seed=4, scale=0.5)
     rows = (_write(tmp_path, "chosen"), f"chosen_no_prompt={bare}")
     assert sft_probe("transfer", "--runs", *rows, "--out", tmp_path / "out").returncode == 0
-    table = _tables(tmp_path / "out")["matrix"].query("category == 'chosen'").set_index("row")["efficiency"]
+    table = (
+        _tables(tmp_path / "out")["matrix"]
+        .query("category == 'chosen'")
+        .set_index("row")["efficiency"]
+    )
     assert table["chosen"] == 1.0
     assert table["chosen_no_prompt"] == pytest.approx(0.5, abs=0.02)
 
@@ -126,9 +149,13 @@ def test_omega_without_a_gain_is_not_defined(sft_probe: Run, tmp_path: Path) -> 
     assert "that training on random gives: not defined" in result.stdout, result.stderr
 
 
-def test_one_doc_gives_no_interval_and_one_category_no_selectivity(sft_probe: Run, tmp_path: Path) -> None:
+def test_one_doc_gives_no_interval_and_one_category_no_selectivity(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     one = {"chosen": CURVES["chosen"]}
-    runs = [write_run(tmp_path / f"r{seed}", curves=one, num_docs=1, seed=seed) for seed in range(2)]
+    runs = [
+        write_run(tmp_path / f"r{seed}", curves=one, num_docs=1, seed=seed) for seed in range(2)
+    ]
     named = [f"{name}={run}" for name, run in zip(("chosen", "other"), runs, strict=True)]
     text = sft_probe("transfer", "--runs", *named, "--out", tmp_path / "out").stdout
     assert "nan" not in text
@@ -142,9 +169,13 @@ def test_what_cannot_be_compared(sft_probe: Run, tmp_path: Path) -> None:
     far = write_run(tmp_path / "far", curves={"else": float}, train_category="else")
     assert "share no held-out docs" in user_error(sft_probe("transfer", "--runs", one, far))
     foreign = _write(tmp_path, "rejected", model="another")
-    assert "several models, another, made-up" in user_error(sft_probe("transfer", "--runs", one, foreign))
+    assert "several models, another, made-up" in user_error(
+        sft_probe("transfer", "--runs", one, foreign)
+    )
     again = _write(tmp_path / "again", "chosen")
     twice = sft_probe("transfer", "--runs", one, again, _write(tmp_path, "random"))
     assert "no repeats: their order seeds are 0, 0" in user_error(twice)
     unknown = write_run(tmp_path / "unknown", train_category="something")
-    assert "was trained on something, which was not probed" in user_error(sft_probe("transfer", "--runs", one, unknown))
+    assert "was trained on something, which was not probed" in user_error(
+        sft_probe("transfer", "--runs", one, unknown)
+    )

@@ -1,4 +1,5 @@
-"""One bad piece never stops the rest of a sweep, whichever it is and wherever it stands; each is one message."""
+"""One bad piece never stops the rest of a sweep, whichever it is and wherever it stands; each is
+one message."""
 
 import json
 import shutil
@@ -17,7 +18,10 @@ WRONG_SHAPES = ["[]", "\xff", '"x"', "7", "null", '{"a": 1', "", "{}"]
 
 def slice_of(texts: list[str], number: int = 2) -> list[Any]:
     """The first ones for every run of the tests, the rest for the full one."""
-    return [*texts[:number], *(pytest.param(text, marks=pytest.mark.full) for text in texts[number:])]
+    return [
+        *texts[:number],
+        *(pytest.param(text, marks=pytest.mark.full) for text in texts[number:]),
+    ]
 
 
 def wrong_values(*keys: str) -> list[str]:
@@ -84,12 +88,16 @@ def index_of_metadata(path: Path) -> None:
 
 def one_layer_more(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))
+    (path / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1})
+    )
 
 
 def unknown_quantisation(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    (path / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
 
 
 def state_of_brackets(path: Path) -> None:
@@ -113,10 +121,22 @@ def break_state(path: Path) -> None:
 
 
 BREAKS = [
-    remove_config, break_config, list_as_config, break_tokenizer, break_weights, remove_weights, index_alone,
-    index_of_metadata, break_state, one_layer_more, unknown_quantisation, state_of_brackets, state_of_digits,
-    step_of_no_int64, negative_step,
-]  # fmt: skip
+    remove_config,
+    break_config,
+    list_as_config,
+    break_tokenizer,
+    break_weights,
+    remove_weights,
+    index_alone,
+    index_of_metadata,
+    break_state,
+    one_layer_more,
+    unknown_quantisation,
+    state_of_brackets,
+    state_of_digits,
+    step_of_no_int64,
+    negative_step,
+]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +177,8 @@ def test_nothing_readable_names_every_fault(folder: Path, sweep: Callable[..., A
 
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of the hub, which is out of reach: revisions step1 and step2 of some/model. Returns their refs."""
+    """The cache of the hub, which is out of reach: revisions step1 and step2 of some/model. Returns
+    their refs."""
     repository = folder / "hub/models--some--model"
     (repository / "refs").mkdir(parents=True)
     for step in (1, 2, 3):
@@ -169,7 +190,9 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("revisions", ["step0,step1,step2", "step1,step2,step3"])
-def test_a_missing_revision_costs_itself_alone(hub: Path, folder: Path, sft_probe: Run, revisions: str) -> None:
+def test_a_missing_revision_costs_itself_alone(
+    hub: Path, folder: Path, sft_probe: Run, revisions: str
+) -> None:
     flags = ("--model", "some/model", "--revisions", revisions, "--probe_set", folder / "set.jsonl")
     message = user_error(sft_probe("sweep", folder / "out", *flags))
     assert "1 checkpoints could not be scored in full" in message
@@ -182,7 +205,14 @@ def test_a_missing_revision_costs_itself_alone(hub: Path, folder: Path, sft_prob
 
 
 def test_a_branch_that_was_moved_is_scored_again(hub: Path, folder: Path, sft_probe: Run) -> None:
-    flags = ("--model", "some/model", "--revisions", "step1,step2", "--probe_set", folder / "set.jsonl")
+    flags = (
+        "--model",
+        "some/model",
+        "--revisions",
+        "step1,step2",
+        "--probe_set",
+        folder / "set.jsonl",
+    )
     assert sft_probe("sweep", folder / "out", *flags).returncode == 0
     before = pd.read_csv(folder / "out/trajectory.csv").set_index("step")["logprob"]
     (hub / "step2").write_text("3" * 40)
@@ -194,7 +224,9 @@ def test_a_branch_that_was_moved_is_scored_again(hub: Path, folder: Path, sft_pr
     assert (before.loc[1] == after.loc[1]).all()
     assert (before.loc[2] != after.loc[2]).all()
     (hub / "step2").unlink()
-    assert sft_probe("sweep", folder / "out", *flags).returncode == 0, "a cache that was emptied changes nothing"
+    assert sft_probe("sweep", folder / "out", *flags).returncode == 0, (
+        "a cache that was emptied changes nothing"
+    )
 
 
 def test_an_unforeseen_error_is_reported_with_its_class_and_a_log(
@@ -219,7 +251,9 @@ def test_an_unforeseen_error_is_reported_with_its_class_and_a_log(
     assert steps(folder / "out") == [1, 2, 3]
 
 
-def test_a_step_that_cannot_be_written_costs_itself_alone(folder: Path, sweep: Callable[..., Any]) -> None:
+def test_a_step_that_cannot_be_written_costs_itself_alone(
+    folder: Path, sweep: Callable[..., Any]
+) -> None:
     (folder / "out/sweep").mkdir(parents=True)
     (folder / "out/sweep/step_000002").write_text("a file where a directory should be")
     message = user_error(sweep())
@@ -242,8 +276,12 @@ def test_meta_of_another_shape(swept_run: Path, sft_probe: Run, tmp_path: Path, 
     assert "step 4 is complete" in message
 
 
-@pytest.mark.parametrize("text", slice_of([*WRONG_SHAPES, *wrong_values("prompt_format", "request")]))
-def test_manifests_of_another_shape(swept_run: Path, sft_probe: Run, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", slice_of([*WRONG_SHAPES, *wrong_values("prompt_format", "request")])
+)
+def test_manifests_of_another_shape(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, text: str
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     (run / "manifest.json").write_text(text, encoding="latin-1")
@@ -254,7 +292,9 @@ def test_manifests_of_another_shape(swept_run: Path, sft_probe: Run, tmp_path: P
 
 
 @pytest.mark.parametrize("text", slice_of(WRONG_SHAPES[:-1]))
-def test_what_reads_runs_names_the_file(swept_run: Path, sft_probe: Run, tmp_path: Path, text: str) -> None:
+def test_what_reads_runs_names_the_file(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, text: str
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     for name in ("sweep/manifest.json", "manifest.json"):
@@ -285,7 +325,9 @@ def test_a_run_of_another_shape_is_not_trained_on(
     run = tmp_path / "tiny"
     shutil.copytree(tiny_run, run)
     (run / "manifest.json").write_text(text, encoding="latin-1")
-    assert str(run / "manifest.json") in user_error(sft_probe("train", *tiny_flags, "--output_dir", run))
+    assert str(run / "manifest.json") in user_error(
+        sft_probe("train", *tiny_flags, "--output_dir", run)
+    )
 
 
 @pytest.mark.parametrize(
@@ -304,7 +346,9 @@ def test_rows_of_another_shape_name_their_file(
 
 
 @pytest.mark.parametrize("text", slice_of([*WRONG_SHAPES, *wrong_values("place", "files")]))
-def test_a_damaged_record_costs_its_step_alone(swept_run: Path, sft_probe: Run, tmp_path: Path, text: str) -> None:
+def test_a_damaged_record_costs_its_step_alone(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, text: str
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     record = run / "sweep/step_000001/heldout/checkpoint.json"

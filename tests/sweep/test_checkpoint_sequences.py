@@ -1,4 +1,5 @@
-"""In memory is what the checkpoint holds, in any order of checkpoints: the tensors of the library's own loader."""
+"""In memory is what the checkpoint holds, in any order of checkpoints: the tensors of the library's
+own loader."""
 
 import gc
 import json
@@ -12,7 +13,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from adapter_forms import FORMS, adapter_rows, differing_tensors, load_reference, make_base, save_adapter
+from adapter_forms import (
+    FORMS,
+    adapter_rows,
+    differing_tensors,
+    load_reference,
+    make_base,
+    save_adapter,
+)
 from helpers import Run, make_docs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -57,20 +65,35 @@ REFUSED = {
     "index without a map": "weight_map",
 }
 SOME_FORMS = (
-    "LoRA", "LoRA, DoRA", "LoRA, modules_to_save embed_tokens", "LoRA, modules_to_save lm_head",
-    "LoRA, trainable_token_indices", "LoRA, target embed_tokens", "LoRA, target lm_head", "LoRA, bias all",
-    "LoRA, init pissa", "IA3", "trainable tokens", "LayerNorm tuning", "prompt tuning",
-)  # fmt: skip
+    "LoRA",
+    "LoRA, DoRA",
+    "LoRA, modules_to_save embed_tokens",
+    "LoRA, modules_to_save lm_head",
+    "LoRA, trainable_token_indices",
+    "LoRA, target embed_tokens",
+    "LoRA, target lm_head",
+    "LoRA, bias all",
+    "LoRA, init pissa",
+    "IA3",
+    "trainable tokens",
+    "LayerNorm tuning",
+    "prompt tuning",
+)
 
 
 def edit(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in change(tensors).items()},
+        path,
+        {"format": "pt"},
+    )
 
 
 def add_whole_models(base: Path, pool: Path) -> None:
-    """Write the base in every form of file that a whole model comes in, and in some that are refused."""
+    """Write the base in every form of file that a whole model comes in, and in some that are
+    refused."""
 
     def copy(label: str, change: Callable[[Tensors], Tensors]) -> Path:
         shutil.copytree(base, pool / label)
@@ -81,7 +104,10 @@ def add_whole_models(base: Path, pool: Path) -> None:
         return {name: tensor / 2 for name, tensor in tensors.items()}
 
     def cast(dtype: torch.dtype, every: int = 1) -> Callable[[Tensors], Tensors]:
-        return lambda t: {name: x.to(dtype) if i % every == 0 else x for i, (name, x) in enumerate(halve(t).items())}
+        return lambda t: {
+            name: x.to(dtype) if i % every == 0 else x
+            for i, (name, x) in enumerate(halve(t).items())
+        }
 
     copy("base", dict)
     copy("halved", halve)
@@ -91,7 +117,10 @@ def add_whole_models(base: Path, pool: Path) -> None:
     copy("float16", cast(torch.float16))
     copy("mixed dtypes", cast(torch.bfloat16, every=3))
     copy("NaN", lambda t: {**t, "model.norm.weight": t["model.norm.weight"] * float("nan")})
-    copy("missing tensor", lambda t: {name: x for name, x in t.items() if name != "model.norm.weight"})
+    copy(
+        "missing tensor",
+        lambda t: {name: x for name, x in t.items() if name != "model.norm.weight"},
+    )
     copy("another shape", lambda t: {**t, "model.norm.weight": torch.ones(7)})
     pickled = copy("pickled", dict)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
@@ -101,11 +130,17 @@ def add_whole_models(base: Path, pool: Path) -> None:
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size="50KB")
     (pool / "index without a map/model.safetensors.index.json").write_text('{"metadata": {}}')
-    resized = copy("resized", lambda t: {name: torch.cat([x, x[:2]]) if len(x) == 600 else x for name, x in t.items()})
+    resized = copy(
+        "resized",
+        lambda t: {name: torch.cat([x, x[:2]]) if len(x) == 600 else x for name, x in t.items()},
+    )
     config = json.loads((resized / "config.json").read_text())
     (resized / "config.json").write_text(json.dumps({**config, "vocab_size": 602}))
     if config["tie_word_embeddings"]:
-        copy("only the head", lambda t: {(HEAD if name == EMBEDDINGS else name): x for name, x in t.items()})
+        copy(
+            "only the head",
+            lambda t: {(HEAD if name == EMBEDDINGS else name): x for name, x in t.items()},
+        )
 
 
 def add_adapters(base: Path, pool: Path, forms: tuple[str, ...]) -> None:
@@ -113,8 +148,15 @@ def add_adapters(base: Path, pool: Path, forms: tuple[str, ...]) -> None:
     for number, form in enumerate(forms):
         save_adapter(form, base, pool / form, seed=number)
     save_adapter("LoRA", base, pool / "LoRA, another", seed=100)
-    save_adapter("LoRA", pool / "another head", pool / "LoRA, save_embedding_layers", save_embedding_layers=True)
-    save_adapter("LoRA", pool / "resized", pool / "adapter on a resized base", save_embedding_layers=True)
+    save_adapter(
+        "LoRA",
+        pool / "another head",
+        pool / "LoRA, save_embedding_layers",
+        save_embedding_layers=True,
+    )
+    save_adapter(
+        "LoRA", pool / "resized", pool / "adapter on a resized base", save_embedding_layers=True
+    )
     for label in ("LoRA, save_embedding_layers", "adapter on a resized base"):
         edit_config(pool / label, base_model_name_or_path=str(base))
     for label, change in (
@@ -163,7 +205,11 @@ def checkpoint(folder: Path, step: int) -> Checkpoint:
 
 def sweep_settings(pool: Path, probe_set: Path, dtype: str) -> SweepSettings:
     request = SweepRequest(
-        directory=pool / "out", checkpoints=["*"], probe_set=str(probe_set), prompt_format="plain", dtype=dtype
+        directory=pool / "out",
+        checkpoints=["*"],
+        probe_set=str(probe_set),
+        prompt_format="plain",
+        dtype=dtype,
     )
     return resolve_settings(request, [checkpoint(pool / "base", 0)])
 
@@ -175,7 +221,8 @@ def reference_model(folder: Path, base: Path, dtype: torch.dtype) -> Any:
 
 
 def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -> None:
-    """Load the checkpoints one after another; each is refused, or every tensor is that of a load of it alone."""
+    """Load the checkpoints one after another; each is refused, or every tensor is that of a load of
+    it alone."""
     settings = sweep_settings(pool, probe_set, dtype)
     live = LiveModel(dtype, "cpu", settings)
     lm: ProbeLM | None = None
@@ -191,7 +238,9 @@ def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -
         if reason:
             continue
         if lm is None:
-            lm = ProbeLM(pretrained=model, backend="causal", tokenizer=settings.tokenizer, max_length=256)
+            lm = ProbeLM(
+                pretrained=model, backend="causal", tokenizer=settings.tokenizer, max_length=256
+            )
         lm.use(model)
         reference = reference_model(pool / label, pool / "the base", getattr(torch, dtype))
         assert differing_tensors(lm.model, reference) == [], told
@@ -200,7 +249,9 @@ def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -
 def test_a_file_that_is_overwritten_while_it_is_scored(tmp_path: Path, probe_set: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     reference = reference_model(shutil.copytree(base, tmp_path / "copy"), base, torch.float32)
-    model = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32")).load(checkpoint(base, 0))
+    model = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32")).load(
+        checkpoint(base, 0)
+    )
     path = base / "model.safetensors"
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
@@ -212,7 +263,9 @@ def test_only_one_model_is_in_memory(tmp_path: Path, probe_set: Path) -> None:
     save_adapter("LoRA, modules_to_save embed_tokens", base, tmp_path / "adapter")
     live = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32"))
     model = live.load(checkpoint(base, 0))
-    lm = ProbeLM(pretrained=model, backend="causal", tokenizer=live.settings.tokenizer, max_length=256)
+    lm = ProbeLM(
+        pretrained=model, backend="causal", tokenizer=live.settings.tokenizer, max_length=256
+    )
     for step, folder in enumerate((tmp_path / "adapter", base), start=1):
         earlier = weakref.ref(model)
         lm.use(None)
@@ -224,7 +277,9 @@ def test_only_one_model_is_in_memory(tmp_path: Path, probe_set: Path) -> None:
 
 def sequence(pool: Path, seed: int) -> list[str]:
     labels = labels_in(pool)
-    return random.Random(seed).choices(labels, [1 if label in REFUSED else 3 for label in labels], k=SEQUENCE_LENGTH)
+    return random.Random(seed).choices(
+        labels, [1 if label in REFUSED else 3 for label in labels], k=SEQUENCE_LENGTH
+    )
 
 
 def labels_in(pool: Path) -> list[str]:
@@ -246,13 +301,20 @@ def test_some_sequences(seed: int, small_pool: Path, probe_set: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(NUM_SEQUENCES))
 def test_sequences(seed: int, whole_pool: Path, probe_set: Path) -> None:
-    check_sequence(whole_pool, probe_set, sequence(whole_pool, seed), "bfloat16" if seed % 4 == 0 else "float32")
+    check_sequence(
+        whole_pool,
+        probe_set,
+        sequence(whole_pool, seed),
+        "bfloat16" if seed % 4 == 0 else "float32",
+    )
 
 
 @pytest.mark.full
 def test_the_table_of_forms() -> None:
     results = {form: result for form, result, _ in adapter_rows()}
-    assert {form for form, result in results.items() if result == "refused"} == REFUSED.keys() & FORMS.keys()
+    assert {
+        form for form, result in results.items() if result == "refused"
+    } == REFUSED.keys() & FORMS.keys()
     assert list(results.values()).count("right") >= 60
     assert "untested" not in results.values()  # by the version of PEFT in constraints.txt
 
@@ -261,7 +323,8 @@ def test_the_table_of_forms() -> None:
 def test_every_form_after_another_and_its_score(
     whole_pool: Path, probe_set: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
-    """One sweep over the whole pool: each checkpoint is refused by name, or scored as one that is loaded alone."""
+    """One sweep over the whole pool: each checkpoint is refused by name, or scored as one that is
+    loaded alone."""
     labels = labels_in(whole_pool)
     random.Random(1).shuffle(labels)
     labels.remove("base")
@@ -269,8 +332,12 @@ def test_every_form_after_another_and_its_score(
     for step, label in enumerate(labels):
         (tmp_path / f"checkpoint-{step}").symlink_to(whole_pool / label)
     flags = ("--probe_set", probe_set, "--prompt_format", "plain", "--max_length", 256)
-    result = sft_probe("sweep", tmp_path / "out", "--checkpoints", tmp_path / "checkpoint-*", *flags)
-    scores = pd.read_parquet(tmp_path / "out/scores.parquet").set_index(["step", "doc_id", "category"])["logprob"]
+    result = sft_probe(
+        "sweep", tmp_path / "out", "--checkpoints", tmp_path / "checkpoint-*", *flags
+    )
+    scores = pd.read_parquet(tmp_path / "out/scores.parquet").set_index(
+        ["step", "doc_id", "category"]
+    )["logprob"]
     settings = sweep_settings(whole_pool, probe_set, "float32")
     for step, label in enumerate(labels):
         if label in REFUSED or label == "NaN":
@@ -285,4 +352,6 @@ def test_every_form_after_another_and_its_score(
                     logprobs = model(joint).logits[0].double().log_softmax(-1)
                 place = range(len(doc.prompt_ids), joint.shape[1])
                 expected = sum(float(logprobs[i - 1, joint[0, i]]) for i in place)
-                assert scores[step, doc.doc.doc_id, category] == pytest.approx(expected, abs=2e-3), label
+                assert scores[step, doc.doc.doc_id, category] == pytest.approx(
+                    expected, abs=2e-3
+                ), label

@@ -1,4 +1,5 @@
-"""Several sweeps and shards on one directory, killed at random: the table is that of one undisturbed sweep."""
+"""Several sweeps and shards on one directory, killed at random: the table is that of one
+undisturbed sweep."""
 
 import json
 import multiprocessing
@@ -15,11 +16,14 @@ import pytest
 from helpers import Run, command_to_file, make_checkpoint, make_docs
 
 TIMEOUT_S = 600
-SERVER = multiprocessing.get_context("forkserver")  # imports once; each process is a real one that can be killed
+SERVER = multiprocessing.get_context(
+    "forkserver"
+)  # imports once; each process is a real one that can be killed
 
 
 class Drill:
-    """Processes that sweep into one directory; each command is started again after a kill, as a user would."""
+    """Processes that sweep into one directory; each command is started again after a kill, as a
+    user would."""
 
     def __init__(self, out: Path, commands: list[list[str]], seed: int) -> None:
         self.out = out
@@ -30,7 +34,9 @@ class Drill:
 
     def start(self, number: int) -> None:
         log = self.out.parent / f"{number}.log"
-        self.running[number] = SERVER.Process(target=command_to_file, args=(self.commands[number], str(log)))
+        self.running[number] = SERVER.Process(
+            target=command_to_file, args=(self.commands[number], str(log))
+        )
         self.running[number].start()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -81,15 +87,27 @@ def test_four_at_once_make_the_table_of_one(
     tiny_model: Path, tmp_path: Path, sft_probe: Run, size: tuple[int, int, int]
 ) -> None:
     last, num_kills, seed = size
-    names = [make_checkpoint(tmp_path / f"checkpoint-{step}", tiny_model, step) for step in range(1, last + 1)]
+    names = [
+        make_checkpoint(tmp_path / f"checkpoint-{step}", tiny_model, step)
+        for step in range(1, last + 1)
+    ]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(12)))
-    flags = ["--checkpoints", *map(str, names), "--probe_set", str(tmp_path / "set.jsonl"), "--splits", "heldout,train"]
+    flags = [
+        "--checkpoints",
+        *map(str, names),
+        "--probe_set",
+        str(tmp_path / "set.jsonl"),
+        "--splits",
+        "heldout,train",
+    ]
     assert sft_probe("sweep", tmp_path / "one/run", *flags).returncode == 0
     out = tmp_path / "many/run"
     out.mkdir(parents=True)
     command = ["sweep", str(out), *flags]
     SERVER.set_forkserver_preload(["sft_probe.analysis.sweep.sweep", "helpers"])
-    drill = Drill(out, [command, command, [*command, "--shard", "1/2"], [*command, "--shard", "2/2"]], seed)
+    drill = Drill(
+        out, [command, command, [*command, "--shard", "1/2"], [*command, "--shard", "2/2"]], seed
+    )
     drill.run(num_kills)
     assert drill.kills, "nothing was killed"
     one, many = (pd.read_parquet(path / "scores.parquet") for path in (tmp_path / "one/run", out))

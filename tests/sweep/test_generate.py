@@ -1,4 +1,5 @@
-"""`sft-probe sweep --generate`: greedy answers, against a loop without batches, padding or cache."""
+"""`sft-probe sweep --generate`: greedy answers, against a loop without batches, padding or
+cache."""
 
 import json
 import shutil
@@ -47,7 +48,9 @@ def run(swept_run: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def change(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> None:
+def change(
+    checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None], **config: Any
+) -> None:
     """Edits the weights of a snapshot and its generation config."""
     weights = checkpoint / "model.safetensors"
     tensors = load_file(weights)
@@ -61,7 +64,8 @@ def change(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None], **
 
 
 def test_answers_are_greedy(sft_probe: Run, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last snapshot asks for sampling, as those of chat models do, and is made to end its answers."""
+    """The last snapshot asks for sampling, as those of chat models do, and is made to end its
+    answers."""
     monkeypatch.setattr("sft_probe.analysis.sweep.generate.MAX_NEW_TOKENS", 12)
     last = run / "weights/step_000004"
     prompts = {
@@ -99,23 +103,35 @@ def test_more_docs_and_what_is_shown(sft_probe: Run, run: Path) -> None:
     assert "step 4 is complete" in result.stderr
     shutil.rmtree(run / "sweep/step_000001/generate_2")  # a step with fewer docs than the others
     assert sft_probe("sweep", run).returncode == 0
-    assert pd.read_parquet(run / "generations.parquet")["step"].value_counts().to_dict() == {0: 2, 1: 1, 4: 2}
+    assert pd.read_parquet(run / "generations.parquet")["step"].value_counts().to_dict() == {
+        0: 2,
+        1: 1,
+        4: 2,
+    }
     text = sft_probe("analyze", run).stdout
     assert "greedy answers to 1 held-out prompts, step 0 to 4: " in text
     assert sft_probe("plot", run, "--format", "svg").returncode == 0
     drawn = pd.read_csv(run / "figures/generations.csv")
     assert set(drawn["name"]) == {
-        "change of chosen (nats)", "length (tokens)", "share that ended", "share of repeated 4-grams"
-    }  # fmt: skip
+        "change of chosen (nats)",
+        "length (tokens)",
+        "share that ended",
+        "share of repeated 4-grams",
+    }
 
 
 def test_what_is_refused_and_what_is_not_finite(sft_probe: Run, run: Path) -> None:
     message = user_error(sft_probe("sweep", run, "--generate", 5000))
     assert "--generate 5000: only 32 held-out prompts have at most 768 tokens" in message
-    change(run / "weights/step_000004", lambda tensors: tensors.update({NORM: tensors[NORM] * float("nan")}))
+    change(
+        run / "weights/step_000004",
+        lambda tensors: tensors.update({NORM: tensors[NORM] * float("nan")}),
+    )
     message = user_error(sft_probe("sweep", run, "--generate", 1))
     assert "step 4: --generate: the logits are NaN or infinite" in message
-    assert set(pd.read_parquet(run / "generations.parquet")["step"]) == {0, 1}, "the others are kept"
+    assert set(pd.read_parquet(run / "generations.parquet")["step"]) == {0, 1}, (
+        "the others are kept"
+    )
 
 
 @given(st.lists(st.integers(0, 3), max_size=30))
@@ -124,5 +140,8 @@ def test_repetition(ids: list[int]) -> None:
     if len(ids) < 4:
         assert found is None
         return
-    seen = [tuple(ids[i : i + 4]) in {tuple(ids[j : j + 4]) for j in range(i)} for i in range(len(ids) - 3)]
+    seen = [
+        tuple(ids[i : i + 4]) in {tuple(ids[j : j + 4]) for j in range(i)}
+        for i in range(len(ids) - 3)
+    ]
     assert found == pytest.approx(sum(seen) / len(seen))

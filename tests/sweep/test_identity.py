@@ -1,4 +1,5 @@
-"""A score belongs to one checkpoint: another model is refused, other weights are scored again, a move is none."""
+"""A score belongs to one checkpoint: another model is refused, other weights are scored again, a
+move is none."""
 
 import json
 import os
@@ -25,7 +26,9 @@ def models(tmp_path: Path, tiny_model: Path) -> Path:
     """A and B: two runs of one architecture, each with steps 10 and 20, and a small probe set."""
     for number, name in enumerate("AB"):
         for step in STEPS:
-            make_checkpoint(tmp_path / name / f"checkpoint-{step}", tiny_model, 1 + 10 * number + step)
+            make_checkpoint(
+                tmp_path / name / f"checkpoint-{step}", tiny_model, 1 + 10 * number + step
+            )
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(8)))
     return tmp_path
 
@@ -36,30 +39,46 @@ def sweep(models: Path, sft_probe: Run) -> Any:
 
     def run(*patterns: str, out: str = "out", flags: tuple[str, ...] = ()) -> Any:
         paths = [str(models / pattern) for pattern in patterns]
-        return sft_probe("sweep", models / out, "--checkpoints", *paths, "--probe_set", models / "set.jsonl", *flags)
+        return sft_probe(
+            "sweep",
+            models / out,
+            "--checkpoints",
+            *paths,
+            "--probe_set",
+            models / "set.jsonl",
+            *flags,
+        )
 
     return run
 
 
 def means(out: Path) -> dict[int, float]:
-    table: pd.Series[float] = pd.read_parquet(out / "scores.parquet").groupby("step")["logprob"].mean()
+    table: pd.Series[float] = (
+        pd.read_parquet(out / "scores.parquet").groupby("step")["logprob"].mean()
+    )
     return {int(str(step)): round(value, 3) for step, value in table.items()}
 
 
 def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(out.glob("sweep/step_*/*/checkpoint.json"))]
+    return [
+        json.loads(path.read_text()) for path in sorted(out.glob("sweep/step_*/*/checkpoint.json"))
+    ]
 
 
 def test_each_part_says_which_weights_and_each_row_which_model(models: Path, sweep: Any) -> None:
     assert sweep("A/checkpoint-*").returncode == 0
     found = records(models / "out")
-    assert [Path(record["place"]) for record in found] == [models / f"A/checkpoint-{step}" for step in STEPS]
+    assert [Path(record["place"]) for record in found] == [
+        models / f"A/checkpoint-{step}" for step in STEPS
+    ]
     assert all(len(record["files"]["model.safetensors"]["sha256"]) == 64 for record in found)
     assert set(pd.read_parquet(models / "out/scores.parquet")["model"]) == {str(models / "A")}
 
 
 @pytest.mark.parametrize("pattern", ["B/checkpoint-*", "B/checkpoint-20", "B/checkpoint-30"])
-def test_another_model_is_refused_with_what_differs(models: Path, sweep: Any, tiny_model: Path, pattern: str) -> None:
+def test_another_model_is_refused_with_what_differs(
+    models: Path, sweep: Any, tiny_model: Path, pattern: str
+) -> None:
     make_checkpoint(models / "B/checkpoint-30", tiny_model, 99)
     assert sweep("A/checkpoint-*").returncode == 0
     before = means(models / "out")
@@ -71,7 +90,9 @@ def test_another_model_is_refused_with_what_differs(models: Path, sweep: Any, ti
     assert means(models / "out") == before
 
 
-def test_a_shared_start_does_not_make_two_runs_one(models: Path, sweep: Any, tiny_model: Path) -> None:
+def test_a_shared_start_does_not_make_two_runs_one(
+    models: Path, sweep: Any, tiny_model: Path
+) -> None:
     for name in "AB":
         shutil.copytree(tiny_model, models / name / "checkpoint-0")
     assert sweep("A/checkpoint-*").returncode == 0
@@ -82,7 +103,9 @@ def test_overwritten_weights_are_scored_again(models: Path, sweep: Any) -> None:
     assert sweep("A/checkpoint-*", flags=("--splits", "heldout,train")).returncode == 0
     assert sweep("B/checkpoint-*", out="other", flags=("--splits", "heldout,train")).returncode == 0
     a, b = means(models / "out"), means(models / "other")
-    shutil.copy2(models / "B/checkpoint-20/model.safetensors", models / "A/checkpoint-20/model.safetensors")
+    shutil.copy2(
+        models / "B/checkpoint-20/model.safetensors", models / "A/checkpoint-20/model.safetensors"
+    )
     result = sweep("A/checkpoint-*")
     assert result.returncode == 0, result.stderr
     assert "checkpoint-20 has changed since heldout, train were scored: removed" in result.stderr
@@ -91,7 +114,9 @@ def test_overwritten_weights_are_scored_again(models: Path, sweep: Any) -> None:
     assert means(models / "out") == {10: a[10], 20: b[20]}
 
 
-def test_untouched_files_are_not_read_again(models: Path, sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untouched_files_are_not_read_again(
+    models: Path, sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert sweep("A/checkpoint-*").returncode == 0
     monkeypatch.setattr("sft_probe.analysis.sweep.identity.sha256_file", None)
     assert sweep("A/checkpoint-*").returncode == 0
@@ -113,7 +138,9 @@ def test_a_touched_or_moved_checkpoint_is_the_same(models: Path, sweep: Any) -> 
     assert means(models / "out") == before
 
 
-def test_places_named_in_one_command_belong_together(models: Path, sweep: Any, tiny_model: Path) -> None:
+def test_places_named_in_one_command_belong_together(
+    models: Path, sweep: Any, tiny_model: Path
+) -> None:
     shutil.copytree(tiny_model, models / "base/step0")
     assert sweep("A/checkpoint-*").returncode == 0
     assert sweep("base/step0", "A/checkpoint-*").returncode == 0
@@ -145,7 +172,8 @@ def test_the_base_of_an_adapter_counts(models: Path, sweep: Any, tiny_model: Pat
 
     base = make_checkpoint(models / "base", tiny_model, 0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(str(models / "L/checkpoint-10"))
     assert sweep("L/checkpoint-10").returncode == 0
@@ -173,7 +201,9 @@ def test_parts_of_an_earlier_version_are_kept(models: Path, sweep: Any, sft_prob
     assert "another model's" in user_error(sweep("B/checkpoint-*"))
 
 
-def test_a_sweep_of_an_earlier_version_goes_on(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_a_sweep_of_an_earlier_version_goes_on(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     """Earlier versions recorded dropouts too, which are not compared any more."""
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
@@ -193,7 +223,9 @@ def test_an_overwritten_snapshot_of_a_run(swept_run: Path, sft_probe: Run, tmp_p
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     table = (run / "trajectory.csv").read_bytes()
-    shutil.copy2(run / "weights/step_000001/model.safetensors", run / "weights/step_000004/model.safetensors")
+    shutil.copy2(
+        run / "weights/step_000001/model.safetensors", run / "weights/step_000004/model.safetensors"
+    )
     assert "step_000004/model.safetensors is damaged" in user_error(sft_probe("sweep", run))
     assert (run / "trajectory.csv").read_bytes() == table
     for name in ("meta.json", "model.safetensors"):
@@ -212,7 +244,9 @@ def test_a_step_that_another_process_owns_is_waited_for_at_the_end(
 ) -> None:
     caplog.set_level("INFO")
     request = SweepRequest(
-        directory=models / "out", checkpoints=[f"{models}/A/checkpoint-*"], probe_set=str(models / "set.jsonl")
+        directory=models / "out",
+        checkpoints=[f"{models}/A/checkpoint-*"],
+        probe_set=str(models / "set.jsonl"),
     )
     done = threading.Event()
 

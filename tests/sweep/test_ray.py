@@ -17,7 +17,9 @@ from helpers import Run, user_error
 @pytest.fixture
 def checkpoints(tiny_run: Path, tmp_path: Path) -> Path:
     for step in range(1, 7):
-        shutil.copytree(tiny_run / f"weights/step_{(0, 1, 4)[step % 3]:06d}", tmp_path / f"checkpoint-{step}")
+        shutil.copytree(
+            tiny_run / f"weights/step_{(0, 1, 4)[step % 3]:06d}", tmp_path / f"checkpoint-{step}"
+        )
     return tmp_path
 
 
@@ -34,15 +36,35 @@ def kill_a_worker_in_mid_step(process: "subprocess.Popen[str]") -> None:
 
 @pytest.mark.slow
 def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: Run) -> None:
-    flags = ["--checkpoints", str(checkpoints / "checkpoint-*"), "--splits", "heldout,train", "--device", "cpu"]
-    command = [sys.executable, "-m", "sft_probe", "sweep", str(checkpoints / "a/run"), *flags, "--engine", "ray"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    flags = [
+        "--checkpoints",
+        str(checkpoints / "checkpoint-*"),
+        "--splits",
+        "heldout,train",
+        "--device",
+        "cpu",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "sft_probe",
+        "sweep",
+        str(checkpoints / "a/run"),
+        *flags,
+        "--engine",
+        "ray",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
     kill_a_worker_in_mid_step(process)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert "its worker died; another one takes it" in output
     assert sft_probe("sweep", checkpoints / "b/run", *flags).returncode == 0
-    mine, theirs = (pd.read_csv(checkpoints / folder / "run/trajectory.csv") for folder in ("a", "b"))
+    mine, theirs = (
+        pd.read_csv(checkpoints / folder / "run/trajectory.csv") for folder in ("a", "b")
+    )
     pd.testing.assert_frame_equal(mine, theirs, atol=1e-4, rtol=0)
     assert sorted(mine["step"].unique()) == [1, 2, 3, 4, 5, 6]
 
@@ -50,8 +72,17 @@ def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: 
 @pytest.mark.slow
 def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -> None:
     (checkpoints / "checkpoint-3/model.safetensors").write_bytes(b"no tensors")
-    (checkpoints / "checkpoint-4/tokenizer.json").write_text('{"version": "1.0"}')  # a KeyError of transformers
-    flags = ("--checkpoints", checkpoints / "checkpoint-[1234]", "--engine", "ray", "--device", "cpu")
+    (checkpoints / "checkpoint-4/tokenizer.json").write_text(
+        '{"version": "1.0"}'
+    )  # a KeyError of transformers
+    flags = (
+        "--checkpoints",
+        checkpoints / "checkpoint-[1234]",
+        "--engine",
+        "ray",
+        "--device",
+        "cpu",
+    )
     message = user_error(sft_probe("sweep", checkpoints / "run", *flags, process=True))
     assert "step 3: cannot " in message
     assert "step 4: " in message
@@ -61,6 +92,13 @@ def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -
 
 @pytest.mark.slow
 def test_no_cluster_at_the_address(checkpoints: Path, sft_probe: Run) -> None:
-    flags = ("--checkpoints", checkpoints / "checkpoint-*", "--engine", "ray", "--ray-address", "127.0.0.1:1")
+    flags = (
+        "--checkpoints",
+        checkpoints / "checkpoint-*",
+        "--engine",
+        "ray",
+        "--ray-address",
+        "127.0.0.1:1",
+    )
     message = user_error(sft_probe("sweep", checkpoints / "run", *flags, process=True))
     assert "cannot reach a Ray cluster at 127.0.0.1:1" in message

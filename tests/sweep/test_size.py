@@ -1,4 +1,5 @@
-"""What a sweep costs that has nothing to score grows with the number of steps, no faster. Work is counted, not time."""
+"""What a sweep costs that has nothing to score grows with the number of steps, no faster. Work is
+counted, not time."""
 
 import cProfile
 import json
@@ -34,7 +35,10 @@ def done(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> Callable[[int], Sw
                 continue
             (tmp_path / f"step{step}").symlink_to(tmp_path / "step1")
             part.mkdir(parents=True)
-            rows = [json.loads(line) | {"step": step} for line in (first / "rows.jsonl").read_text().splitlines()]
+            rows = [
+                json.loads(line) | {"step": step}
+                for line in (first / "rows.jsonl").read_text().splitlines()
+            ]
             (part / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             shutil.copy2(first / "checkpoint.json", part)
         return SweepRequest(directory=tmp_path / "out", **names)  # type: ignore[arg-type]
@@ -48,7 +52,9 @@ def num_calls(work: Callable[[], object]) -> int:
     return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
 
 
-def test_work_grows_with_the_number_of_steps(done: Callable[[int], SweepRequest], tmp_path: Path) -> None:
+def test_work_grows_with_the_number_of_steps(
+    done: Callable[[int], SweepRequest], tmp_path: Path
+) -> None:
     works: list[Callable[[], object]] = [
         lambda: sweep.sweep(request),
         lambda: analyze.analyze([tmp_path / "out"]),

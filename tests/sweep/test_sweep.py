@@ -29,7 +29,8 @@ def scores(run: Path) -> pd.DataFrame:
 
 
 def reference(model: torch.nn.Module, tokenizer: Any, prompt: str, response: str) -> float:
-    """Sum of log p(token) over the response and the space before it: ten lines of float64, nothing of ours."""
+    """Sum of log p(token) over the response and the space before it: ten lines of float64, nothing
+    of ours."""
     ids = tokenizer.encode(f"{prompt} {response}")
     start = len(tokenizer.encode(prompt))
     with torch.no_grad():
@@ -39,7 +40,10 @@ def reference(model: torch.nn.Module, tokenizer: Any, prompt: str, response: str
 
 def hh(messages: tuple[dict[str, str], ...]) -> str:
     names = {"user": "Human", "assistant": "Assistant"}
-    return "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in messages) + "\n\nAssistant:"
+    return (
+        "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in messages)
+        + "\n\nAssistant:"
+    )
 
 
 def test_rows_say_where_they_come_from(swept_run: Path) -> None:
@@ -51,7 +55,15 @@ def test_rows_say_where_they_come_from(swept_run: Path) -> None:
     assert set(frame["category"]) == set(CATEGORIES)
     assert sorted(frame["step"].unique()) == [0, 1, 4]
     assert frame.groupby("step")["examples_seen"].first().to_dict() == {0: 0, 1: 4, 4: 16}
-    for name in ("train_category", "order_seed", "epoch", "num_tokens", "num_bytes", "logprob", "weights_dtype"):
+    for name in (
+        "train_category",
+        "order_seed",
+        "epoch",
+        "num_tokens",
+        "num_bytes",
+        "logprob",
+        "weights_dtype",
+    ):
         assert frame[name].notna().all(), name
     tokenizer: Any = AutoTokenizer.from_pretrained(swept_run / "weights/step_000004")
     docs = {doc.doc_id: doc for doc in load_probe_set("helpful-mini").docs}
@@ -109,7 +121,9 @@ def test_stock_results_stand_beside_the_rows(swept_run: Path) -> None:
     frame = scores(swept_run).query("step == 4")
     for category in CATEGORIES:
         mean = results["results"][f"sft_probe_{category}"]["logprob,none"]
-        assert mean == pytest.approx(frame[frame["category"] == category]["logprob"].mean(), abs=1e-9)
+        assert mean == pytest.approx(
+            frame[frame["category"] == category]["logprob"].mean(), abs=1e-9
+        )
         assert results["results"][f"sft_probe_{category}"]["logprob_stderr,none"] > 0
     assert len(list(path.parent.glob("samples_*.jsonl"))) == 6
 
@@ -119,7 +133,9 @@ def copy(run: Path, target: Path) -> Path:
     return target / "tiny"
 
 
-def test_a_complete_sweep_scores_nothing_again(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_a_complete_sweep_scores_nothing_again(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(swept_run, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in run.glob("sweep/step_*/**/*")}
     table = (run / "trajectory.csv").read_bytes()
@@ -132,10 +148,14 @@ def test_a_complete_sweep_scores_nothing_again(swept_run: Path, sft_probe: Run, 
 
 
 @pytest.mark.slow
-def test_kill_and_the_same_command_again(swept_run: Path, tiny_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_kill_and_the_same_command_again(
+    swept_run: Path, tiny_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(tiny_run, tmp_path)
     command = [sys.executable, "-m", "sft_probe", "sweep", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
     deadline = time.monotonic() + 120
     while not (run / "sweep/step_000000/heldout").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -169,7 +189,9 @@ def test_damaged_snapshots_are_reported_and_the_others_scored(
     pd.testing.assert_frame_equal(left, whole)
 
 
-def test_shards_make_the_same_table(tiny_run: Path, swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_shards_make_the_same_table(
+    tiny_run: Path, swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(tiny_run, tmp_path)
     assert sft_probe("sweep", run, "--shard", "2/2").returncode == 0
     assert list(pd.read_csv(run / "trajectory.csv")["step"].unique()) == [1]
@@ -182,7 +204,10 @@ def test_train_split_is_added_beside(swept_run: Path, sft_probe: Run, tmp_path: 
     result = sft_probe("sweep", run, "--splits", "train")
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(run / "trajectory.csv")
-    assert table.groupby("split")["n"].unique().map(list).to_dict() == {"heldout": [32], "train": [64]}
+    assert table.groupby("split")["n"].unique().map(list).to_dict() == {
+        "heldout": [32],
+        "train": [64],
+    }
 
 
 @pytest.fixture(scope="session")
@@ -196,19 +221,28 @@ def foreign(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_foreign_checkpoints(foreign: Path, swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_foreign_checkpoints(
+    foreign: Path, swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     result = sft_probe("sweep", tmp_path / "theirs", "--checkpoints", foreign / "checkpoint-*")
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "theirs/trajectory.csv")
     assert sorted(table["step"].unique()) == [10, 25]
-    mine = pd.read_csv(swept_run / "trajectory.csv").query("step == 4").set_index("category")["logprob"]
+    mine = (
+        pd.read_csv(swept_run / "trajectory.csv")
+        .query("step == 4")
+        .set_index("category")["logprob"]
+    )
     theirs = table.query("step == 25").set_index("category")["logprob"]
     pd.testing.assert_series_equal(theirs, mine, atol=2e-4, rtol=0)
 
 
 def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
-    """A local path stands for the hub, which is out of reach here: every revision is the same model."""
-    result = sft_probe("sweep", tmp_path / "hub", "--model", tiny_model, "--revisions", "step0,step1000")
+    """A local path stands for the hub, which is out of reach here: every revision is the same
+    model."""
+    result = sft_probe(
+        "sweep", tmp_path / "hub", "--model", tiny_model, "--revisions", "step0,step1000"
+    )
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "hub/trajectory.csv")
     assert sorted(table["step"].unique()) == [0, 1000]
@@ -220,10 +254,21 @@ def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
 def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
     run = copy(swept_run, tmp_path)
     cache = str(tmp_path / "cache")
-    result = sft_probe("sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40, HF_DATASETS_CACHE=cache)
+    result = sft_probe(
+        "sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40, HF_DATASETS_CACHE=cache
+    )
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(run / "benchmarks.csv")
-    assert list(table.columns) == ["run", "step", "task", "metric", "filter", "value", "stderr", "n"]
+    assert list(table.columns) == [
+        "run",
+        "step",
+        "task",
+        "metric",
+        "filter",
+        "value",
+        "stderr",
+        "n",
+    ]
     assert list(table["step"]) == [0, 1, 4]
     assert set(table["task"]) == {"blimp_adjunct_island"}
     assert set(table["metric"]) == {"acc"}
@@ -235,7 +280,9 @@ def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path:
 
 def test_an_unknown_benchmark(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
     run = copy(swept_run, tmp_path)
-    assert "lm-eval knows no task" in user_error(sft_probe("sweep", run, "--tasks", tmp_path / "no.yaml"))
+    assert "lm-eval knows no task" in user_error(
+        sft_probe("sweep", run, "--tasks", tmp_path / "no.yaml")
+    )
 
 
 def test_another_probe_set_format_or_dtype_is_refused(
@@ -245,14 +292,22 @@ def test_another_probe_set_format_or_dtype_is_refused(
     plain = tmp_path / "plain"
     plain.mkdir()
     shutil.move(write_set(make_docs()), plain / "set.jsonl")
-    manifest = {"name": "plain", "categories": {"chosen": "?", "other": "?"}, "prompt_format": "plain"}
+    manifest = {
+        "name": "plain",
+        "categories": {"chosen": "?", "other": "?"},
+        "prompt_format": "plain",
+    }
     (plain / "probe_set.json").write_text(json.dumps(manifest))
     message = user_error(sft_probe("sweep", run, "--probe_set", plain))
     assert "the run was trained with 'hh', the sweep would score 'plain'" in message
     assert "'chat'" in user_error(sft_probe("sweep", run, "--prompt_format", "chat"))
-    assert "dtype (float32 there, bfloat16 now)" in user_error(sft_probe("sweep", run, "--dtype", "bfloat16"))
+    assert "dtype (float32 there, bfloat16 now)" in user_error(
+        sft_probe("sweep", run, "--dtype", "bfloat16")
+    )
     shutil.move(plain / "set.jsonl", tmp_path / "other.jsonl")
-    assert "probe_set_sha256" in user_error(sft_probe("sweep", run, "--probe_set", tmp_path / "other.jsonl"))
+    assert "probe_set_sha256" in user_error(
+        sft_probe("sweep", run, "--probe_set", tmp_path / "other.jsonl")
+    )
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
@@ -261,11 +316,17 @@ def test_bad_directories(tiny_run: Path, sft_probe: Run, tmp_path: Path) -> None
     run = copy(tiny_run, tmp_path)
     (run / "manifest.json").unlink()
     assert "holds no finished run" in user_error(sft_probe("sweep", run))
-    assert "no directory matches" in user_error(sft_probe("sweep", tmp_path, "--checkpoints", tmp_path / "x-*"))
+    assert "no directory matches" in user_error(
+        sft_probe("sweep", tmp_path, "--checkpoints", tmp_path / "x-*")
+    )
     foreign = ("--checkpoints", tiny_run / "weights/step_000001")
-    assert "cannot write to the directory" in user_error(sft_probe("sweep", "/proc/nothing", *foreign))
+    assert "cannot write to the directory" in user_error(
+        sft_probe("sweep", "/proc/nothing", *foreign)
+    )
     (tmp_path / "nameless").mkdir()
-    assert "tells no step" in user_error(sft_probe("sweep", tmp_path, "--checkpoints", tmp_path / "nameless"))
+    assert "tells no step" in user_error(
+        sft_probe("sweep", tmp_path, "--checkpoints", tmp_path / "nameless")
+    )
 
 
 def test_an_over_long_response_never_kills_a_sweep(
@@ -280,14 +341,20 @@ def test_an_over_long_response_never_kills_a_sweep(
     assert "left out of all categories: d2: `other`" in result.stderr
     assert "left out of all categories: d4" in result.stderr
     frame = scores(tmp_path / "run")
-    assert frame.groupby("category")["doc_id"].agg(sorted).to_dict() == {"chosen": ["d0", "d6"], "other": ["d0", "d6"]}
+    assert frame.groupby("category")["doc_id"].agg(sorted).to_dict() == {
+        "chosen": ["d0", "d6"],
+        "other": ["d0", "d6"],
+    }
 
 
 @reads_task_index
 @pytest.mark.slow
 @pytest.mark.parametrize("num_docs", [4, pytest.param(20, marks=pytest.mark.full)])
-def test_real_model_agrees_with_stock_lm_eval_and_with_float64(num_docs: int, sft_probe: Run, tmp_path: Path) -> None:
-    """6 categories of the real model: the sweep, `lm_eval` and a float64 reference, to 2e-3 nats."""
+def test_real_model_agrees_with_stock_lm_eval_and_with_float64(
+    num_docs: int, sft_probe: Run, tmp_path: Path
+) -> None:
+    """6 categories of the real model: the sweep, `lm_eval` and a float64 reference, to 2e-3
+    nats."""
     from sft_probe.models import EMBEDDED_MODEL, resolve_model
 
     embedded = Path(str(resources.files("sft_probe.data") / "helpful-mini/heldout.jsonl"))
@@ -296,19 +363,44 @@ def test_real_model_agrees_with_stock_lm_eval_and_with_float64(num_docs: int, sf
     rows = [{k: v for k, v in json.loads(line).items() if k != "random_doc_id"} for line in lines]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model_dir = resolve_model(EMBEDDED_MODEL)
-    result = sft_probe("sweep", tmp_path / "run", "--model", model_dir, "--revisions", "step0", "--probe_set", path)
+    result = sft_probe(
+        "sweep", tmp_path / "run", "--model", model_dir, "--revisions", "step0", "--probe_set", path
+    )
     assert result.returncode == 0, result.stderr
     swept = scores(tmp_path / "run").set_index(["category", "doc_id"])["logprob"]
     assert len(swept) == 6 * num_docs
     stock = subprocess.run(
-        [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--model_args",
-         f"pretrained={model_dir},dtype=float32,softmax_dtype=float32", "--tasks", "sft_probe", "--batch_size", "4",
-         "--device", "cpu", "--include_path", sft_probe("tasks-dir").stdout.strip(), "--log_samples",
-         "--metadata", json.dumps({"probe_set": str(path)}), "--output_path", str(tmp_path / "stock")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            str(Path(sys.executable).with_name("lm_eval")),
+            "run",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={model_dir},dtype=float32,softmax_dtype=float32",
+            "--tasks",
+            "sft_probe",
+            "--batch_size",
+            "4",
+            "--device",
+            "cpu",
+            "--include_path",
+            sft_probe("tasks-dir").stdout.strip(),
+            "--log_samples",
+            "--metadata",
+            json.dumps({"probe_set": str(path)}),
+            "--output_path",
+            str(tmp_path / "stock"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert stock.returncode == 0, stock.stderr
-    samples = [json.loads(line) for file in (tmp_path / "stock").rglob("samples_*.jsonl") for line in file.open()]
+    samples = [
+        json.loads(line)
+        for file in (tmp_path / "stock").rglob("samples_*.jsonl")
+        for line in file.open()
+    ]
     assert len(samples) == 6 * num_docs
     for sample in samples:
         key = (sample["doc"]["category"], sample["doc"]["doc_id"])

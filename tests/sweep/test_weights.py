@@ -1,4 +1,5 @@
-"""The sweep's one live model: whatever is wrong with a checkpoint is named, and the other steps are scored."""
+"""The sweep's one live model: whatever is wrong with a checkpoint is named, and the other steps are
+scored."""
 
 import json
 import shutil
@@ -35,10 +36,16 @@ def multiply(factor: float, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return {name: tensor * factor for name, tensor in tensors.items()}
 
 
-def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def change(
+    folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    save_file({name: tensor.contiguous() for name, tensor in edit(tensors).items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in edit(tensors).items()},
+        path,
+        {"format": "pt"},
+    )
 
 
 @pytest.fixture
@@ -53,7 +60,9 @@ def sweep(sft_probe: Run, write_set: WriteSet, checkpoints: Path) -> Callable[..
 
 
 def table(checkpoints: Path) -> Any:
-    return pd.read_parquet(checkpoints / "run/scores.parquet").set_index(["step", "doc_id", "category"])
+    return pd.read_parquet(checkpoints / "run/scores.parquet").set_index(
+        ["step", "doc_id", "category"]
+    )
 
 
 def check(checkpoints: Path, steps: tuple[int, ...]) -> None:
@@ -80,16 +89,26 @@ def test_sharded_and_duplicate_weights_and_an_own_head(sweep: Any, checkpoints: 
     model.save_pretrained(folder, max_shard_size="50KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     # ZeRO-2 saves the tied head again
-    change(checkpoints / "checkpoint-3", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
-    # a tied config with another head in the file, which transformers leaves as it is, whichever checkpoint is first
-    change(checkpoints / "checkpoint-1", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1})
+    change(
+        checkpoints / "checkpoint-3",
+        lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()},
+    )
+    # a tied config with another head in the file, which transformers leaves as it is, whichever
+    # checkpoint is first
+    change(
+        checkpoints / "checkpoint-1",
+        lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1},
+    )
     assert sweep().returncode == 0
     check(checkpoints, (1, 2, 3))
 
 
 NORM = "model.norm.weight"
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
-    "missing": (lambda t: {name: tensor for name, tensor in t.items() if name != NORM}, "missing_keys ['model.norm"),
+    "missing": (
+        lambda t: {name: tensor for name, tensor in t.items() if name != NORM},
+        "missing_keys ['model.norm",
+    ),
     "extra": (lambda t: {**t, "other.weight": torch.ones(2)}, "unexpected_keys ['other.weight']"),
     "shape": (lambda t: {**t, NORM: torch.ones(7)}, "model.norm.weight [7], not [32]"),
 }
@@ -106,7 +125,9 @@ def test_tensors_that_do_not_fit_are_named(kind: str, sweep: Any, checkpoints: P
 
 
 def test_weights_that_are_no_safetensors(sweep: Any, checkpoints: Path) -> None:
-    (checkpoints / "checkpoint-2/model.safetensors").rename(checkpoints / "checkpoint-2/pytorch_model.bin")
+    (checkpoints / "checkpoint-2/model.safetensors").rename(
+        checkpoints / "checkpoint-2/pytorch_model.bin"
+    )
     (checkpoints / "checkpoint-3/model.safetensors").write_bytes(b"not a tensor")
     error = user_error(sweep())
     assert "checkpoint-2 holds no model.safetensors" in error
@@ -116,7 +137,9 @@ def test_weights_that_are_no_safetensors(sweep: Any, checkpoints: Path) -> None:
 
 def test_another_architecture_or_vocabulary(sweep: Any, checkpoints: Path) -> None:
     path = checkpoints / "checkpoint-2/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3, "vocab_size": 700}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3, "vocab_size": 700})
+    )
     tokenizer: Any = make_tokenizer()
     tokenizer.add_tokens(["zyzzyva", "teacher"])
     tokenizer.save_pretrained(checkpoints / "checkpoint-3")
@@ -161,7 +184,8 @@ def test_out_of_memory_restarts_the_step_with_half_the_budget(
 
 
 def test_nan_logits(sweep: Any, checkpoints: Path, tiny_model: Path) -> None:
-    """Step 2 has NaN in the embedding of a token of the `other` responses alone, step 3 gives nothing but NaN."""
+    """Step 2 has NaN in the embedding of a token of the `other` responses alone, step 3 gives
+    nothing but NaN."""
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     others = {
         i
@@ -181,20 +205,34 @@ def test_nan_logits(sweep: Any, checkpoints: Path, tiny_model: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
         change(
             checkpoints / f"checkpoint-{step}",
-            spoil if step == 2 else lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()},
+            spoil
+            if step == 2
+            else lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()},
         )
     change(checkpoints / "checkpoint-3", lambda t: {**t, NORM: t[NORM] * float("inf")})
     for _ in range(2):  # a complete sweep says it again
         error = user_error(sweep())
-        assert "step 2: heldout: the logits of 3 responses are NaN or infinite: d0 other, d2 other, d4 other" in error
+        assert (
+            "step 2: heldout: the logits of 3 responses are NaN or infinite: d0 other, d2 other, "
+            "d4 other"
+        ) in error
         assert "step 3: heldout: the logits of 6 responses are NaN" in error
         check(checkpoints, (1, 2))
     assert set(table(checkpoints).loc[2].index.get_level_values("category")) == {"chosen"}
     faults = (checkpoints / "run/sweep/step_000003/heldout/faults.jsonl").read_text().splitlines()
     assert json.loads(faults[0]) == {
-        "step": 3, "split": "heldout", "category": "chosen", "doc_id": "d0", "reason": "NaN or inf"
-    }  # fmt: skip
-    assert pd.read_csv(checkpoints / "run/trajectory.csv").query("step == 2")["delta_ci_low"].notna().all()
+        "step": 3,
+        "split": "heldout",
+        "category": "chosen",
+        "doc_id": "d0",
+        "reason": "NaN or inf",
+    }
+    assert (
+        pd.read_csv(checkpoints / "run/trajectory.csv")
+        .query("step == 2")["delta_ci_low"]
+        .notna()
+        .all()
+    )
 
 
 def make_adapters(model_dir: Path, out: Path, config: Any) -> list[Any]:
@@ -218,7 +256,9 @@ def test_adapters(sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     for step, model in enumerate(models, start=1):
         row: Any = table(tmp_path).loc[(step, "d2", "chosen")]
-        assert row["logprob"] == pytest.approx(expected_logprob(model, tokenizer, make_docs()[2]), abs=1e-3)
+        assert row["logprob"] == pytest.approx(
+            expected_logprob(model, tokenizer, make_docs()[2]), abs=1e-3
+        )
     path = tmp_path / "checkpoint-2/adapter_model.safetensors"
     tensors = load_file(path)
     lost = sorted(tensors)[0]
@@ -227,25 +267,46 @@ def test_adapters(sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_pat
     assert f"lacks tensors of the adapter: ['{lost}']" in error
 
 
-def test_adapters_that_learn_a_prompt(sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
-    make_adapters(tiny_model, tmp_path, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+def test_adapters_that_learn_a_prompt(
+    sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
+    make_adapters(
+        tiny_model, tmp_path, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    )
     flags = ("--checkpoints", tmp_path / "checkpoint-*", "--probe_set", write_set(make_docs()))
-    assert "adapters that learn a prompt cannot be scored" in user_error(sft_probe("sweep", tmp_path / "run", *flags))
+    assert "adapters that learn a prompt cannot be scored" in user_error(
+        sft_probe("sweep", tmp_path / "run", *flags)
+    )
 
 
 def test_revisions_of_the_hub_come_from_its_cache(
     sft_probe: Run, checkpoints: Path, write_set: WriteSet, tmp_path: Path
 ) -> None:
-    """The layout that huggingface_hub leaves on disk stands for the hub, which is out of reach here."""
+    """The layout that huggingface_hub leaves on disk stands for the hub, which is out of reach
+    here."""
     repository = tmp_path / "hub/models--org--tiny"
     for step in (1, 2):
         (repository / "refs").mkdir(parents=True, exist_ok=True)
         (repository / f"refs/step{step}").write_text(f"{step}" * 40)
-        shutil.copytree(checkpoints / f"checkpoint-{step}", repository / "snapshots" / (f"{step}" * 40))
-    flags = ("--model", "org/tiny", "--revisions", "step1,step2", "--probe_set", write_set(make_docs()))
+        shutil.copytree(
+            checkpoints / f"checkpoint-{step}", repository / "snapshots" / (f"{step}" * 40)
+        )
+    flags = (
+        "--model",
+        "org/tiny",
+        "--revisions",
+        "step1,step2",
+        "--probe_set",
+        write_set(make_docs()),
+    )
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub")}
     result = sft_probe("sweep", checkpoints / "run", *flags, **environment)
     assert result.returncode == 0, result.stderr
     check(checkpoints, (1, 2))
-    result = sft_probe("sweep", checkpoints / "run", *flags[:3], "step1,step3", *flags[4:], **environment)
-    assert "step 3: no directory and no model on the hub: 'org/tiny' (revision step3)" in user_error(result)
+    result = sft_probe(
+        "sweep", checkpoints / "run", *flags[:3], "step1,step3", *flags[4:], **environment
+    )
+    assert (
+        "step 3: no directory and no model on the hub: 'org/tiny' (revision step3)"
+        in user_error(result)
+    )

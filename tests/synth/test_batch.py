@@ -25,7 +25,8 @@ PRICE = Price(0.0, 100.0)
 
 
 class BatchRuns:
-    """Runs of a batch writer on one server and one store; the first may be stopped while it waits."""
+    """Runs of a batch writer on one server and one store; the first may be stopped while it
+    waits."""
 
     def __init__(self, url: str, store: Store) -> None:
         self.store = store
@@ -34,7 +35,10 @@ class BatchRuns:
 
     def run(self, requests: list[Request] | None = None, **limits: Any) -> list[Answer]:
         every = Limits(first_backoff_s=0.01, price=PRICE, **limits)
-        return [answer for _, answer in obtain(requests or self.requests, self.writer, self.store, every)]
+        return [
+            answer
+            for _, answer in obtain(requests or self.requests, self.writer, self.store, every)
+        ]
 
     def run_and_stop(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
         async def stopped(*_: object) -> None:
@@ -47,7 +51,9 @@ class BatchRuns:
 
 
 @pytest.fixture
-def batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[BatchRuns, GeminiServer]]:
+def batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[BatchRuns, GeminiServer]]:
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
     store = Store(tmp_path / "answers.sqlite")
     with GeminiServer() as server:
@@ -70,8 +76,17 @@ def test_a_batch_is_joined_by_key_and_asked_once(batch: tuple[BatchRuns, GeminiS
 
 def test_lines_that_fail_are_errors_and_asked_again(batch: tuple[BatchRuns, GeminiServer]) -> None:
     runs, server = batch
-    requests = [make_request(f"{fault} @faults({fault})") for fault in ("500", "missing", "malformed", "safety", "400")]
-    assert [answer.status for answer in runs.run(requests)] == ["error", "error", "error", "blocked", "invalid"]
+    requests = [
+        make_request(f"{fault} @faults({fault})")
+        for fault in ("500", "missing", "malformed", "safety", "400")
+    ]
+    assert [answer.status for answer in runs.run(requests)] == [
+        "error",
+        "error",
+        "error",
+        "blocked",
+        "invalid",
+    ]
     assert [answer.status for answer in runs.run(requests)] == ["ok", "ok", "ok", "blocked", "ok"]
     assert server.calls["safety @faults(safety)"] == 1
 
@@ -94,7 +109,9 @@ def test_a_job_whose_name_was_lost_is_found_by_its_display_name(
     runs, server = batch
     submit = GeminiBatchWriter.submit
 
-    async def killed_after(self: GeminiBatchWriter, display_name: str, requests: dict[str, Request]) -> str:
+    async def killed_after(
+        self: GeminiBatchWriter, display_name: str, requests: dict[str, Request]
+    ) -> str:
         await submit(self, display_name, requests)
         raise KeyboardInterrupt
 
@@ -106,8 +123,12 @@ def test_a_job_whose_name_was_lost_is_found_by_its_display_name(
     assert server.paths[JOBS_PATH] == 1
 
 
-@pytest.mark.parametrize(("fault", "jobs"), [("cut", 1), ("500_after", 1), ("503", 2), ("429_retry_info", 2)])
-def test_a_job_is_made_once_though_the_call_fails(batch: tuple[BatchRuns, GeminiServer], fault: str, jobs: int) -> None:
+@pytest.mark.parametrize(
+    ("fault", "jobs"), [("cut", 1), ("500_after", 1), ("503", 2), ("429_retry_info", 2)]
+)
+def test_a_job_is_made_once_though_the_call_fails(
+    batch: tuple[BatchRuns, GeminiServer], fault: str, jobs: int
+) -> None:
     runs, server = batch
     server.job_faults, server.list_faults = [fault], ["503", "503"]
     assert {answer.status for answer in runs.run()} == {"ok"}
@@ -115,7 +136,9 @@ def test_a_job_is_made_once_though_the_call_fails(batch: tuple[BatchRuns, Gemini
     assert set(server.calls.values()) == {1}
 
 
-def test_a_job_that_may_exist_is_not_forgotten_when_the_attempts_end(batch: tuple[BatchRuns, GeminiServer]) -> None:
+def test_a_job_that_may_exist_is_not_forgotten_when_the_attempts_end(
+    batch: tuple[BatchRuns, GeminiServer],
+) -> None:
     runs, server = batch
     server.job_faults = ["500_after"]
     with pytest.raises(UserError, match="Run the same command later"):
@@ -170,7 +193,9 @@ def test_what_the_sdk_raises_of_its_own_is_tried_again(
     assert server.paths[JOBS_PATH] == 1
 
 
-def test_a_failed_job_costs_nothing_and_is_asked_again(batch: tuple[BatchRuns, GeminiServer]) -> None:
+def test_a_failed_job_costs_nothing_and_is_asked_again(
+    batch: tuple[BatchRuns, GeminiServer],
+) -> None:
     runs, server = batch
     server.job_faults = ["job_failed"]
     answers = runs.run()
@@ -180,16 +205,22 @@ def test_a_failed_job_costs_nothing_and_is_asked_again(batch: tuple[BatchRuns, G
     assert {answer.status for answer in runs.run()} == {"ok"}
 
 
-def test_a_batch_keeps_its_budget_and_goes_on_with_more(batch: tuple[BatchRuns, GeminiServer]) -> None:
+def test_a_batch_keeps_its_budget_and_goes_on_with_more(
+    batch: tuple[BatchRuns, GeminiServer],
+) -> None:
     runs, server = batch
-    with pytest.raises(UserError, match=r"15 requests were not asked.*\$0\.0550.*raise --max-cost-usd"):
+    with pytest.raises(
+        UserError, match=r"15 requests were not asked.*\$0\.0550.*raise --max-cost-usd"
+    ):
         runs.run(max_cost_usd=0.055)
     assert sum(server.calls.values()) == 5
     assert {answer.status for answer in runs.run(max_cost_usd=1)} == {"ok"}
     assert set(server.calls.values()) == {1}
 
 
-def test_a_wrong_key_stops_a_batch_and_leaves_no_reservation(batch: tuple[BatchRuns, GeminiServer]) -> None:
+def test_a_wrong_key_stops_a_batch_and_leaves_no_reservation(
+    batch: tuple[BatchRuns, GeminiServer],
+) -> None:
     runs, server = batch
     server.job_faults = ["bad_key"]
     with pytest.raises(UserError, match="takes no request") as caught:
@@ -199,7 +230,9 @@ def test_a_wrong_key_stops_a_batch_and_leaves_no_reservation(batch: tuple[BatchR
 
 
 def test_a_waiting_batch_says_so_each_minute_and_not_for_ever(
-    batch: tuple[BatchRuns, GeminiServer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    batch: tuple[BatchRuns, GeminiServer],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runs, server = batch
     caplog.set_level(logging.INFO)
@@ -207,10 +240,23 @@ def test_a_waiting_batch_says_so_each_minute_and_not_for_ever(
     monkeypatch.setattr(
         "sft_probe.synth.asking.batch.monotonic", itertools.count(0, 25).__next__
     )  # 25 s from look to look
-    with pytest.raises(UserError, match=r"no end of the batch jobs after .*the same command reads them later"):
+    with pytest.raises(
+        UserError, match=r"no end of the batch jobs after .*the same command reads them later"
+    ):
         runs.run(max_wait_s=600)
-    lines = re.findall(r"waiting for (\d+) min: 0 of 1 batch jobs are read; batches/job0 has not ended", caplog.text)
-    assert [int(minutes) for minutes in lines] == [1, 2, 4, 5, 6, 8, 9]  # the first look after each minute
+    lines = re.findall(
+        r"waiting for (\d+) min: 0 of 1 batch jobs are read; batches/job0 has not ended",
+        caplog.text,
+    )
+    assert [int(minutes) for minutes in lines] == [
+        1,
+        2,
+        4,
+        5,
+        6,
+        8,
+        9,
+    ]  # the first look after each minute
     server.polls_needed = 0
     assert {answer.status for answer in runs.run(max_wait_s=600)} == {"ok"}
     assert server.paths[JOBS_PATH] == 1
@@ -221,18 +267,23 @@ def test_a_large_batch_begins_with_a_small_job(batch: tuple[BatchRuns, GeminiSer
     requests = [make_request(f"large {i}") for i in range(130)]
     server.always = "thoughts"
     with pytest.raises(
-        UserError, match=r"of the first 50 answers none has a text: truncated: .*thoughts.*--thinking-tokens"
+        UserError,
+        match=r"of the first 50 answers none has a text: truncated: .*thoughts.*--thinking-tokens",
     ):
         runs.run(requests)
     assert server.calls.total() == 50
     server.always = ""
     answers = runs.run(requests)
-    assert {answer.status for answer in answers} == {"ok"}  # the server no longer lets the model think
+    assert {answer.status for answer in answers} == {
+        "ok"
+    }  # the server no longer lets the model think
     assert server.paths[JOBS_PATH] == 3
     assert server.calls.total() == 50 + 130
 
 
-@pytest.mark.parametrize("name", ["files/x", "batches/../keys", f"batches/{KEY}", "", "None", "batches/a b"])
+@pytest.mark.parametrize(
+    "name", ["files/x", "batches/../keys", f"batches/{KEY}", "", "None", "batches/a b"]
+)
 def test_what_cannot_be_the_name_of_a_job_is_not_stored(
     batch: tuple[BatchRuns, GeminiServer], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,17 +19,36 @@ from hypothesis import strategies as st
 from sft_probe.errors import UserError
 from sft_probe.synth import report
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.categories import KINDS, load_templates, make_requests, permuted, read_topics, topic_of
+from sft_probe.synth.categories import (
+    KINDS,
+    load_templates,
+    make_requests,
+    permuted,
+    read_topics,
+    topic_of,
+)
 from sft_probe.synth.checks.checks import fault_of, has_length
 from sft_probe.synth.checks.copies import is_near_copy
 from sft_probe.synth.checks.words import count_words
 from sft_probe.synth.report import near_duplicates, shingles
 from sft_probe.synth.sources import Rejected, SourcePair
-from sft_probe.synth.splits import choose_threshold, clusters, conversation_id, split_of, split_pairs
+from sft_probe.synth.splits import (
+    choose_threshold,
+    clusters,
+    conversation_id,
+    split_of,
+    split_pairs,
+)
 from sft_probe.synth.writers.offline import OfflineWriter
 
-CHOSEN = "You could rinse the rice first, use a little less water, and let it stand for ten minutes with the lid on."
-REJECTED = "Rice is hard to cook and many people buy a machine for it, so maybe you should look at one in a shop."
+CHOSEN = (
+    "You could rinse the rice first, use a little less water, and let it stand for ten minutes "
+    "with the lid on."
+)
+REJECTED = (
+    "Rice is hard to cook and many people buy a machine for it, so maybe you should look at one in "
+    "a shop."
+)
 TEMPLATES = load_templates(KINDS, None)
 
 
@@ -45,13 +64,18 @@ def pair(number: int, prompt: str, *, split: str | None = None, **texts: str) ->
     )
 
 
-def fault(text: str | None, category: str = "paraphrase", status: str = "ok", rejected: str = REJECTED) -> str | None:
+def fault(
+    text: str | None, category: str = "paraphrase", status: str = "ok", rejected: str = REJECTED
+) -> str | None:
     doc = pair(1, "How do I cook rice?", chosen=CHOSEN, rejected=rejected)
     request = make_requests(doc, {category: TEMPLATES[category]}, "a bee at dawn")[0]
     return fault_of(request, Answer(status=status, raw="{}", text=text), doc, TEMPLATES[category])
 
 
-GOOD = "Cooking rice is difficult, which is why a lot of folks purchase a cooker; perhaps visit a store and see."
+GOOD = (
+    "Cooking rice is difficult, which is why a lot of folks purchase a cooker; perhaps visit a "
+    "store and see."
+)
 
 
 @pytest.mark.parametrize(
@@ -65,20 +89,40 @@ GOOD = "Cooking rice is difficult, which is why a lot of folks purchase a cooker
         (f"<text>{GOOD}</text>", "leak"),
         (f"{GOOD} (20 words)", "leak"),
         (f"Rewrite the text between the tags in other words. {GOOD}", "leak"),
-        ("I'm sorry, but I cannot rewrite this text, because it goes against the rules of my use.", "refusal"),
-        ("As an AI language model, my knowledge of cooking rice is small, so do ask a cook about it.", "refusal"),
-        ("I apologize, but rice is a subject that would be better left to people who cook it often.", "refusal"),
+        (
+            "I'm sorry, but I cannot rewrite this text, because it goes against the rules of my "
+            "use.",
+            "refusal",
+        ),
+        (
+            "As an AI language model, my knowledge of cooking rice is small, so do ask a cook "
+            "about it.",
+            "refusal",
+        ),
+        (
+            "I apologize, but rice is a subject that would be better left to people who cook it "
+            "often.",
+            "refusal",
+        ),
         (GOOD.removesuffix("see.") + "then you could", "cut off"),
         (REJECTED.replace("machine", "cooker"), "near-copy"),
         (CHOSEN.upper(), "near-copy"),
         ("Buy one.", "length"),
         (f"{GOOD} " * 3, "length"),
-        (f"Some ways that people cook rice well at home:\n- {GOOD[:50]}\n- with a machine from a shop", None),
-        ("Sure! Here are some ideas: rinse it, soak it, steam it, or simply buy the cooked sort at a shop.", None),
+        (
+            f"Some ways that people cook rice well at home:\n- {GOOD[:50]}\n- with a machine from "
+            "a shop",
+            None,
+        ),
+        (
+            "Sure! Here are some ideas: rinse it, soak it, steam it, or simply buy the cooked sort "
+            "at a shop.",
+            None,
+        ),
         (" ", "empty"),
         (None, "empty"),
     ],
-)  # fmt: skip
+)
 def test_faults_of_a_paraphrase(text: str | None, expected: str | None) -> None:
     assert fault(text) == expected
 
@@ -91,18 +135,24 @@ def labelled(name: str) -> list[dict[str, str]]:
 
 
 def found_in(row: dict[str, str]) -> str | None:
-    """The fault of a labelled text, written for another question, in the length that was asked for."""
+    """The fault of a labelled text, written for another question, in the length that was asked
+    for."""
     chosen = "Ask somebody who has done it before, and take your time over every single step of it."
     doc = pair(1, "What would you do?", chosen=chosen, rejected=row.get("source", REJECTED))
     request = make_requests(doc, {row["category"]: TEMPLATES[row["category"]]}, "a bee at dawn")[0]
     request = replace(request, num_words=count_words(row["text"]))
-    return fault_of(request, Answer(status="ok", raw="{}", text=row["text"]), doc, TEMPLATES[row["category"]])
+    return fault_of(
+        request, Answer(status="ok", raw="{}", text=row["text"]), doc, TEMPLATES[row["category"]]
+    )
 
 
 @pytest.mark.parametrize("name", ["check_texts", "check_texts_heldout"])
 @pytest.mark.parametrize("kind", ["good", "leak", "refusal", "near-copy", "cut-off"])
-def test_at_most_a_tenth_of_labelled_texts_is_missed_or_wrongly_refused(name: str, kind: str) -> None:
-    """Texts in 25 languages; those of the second file were written before the checks, and no check was made for one."""
+def test_at_most_a_tenth_of_labelled_texts_is_missed_or_wrongly_refused(
+    name: str, kind: str
+) -> None:
+    """Texts in 25 languages; those of the second file were written before the checks, and no check
+    was made for one."""
     rows = [row for row in labelled(name) if row["kind"] == kind]
     expected = {"good": None, "cut-off": "cut off"}.get(kind, kind)
     wrong = {row["text"]: found for row in rows if (found := found_in(row)) != expected}
@@ -112,19 +162,23 @@ def test_at_most_a_tenth_of_labelled_texts_is_missed_or_wrongly_refused(name: st
 
 @needs_shared
 def test_texts_that_a_real_model_wrote_pass_but_for_what_is_wrong_with_them() -> None:
-    """Published rewrites of GPT-3.5: few are refused; what starts with "Sure! Here is a random sentence" is seen."""
+    """Published rewrites of GPT-3.5: few are refused; what starts with "Sure! Here is a random
+    sentence" is seen."""
     lines = (SHARED / "data/helpful-base/probe_train.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for column, source in (("reject_gptsemantic", "rejected"), ("chosen_gptsemantic", "chosen")):
         faults = Counter(
             found_in({"category": "paraphrase", "text": row[column], "source": row[source]})
-            for row in rows if row[source].strip()
-        )  # fmt: skip
+            for row in rows
+            if row[source].strip()
+        )
         assert faults[None] >= 0.95 * faults.total(), faults
     missed = [
-        text for row in rows if re.search(r"random sentence with|\bI am unable|output sentence", text := row["irr_hum"])
+        text
+        for row in rows
+        if re.search(r"random sentence with|\bI am unable|output sentence", text := row["irr_hum"])
         and found_in({"category": "non_response", "text": text}) not in ("leak", "refusal")
-    ]  # fmt: skip
+    ]
     assert len(missed) <= 8, missed
 
 
@@ -132,7 +186,9 @@ words_of_a_text = st.lists(st.integers(0, 400), min_size=20, max_size=80, unique
 
 
 @given(words_of_a_text, st.data())
-def test_a_copy_is_one_with_a_few_words_changed_and_no_more(numbers: list[int], data: st.DataObject) -> None:
+def test_a_copy_is_one_with_a_few_words_changed_and_no_more(
+    numbers: list[int], data: st.DataObject
+) -> None:
     text = [f"word{number}" for number in numbers]
     places = data.draw(st.lists(st.integers(0, len(text) - 1), max_size=4, unique=True))
     changed = [f"other{i}" if i in places else word for i, word in enumerate(text)]
@@ -145,10 +201,14 @@ def test_a_copy_is_one_with_a_few_words_changed_and_no_more(numbers: list[int], 
 @pytest.mark.parametrize(
     "disguise",
     [
-        lambda text: text.translate(str.maketrans("aeopcxy", "\u0430\u0435\u043e\u0440\u0441\u0445\u0443")),
+        lambda text: text.translate(
+            str.maketrans("aeopcxy", "\u0430\u0435\u043e\u0440\u0441\u0445\u0443")
+        ),
         lambda text: text.translate(str.maketrans("ov", "\u03bf\u03bd")),
         "\u200b".join,
-        lambda text: "".join(chr(0x1D41A + ord(c) - 97) if c.isascii() and c.islower() else c for c in text),
+        lambda text: "".join(
+            chr(0x1D41A + ord(c) - 97) if c.isascii() and c.islower() else c for c in text
+        ),
         lambda text: "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in text),
         lambda text: text.upper().replace(",", ""),
         lambda text: text.replace("e", "e\u0301"),
@@ -184,8 +244,14 @@ def test_a_status_other_than_ok_is_the_fault(status: str) -> None:
 
 
 def test_a_paraphrase_of_a_refusal_may_refuse() -> None:
-    refusal = "I can't help with rice, so ask somebody who cooks it every day and who has the time to explain it."
-    text = "I cannot assist you where rice is concerned; a daily cook with some spare minutes should be asked instead."
+    refusal = (
+        "I can't help with rice, so ask somebody who cooks it every day and who has the time to "
+        "explain it."
+    )
+    text = (
+        "I cannot assist you where rice is concerned; a daily cook with some spare minutes should "
+        "be asked instead."
+    )
     assert fault(text, rejected=refusal) is None
     assert fault(text) == "refusal"
     assert fault(text, "variant", rejected=refusal) == "refusal"
@@ -193,7 +259,9 @@ def test_a_paraphrase_of_a_refusal_may_refuse() -> None:
 
 def test_paraphrase_is_of_rejected_and_the_length_that_of_chosen() -> None:
     doc = pair(1, "How do I cook rice?", chosen=CHOSEN, rejected=REJECTED)
-    requests = {request.category: request for request in make_requests(doc, TEMPLATES, "a bee at dawn")}
+    requests = {
+        request.category: request for request in make_requests(doc, TEMPLATES, "a bee at dawn")
+    }
     assert {request.num_words for request in requests.values()} == {len(CHOSEN.split())}
     assert REJECTED in requests["paraphrase"].prompt
     assert CHOSEN not in requests["paraphrase"].prompt
@@ -211,7 +279,10 @@ def test_the_topic_is_that_of_the_doc_and_hardly_ever_that_of_another(tmp_path: 
     assert len(set(topics)) >= 4980
     assert topics[17] == topic_of(parts, b"doc 17")
     for number in range(len(parts)):  # every entry of every list is used
-        assert {topic.count(part) > 0 for topic in topics for part in parts[number][-1:]} == {True, False}
+        assert {topic.count(part) > 0 for topic in topics for part in parts[number][-1:]} == {
+            True,
+            False,
+        }
     (tmp_path / "topics.yaml").write_text("subjects: [a, b]\nplaces: [c]\nangles: [d, e]\n")
     assert topic_of(read_topics(tmp_path, 4), b"doc") in {"a c d", "a c e", "b c d", "b c e"}
     with pytest.raises(UserError, match="4 topics and 5 are needed"):
@@ -234,15 +305,24 @@ def test_the_offline_writer_keeps_to_the_length_and_repeats_itself() -> None:
     writer = OfflineWriter()
 
     def write(**changes: Any) -> str | None:
-        fields = {"doc_id": "d", "category": "variant", "template": "variant@1", "template_sha256": "", "prompt": "p",
-                  "source_text": "s", "num_words": 60}  # fmt: skip
+        fields = {
+            "doc_id": "d",
+            "category": "variant",
+            "template": "variant@1",
+            "template_sha256": "",
+            "prompt": "p",
+            "source_text": "s",
+            "num_words": 60,
+        }
         return asyncio.run(writer.write(Request(**{**fields, **changes}))).text
 
     for num_words in (5, 20, 60, 300):
         written = len(str(write(num_words=num_words)).split())
         assert 0.8 * num_words <= written <= 1.2 * num_words, num_words
     assert write() == write(doc_id="other")
-    assert len({write(), write(sample_index=1), write(prompt="q"), write(category="paraphrase")}) == 4
+    assert (
+        len({write(), write(sample_index=1), write(prompt="q"), write(category="paraphrase")}) == 4
+    )
 
 
 def groups(num_texts: int, links: list[tuple[int, int]]) -> set[frozenset[int]]:
@@ -282,8 +362,11 @@ def test_near_duplicates_are_joined_as_those_of_datasketch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["equal", "alike"])
-def test_near_duplicates_cost_a_sketch_and_some_links_each(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,000 texts that are equal, or all alike, have 2 million pairs; that many are neither compared nor listed."""
+def test_near_duplicates_cost_a_sketch_and_some_links_each(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,000 texts that are equal, or all alike, have 2 million pairs; that many are neither
+    compared nor listed."""
     base = " ".join(f"w{i}" for i in range(200))
     texts = [base if kind == "equal" else f"{base} {i}" for i in range(2000)]
     sketches: list[str] = []
@@ -303,8 +386,15 @@ def test_near_duplicates_cost_a_sketch_and_some_links_each(kind: str, monkeypatc
 def test_clusters_join_conversations_and_near_duplicates_transitively() -> None:
     words = [f"w{i}" for i in range(40)]
     first, second, third = (" ".join(["Tell", "me", *words[i : i + 30]]) for i in (0, 3, 6))
-    pairs = [pair(i, prompt) for i, prompt in enumerate([first, "Quite another thing", second, third, first])]
-    follow_up = [*pairs[1].messages, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "And?"}]
+    pairs = [
+        pair(i, prompt)
+        for i, prompt in enumerate([first, "Quite another thing", second, third, first])
+    ]
+    follow_up = [
+        *pairs[1].messages,
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "And?"},
+    ]
     pairs.append(SourcePair(**{**vars(pairs[1]), "doc_id": "d9", "messages": follow_up}))
     labels = clusters(pairs)
     assert labels[0] == labels[2] == labels[3] == labels[4] != labels[1] == labels[5]
@@ -312,7 +402,11 @@ def test_clusters_join_conversations_and_near_duplicates_transitively() -> None:
 
 @settings(max_examples=25)
 @given(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 99), st.integers(0, 99)), min_size=12, max_size=30),
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 99), st.integers(0, 99)),
+        min_size=12,
+        max_size=30,
+    ),
     st.integers(0, 5),
     st.sampled_from([0.2, 0.5, None]),
 )
@@ -321,25 +415,35 @@ def test_splits_share_nothing_and_no_pair_is_lost(
 ) -> None:
     pairs = [
         pair(
-            i, f"question {prompt} " * 4, split="heldout" if i % 3 == 0 else "train",
-            chosen=f"answer {chosen}", rejected=f"answer {other}",
+            i,
+            f"question {prompt} " * 4,
+            split="heldout" if i % 3 == 0 else "train",
+            chosen=f"answer {chosen}",
+            rejected=f"answer {other}",
         )
         for i, (prompt, chosen, other) in enumerate(numbers)
-    ]  # fmt: skip
+    ]
     rejected = Rejected()
     try:
         kept = split_pairs(pairs, heldout_frac, seed, rejected)
     except UserError:  # one of them is empty
         reject()
-    assert {p.doc_id for p in kept} | {row["doc_id"] for row in rejected.rows} == {p.doc_id for p in pairs}
+    assert {p.doc_id for p in kept} | {row["doc_id"] for row in rejected.rows} == {
+        p.doc_id for p in pairs
+    }
     assert len(kept) + len(rejected.rows) == len(pairs)
     train, heldout = ([p for p in kept if p.split == split] for split in ("train", "heldout"))
     assert not {conversation_id(p) for p in train} & {conversation_id(p) for p in heldout}
-    assert not {t for p in train for t in (p.chosen, p.rejected)} & {t for p in heldout for t in (p.chosen, p.rejected)}
+    assert not {t for p in train for t in (p.chosen, p.rejected)} & {
+        t for p in heldout for t in (p.chosen, p.rejected)
+    }
 
 
 def test_the_splits_of_the_source_are_kept_unless_a_fraction_is_asked_for() -> None:
-    pairs = [pair(i, f"Prompt number {i} about {i * i}?", split="heldout" if i < 6 else "train") for i in range(40)]
+    pairs = [
+        pair(i, f"Prompt number {i} about {i * i}?", split="heldout" if i < 6 else "train")
+        for i in range(40)
+    ]
     own = split_pairs(pairs, None, 0, Rejected())
     assert [p.doc_id for p in own if p.split == "heldout"] == [f"d{i}" for i in range(6)]
     drawn = split_pairs(pairs, 0.5, 0, Rejected())
@@ -352,7 +456,9 @@ conversations = st.lists(st.integers(0, 40).map(str), min_size=3, max_size=60)
 
 
 @given(conversations, conversations, st.floats(0.05, 0.9), st.integers(0, 9))
-def test_a_share_keeps_every_doc_in_its_split(rows: list[str], appended: list[str], share: float, seed: int) -> None:
+def test_a_share_keeps_every_doc_in_its_split(
+    rows: list[str], appended: list[str], share: float, seed: int
+) -> None:
     """Appended, reordered, limited: the split of a conversation is what it was."""
 
     def splits(of: list[str]) -> dict[str, str]:
@@ -362,7 +468,9 @@ def test_a_share_keeps_every_doc_in_its_split(rows: list[str], appended: list[st
     before, after = splits(rows), splits([*rows, *appended])
     assert splits(rows[::-1]) == before
     counts = Counter(before[row] for row in rows)
-    if min(counts["train"], counts["heldout"]) >= 2:  # else the threshold is moved, until there are enough docs
+    if (
+        min(counts["train"], counts["heldout"]) >= 2
+    ):  # else the threshold is moved, until there are enough docs
         assert choose_threshold(rows, share, seed) != share or before.items() <= after.items()
 
 

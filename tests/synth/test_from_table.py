@@ -17,7 +17,8 @@ from sft_probe.synth.hh import parse_prompt
 def table(path: Path, num_rows: int = 12) -> Path:
     rows = [
         {
-            "q": f"\n\nHuman: Question {i}?\n\nAssistant: Which?\n\nHuman: That one, {i}.\n\nAssistant:",
+            "q": f"\n\nHuman: Question {i}?\n\nAssistant: Which?\n\nHuman: That one, {i}.\n\n"
+            "Assistant:",
             "good": f" Answer {i}, with a\u2028leading\x85space.",
             "bad": f"No answer {i}.",
         }
@@ -36,12 +37,25 @@ def table(path: Path, num_rows: int = 12) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_makes_a_valid_set_of_every_kind_of_table(suffix: str, tmp_path: Path, sft_probe: Run) -> None:
+def test_makes_a_valid_set_of_every_kind_of_table(
+    suffix: str, tmp_path: Path, sft_probe: Run
+) -> None:
     source = table(tmp_path / f"t.{suffix}")
     result = sft_probe(
-        "probe-set", "--from-csv", source, "--prompt", "q", "--category", "chosen=good", "--category", "rejected=bad",
-        "--heldout", 4, "--out", tmp_path / "set",
-    )  # fmt: skip
+        "probe-set",
+        "--from-csv",
+        source,
+        "--prompt",
+        "q",
+        "--category",
+        "chosen=good",
+        "--category",
+        "rejected=bad",
+        "--heldout",
+        4,
+        "--out",
+        tmp_path / "set",
+    )
     assert result.returncode == 0, result.stderr
     assert "row 4: empty rejected" in result.stderr
     assert "row 6: the prompt does not end with a user's turn" in result.stderr
@@ -59,20 +73,35 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, sft_probe: Run) -> N
     source = table(tmp_path / "t.csv")
     flags = ("--from-csv", source, "--prompt", "q", "--category", "chosen=good", "--heldout", 4)
     for name, seed in (("a/set", 1), ("b/set", 1), ("c/set", 2)):
-        assert sft_probe("probe-set", *flags, "--seed", seed, "--out", tmp_path / name).returncode == 0
-    first, second, third = ((tmp_path / name / "set" / "train.jsonl").read_bytes() for name in "abc")
+        assert (
+            sft_probe("probe-set", *flags, "--seed", seed, "--out", tmp_path / name).returncode == 0
+        )
+    first, second, third = (
+        (tmp_path / name / "set" / "train.jsonl").read_bytes() for name in "abc"
+    )
     assert first == second != third
     hashes = [json.loads((tmp_path / name / "set" / "probe_set.json").read_text()) for name in "ab"]
     assert hashes[0] == hashes[1]
 
 
 def test_rows_of_one_conversation_stay_in_one_split(tmp_path: Path, sft_probe: Run) -> None:
-    frame = pd.DataFrame({"q": [f"Question {i // 3}?" for i in range(30)], "a": [f"Answer {i}." for i in range(30)]})
+    frame = pd.DataFrame(
+        {"q": [f"Question {i // 3}?" for i in range(30)], "a": [f"Answer {i}." for i in range(30)]}
+    )
     frame.to_csv(tmp_path / "t.csv", index=False)
     result = sft_probe(
-        "probe-set", "--from-csv", tmp_path / "t.csv", "--prompt", "q", "--category", "chosen=a", "--heldout", 10,
-        "--out", tmp_path / "set",
-    )  # fmt: skip
+        "probe-set",
+        "--from-csv",
+        tmp_path / "t.csv",
+        "--prompt",
+        "q",
+        "--category",
+        "chosen=a",
+        "--heldout",
+        10,
+        "--out",
+        tmp_path / "set",
+    )
     assert result.returncode == 0, result.stderr
     probe_set = load_probe_set(str(tmp_path / "set"))
     assert len(probe_set.of_split("heldout")) == 12
@@ -81,13 +110,17 @@ def test_rows_of_one_conversation_stay_in_one_split(tmp_path: Path, sft_probe: R
 def test_bad_tables_are_user_errors(tmp_path: Path, sft_probe: Run) -> None:
     source = table(tmp_path / "t.csv")
     base = ("probe-set", "--from-csv", source, "--out", tmp_path / "set")
-    assert "has no column nope" in user_error(sft_probe(*base, "--prompt", "nope", "--category", "chosen=good"))
+    assert "has no column nope" in user_error(
+        sft_probe(*base, "--prompt", "nope", "--category", "chosen=good")
+    )
     assert "--from-csv needs" in user_error(sft_probe(*base, "--prompt", "q"))
     assert "leaves one of the splits empty" in user_error(
         sft_probe(*base, "--prompt", "q", "--category", "chosen=good", "--heldout", 50)
     )
     missing = ("probe-set", "--from-csv", tmp_path / "no.csv", "--out", tmp_path / "set")
-    assert "cannot read the table" in user_error(sft_probe(*missing, "--prompt", "q", "--category", "chosen=good"))
+    assert "cannot read the table" in user_error(
+        sft_probe(*missing, "--prompt", "q", "--category", "chosen=good")
+    )
 
 
 CASES = SHARED / "cases/synth"
@@ -116,10 +149,19 @@ def csv_rows(num_rows: int = 20) -> list[str]:
 def test_a_row_with_other_fields_than_the_header_is_refused(
     place: int, row: str, message: str, tmp_path: Path, sft_probe: Run
 ) -> None:
-    """Nothing is shifted, and nothing written. Rows of two lines each stand before: lines are counted, not rows."""
+    """Nothing is shifted, and nothing written. Rows of two lines each stand before: lines are
+    counted, not rows."""
     rows = csv_rows()
     rows[place] = row
-    flags = ("--from-csv", write_csv(tmp_path / "t.csv", rows), "--prompt", "prompt", *SIDES, "--heldout", 5)
+    flags = (
+        "--from-csv",
+        write_csv(tmp_path / "t.csv", rows),
+        "--prompt",
+        "prompt",
+        *SIDES,
+        "--heldout",
+        5,
+    )
     assert message in user_error(sft_probe("probe-set", *flags, "--out", tmp_path / "set"))
     assert not (tmp_path / "set").exists()
 
@@ -136,22 +178,38 @@ def test_a_row_with_other_fields_than_the_header_is_refused(
 def test_a_table_of_another_encoding_or_separator_is_named_as_such(
     encoding: str, separator: str, message: str, tmp_path: Path, sft_probe: Run
 ) -> None:
-    rows = [separator.join(("prompt", "chosen")), *(separator.join((f"Q, {i}?", f"Good {i}.")) for i in range(20))]
+    rows = [
+        separator.join(("prompt", "chosen")),
+        *(separator.join((f"Q, {i}?", f"Good {i}.")) for i in range(20)),
+    ]
     (tmp_path / "t.csv").write_bytes("\n".join(rows).encode(encoding))
-    result = sft_probe("probe-set", "--from-csv", tmp_path / "t.csv", "--prompt", "prompt", "--category",
-                       "chosen=chosen", "--out", tmp_path / "set")  # fmt: skip
+    result = sft_probe(
+        "probe-set",
+        "--from-csv",
+        tmp_path / "t.csv",
+        "--prompt",
+        "prompt",
+        "--category",
+        "chosen=chosen",
+        "--out",
+        tmp_path / "set",
+    )
     assert message in user_error(result)
     assert not (tmp_path / "set").exists()
 
 
 def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) -> None:
-    rows: list[dict[str, Any]] = [{"prompt": f"Q {i}?", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(16)]
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"Q {i}?", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(16)
+    ]
     rows[2]["chosen"] = 7
     rows[3]["rejected"] = True
     rows[4]["chosen"] = "half \ud83d"
     rows[5]["prompt"] = "\n\nHuman: Human: Q?\n\nAssistant:"
     rows[6]["rejected"] = "No.\n\nHuman: And?\n\nAssistant: No."
-    rows[7]["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "In "}, {"text": "parts?"}]}]
+    rows[7]["prompt"] = [
+        {"role": "user", "content": [{"type": "text", "text": "In "}, {"text": "parts?"}]}
+    ]
     rows[8]["chosen"] = "Assistant: labelled"
     del rows[9]["prompt"]
     rows[10]["prompt"] = "Question: who?\n\nAssistant:"
@@ -181,8 +239,18 @@ def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) 
 def test_bytes_that_are_no_utf8_cost_their_row(tmp_path: Path, sft_probe: Run) -> None:
     path = write_csv(tmp_path / "t.csv", csv_rows(12))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"Bad 4", b"Bad \xe9"))
-    result = sft_probe("probe-set", "--from-csv", path, "--prompt", "prompt", *SIDES, "--heldout", 4,
-                       "--out", tmp_path / "set")  # fmt: skip
+    result = sft_probe(
+        "probe-set",
+        "--from-csv",
+        path,
+        "--prompt",
+        "prompt",
+        *SIDES,
+        "--heldout",
+        4,
+        "--out",
+        tmp_path / "set",
+    )
     assert result.returncode == 0, result.stderr
     assert "line 10, row 5: bytes that are not UTF-8" in result.stderr
     assert len(load_probe_set(str(tmp_path / "set")).docs) == 11
@@ -204,14 +272,31 @@ def test_names_that_a_set_cannot_have_are_refused(
     categories: tuple[str, ...], message: str, tmp_path: Path, sft_probe: Run
 ) -> None:
     named = [flag for category in categories for flag in ("--category", category)]
-    flags = ("--from-csv", write_csv(tmp_path / "t.csv", csv_rows()), "--prompt", "prompt", *named, "--heldout", 5)
+    flags = (
+        "--from-csv",
+        write_csv(tmp_path / "t.csv", csv_rows()),
+        "--prompt",
+        "prompt",
+        *named,
+        "--heldout",
+        5,
+    )
     assert message in user_error(sft_probe("probe-set", *flags, "--out", tmp_path / "set"))
     assert not (tmp_path / "set").exists()
 
 
 def test_out_is_new(tmp_path: Path, sft_probe: Run) -> None:
-    """A finished set, somebody's files and a file are left as they are; an empty directory will do."""
-    flags = ("--from-csv", write_csv(tmp_path / "t.csv", csv_rows()), "--prompt", "prompt", *SIDES, "--heldout", 5)
+    """A finished set, somebody's files and a file are left as they are; an empty directory will
+    do."""
+    flags = (
+        "--from-csv",
+        write_csv(tmp_path / "t.csv", csv_rows()),
+        "--prompt",
+        "prompt",
+        *SIDES,
+        "--heldout",
+        5,
+    )
     (tmp_path / "set").mkdir()
     assert sft_probe("probe-set", *flags, "--out", tmp_path / "set").returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
@@ -226,31 +311,59 @@ def test_out_is_new(tmp_path: Path, sft_probe: Run) -> None:
 
 def test_a_table_of_one_conversation_is_refused(tmp_path: Path, sft_probe: Run) -> None:
     rows = [f"same prompt,good {i},bad {i}" for i in range(20)] + ["another,good,bad"]
-    flags = ("--from-csv", write_csv(tmp_path / "t.csv", rows), "--prompt", "prompt", *SIDES, "--heldout", 5)
+    flags = (
+        "--from-csv",
+        write_csv(tmp_path / "t.csv", rows),
+        "--prompt",
+        "prompt",
+        *SIDES,
+        "--heldout",
+        5,
+    )
     message = user_error(sft_probe("probe-set", *flags, "--out", tmp_path / "set"))
-    assert "each split needs 2. Whole conversations are held out, and the 21 docs are of 2" in message
+    assert (
+        "each split needs 2. Whole conversations are held out, and the 21 docs are of 2" in message
+    )
     assert not (tmp_path / "set").exists()
 
 
-def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(tmp_path: Path, sft_probe: Run) -> None:
+def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(
+    tmp_path: Path, sft_probe: Run
+) -> None:
     rows = csv_rows(60)
 
     def splits(name: str, rows: list[str], *flags: object) -> dict[str, str]:
         path = write_csv(tmp_path / f"{name}.csv", rows)
-        result = sft_probe("probe-set", "--from-csv", path, "--prompt", "prompt", *SIDES, *flags,
-                           "--out", tmp_path / name)  # fmt: skip
+        result = sft_probe(
+            "probe-set",
+            "--from-csv",
+            path,
+            "--prompt",
+            "prompt",
+            *SIDES,
+            *flags,
+            "--out",
+            tmp_path / name,
+        )
         assert result.returncode == 0, result.stderr
-        return {doc.messages[0]["content"]: doc.split for doc in load_probe_set(str(tmp_path / name)).docs}
+        return {
+            doc.messages[0]["content"]: doc.split
+            for doc in load_probe_set(str(tmp_path / name)).docs
+        }
 
     counted = splits("counted", rows, "--heldout", 12)
     assert list(counted.values()).count("heldout") == 12
-    threshold = json.loads((tmp_path / "counted/probe_set.json").read_text())["provenance"]["split"]["threshold"]
+    threshold = json.loads((tmp_path / "counted/probe_set.json").read_text())["provenance"][
+        "split"
+    ]["threshold"]
     assert splits("limited", rows, "--heldout", 12, "--limit", 30).items() <= counted.items()
     assert splits("reversed", rows[::-1], "--heldout", 12) == counted
     grown = splits("grown", csv_rows(90)[30:][::-1] + rows[:30], "--heldout", threshold)
     assert counted.items() <= grown.items()
     assert len(grown) == 90
-    assert splits("few", rows[::2], "--heldout", threshold, "--limit", 25).items() <= counted.items()
+    assert (
+        splits("few", rows[::2], "--heldout", threshold, "--limit", 25).items() <= counted.items()
+    )
 
 
 @needs_shared
@@ -259,7 +372,10 @@ def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(tmp_path: 
     [
         ("t_first_row_extra.csv", "line 2: 5 fields, and the header has 4"),
         ("t_one_conv_plus.csv", "each split needs 2"),
-        ("t_jsonl_surrogate.jsonl", "half a surrogate pair, which is no Unicode text (20 rows, the first in line 1"),
+        (
+            "t_jsonl_surrogate.jsonl",
+            "half a surrogate pair, which is no Unicode text (20 rows, the first in line 1",
+        ),
         ("t_jsonl_num.jsonl", "chosen is a number, not text (20 rows, the first in line 1"),
         ("helpsteer.jsonl", "has no column chosen, rejected; it has prompt, response"),
         ("t_jsonl_bom.jsonl", None),
@@ -268,16 +384,30 @@ def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(tmp_path: 
         ("resp_label.jsonl", None),
     ],
 )
-def test_tables_that_were_read_wrongly(name: str, message: str | None, tmp_path: Path, sft_probe: Run) -> None:
-    result = sft_probe("probe-set", "--from-csv", CASES / name, "--prompt", "prompt", *SIDES, "--heldout", 5,
-                       "--out", tmp_path / "set")  # fmt: skip
+def test_tables_that_were_read_wrongly(
+    name: str, message: str | None, tmp_path: Path, sft_probe: Run
+) -> None:
+    result = sft_probe(
+        "probe-set",
+        "--from-csv",
+        CASES / name,
+        "--prompt",
+        "prompt",
+        *SIDES,
+        "--heldout",
+        5,
+        "--out",
+        tmp_path / "set",
+    )
     if message:
         assert message in user_error(result)
         assert not (tmp_path / "set").exists()
         return
     assert result.returncode == 0, result.stderr
     for doc in load_probe_set(str(tmp_path / "set")).docs:
-        assert not any("Human:" in turn["content"] or "Assistant:" in turn["content"] for turn in doc.messages)
+        assert not any(
+            "Human:" in turn["content"] or "Assistant:" in turn["content"] for turn in doc.messages
+        )
         assert not any("Assistant:" in text for text in doc.responses.values())
         if "hh" in name:
             assert [turn["role"] for turn in doc.messages] == ["user", "assistant", "user"]
@@ -286,16 +416,24 @@ def test_tables_that_were_read_wrongly(name: str, message: str | None, tmp_path:
 turns = (
     st.text(st.characters(codec="utf-8"), min_size=1)
     .map(str.strip)
-    .filter(lambda text: text and not any(part in text for part in ("\n\nHuman:", "\n\nAssistant:", "\r\n")))
+    .filter(
+        lambda text: (
+            text and not any(part in text for part in ("\n\nHuman:", "\n\nAssistant:", "\r\n"))
+        )
+    )
 )
 
 
 @given(st.lists(turns, min_size=1, max_size=7).filter(lambda texts: len(texts) % 2 == 1))
 def test_hh_prompts_come_back_as_their_turns(texts: list[str]) -> None:
     names = ("Human", "Assistant")
-    prompt = "".join(f"\n\n{names[i % 2]}: {text}" for i, text in enumerate(texts)) + "\n\nAssistant:"
+    prompt = (
+        "".join(f"\n\n{names[i % 2]}: {text}" for i, text in enumerate(texts)) + "\n\nAssistant:"
+    )
     assert [turn["content"] for turn in parse_prompt(prompt)] == texts
-    assert [turn["role"] for turn in parse_prompt(prompt)] == [("user", "assistant")[i % 2] for i in range(len(texts))]
+    assert [turn["role"] for turn in parse_prompt(prompt)] == [
+        ("user", "assistant")[i % 2] for i in range(len(texts))
+    ]
 
 
 @given(st.text())
@@ -310,6 +448,9 @@ def test_real_prompts_are_rendered_back_to_what_was_published() -> None:
 
     lines = (SHARED / "data/helpful-base/probe_train.jsonl").read_text("utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
-    same = sum(PromptFormat("hh").render(parse_prompt(prompt)).text == prompt.rstrip() for prompt in prompts)
+    same = sum(
+        PromptFormat("hh").render(parse_prompt(prompt)).text == prompt.rstrip()
+        for prompt in prompts
+    )
     assert len(prompts) == 500
     assert same >= 480  # the others have stray white space inside a turn, which is stripped

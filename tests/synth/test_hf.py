@@ -1,4 +1,5 @@
-"""The local writer: batches give what single calls give, and an answer without an end is no answer."""
+"""The local writer: batches give what single calls give, and an answer without an end is no
+answer."""
 
 import asyncio
 import json
@@ -12,16 +13,30 @@ from sft_probe.errors import UserError
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.writers.hf import HfWriter
 
-PROMPTS = ["Rice", "Tell me how the boat was built, and by whom, and when.", "One two three four five."] * 7
+PROMPTS = [
+    "Rice",
+    "Tell me how the boat was built, and by whom, and when.",
+    "One two three four five.",
+] * 7
 
 
-def ask(writer: HfWriter, prompts: list[str], *, temperature: float = 0.0, num_words: int = 4) -> list[Answer]:
+def ask(
+    writer: HfWriter, prompts: list[str], *, temperature: float = 0.0, num_words: int = 4
+) -> list[Answer]:
     async def run() -> list[Answer]:
         requests = [
-            Request(doc_id=str(i), category="variant", template="variant@1", template_sha256="", prompt=prompt,
-                    source_text="", num_words=num_words + i % 3, temperature=temperature)
+            Request(
+                doc_id=str(i),
+                category="variant",
+                template="variant@1",
+                template_sha256="",
+                prompt=prompt,
+                source_text="",
+                num_words=num_words + i % 3,
+                temperature=temperature,
+            )
             for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
+        ]
         answers = await asyncio.gather(*map(writer.write, requests))
         await writer.close()
         return answers
@@ -37,7 +52,9 @@ def test_a_batch_is_what_each_prompt_alone_gives(tiny_model: Path) -> None:
         chat = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         ids = torch.tensor([tokenizer.encode(chat)])
         budget = 3 * (4 + number % 3) + 32
-        alone = model.generate(ids, do_sample=False, max_new_tokens=budget, pad_token_id=0)[0, ids.shape[1] :].tolist()
+        alone = model.generate(ids, do_sample=False, max_new_tokens=budget, pad_token_id=0)[
+            0, ids.shape[1] :
+        ].tolist()
         is_finished = tokenizer.eos_token_id in alone
         kept = alone[: alone.index(tokenizer.eos_token_id)] if is_finished else alone
         assert json.loads(answer.raw)["ids"] == kept
@@ -47,7 +64,9 @@ def test_a_batch_is_what_each_prompt_alone_gives(tiny_model: Path) -> None:
 
 def test_draws_are_seeded_and_differ_by_prompt(tiny_model: Path) -> None:
     writer = HfWriter(str(tiny_model))
-    first, again = (ask(writer, PROMPTS[:3], temperature=0.7) for _ in range(2))  # the model is loaded a second time
+    first, again = (
+        ask(writer, PROMPTS[:3], temperature=0.7) for _ in range(2)
+    )  # the model is loaded a second time
     assert [answer.raw for answer in first] == [answer.raw for answer in again]
     assert len({answer.raw for answer in first}) == 3
 

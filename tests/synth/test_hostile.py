@@ -1,4 +1,5 @@
-"""Servers that do everything wrong, against every writer that speaks to one: exit, status, money, key."""
+"""Servers that do everything wrong, against every writer that speaks to one: exit, status, money,
+key."""
 
 import json
 import logging
@@ -38,29 +39,50 @@ class Outcome:
 def failed(message: str, statuses: str = "error", **fields: Any) -> Outcome:
     """Twenty failures in a row; a batch job is not even made."""
     batch = fields.pop("batch_message", "the server does not answer")
-    return Outcome(f"20 requests in a row failed.*{message}", frozenset({statuses}), batch_message=batch, **fields)
+    return Outcome(
+        f"20 requests in a row failed.*{message}",
+        frozenset({statuses}),
+        batch_message=batch,
+        **fields,
+    )
 
 
 def useless(message: str, status: str) -> Outcome:
     """Answers without a text, which are paid for; a repaired server is asked again."""
-    return Outcome(f"none has a text: {status}: {message}", frozenset({"error"}), 24, None, frozenset({"error"}))
+    return Outcome(
+        f"none has a text: {status}: {message}",
+        frozenset({"error"}),
+        24,
+        None,
+        frozenset({"error"}),
+    )
 
 
 UNREADABLE = "no JSON object in UTF-8"
 GOOD = Outcome("", frozenset({"ok"}), 80, "", frozenset({"ok"}), is_final=True)
-REDIRECT = Outcome(r"redirects \(HTTP 30\d\) to http://127.0.0.1:\d+/.*nowhere else", max_requests=1)
+REDIRECT = Outcome(
+    r"redirects \(HTTP 30\d\) to http://127.0.0.1:\d+/.*nowhere else", max_requests=1
+)
 FAULTS = {
     "redirect_302": REDIRECT,
     "redirect_307": REDIRECT,
     "redirect_key": REDIRECT,
     "bare_304": Outcome(r"redirects \(HTTP 304\) to nowhere", max_requests=1),
-    "location": Outcome("takes no request: HTTP 400: User location is not supported", max_requests=1),
+    "location": Outcome(
+        "takes no request: HTTP 400: User location is not supported", max_requests=1
+    ),
     "daily": Outcome("quota of the day is used up: GenerateRequestsPerDay", max_requests=1),
     "no_credit": Outcome("takes no request: HTTP 402: pay first", max_requests=1),
-    "no_model": Outcome("takes no request: HTTP 404", max_requests=1, batch_message="HTTP 404: no such model"),
+    "no_model": Outcome(
+        "takes no request: HTTP 404", max_requests=1, batch_message="HTTP 404: no such model"
+    ),
     "bad_key": Outcome(r"takes no request: HTTP 400: API key \[key\] not valid", max_requests=1),
-    "bad_request": failed("HTTP 400: too long", "invalid", batch_message="refuses a batch job: HTTP 400"),
-    "reason_key": failed(r"HTTP 400: no \[key\]", "invalid", batch_message="refuses a batch job: HTTP 400"),
+    "bad_request": failed(
+        "HTTP 400: too long", "invalid", batch_message="refuses a batch job: HTTP 400"
+    ),
+    "reason_key": failed(
+        r"HTTP 400: no \[key\]", "invalid", batch_message="refuses a batch job: HTTP 400"
+    ),
     "error_200": failed("HTTP 200 with an error: no such parameter"),
     "error_200_busy": failed("HTTP 200 with an error: busy"),
     "503": failed("HTTP 503", max_requests=6 * NUM_DOCS),
@@ -79,7 +101,9 @@ FAULTS = {
     "endless": failed("longer than 5 MB"),
     "cut": failed("connection failed", batch_message="", batch_statuses=frozenset({"ok"})),
     "hangup": failed("connection failed", batch_message="", batch_statuses=frozenset({"ok"})),
-    "thoughts": useless(r".*1021 of 1021 output tokens are thoughts.*--thinking-tokens", "truncated"),
+    "thoughts": useless(
+        r".*1021 of 1021 output tokens are thoughts.*--thinking-tokens", "truncated"
+    ),
     "max_tokens": useless("", "truncated"),
     "empty": useless("empty text", "invalid"),
     "safety": useless("", "blocked"),
@@ -125,7 +149,9 @@ def thief() -> Iterator[GeminiServer]:
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GEMINI_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.setenv(name, f" {KEY}\n")  # as `$(cat key.txt)` of an editor on another system gives it
+        monkeypatch.setenv(
+            name, f" {KEY}\n"
+        )  # as `$(cat key.txt)` of an editor on another system gives it
     for name in ("call", "batch"):
         monkeypatch.setattr(f"sft_probe.synth.asking.{name}.backoff_s", lambda *_: 0.0)
 
@@ -137,8 +163,16 @@ def command(tmp_path: Path, writer: str, url: str, num_docs: int = NUM_DOCS) -> 
         write_rows(source, raw_rows(num_docs))
         write_templates(templates)
     base_url = f"{url}/openai/v1" if writer == "openai" else url
-    given = {"source": source, "writer": writer, "model": "m", "base-url": base_url, "price": "{},{}".format(*PRICE),
-             "categories": "non_response", "templates": templates, "out": tmp_path / "set"}  # fmt: skip
+    given = {
+        "source": source,
+        "writer": writer,
+        "model": "m",
+        "base-url": base_url,
+        "price": "{},{}".format(*PRICE),
+        "categories": "non_response",
+        "templates": templates,
+        "out": tmp_path / "set",
+    }
     return ["synth", *(part for name, value in given.items() for part in (f"--{name}", value))]
 
 
@@ -146,7 +180,13 @@ def strings(value: Any) -> Iterator[str]:
     """Every string in a JSON value, keys too."""
     if isinstance(value, str):
         yield value
-    for item in value.items() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+    for item in (
+        value.items()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    ):
         yield from strings(item)
 
 
@@ -164,12 +204,16 @@ def hunt(folder: Path, said: str) -> list[str]:
     """Where the key stands: in files, in each value of the store, in what was printed or logged."""
     found = ["output"] if is_planted(said) else []
     files = [path for path in folder.rglob("*") if path.is_file()]
-    found += [path.name for path in files if is_planted(path.read_bytes().decode("utf-8", "replace"))]
+    found += [
+        path.name for path in files if is_planted(path.read_bytes().decode("utf-8", "replace"))
+    ]
     for store in folder.rglob("answers.sqlite"):
         with sqlite3.connect(store) as connection:
             for table in ("answers", "jobs"):
                 rows = connection.execute(f"SELECT * FROM {table}").fetchall()  # noqa: S608 - a name of ours
-                found += [f"{table}: {value}" for row in rows for value in row if is_planted(str(value))]
+                found += [
+                    f"{table}: {value}" for row in rows for value in row if is_planted(str(value))
+                ]
         connection.close()
     return found
 
@@ -181,7 +225,10 @@ def stored(out: Path) -> tuple[set[str], float]:
         return set(), 0.0
     with sqlite3.connect(path) as connection:
         statuses = {row[0] for row in connection.execute("SELECT status FROM answers")}
-        sums = [f"SELECT total(cost_usd) FROM {table}" for table in ("answers", "reservations", "jobs")]  # noqa: S608
+        sums = [
+            f"SELECT total(cost_usd) FROM {table}"  # noqa: S608
+            for table in ("answers", "reservations", "jobs")
+        ]
         spent = sum(connection.execute(one).fetchone()[0] for one in sums)
     connection.close()
     return statuses, spent
@@ -193,7 +240,12 @@ def billed_usd(server: GeminiServer) -> float:
 
 @pytest.mark.parametrize(("fault", "writer"), MATRIX)
 def test_a_hostile_server(  # noqa: PLR0917 - fixtures
-    fault: str, writer: str, thief: GeminiServer, tmp_path: Path, sft_probe: Run, caplog: pytest.LogCaptureFixture
+    fault: str,
+    writer: str,
+    thief: GeminiServer,
+    tmp_path: Path,
+    sft_probe: Run,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     thief.seen.clear()
@@ -204,8 +256,14 @@ def test_a_hostile_server(  # noqa: PLR0917 - fixtures
         bound = sft_probe(*asked, "--dry-run")
         assert not (tmp_path / "set").exists()
         result = sft_probe(*asked)
-        message = expected.batch_message if is_batch and expected.batch_message is not None else expected.message
-        assert (result.returncode, "Traceback" in result.stderr) == (2 if message else 0, False), result.stderr
+        message = (
+            expected.batch_message
+            if is_batch and expected.batch_message is not None
+            else expected.message
+        )
+        assert (result.returncode, "Traceback" in result.stderr) == (2 if message else 0, False), (
+            result.stderr
+        )
         assert re.search(message, result.stderr, re.DOTALL), result.stderr
         statuses, spent_usd = stored(tmp_path / "set")
         assert statuses == (expected.batch_statuses if is_batch else expected.statuses)
@@ -213,7 +271,9 @@ def test_a_hostile_server(  # noqa: PLR0917 - fixtures
             assert server.num_requests <= expected.max_requests
         most_usd = float(bound.stdout.rpartition("at most ")[2])
         assert billed_usd(server) <= spent_usd + 1e-9
-        assert max(billed_usd(server), spent_usd) <= most_usd + 1e-4  # it is printed with four digits
+        assert (
+            max(billed_usd(server), spent_usd) <= most_usd + 1e-4
+        )  # it is printed with four digits
         assert not hunt(tmp_path, result.stdout + result.stderr + caplog.text)
         assert not thief.seen
         if not expected.is_final:  # the cause is repaired: nothing is lost

@@ -32,10 +32,25 @@ def test_a_text_that_its_writer_turns_down_is_written_again_then_left_out(
     out = tmp_path / "set"
     with GeminiServer() as server:
         command = (
-            "synth", "--source", raw, "--writer", writer, "--model", "test-model", "--base-url",
-            server.url + ("/openai/v1" if writer == "openai" else ""), "--limit", NUM_DOCS, "--judge", "--price",
-            ",".join(map(str, PRICE)), "--templates", write_templates(tmp_path / "templates"), "--out", out,
-        )  # fmt: skip
+            "synth",
+            "--source",
+            raw,
+            "--writer",
+            writer,
+            "--model",
+            "test-model",
+            "--base-url",
+            server.url + ("/openai/v1" if writer == "openai" else ""),
+            "--limit",
+            NUM_DOCS,
+            "--judge",
+            "--price",
+            ",".join(map(str, PRICE)),
+            "--templates",
+            write_templates(tmp_path / "templates"),
+            "--out",
+            out,
+        )
         dry = sft_probe(*command, "--dry-run").stdout
         assert f"calls: {2 * 3 * NUM_DOCS} (0 texts are stored)" in dry
         first = sft_probe(*command)
@@ -52,7 +67,9 @@ def test_a_text_that_its_writer_turns_down_is_written_again_then_left_out(
     # the server writes the same text again, which is like no other text of the set
     assert provenance["opinions"] == {"judged": 2 * num_bad, "yes": 3 * NUM_DOCS - num_bad}
     assert provenance["failed_checks"]["second"] == provenance["failed_checks"]["first"]
-    left_out = [row for row in read_rows(out / "synthesis" / "rejected_rows.jsonl") if "doc_id" in row]
+    left_out = [
+        row for row in read_rows(out / "synthesis" / "rejected_rows.jsonl") if "doc_id" in row
+    ]
     assert len(load_probe_set(str(out)).docs) == NUM_DOCS - len({row["doc_id"] for row in left_out})
     assert all(re.fullmatch(r"`\w+`, written twice: judged", row["reason"]) for row in left_out)
     assert "judge" in sft_probe("synth", "status", out).stdout
@@ -61,12 +78,25 @@ def test_a_text_that_its_writer_turns_down_is_written_again_then_left_out(
 def test_a_writer_that_cannot_judge_ends_the_run(tmp_path: Path, sft_probe: Run) -> None:
     raw = write_rows(tmp_path / "raw.jsonl", raw_rows(24))
     base = ("synth", "--source", raw, "--judge", "--out", tmp_path / "set")
-    assert "--judge needs a writer that can read" in user_error(sft_probe(*base, "--writer", "offline"))
+    assert "--judge needs a writer that can read" in user_error(
+        sft_probe(*base, "--writer", "offline")
+    )
     templates = write_templates(tmp_path / "templates")
     with pytest.MonkeyPatch.context() as patch, GeminiServer() as server:
         patch.setattr("synth_fakes._JUDGED", re.compile("(?!)"))
-        message = user_error(sft_probe(*base, "--writer", "openai", "--model", "m", "--base-url",
-                                       server.url + "/openai/v1", "--templates", templates))  # fmt: skip
+        message = user_error(
+            sft_probe(
+                *base,
+                "--writer",
+                "openai",
+                "--model",
+                "m",
+                "--base-url",
+                server.url + "/openai/v1",
+                "--templates",
+                templates,
+            )
+        )
     assert "none of the first 50 answers for `judge` can be used: no verdict (50)" in message
     assert "leave --judge out" in message
 
@@ -74,16 +104,23 @@ def test_a_writer_that_cannot_judge_ends_the_run(tmp_path: Path, sft_probe: Run)
 @pytest.mark.parametrize(
     ("text", "status", "fault"),
     [
-        ("yes", "ok", None), (" **Yes.**", "ok", None), ("No, it refuses.", "ok", "judged"), ("NO", "ok", "judged"),
-        ("Not bad", "ok", "no verdict"), ("", "ok", "no verdict"), ("yes", "truncated", "no verdict"),
+        ("yes", "ok", None),
+        (" **Yes.**", "ok", None),
+        ("No, it refuses.", "ok", "judged"),
+        ("NO", "ok", "judged"),
+        ("Not bad", "ok", "no verdict"),
+        ("", "ok", "no verdict"),
+        ("yes", "truncated", "no verdict"),
         (None, "blocked", "no verdict"),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_is_the_first_word(text: str | None, status: str, fault: str | None) -> None:
     assert fault_in(Answer(status=status, raw="{}", text=text)) == fault
 
 
-@pytest.mark.parametrize("text", ["word " * 5000, "\u6c34" * 5000, "\U0001f600" * 5000, "half \ud83d", "{task} {0}"])
+@pytest.mark.parametrize(
+    "text", ["word " * 5000, "\u6c34" * 5000, "\U0001f600" * 5000, "half \ud83d", "{task} {0}"]
+)
 def test_no_opinion_is_longer_than_the_estimate_says(text: str) -> None:
     request = make_request("Write it.")
     opinion = opinion_request(request, text, 7)

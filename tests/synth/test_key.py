@@ -81,18 +81,29 @@ def test_the_environment_leads_the_key_nowhere_else(
 def test_an_sdk_that_goes_elsewhere_is_stopped(thief: GeminiServer, tmp_path: Path) -> None:
     thief.seen.clear()
     with GeminiServer() as server:
-        for writer in (GeminiWriter("m", base_url=server.url), OpenAIWriter("m", base_url=server.url)):
-            writer._connection.base_url = thief.url  # what the SDK is given; the origin is pinned before
+        for writer in (
+            GeminiWriter("m", base_url=server.url),
+            OpenAIWriter("m", base_url=server.url),
+        ):
+            writer._connection.base_url = (
+                thief.url
+            )  # what the SDK is given; the origin is pinned before
             with pytest.raises(UserError, match=rf"a call would go to {thief.url}/.*nowhere else"):
                 ask(writer, tmp_path / "a.sqlite")
         assert not server.seen
     assert not thief.seen
 
 
-@pytest.mark.parametrize("value", ["a\nb-long-enough", "schlüssel-12345", "with blank", "tab\tkey-1234"])
-def test_what_cannot_be_a_key_is_refused_without_showing_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "value", ["a\nb-long-enough", "schlüssel-12345", "with blank", "tab\tkey-1234"]
+)
+def test_what_cannot_be_a_key_is_refused_without_showing_it(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", value)
-    with pytest.raises(UserError, match="GEMINI_API_KEY holds characters that no key has") as caught:
+    with pytest.raises(
+        UserError, match="GEMINI_API_KEY holds characters that no key has"
+    ) as caught:
         GeminiWriter("m")
     assert value not in str(caught.value)
     monkeypatch.setenv("GEMINI_API_KEY", f"\n {KEY}\r\n")
@@ -108,9 +119,16 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 
 def test_a_key_is_redacted_however_it_is_escaped() -> None:
     secret = Secret(KEY)
-    forms = [KEY, json.dumps({"a": KEY}), escaped(KEY), json.dumps(escaped(KEY)), KEY.replace("/", "\\/"),
-             "".join(f"%{ord(char):02X}" for char in KEY), "".join(f"&#{ord(char)};" for char in KEY),
-             json.dumps(json.dumps({"a": escaped(KEY)}))]  # fmt: skip
+    forms = [
+        KEY,
+        json.dumps({"a": KEY}),
+        escaped(KEY),
+        json.dumps(escaped(KEY)),
+        KEY.replace("/", "\\/"),
+        "".join(f"%{ord(char):02X}" for char in KEY),
+        "".join(f"&#{ord(char)};" for char in KEY),
+        json.dumps(json.dumps({"a": escaped(KEY)})),
+    ]
     for form in forms:
         redacted = secret.redact(f"before {form} after")
         assert "[key]" in redacted, form
@@ -133,21 +151,37 @@ def test_no_log_record_shows_a_key(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gemini-legacy", *(pytest.param(name, marks=pytest.mark.full) for name in ("gemini", "openai"))]
+    "name",
+    [
+        "gemini-legacy",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("gemini", "openai")),
+    ],
 )
-def test_a_second_interrupt_ends_at_once_and_no_process_shows_the_key(name: str, tmp_path: Path) -> None:
+def test_a_second_interrupt_ends_at_once_and_no_process_shows_the_key(
+    name: str, tmp_path: Path
+) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(12))
     with GeminiServer(always="slow") as server:
         url = server.url + ("/openai/v1" if name == "openai" else "")
-        asked = {"source": source, "writer": name, "model": "m", "base-url": url, "out": tmp_path / "set"}
+        asked = {
+            "source": source,
+            "writer": name,
+            "model": "m",
+            "base-url": url,
+            "out": tmp_path / "set",
+        }
         flags = [str(part) for flag, value in asked.items() for part in (f"--{flag}", value)]
         with subprocess.Popen(
-            [sys.executable, "-X", "dev", "-m", "sft_probe", "synth", *flags], stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-X", "dev", "-m", "sft_probe", "synth", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        ) as process:  # fmt: skip
+        ) as process:
             while not server.num_requests and process.poll() is None:
                 time.sleep(0.05)
-            commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+            commands = [
+                path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
+            ]
             assert not any(KEY.encode() in command for command in commands)
             process.send_signal(signal.SIGINT)
             assert process.stderr is not None
@@ -166,11 +200,19 @@ def test_a_second_interrupt_ends_at_once_and_no_process_shows_the_key(name: str,
 
 @pytest.mark.parametrize(
     ("model", "config"),
-    [("gemini-2.5-flash", {"thinkingBudget": 0}), ("gemini-2.5-pro", {"thinkingBudget": 128}),
-     ("models/gemini-3-flash-preview", {"thinkingLevel": "MINIMAL"}), ("gemini-3.1-pro", {"thinkingLevel": "LOW"}),
-     ("gemini-3.5-flash-lite", None), ("gemini-2.5-flash-lite", None), ("gemma-3", None)],
-)  # fmt: skip
-def test_a_model_that_thinks_is_told_to_think_least(model: str, config: Any, tmp_path: Path) -> None:
+    [
+        ("gemini-2.5-flash", {"thinkingBudget": 0}),
+        ("gemini-2.5-pro", {"thinkingBudget": 128}),
+        ("models/gemini-3-flash-preview", {"thinkingLevel": "MINIMAL"}),
+        ("gemini-3.1-pro", {"thinkingLevel": "LOW"}),
+        ("gemini-3.5-flash-lite", None),
+        ("gemini-2.5-flash-lite", None),
+        ("gemma-3", None),
+    ],
+)
+def test_a_model_that_thinks_is_told_to_think_least(
+    model: str, config: Any, tmp_path: Path
+) -> None:
     with GeminiServer() as server:
         writers: list[Any] = [GeminiWriter(model, base_url=server.url)]
         writers.append(GeminiBatchWriter(model, base_url=server.url, poll_s=0.01))
@@ -191,9 +233,22 @@ def test_a_model_that_thinks_is_told_to_think_least(model: str, config: Any, tmp
 
 def test_thoughts_get_room_and_it_is_said(tmp_path: Path, sft_probe: Run) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(12))
-    base = ("synth", "--source", source, "--writer", "gemini", "--dry-run", "--out", tmp_path / "set", "--model")
+    base = (
+        "synth",
+        "--source",
+        source,
+        "--writer",
+        "gemini",
+        "--dry-run",
+        "--out",
+        tmp_path / "set",
+        "--model",
+    )
     plain = sft_probe(*base, "gemini-2.5-flash")
-    assert "gemini-2.5-flash thinks before it writes, so it is asked with thinkingBudget 0" in plain.stderr
+    assert (
+        "gemini-2.5-flash thinks before it writes, so it is asked with thinkingBudget 0"
+        in plain.stderr
+    )
     roomy = sft_probe(*base, "gemini-2.5-flash", "--thinking-tokens", 4096)
     assert "4096 tokens more in the output limit" in roomy.stderr
     bounds = [float(result.stdout.rpartition("at most ")[2]) for result in (plain, roomy)]

@@ -29,7 +29,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @settings(deadline=None, max_examples=15)
 @given(
     budget_cents=st.integers(0, 30),
-    outcomes=st.lists(st.sampled_from(["ok", "short", "unknown", "busy", "cut"]), min_size=1, max_size=40),
+    outcomes=st.lists(
+        st.sampled_from(["ok", "short", "unknown", "busy", "cut"]), min_size=1, max_size=40
+    ),
 )
 def test_a_budget_is_never_passed(
     tmp_path_factory: pytest.TempPathFactory, budget_cents: int, outcomes: list[str]
@@ -41,12 +43,19 @@ def test_a_budget_is_never_passed(
         nonlocal billed_cents
         outcome = outcomes[(int(prompt[1:]) + call) % len(outcomes)]
         billed_cents += {"ok": 1.0, "short": 0.1, "unknown": 1.0, "busy": 0.0, "cut": 1.0}[outcome]
-        counts: dict[str, dict[str, Any]] = {"short": {"num_output_tokens": 10}, "unknown": {"num_output_tokens": None}}
+        counts: dict[str, dict[str, Any]] = {
+            "short": {"num_output_tokens": 10},
+            "unknown": {"num_output_tokens": None},
+        }
         waits = {"busy": Wait("HTTP 503"), "cut": Wait("cut", maybe_billed=True)}
         return waits.get(outcome) or counts.get(outcome)
 
     limits = Limits(
-        concurrency=8, first_backoff_s=0.0, max_attempts=2, max_cost_usd=budget_cents / 100 + 1e-9, price=CENT
+        concurrency=8,
+        first_backoff_s=0.0,
+        max_attempts=2,
+        max_cost_usd=budget_cents / 100 + 1e-9,
+        price=CENT,
     )
     for _ in range(2):
         with contextlib.suppress(UserError):
@@ -64,9 +73,15 @@ OUTCOMES: dict[str, tuple[int, Exception | dict[str, Any]]] = {
     "partial": (60, {"num_output_tokens": None}),
     "zero": (60, {"num_output_tokens": 0, "num_prompt_tokens": 0}),
     "absurd": (60, {"num_output_tokens": 10**9}),
-    "error with 200": (60, {"status": "error", "text": None, "num_output_tokens": None, "num_prompt_tokens": None}),
+    "error with 200": (
+        60,
+        {"status": "error", "text": None, "num_output_tokens": None, "num_prompt_tokens": None},
+    ),
     "truncated": (100, {"status": "truncated", "text": None}),
-    "turned down": (0, {"status": "invalid", "text": None, "num_output_tokens": 0, "num_prompt_tokens": 0}),
+    "turned down": (
+        0,
+        {"status": "invalid", "text": None, "num_output_tokens": 0, "num_prompt_tokens": 0},
+    ),
     "busy": (0, Wait("HTTP 503")),
     "cut": (100, Wait("cut", maybe_billed=True)),
     "unreadable": (80, Wait("no JSON", maybe_billed=True, raw="<")),
@@ -76,7 +91,10 @@ OUTCOMES: dict[str, tuple[int, Exception | dict[str, Any]]] = {
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), budget_cents=st.none() | st.integers(0, 60), runs=st.integers(1, 2))
 def test_no_server_makes_a_run_pay_more_than_the_estimate_or_count_less_than_it_pays(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, budget_cents: int | None, runs: int
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+    budget_cents: int | None,
+    runs: int,
 ) -> None:
     names = data.draw(st.lists(st.sampled_from(list(OUTCOMES)), min_size=1, max_size=60))
     billed, drawn = 0, itertools.cycle(names)
@@ -101,7 +119,11 @@ def test_no_server_makes_a_run_pay_more_than_the_estimate_or_count_less_than_it_
             bound = estimate(first, FakeWriter(), store, CENT, maybe_requests=second).max_cost_usd
             with contextlib.suppress(UserError):
                 answers = list(obtain(first, FakeWriter(plan), store, limits))
-                again = [replace(request, sample_index=1) for request, answer in answers if answer.status != "ok"]
+                again = [
+                    replace(request, sample_index=1)
+                    for request, answer in answers
+                    if answer.status != "ok"
+                ]
                 list(obtain(again, FakeWriter(plan), store, limits))
             assert (billed - before) / 1e4 <= store.cost_usd() - spent + 1e-9
             assert bound is not None
@@ -111,12 +133,20 @@ def test_no_server_makes_a_run_pay_more_than_the_estimate_or_count_less_than_it_
 
 
 @pytest.mark.parametrize("num_tokens", [500, 5000])
-def test_an_answer_that_costs_more_than_it_may_stops_the_next_call(store: Store, num_tokens: int) -> None:
+def test_an_answer_that_costs_more_than_it_may_stops_the_next_call(
+    store: Store, num_tokens: int
+) -> None:
     writer = FakeWriter(lambda *_: {"num_output_tokens": num_tokens})
     with pytest.raises(UserError, match="budget is spent"):
-        list(obtain(prompts(100), writer, store, Limits(concurrency=4, price=CENT, max_cost_usd=0.045)))
+        list(
+            obtain(
+                prompts(100), writer, store, Limits(concurrency=4, price=CENT, max_cost_usd=0.045)
+            )
+        )
     per_call = num_tokens / 1e4
-    assert store.cost_usd() == pytest.approx(per_call * writer.calls.total())  # it is counted as the server says
+    assert store.cost_usd() == pytest.approx(
+        per_call * writer.calls.total()
+    )  # it is counted as the server says
     assert store.cost_usd() <= 0.045 + 4 * per_call
 
 
@@ -127,7 +157,10 @@ def test_a_spent_budget_stops_with_what_was_paid_stored(store: Store) -> None:
     with pytest.raises(UserError, match=r"\$0\.0500 of \$0\.0550.*\$0\.0100.*raise --max-cost-usd"):
         got.extend(answer for _, answer in obtain(prompts(10), writer, store, limits))
     assert sum(writer.calls.values()) == 5
-    assert len(list(obtain(prompts(10), writer, store, Limits(max_cost_usd=0.10001, price=CENT)))) == 10
+    assert (
+        len(list(obtain(prompts(10), writer, store, Limits(max_cost_usd=0.10001, price=CENT))))
+        == 10
+    )
     assert sum(writer.calls.values()) == 10
 
 
@@ -145,15 +178,26 @@ def test_money_of_a_call_that_never_came_back_counts_in_later_runs(
 
 
 @pytest.mark.parametrize("error", [UserError("bad key"), RuntimeError("a defect")])
-def test_who_waits_for_money_does_not_wait_for_a_run_that_failed(store: Store, error: Exception) -> None:
+def test_who_waits_for_money_does_not_wait_for_a_run_that_failed(
+    store: Store, error: Exception
+) -> None:
     with pytest.raises(type(error), match=str(error)):
-        list(obtain(prompts(8), FakeWriter(lambda *_: error), store, Limits(price=CENT, max_cost_usd=0.015)))
+        list(
+            obtain(
+                prompts(8),
+                FakeWriter(lambda *_: error),
+                store,
+                Limits(price=CENT, max_cost_usd=0.015),
+            )
+        )
     assert store.cost_usd() == pytest.approx(0 if isinstance(error, UserError) else 0.01)
 
 
 def test_a_budget_without_a_price_is_refused_before_any_call(store: Store) -> None:
     writer = FakeWriter()
-    with pytest.raises(UserError, match=r"price of 'fake-1' is not in the table of .* Give it with --price"):
+    with pytest.raises(
+        UserError, match=r"price of 'fake-1' is not in the table of .* Give it with --price"
+    ):
         list(obtain(prompts(1), writer, store, Limits(max_cost_usd=1)))
     assert not writer.calls
 
@@ -171,7 +215,9 @@ def test_money_is_not_forgotten_where_one_run_knew_the_price_and_another_did_not
     assert "1 answers of earlier runs were asked for without --price" in caplog.text
 
 
-def test_a_full_disk_ends_the_run_for_those_who_wait_for_money(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_run_for_those_who_wait_for_money(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def full(*_: object) -> int:
         await asyncio.sleep(0.01)
         raise UserError("the disk is full")
@@ -186,11 +232,17 @@ def test_an_estimate_counts_what_the_store_lacks(store: Store) -> None:
     guess = estimate(prompts(12), FakeWriter(), store, Price(1.0, 10.0))
     assert (guess.num_stored, guess.calls) == (2, 10)
     assert guess.output_tokens == 10 * 40  # 30 words each
-    assert guess.cost_usd == pytest.approx((guess.prompt_tokens + 10 * guess.output_tokens) / 1e6, rel=0.01)
-    assert guess.max_cost_usd == pytest.approx(2 * 10 * (2 + 128 + 1000) / 1e6, rel=0.01)  # each call may be cut once
+    assert guess.cost_usd == pytest.approx(
+        (guess.prompt_tokens + 10 * guess.output_tokens) / 1e6, rel=0.01
+    )
+    assert guess.max_cost_usd == pytest.approx(
+        2 * 10 * (2 + 128 + 1000) / 1e6, rel=0.01
+    )  # each call may be cut once
     assert guess.max_cost_usd is not None
     more = estimate(prompts(12), FakeWriter(), store, Price(1.0, 10.0), maybe_requests=prompts(14))
-    assert more.max_cost_usd == pytest.approx(guess.max_cost_usd * 2.2, rel=0.01)  # 12 of them are missing
+    assert more.max_cost_usd == pytest.approx(
+        guess.max_cost_usd * 2.2, rel=0.01
+    )  # 12 of them are missing
     assert (more.calls, more.cost_usd) == (guess.calls, guess.cost_usd)
     unknown = estimate(prompts(1), FakeWriter())
     assert (unknown.calls, unknown.cost_usd, unknown.max_cost_usd) == (1, None, None)

@@ -40,13 +40,18 @@ def test_all_answers_come_in_order_and_are_asked_for_once(store: Store) -> None:
     assert texts(obtain(requests, writer, store, FAST)) == expected
     assert 1 < writer.most_in_flight <= 8
     assert set(writer.calls.values()) == {1}
-    assert texts(obtain(requests, FakeWriter(lambda *_: ValueError("called again")), store, FAST)) == expected
+    assert (
+        texts(obtain(requests, FakeWriter(lambda *_: ValueError("called again")), store, FAST))
+        == expected
+    )
     assert writer.num_closed == 1
 
 
 def test_requests_are_drawn_only_as_far_as_needed(store: Store) -> None:
     drawn = itertools.count()
-    answers = obtain((make_request(f"p{next(drawn)}") for _ in range(10**9)), FakeWriter(), store, FAST)
+    answers = obtain(
+        (make_request(f"p{next(drawn)}") for _ in range(10**9)), FakeWriter(), store, FAST
+    )
     assert next(answers)[0].prompt == "p0"
     answers.close()
     assert next(drawn) < 5000
@@ -55,7 +60,9 @@ def test_requests_are_drawn_only_as_far_as_needed(store: Store) -> None:
 def test_the_same_prompt_is_asked_for_once_though_both_are_in_flight(store: Store) -> None:
     writer = FakeWriter()
     requests = [make_request("p", doc_id="a"), make_request("p", doc_id="b"), make_request("q")]
-    assert [answer.text for _, answer in obtain(requests, writer, store, FAST)] == [text_of(p) for p in "ppq"]
+    assert [answer.text for _, answer in obtain(requests, writer, store, FAST)] == [
+        text_of(p) for p in "ppq"
+    ]
     assert writer.calls == {"p": 1, "q": 1}
 
 
@@ -69,7 +76,9 @@ def test_what_keeps_failing_is_an_error_with_its_reason_and_asked_again_by_the_n
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    writer = FakeWriter(lambda prompt, call: Wait("HTTP 503: busy") if prompt == "p1" and call <= 6 else None)
+    writer = FakeWriter(
+        lambda prompt, call: Wait("HTTP 503: busy") if prompt == "p1" and call <= 6 else None
+    )
     answers = [answer for _, answer in obtain(prompts(3), writer, store, FAST, total=3)]
     assert [answer.status for answer in answers] == ["ok", "error", "ok"]
     assert (answers[1].text, answers[1].reason) == (None, "HTTP 503: busy")
@@ -84,12 +93,16 @@ def test_what_keeps_failing_is_an_error_with_its_reason_and_asked_again_by_the_n
 def test_what_would_fail_again_is_not_asked_again(store: Store, status: str) -> None:
     writer = FakeWriter(lambda *_: {"status": status, "text": None, "reason": "why"})
     for _ in range(2):
-        assert [(a.status, a.reason) for _, a in obtain(prompts(2), writer, store, FAST)] == [(status, "why")] * 2
+        assert [(a.status, a.reason) for _, a in obtain(prompts(2), writer, store, FAST)] == [
+            (status, "why")
+        ] * 2
     assert set(writer.calls.values()) == {1}
 
 
 def test_nobody_asks_before_the_server_said_so(store: Store) -> None:
-    writer = FakeWriter(lambda prompt, call: Wait("HTTP 429", 0.4) if prompt == "p0" and call == 1 else None)
+    writer = FakeWriter(
+        lambda prompt, call: Wait("HTTP 429", 0.4) if prompt == "p0" and call == 1 else None
+    )
     assert len(list(obtain(prompts(100), writer, store, FAST))) == 100
     gaps = [after - before for before, after in itertools.pairwise(writer.times)]
     assert sum(gap > 0.35 for gap in gaps) == 1
@@ -100,7 +113,9 @@ def test_nor_do_those_who_had_a_place_already(store: Store) -> None:
         return Wait("HTTP 429", 0.5) if prompt == "p0" and call == 1 else None
 
     writer = FakeWriter(plan)
-    list(obtain(prompts(12), writer, store, Limits(concurrency=8, requests_per_minute=1200)))  # a place each 0.05 s
+    list(
+        obtain(prompts(12), writer, store, Limits(concurrency=8, requests_per_minute=1200))
+    )  # a place each 0.05 s
     assert writer.times[1] - writer.times[0] > 0.45
 
 
@@ -118,7 +133,9 @@ def test_requests_per_minute_hold(store: Store) -> None:
 
 
 @given(st.floats(1, 1e6), st.lists(st.tuples(st.floats(0, 1e3), st.floats(0, 100)), min_size=1))
-def test_a_pace_never_gives_more_than_its_rate(per_minute: float, steps: list[tuple[float, float]]) -> None:
+def test_a_pace_never_gives_more_than_its_rate(
+    per_minute: float, steps: list[tuple[float, float]]
+) -> None:
     now = [0.0]
     pace = Pace(per_minute, lambda: now[0])
     booked = []
@@ -137,8 +154,12 @@ def test_backoff_grows_to_a_minute_at_most(attempt: int) -> None:
 
 
 def test_another_version_of_the_model_stops_the_run(store: Store) -> None:
-    writer = FakeWriter(lambda prompt, call: {"model_version": "2"} if prompt == "p5" and call == 1 else None)
-    with pytest.raises(UserError, match=r"from version '1' so far, and now from '2'.*start in a new directory"):
+    writer = FakeWriter(
+        lambda prompt, call: {"model_version": "2"} if prompt == "p5" and call == 1 else None
+    )
+    with pytest.raises(
+        UserError, match=r"from version '1' so far, and now from '2'.*start in a new directory"
+    ):
         list(obtain(prompts(100), writer, store, Limits(concurrency=1)))
     bad = store.get(writer, make_request("p5"))
     assert bad is not None
@@ -148,7 +169,9 @@ def test_another_version_of_the_model_stops_the_run(store: Store) -> None:
 
 def test_a_server_that_fails_at_everything_is_not_asked_for_everything(store: Store) -> None:
     writer = FakeWriter(lambda *_: Wait("connection failed"))
-    with pytest.raises(UserError, match="20 requests in a row failed, the last with: connection failed"):
+    with pytest.raises(
+        UserError, match="20 requests in a row failed, the last with: connection failed"
+    ):
         list(obtain(prompts(1000), writer, store, FAST))
     assert len(writer.calls) < 40
 
@@ -185,7 +208,9 @@ def test_what_a_server_turned_down_is_asked_again_and_counted_once(store: Store)
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.014])
-def test_a_wait_of_nothing_backs_off_as_usual(store: Store, wait_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_of_nothing_backs_off_as_usual(
+    store: Store, wait_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempts: list[int] = []
 
     def backoff_s(_: Limits, attempt: int) -> float:
@@ -199,7 +224,9 @@ def test_a_wait_of_nothing_backs_off_as_usual(store: Store, wait_s: float, monke
 
 
 @pytest.mark.parametrize("error", [UserError("bad key"), RuntimeError("a defect")])
-def test_an_error_of_the_writer_ends_the_run_and_keeps_calls_in_flight(store: Store, error: Exception) -> None:
+def test_an_error_of_the_writer_ends_the_run_and_keeps_calls_in_flight(
+    store: Store, error: Exception
+) -> None:
     writer = FakeWriter(lambda prompt, _: error if prompt == "p3" else None)
     with pytest.raises(type(error), match=str(error)):
         list(obtain(prompts(100), writer, store, FAST))
@@ -237,11 +264,15 @@ def test_a_call_without_an_answer_is_given_up_and_counts_as_paid(store: Store) -
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_calls_in_flight_stored(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_ends_the_run_with_calls_in_flight_stored(
+    tmp_path: Path, number: int, code: int
+) -> None:
     script = (
         "import asyncio, logging, sys\nfrom pathlib import Path\n"
-        "from sft_probe.synth.asking.limits import Limits\nfrom sft_probe.synth.asking.run import obtain\n"
-        "from sft_probe.synth.asking.store import Store\nfrom synth_fakes import FakeWriter, prompts\n"
+        "from sft_probe.synth.asking.limits import Limits\nfrom sft_probe.synth.asking.run import "
+        "obtain\n"
+        "from sft_probe.synth.asking.store import Store\nfrom synth_fakes import FakeWriter, "
+        "prompts\n"
         "class Slow(FakeWriter):\n"
         "    async def write(self, request):\n"
         "        print(request.prompt, flush=True)\n"
@@ -252,9 +283,11 @@ def test_a_signal_ends_the_run_with_calls_in_flight_stored(tmp_path: Path, numbe
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "a.sqlite"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=ENVIRONMENT,
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line == "p5\n":
@@ -265,13 +298,26 @@ def test_a_signal_ends_the_run_with_calls_in_flight_stored(tmp_path: Path, numbe
     assert "waiting for calls in flight" in err
     assert "Traceback" not in err
     store = Store(tmp_path / "a.sqlite")
-    assert [store.get(FakeWriter(), request) is not None for request in prompts(9)] == [True] * 6 + [False] * 3
+    assert [store.get(FakeWriter(), request) is not None for request in prompts(9)] == [
+        True
+    ] * 6 + [False] * 3
 
 
 def test_kills_lose_no_answer_and_repay_only_calls_in_flight() -> None:
     drill = subprocess.run(
-        [sys.executable, Path(__file__).parents[2] / "benchmarks/kill_drill.py", "--number=150", "--kills=3",
-         "--concurrency=8", "--latency_s=0.02", "--budget_usd=0.1"],
-        capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            Path(__file__).parents[2] / "benchmarks/kill_drill.py",
+            "--number=150",
+            "--kills=3",
+            "--concurrency=8",
+            "--latency_s=0.02",
+            "--budget_usd=0.1",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=ENVIRONMENT,
+    )
     assert drill.returncode == 0, drill.stdout + drill.stderr

@@ -37,26 +37,43 @@ def offline_set(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run, raw: P
     """A set by the offline writer with every kind but `untrained`. Copy it before you change it."""
     out = tmp_path_factory.mktemp("offline") / "set"
     kinds = "paraphrase,variant,random,non_response,chosen_paraphrase,format_flip,permuted"
-    result = sft_probe("synth", "--source", raw, "--writer", "offline", "--categories", kinds, "--out", out)
+    result = sft_probe(
+        "synth", "--source", raw, "--writer", "offline", "--categories", kinds, "--out", out
+    )
     assert result.returncode == 0, result.stderr
     return out
 
 
-def test_the_set_keeps_the_contract_and_accounts_for_every_row(offline_set: Path, sft_probe: Run) -> None:
+def test_the_set_keeps_the_contract_and_accounts_for_every_row(
+    offline_set: Path, sft_probe: Run
+) -> None:
     probe_set = load_probe_set(str(offline_set))
     assert not probe_set.faults
     assert probe_set.categories == (
-        "chosen", "rejected", "paraphrase", "variant", "random", "non_response", "chosen_paraphrase", "format_flip",
+        "chosen",
+        "rejected",
+        "paraphrase",
+        "variant",
+        "random",
+        "non_response",
+        "chosen_paraphrase",
+        "format_flip",
         "permuted",
-    )  # fmt: skip
+    )
     provenance = probe_set.manifest["provenance"]
     rows = provenance["rows"]
     assert rows["read"] == 26
     assert rows["used"] == len(probe_set.docs) == 26 - rows["left_out"]
     rejected = read_rows(offline_set / "synthesis" / "rejected_rows.jsonl")
-    assert {(row["file"], row["line"]) for row in rejected[:2]} == {("pairs.jsonl", 4), ("pairs.jsonl", 5)}
-    used = {json.loads(line)["meta"]["line"] for name in ("train", "heldout")
-            for line in (offline_set / f"{name}.jsonl").read_text("utf-8").splitlines()}  # fmt: skip
+    assert {(row["file"], row["line"]) for row in rejected[:2]} == {
+        ("pairs.jsonl", 4),
+        ("pairs.jsonl", 5),
+    }
+    used = {
+        json.loads(line)["meta"]["line"]
+        for name in ("train", "heldout")
+        for line in (offline_set / f"{name}.jsonl").read_text("utf-8").splitlines()
+    }
     assert used | {row["line"] for row in rejected} == set(range(1, 27))
     assert set(provenance["overlap_of_splits"].values()) == {0}
     assert "offline helpful-mini" in probe_set.manifest["categories"]["variant"]
@@ -76,7 +93,10 @@ def test_texts_of_a_doc_are_what_the_card_says(offline_set: Path) -> None:
 def test_the_same_inputs_give_the_same_bytes_without_a_call(
     offline_set: Path, raw: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
-    kinds = ("--categories", "paraphrase,variant,random,non_response,chosen_paraphrase,format_flip,permuted")
+    kinds = (
+        "--categories",
+        "paraphrase,variant,random,non_response,chosen_paraphrase,format_flip,permuted",
+    )
     base = ("synth", "--source", raw, "--writer", "offline", *kinds)
     names = ("train.jsonl", "heldout.jsonl", "probe_set.json", "README.md", "lengths.png")
     before = {name: (offline_set / name).read_bytes() for name in names}
@@ -102,11 +122,24 @@ def test_datasets_loads_the_directory_as_it_is(offline_set: Path, tmp_path: Path
     assert set(probe_set.categories) <= set(loaded["train"].column_names)
 
 
-def test_the_card_has_a_header_and_escapes_what_it_shows(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_the_card_has_a_header_and_escapes_what_it_shows(
+    raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     source = tmp_path / "<b>|a`.jsonl"
     shutil.copy(raw, source)
-    result = sft_probe("synth", "--source", source, "--writer", "offline", "--license", "cc-by-4.0", "--limit", 12,
-                       "--out", tmp_path / "set")  # fmt: skip
+    result = sft_probe(
+        "synth",
+        "--source",
+        source,
+        "--writer",
+        "offline",
+        "--license",
+        "cc-by-4.0",
+        "--limit",
+        12,
+        "--out",
+        tmp_path / "set",
+    )
     assert result.returncode == 0, result.stderr
     _, header, body = (tmp_path / "set" / "README.md").read_text("utf-8").split("---\n", 2)
     assert yaml.safe_load(header)["license"] == "cc-by-4.0"
@@ -123,8 +156,22 @@ def test_status_and_dry_run(
     assert "variant" in status
     assert "set: " in status
     assert "is missing" in user_error(sft_probe("synth", "status", tmp_path))
-    dry = sft_probe("synth", "--source", raw, "--writer", "openai", "--model", "mine", "--base-url",
-                    "http://127.0.0.1:9/v1", "--price", "1,2", "--out", tmp_path / "dry", "--dry-run")  # fmt: skip
+    dry = sft_probe(
+        "synth",
+        "--source",
+        raw,
+        "--writer",
+        "openai",
+        "--model",
+        "mine",
+        "--base-url",
+        "http://127.0.0.1:9/v1",
+        "--price",
+        "1,2",
+        "--out",
+        tmp_path / "dry",
+        "--dry-run",
+    )
     assert "calls: 72 (0 texts are stored)" in dry.stdout, dry.stderr
     assert "cost: 0.0" in dry.stdout
     assert not (tmp_path / "dry").exists()
@@ -142,7 +189,12 @@ def templates(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("writer", ["gemini", "gemini-batch", "openai"])
 def test_a_server_writes_a_set_once(  # noqa: PLR0917 - fixtures
-    writer: str, raw: Path, templates: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+    writer: str,
+    raw: Path,
+    templates: Path,
+    tmp_path: Path,
+    sft_probe: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
     monkeypatch.setitem(GeminiBatchWriter.__init__.__kwdefaults__ or {}, "poll_s", 0.05)
@@ -151,9 +203,24 @@ def test_a_server_writes_a_set_once(  # noqa: PLR0917 - fixtures
     with GeminiServer() as server:
         url = server.url + ("/openai/v1" if writer == "openai" else "")
         command = (
-            "synth", "--source", raw, "--writer", writer, "--model", "test-model", "--base-url", url, "--limit", 10,
-            "--templates", templates, "--price", "1,2", "--out", tmp_path / "set",
-        )  # fmt: skip
+            "synth",
+            "--source",
+            raw,
+            "--writer",
+            writer,
+            "--model",
+            "test-model",
+            "--base-url",
+            url,
+            "--limit",
+            10,
+            "--templates",
+            templates,
+            "--price",
+            "1,2",
+            "--out",
+            tmp_path / "set",
+        )
         first = sft_probe(*command)
         assert first.returncode == 0, first.stderr
         written = (tmp_path / "set" / "train.jsonl").read_bytes()
@@ -172,7 +239,11 @@ def test_a_server_writes_a_set_once(  # noqa: PLR0917 - fixtures
     ]
     assert provenance["cost_usd"] > 0
     assert KEY not in first.stderr + first.stdout
-    assert not [path for path in (tmp_path / "set").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not [
+        path
+        for path in (tmp_path / "set").rglob("*")
+        if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
 
 
 def test_a_doc_whose_text_fails_twice_is_left_out_and_named(
@@ -181,10 +252,27 @@ def test_a_doc_whose_text_fails_twice_is_left_out_and_named(
     fault = "{% if prompt | length > 120 %}@faults(max_tokens,safety){% endif %}"
     (templates / "variant.txt").write_text("{# version 8 #}\nNow " + ECHOED + fault, "utf-8")
     with GeminiServer() as server:
-        result = sft_probe("synth", "--source", raw, "--writer", "openai", "--model", "m", "--base-url",
-                           server.url + "/openai/v1", "--templates", templates, "--out", tmp_path / "set")  # fmt: skip
+        result = sft_probe(
+            "synth",
+            "--source",
+            raw,
+            "--writer",
+            "openai",
+            "--model",
+            "m",
+            "--base-url",
+            server.url + "/openai/v1",
+            "--templates",
+            templates,
+            "--out",
+            tmp_path / "set",
+        )
     assert result.returncode == 0, result.stderr
-    left_out = [row for row in read_rows(tmp_path / "set" / "synthesis" / "rejected_rows.jsonl") if "doc_id" in row]
+    left_out = [
+        row
+        for row in read_rows(tmp_path / "set" / "synthesis" / "rejected_rows.jsonl")
+        if "doc_id" in row
+    ]
     assert left_out
     assert {row["reason"] for row in left_out} == {"`variant`, written twice: blocked"}
     usable = {pair.doc_id: pair for pair in read_pairs(str(raw), Rejected())}
@@ -196,7 +284,11 @@ def test_a_doc_whose_text_fails_twice_is_left_out_and_named(
 
 def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
     def message(*flags: object) -> str:
-        return user_error(sft_probe("synth", "--source", raw, "--writer", "offline", "--out", tmp_path / "set", *flags))
+        return user_error(
+            sft_probe(
+                "synth", "--source", raw, "--writer", "offline", "--out", tmp_path / "set", *flags
+            )
+        )
 
     assert "needs --source, --writer and --out" in user_error(sft_probe("synth"))
     assert "--categories: nonsense cannot be made" in message("--categories", "paraphrase,nonsense")
@@ -223,11 +315,16 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
 def test_system_turns_need_another_format(tmp_path: Path, sft_probe: Run) -> None:
     answer = "This is the {} answer number {}, " + "which goes on for a while " * 4 + "and ends."
     rows = [
-        {side: [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Question {i} of {i * i}?"},
-                {"role": "assistant", "content": answer.format(side, i)}]
-         for side in ("chosen", "rejected")}
+        {
+            side: [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": f"Question {i} of {i * i}?"},
+                {"role": "assistant", "content": answer.format(side, i)},
+            ]
+            for side in ("chosen", "rejected")
+        }
         for i in range(20)
-    ]  # fmt: skip
+    ]
     source = write_rows(tmp_path / "chat.jsonl", rows)
     base = ("synth", "--source", source, "--writer", "offline", "--out", tmp_path / "set")
     assert "the prompt format hh has no system turn" in user_error(sft_probe(*base))
@@ -237,21 +334,50 @@ def test_system_turns_need_another_format(tmp_path: Path, sft_probe: Run) -> Non
 
 
 @pytest.mark.slow
-def test_from_raw_pairs_to_a_figure(raw: Path, tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_from_raw_pairs_to_a_figure(
+    raw: Path, tiny_model: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     out, run = tmp_path / "set", tmp_path / "run"
     commands: list[list[object]] = [
         ["synth", "--source", raw, "--writer", "offline", "--heldout-frac", 0.3, "--out", out],
-        ["train", "--model_name_or_path", tiny_model, "--probe_set", out, "--max_length", 1024, "--max_steps", 2,
-         "--seed", 0, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--snapshot_steps", "0,last",
-         "--deepspeed", "none", "--output_dir", run],
+        [
+            "train",
+            "--model_name_or_path",
+            tiny_model,
+            "--probe_set",
+            out,
+            "--max_length",
+            1024,
+            "--max_steps",
+            2,
+            "--seed",
+            0,
+            "--per_device_train_batch_size",
+            4,
+            "--learning_rate",
+            1e-3,
+            "--snapshot_steps",
+            "0,last",
+            "--deepspeed",
+            "none",
+            "--output_dir",
+            run,
+        ],
         ["sweep", run],
         ["plot", run],
-    ]  # fmt: skip
+    ]
     for command in commands:
         result = sft_probe(*command)
         assert result.returncode == 0, (command, result.stderr)
     table = pd.read_csv(run / "trajectory.csv")
-    assert set(table["category"]) == {"chosen", "rejected", "paraphrase", "variant", "random", "non_response"}
+    assert set(table["category"]) == {
+        "chosen",
+        "rejected",
+        "paraphrase",
+        "variant",
+        "random",
+        "non_response",
+    }
     assert set(table["step"]) == {0, 2}
     assert (table["n"] == len(load_probe_set(str(out)).of_split("heldout"))).all()
     assert (run / "figures" / "trajectory_heldout.png").is_file()
@@ -269,13 +395,27 @@ def test_the_untrained_model_adds_its_own_answer(tmp_path: Path, sft_probe: Run)
         for name in countries
     ]
     result = sft_probe(
-        "synth", "--source", write_rows(tmp_path / "r.jsonl", rows), "--writer", "offline", "--categories", "untrained",
-        "--heldout-frac", 0.5, "--prompt-format", "chat", "--out", tmp_path / "set",
-    )  # fmt: skip
+        "synth",
+        "--source",
+        write_rows(tmp_path / "r.jsonl", rows),
+        "--writer",
+        "offline",
+        "--categories",
+        "untrained",
+        "--heldout-frac",
+        0.5,
+        "--prompt-format",
+        "chat",
+        "--out",
+        tmp_path / "set",
+    )
     assert result.returncode == 0, result.stderr
     probe_set = load_probe_set(str(tmp_path / "set"))
     assert probe_set.categories == ("chosen", "rejected", "untrained")
-    assert probe_set.manifest["categories"]["untrained"] == "hf smollm2-135m-instruct-q4_1, untrained@1"
+    assert (
+        probe_set.manifest["categories"]["untrained"]
+        == "hf smollm2-135m-instruct-q4_1, untrained@1"
+    )
     answers = {doc.messages[0]["content"]: doc.responses["untrained"] for doc in probe_set.docs}
     assert len(answers) == 4
     assert "Paris" in answers["What is the capital of France?"]
@@ -283,8 +423,15 @@ def test_the_untrained_model_adds_its_own_answer(tmp_path: Path, sft_probe: Run)
 
 
 def plan_of(source: Path, **changes: Any) -> Plan:
-    settings = {"source": str(source), "kinds": ("paraphrase", "non_response"), "templates": None,
-                "prompt_format": "hh", "heldout_frac": None, "limit": None, "seed": 3}  # fmt: skip
+    settings = {
+        "source": str(source),
+        "kinds": ("paraphrase", "non_response"),
+        "templates": None,
+        "prompt_format": "hh",
+        "heldout_frac": None,
+        "limit": None,
+        "seed": 3,
+    }
     return make_plan(Settings(**(settings | changes)), Rejected())
 
 
@@ -292,24 +439,39 @@ def many_rows(first: int, last: int) -> list[dict[str, str]]:
     """Rows of which every fifth goes on with the conversation of the one before."""
     rows = []
     for i in range(first, last):
-        root = f"Tell me of matter {i - (i % 5 == 4)}, {hashlib.sha256(str(i - (i % 5 == 4)).encode()).hexdigest()}."
+        root = (
+            f"Tell me of matter {i - (i % 5 == 4)}, "
+            f"{hashlib.sha256(str(i - (i % 5 == 4)).encode()).hexdigest()}."
+        )
         more = "\n\nAssistant: Yes?\n\nHuman: Go on." if i % 5 == 4 else ""
-        rows.append({side: f"\n\nHuman: {root}{more}\n\nAssistant: {side} {i}." for side in ("chosen", "rejected")})
+        rows.append(
+            {
+                side: f"\n\nHuman: {root}{more}\n\nAssistant: {side} {i}."
+                for side in ("chosen", "rejected")
+            }
+        )
     return rows
 
 
 @pytest.mark.parametrize("frac", [None, 0.3])
-def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(frac: float | None, tmp_path: Path) -> None:
+def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(
+    frac: float | None, tmp_path: Path
+) -> None:
     rows = many_rows(0, 400)
     appended = rows + many_rows(400, 440)
     shuffled = random.Random(0).sample(appended, len(appended))
     plans = [
         plan_of(write_rows(tmp_path / f"{name}.jsonl", of), heldout_frac=frac, limit=limit)
         for name, of, limit in (
-            ("whole", rows, None), ("one", [*rows, many_rows(500, 501)[0]], None), ("appended", appended, None),
-            ("shuffled", shuffled, None), ("some", rows[1::2], None), ("limited", rows, 100), ("more", appended, 150),
+            ("whole", rows, None),
+            ("one", [*rows, many_rows(500, 501)[0]], None),
+            ("appended", appended, None),
+            ("shuffled", shuffled, None),
+            ("some", rows[1::2], None),
+            ("limited", rows, 100),
+            ("more", appended, 150),
         )
-    ]  # fmt: skip
+    ]
     splits = [{pair.chosen: pair.split for pair in plan.pairs} for plan in plans]
     writer = OfflineWriter()
     asked = [{request_key(writer, request) for request in plan.requests()} for plan in plans]
@@ -327,14 +489,20 @@ def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(frac: 
     assert abs(share - (frac or 0.2)) < 0.09
 
 
-def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(
+    raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(24))
     plan = plan_of(source, rule=1, heldout_frac=0.25, limit=20)
     rows = [(pair.doc_id, pair.split, plan.topics[pair.doc_id]) for pair in plan.pairs]
     assert rows[0] == ("pairs-000007", "train", "a lighthouse at a crossroads at dawn in winter")
-    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "8c7bf3b59282c79f"  # as version 0.1 made it
+    assert (
+        hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "8c7bf3b59282c79f"
+    )  # as version 0.1 made it
     command = ("synth", "--source", raw, "--writer", "offline", "--out")
-    sft_probe(*command, tmp_path / "new" / "set", "--dry-run")  # which asks nothing, so that no rule is chosen
+    sft_probe(
+        *command, tmp_path / "new" / "set", "--dry-run"
+    )  # which asks nothing, so that no rule is chosen
     for name in ("old", "new"):
         assert sft_probe(*command, tmp_path / name / "set").returncode == 0
     rule = tmp_path / "old/set/synthesis/rule.json"

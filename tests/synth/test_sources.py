@@ -19,9 +19,18 @@ from sft_probe.synth.build import Settings, make_docs, make_plan, write_texts
 from sft_probe.synth.hh import Pair, RowRejectedError, parse_prompt, parse_row, parse_turns
 from sft_probe.synth.sources import Rejected, SourcePair, read_pairs
 
-text = st.text(st.characters(codec="utf-8")).map(str.strip).filter(
-    lambda value: value and "\n\nHuman:" not in value and "\n\nAssistant:" not in value and "\r\n" not in value
-)  # fmt: skip
+text = (
+    st.text(st.characters(codec="utf-8"))
+    .map(str.strip)
+    .filter(
+        lambda value: (
+            value
+            and "\n\nHuman:" not in value
+            and "\n\nAssistant:" not in value
+            and "\r\n" not in value
+        )
+    )
+)
 turns = st.lists(text, min_size=1, max_size=7).filter(lambda texts: len(texts) % 2 == 1)
 
 
@@ -42,20 +51,29 @@ def reason(row: dict[str, Any]) -> str:
 
 
 @given(turns, text, text)
-def test_a_transcript_comes_back_as_its_turns_and_two_responses(texts: list[str], chosen: str, rejected: str) -> None:
+def test_a_transcript_comes_back_as_its_turns_and_two_responses(
+    texts: list[str], chosen: str, rejected: str
+) -> None:
     row = {"chosen": transcript(texts, chosen), "rejected": transcript(texts, rejected)}
     if chosen == rejected:
         assert reason(row) == "both responses are the same"
         return
     pair = parse_row(row)
     assert [turn["content"] for turn in pair.messages] == texts
-    assert [turn["role"] for turn in pair.messages] == [("user", "assistant")[i % 2] for i in range(len(texts))]
+    assert [turn["role"] for turn in pair.messages] == [
+        ("user", "assistant")[i % 2] for i in range(len(texts))
+    ]
     assert (pair.chosen, pair.rejected) == (chosen, rejected)
 
 
 @given(turns, text)
-def test_windows_line_ends_and_a_stripped_start_change_nothing(texts: list[str], answer: str) -> None:
-    row = {"chosen": transcript(texts, answer), "rejected": transcript(texts, answer + " And more.")}
+def test_windows_line_ends_and_a_stripped_start_change_nothing(
+    texts: list[str], answer: str
+) -> None:
+    row = {
+        "chosen": transcript(texts, answer),
+        "rejected": transcript(texts, answer + " And more."),
+    }
     plain = parse_row(row)
     windows = parse_row({name: side.replace("\n\n", "\r\n\r\n") for name, side in row.items()})
     stripped = parse_row({name: side.strip() for name, side in row.items()})
@@ -64,7 +82,11 @@ def test_windows_line_ends_and_a_stripped_start_change_nothing(texts: list[str],
     assert windows.chosen.replace("\r\n", "\n") == plain.chosen.replace("\r\n", "\n")
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=4), st.text(), st.text())
+@given(
+    st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=4),
+    st.text(),
+    st.text(),
+)
 def test_any_row_gives_a_usable_pair_or_a_reason(prompt: Any, chosen: str, rejected: str) -> None:
     try:
         pair = parse_row({"prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -79,10 +101,16 @@ def test_a_side_that_goes_on_with_more_turns_is_no_pair() -> None:
     assert "more turns follow" in reason(
         {"chosen": shared + " Hello\n\nHuman: Bye\n\nAssistant: Bye", "rejected": shared + " Yes?"}
     )
-    assert "share no prompt" in reason({"chosen": shared + " Hello", "rejected": shared.replace("Hi", "Ho") + " Yes?"})
-    assert "more turns follow" in reason({"chosen": shared + " Well\n\nHuman: what", "rejected": shared + " Yes?"})
+    assert "share no prompt" in reason(
+        {"chosen": shared + " Hello", "rejected": shared.replace("Hi", "Ho") + " Yes?"}
+    )
+    assert "more turns follow" in reason(
+        {"chosen": shared + " Well\n\nHuman: what", "rejected": shared + " Yes?"}
+    )
     # what a speaker says inside a line is text, and so is a marker after one newline
-    pair = parse_row({"chosen": shared + " As in\nHuman: no", "rejected": shared + " Say Assistant: yes"})
+    pair = parse_row(
+        {"chosen": shared + " As in\nHuman: no", "rejected": shared + " Say Assistant: yes"}
+    )
     assert (pair.chosen, pair.rejected) == ("As in\nHuman: no", "Say Assistant: yes")
 
 
@@ -103,21 +131,41 @@ def test_hostile_rows_are_named() -> None:
 
 def test_messages_and_columns() -> None:
     question = {"role": "user", "content": "Why?"}
-    chosen, rejected = ({"role": "assistant", "content": content} for content in ("Because.", "No idea."))
+    chosen, rejected = (
+        {"role": "assistant", "content": content} for content in ("Because.", "No idea.")
+    )
     expected = Pair(messages=[question], chosen="Because.", rejected="No idea.")
     # UltraFeedback: a text prompt beside whole conversations
-    assert parse_row({"prompt": "Why?", "chosen": [question, chosen], "rejected": [question, rejected]}) == expected
+    assert (
+        parse_row(
+            {"prompt": "Why?", "chosen": [question, chosen], "rejected": [question, rejected]}
+        )
+        == expected
+    )
     assert parse_row({"prompt": [question], "chosen": [chosen], "rejected": [rejected]}) == expected
     assert parse_row({"prompt": "Why?", "chosen": [chosen], "rejected": [rejected]}) == expected
     assert parse_row({"prompt": "Why?", "chosen": " Because.", "rejected": "No idea. "}) == expected
-    assert parse_row({"prompt": [question], "chosen": "Because.", "rejected": "No idea."}) == expected
     assert (
-        parse_row({"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": "Because.", "rejected": "No idea."}) == expected
+        parse_row({"prompt": [question], "chosen": "Because.", "rejected": "No idea."}) == expected
+    )
+    assert (
+        parse_row(
+            {
+                "prompt": "\n\nHuman: Why?\n\nAssistant:",
+                "chosen": "Because.",
+                "rejected": "No idea.",
+            }
+        )
+        == expected
     )
     other = {"role": "user", "content": "How?"}
-    assert "earlier messages differ" in reason({"chosen": [question, chosen], "rejected": [other, rejected]})
+    assert "earlier messages differ" in reason(
+        {"chosen": [question, chosen], "rejected": [other, rejected]}
+    )
     assert "not the assistant's" in reason({"chosen": [question], "rejected": [question, rejected]})
-    assert "not a list of messages" in reason({"chosen": [question, {"role": "bot"}], "rejected": [question, rejected]})
+    assert "not a list of messages" in reason(
+        {"chosen": [question, {"role": "bot"}], "rejected": [question, rejected]}
+    )
 
 
 MULTI = transcript(["First?", "Middle.", "Second?"], "")
@@ -142,8 +190,12 @@ def test_one_prompt_in_any_form_is_the_same_turns(form: str) -> None:
     expected = parse_row({side: f"{prompt} {side}" for side in ("chosen", "rejected")})
     assert [turn["content"] for turn in expected.messages] == ["First?", "Middle.", "Second?"]
     answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
-    assert parse_row({side: write(f"{prompt} {side}") for side in ("chosen", "rejected")}) == expected
-    assert parse_row({"prompt": write(prompt), "chosen": "chosen", "rejected": "rejected"}) == expected
+    assert (
+        parse_row({side: write(f"{prompt} {side}") for side in ("chosen", "rejected")}) == expected
+    )
+    assert (
+        parse_row({"prompt": write(prompt), "chosen": "chosen", "rejected": "rejected"}) == expected
+    )
     assert parse_row({"prompt": write(prompt), **answers}) == expected
     assert parse_turns(write(prompt)) == parse_prompt(write(prompt)) == expected.messages
     assert parse_turns(write(prompt.removesuffix("Assistant:"))) == expected.messages
@@ -159,7 +211,10 @@ def test_one_prompt_in_any_form_is_the_same_turns(form: str) -> None:
         ([{"role": "user", "content": "Human: Hi"}], "still starts with `Human:`"),
         ([{"role": "user", "content": "Hi Assistant:"}], "ends with `Assistant:`"),
         ([{"role": "user", "content": "Hi\n\nHuman: Ho"}], "more turns follow inside a text"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "not a list of messages"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "not a list of messages",
+        ),
         (7, "the prompt is a number"),
         (["Hi"], "not a list of messages"),
         ([], "not a list of messages"),
@@ -169,7 +224,11 @@ def test_a_label_that_is_left_in_a_text_is_a_fault(prompt: Any, words: str) -> N
     assert words in reason({"prompt": prompt, "chosen": "a", "rejected": "b"})
     assistant = [{"role": "assistant", "content": text} for text in ("a", "b")]
     if isinstance(prompt, list):
-        assert words in reason({"chosen": [*prompt, assistant[0]], "rejected": [*prompt, assistant[1]]}) or not prompt
+        assert (
+            words
+            in reason({"chosen": [*prompt, assistant[0]], "rejected": [*prompt, assistant[1]]})
+            or not prompt
+        )
 
 
 def test_a_turn_inside_a_reply_is_a_fault_in_every_form() -> None:
@@ -179,22 +238,38 @@ def test_a_turn_inside_a_reply_is_a_fault_in_every_form() -> None:
         {"prompt": "Q?", "chosen": reply, "rejected": "b"},
         {"prompt": "Human: Q?\n\nAssistant:", "chosen": "b", "rejected": reply},
         {"prompt": [question], "chosen": reply.replace("\n", "\r\n"), "rejected": "b"},
-        {side: [question, {"role": "assistant", "content": text}]
-         for side, text in (("chosen", reply), ("rejected", "b"))},
-        {"chosen": f"\n\nHuman: Q?\n\nAssistant: {reply}", "rejected": "\n\nHuman: Q?\n\nAssistant: b"},
-    ):  # fmt: skip
+        {
+            side: [question, {"role": "assistant", "content": text}]
+            for side, text in (("chosen", reply), ("rejected", "b"))
+        },
+        {
+            "chosen": f"\n\nHuman: Q?\n\nAssistant: {reply}",
+            "rejected": "\n\nHuman: Q?\n\nAssistant: b",
+        },
+    ):
         assert "more turns follow" in reason(row)
 
 
 def test_messages_are_compared_by_role_and_content() -> None:
-    system, question = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}
+    system, question = (
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Why?"},
+    )
     answers = [{"role": "assistant", "content": text} for text in ("Because.", "No idea.")]
     expected = Pair(messages=[system, question], chosen="Because.", rejected="No idea.")
-    marked = {**question, "id": 7, "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y? "}]}
+    marked = {
+        **question,
+        "id": 7,
+        "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y? "}],
+    }
     for prompt, before in (
-        ([system, question], []), ([system, question], [marked]), ([system, question], [system, marked]),
-        ([system], [marked]), (None, [system, marked]), ("Why?", [system, question]),
-    ):  # fmt: skip
+        ([system, question], []),
+        ([system, question], [marked]),
+        ([system, question], [system, marked]),
+        ([system], [marked]),
+        (None, [system, marked]),
+        ("Why?", [system, question]),
+    ):
         row = {"prompt": prompt, "chosen": [*before, answers[0]], "rejected": [*before, answers[1]]}
         assert parse_row(row) == expected, (prompt, before)
 
@@ -209,17 +284,25 @@ def test_missing_columns_are_named() -> None:
 
 def rows_of(num: int) -> list[dict[str, str]]:
     return [
-        {side: f"\n\nHuman: Q{i}?\n\nAssistant: {side} {i}." for side in ("chosen", "rejected")} for i in range(num)
+        {side: f"\n\nHuman: Q{i}?\n\nAssistant: {side} {i}." for side in ("chosen", "rejected")}
+        for i in range(num)
     ]
 
 
 def test_every_line_of_a_file_is_used_or_named(tmp_path: Path) -> None:
     lines = [json.dumps(row) for row in rows_of(4)]
     path = tmp_path / "raw.jsonl"
-    path.write_bytes("\n".join([lines[0], "{broken", "[1]", lines[1], "", lines[0], "[" * 200_000, lines[2]]).encode()
-                     + b'\n"\xff"\n' + lines[3].encode())  # fmt: skip
+    path.write_bytes(
+        "\n".join(
+            [lines[0], "{broken", "[1]", lines[1], "", lines[0], "[" * 200_000, lines[2]]
+        ).encode()
+        + b'\n"\xff"\n'
+        + lines[3].encode()
+    )
     pairs, rejected = read(path)
-    assert [(pair.line, pair.chosen) for pair in pairs] == [(i, f"chosen {n}.") for n, i in enumerate((1, 4, 8, 10))]
+    assert [(pair.line, pair.chosen) for pair in pairs] == [
+        (i, f"chosen {n}.") for n, i in enumerate((1, 4, 8, 10))
+    ]
     assert [(row["line"], row["reason"]) for row in rejected] == [
         (2, "not valid JSON in UTF-8"),
         (3, "not a JSON object"),
@@ -247,11 +330,19 @@ def test_gzip_parquet_and_directories_hold_the_same_rows(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train", "train"), ("test", "heldout"), ("heldout", "heldout"), ("validation", "heldout"),
-        ("test-00000-of-00002", "heldout"), ("testimonials", None), ("evaluations", None), ("trains", None),
-        ("device", None), ("trained_by_hand", None), ("validity", None),
+        ("train", "train"),
+        ("test", "heldout"),
+        ("heldout", "heldout"),
+        ("validation", "heldout"),
+        ("test-00000-of-00002", "heldout"),
+        ("testimonials", None),
+        ("evaluations", None),
+        ("trains", None),
+        ("device", None),
+        ("trained_by_hand", None),
+        ("validity", None),
     ],
-)  # fmt: skip
+)
 def test_a_file_is_a_split_by_its_whole_name(name: str, split: str | None, tmp_path: Path) -> None:
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(2)))
     assert {pair.split for pair in read(tmp_path)[0]} == {split}
@@ -263,14 +354,19 @@ def test_broken_text_in_parquet_costs_its_row(tmp_path: Path) -> None:
 
     columns = {side: [row[side].encode() for row in rows_of(5)] for side in ("chosen", "rejected")}
     columns["chosen"][2] += b"\xff"
-    arrays = {name: pyarrow.array(values, pyarrow.binary()).view(pyarrow.string()) for name, values in columns.items()}
+    arrays = {
+        name: pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+        for name, values in columns.items()
+    }
     pyarrow.parquet.write_table(pyarrow.table(arrays), tmp_path / "raw.parquet")
     pairs, rejected = read(tmp_path / "raw.parquet")
     assert [pair.line for pair in pairs] == [1, 2, 4, 5]
     assert rejected == [{"file": "raw.parquet", "line": 3, "reason": "bytes that are not UTF-8"}]
 
 
-def test_what_cannot_be_read_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_a_user_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in rows_of(500)).encode())
@@ -279,9 +375,13 @@ def test_what_cannot_be_read_is_a_user_error(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("cut.jsonl.gz", "cannot read"), ("bad.parquet", "cannot read"), ("notes.txt", "a source is a"),
-        ("empty", "a source is a"), ("missing file", "no source"), ("owner/missing", "no source"),
-    ):  # fmt: skip
+        ("cut.jsonl.gz", "cannot read"),
+        ("bad.parquet", "cannot read"),
+        ("notes.txt", "a source is a"),
+        ("empty", "a source is a"),
+        ("missing file", "no source"),
+        ("owner/missing", "no source"),
+    ):
         source = name if name == "owner/missing" else str(tmp_path / name)
         with pytest.raises(UserError, match=message):
             read_pairs(source, Rejected())
@@ -292,7 +392,9 @@ def test_published_transcripts_come_back_exactly(tmp_path: Path) -> None:
     lines = (SHARED / "data/helpful-base/probe_train.jsonl").read_text("utf-8").splitlines()
     published = [json.loads(line) for line in lines]
     path = tmp_path / "raw.jsonl"
-    rows = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in published]
+    rows = [
+        {side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in published
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     pairs, rejected = read(path)
     assert [(row["line"], row["reason"]) for row in rejected] == [
@@ -310,7 +412,8 @@ def test_published_transcripts_come_back_exactly(tmp_path: Path) -> None:
 
 
 def recount(path: Path) -> dict[int, str]:
-    """By line: what an HH file holds, read by the shortest rule that can be written down, without our parser."""
+    """By line: what an HH file holds, read by the shortest rule that can be written down, without
+    our parser."""
     seen: dict[tuple[str, ...], int] = {}
     kinds = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -318,22 +421,29 @@ def recount(path: Path) -> dict[int, str]:
             continue
         try:
             row = json.loads(line)
-            sides = ["\n\n" + row[name].replace("\r\n", "\n").lstrip() for name in ("chosen", "rejected")]
+            sides = [
+                "\n\n" + row[name].replace("\r\n", "\n").lstrip() for name in ("chosen", "rejected")
+            ]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             kinds[number] = "no pair"
             continue
         cut = 0  # the last label of the assistant up to which the sides are equal
-        while (after := sides[0].find("\n\nAssistant:", cut) + 12) > 11 and sides[1].startswith(sides[0][:after]):
+        while (after := sides[0].find("\n\nAssistant:", cut) + 12) > 11 and sides[1].startswith(
+            sides[0][:after]
+        ):
             cut = after
         prompt, answers = sides[0][:cut], [side[cut:] for side in sides]
         turns = [part.strip() for part in prompt.split("\n\nHuman:")[1:]]
         last_turn = turns[-1].removesuffix("Assistant:").strip() if turns else ""
         is_fault = (
-            not last_turn or not all(map(str.strip, answers)) or answers[0].strip() == answers[1].strip()
+            not last_turn
+            or not all(map(str.strip, answers))
+            or answers[0].strip() == answers[1].strip()
             or any("\n\nHuman:" in side or "\n\nAssistant:" in side for side in answers)
-            or any(turn.startswith("Human:") for turn in turns) or last_turn.endswith("Assistant:")
+            or any(turn.startswith("Human:") for turn in turns)
+            or last_turn.endswith("Assistant:")
             or any("\ud800" <= letter <= "\udfff" for side in sides for letter in side)
-        )  # fmt: skip
+        )
         key = (prompt, *map(str.strip, answers))
         kinds[number] = "no pair" if is_fault else "repeated" if key in seen else "pair"
         if not is_fault:
@@ -342,33 +452,48 @@ def recount(path: Path) -> dict[int, str]:
 
 
 def dirty_rows(num_rows: int) -> list[str]:
-    """HH rows as they come: most are sound, and there is one of each fault that was ever seen, again and again."""
+    """HH rows as they come: most are sound, and there is one of each fault that was ever seen,
+    again and again."""
     generator = random.Random(5)
     lines = []
     for i in range(num_rows):
-        texts = [f"Question {i} of {generator.randrange(9)}?", f"Which one, {i}?", f"The {i % 7}th."][: 1 + 2 * (i % 2)]
+        texts = [
+            f"Question {i} of {generator.randrange(9)}?",
+            f"Which one, {i}?",
+            f"The {i % 7}th.",
+        ][: 1 + 2 * (i % 2)]
         row = {side: transcript(texts, f"{side} {i}") for side in ("chosen", "rejected")}
         fault = generator.randrange(40)
-        lines.append(json.dumps({
-            0: {**row, "rejected": row["chosen"]},
-            1: {**row, "chosen": transcript(texts, "")},
-            2: {**row, "rejected": row["rejected"] + "\n\nHuman: More?\n\nAssistant: No."},
-            3: {side: transcript(["Human: " + texts[0]], side) for side in row},
-            4: {side: text.replace("\n", "\r\n") for side, text in row.items()},
-            5: {side: text.strip() for side, text in row.items()},
-            6: {**row, "chosen": row["chosen"] + " \ud83d"},
-            7: {"prompt": "x"}, 8: {**row, "chosen": None}, 9: {**row, "chosen": i}, 10: [row],
-            11: {side: transcript(["  "], side) for side in row},
-            12: {side: transcript([f"Only {side}?"], side) for side in row},
-        }.get(fault, row)))  # fmt: skip
+        lines.append(
+            json.dumps(
+                {
+                    0: {**row, "rejected": row["chosen"]},
+                    1: {**row, "chosen": transcript(texts, "")},
+                    2: {**row, "rejected": row["rejected"] + "\n\nHuman: More?\n\nAssistant: No."},
+                    3: {side: transcript(["Human: " + texts[0]], side) for side in row},
+                    4: {side: text.replace("\n", "\r\n") for side, text in row.items()},
+                    5: {side: text.strip() for side, text in row.items()},
+                    6: {**row, "chosen": row["chosen"] + " \ud83d"},
+                    7: {"prompt": "x"},
+                    8: {**row, "chosen": None},
+                    9: {**row, "chosen": i},
+                    10: [row],
+                    11: {side: transcript(["  "], side) for side in row},
+                    12: {side: transcript([f"Only {side}?"], side) for side in row},
+                }.get(fault, row)
+            )
+        )
         if fault in (13, 14, 15):
-            lines[-1] = {13: lines[-1][:-5], 14: "", 15: lines[generator.randrange(len(lines))]}[fault]
+            lines[-1] = {13: lines[-1][:-5], 14: "", 15: lines[generator.randrange(len(lines))]}[
+                fault
+            ]
     return lines
 
 
 @pytest.mark.parametrize("kind", ["made up", "published"])
 def test_every_row_is_a_doc_or_named_by_an_independent_count(kind: str, tmp_path: Path) -> None:
-    """Line by line, all the way through the plan of a set: nothing is lost and nothing is counted twice."""
+    """Line by line, all the way through the plan of a set: nothing is lost and nothing is counted
+    twice."""
     path = tmp_path / "raw.jsonl"
     if kind == "made up":
         path.write_text("\n".join(dirty_rows(2312)) + "\n", "utf-8")
@@ -377,24 +502,44 @@ def test_every_row_is_a_doc_or_named_by_an_independent_count(kind: str, tmp_path
         if not published.is_file():
             pytest.skip("the development data in ../shared is not here")
         rows = [json.loads(line) for line in published.read_text("utf-8").splitlines()]
-        path.write_text("".join(
-            json.dumps({side: row["prompt"] + row[name] for side, name in (("chosen", first), ("rejected", second))})
-            + "\n"
-            for row in rows
-            for first, second in (("chosen", "rejected"), ("rejected", "chosen_initial"))
-        ))  # fmt: skip
+        path.write_text(
+            "".join(
+                json.dumps(
+                    {
+                        side: row["prompt"] + row[name]
+                        for side, name in (("chosen", first), ("rejected", second))
+                    }
+                )
+                + "\n"
+                for row in rows
+                for first, second in (("chosen", "rejected"), ("rejected", "chosen_initial"))
+            )
+        )
     expected = recount(path)
     pairs, rejected = read(path)
-    assert {pair.line for pair in pairs} == {line for line, what in expected.items() if what == "pair"}
+    assert {pair.line for pair in pairs} == {
+        line for line, what in expected.items() if what == "pair"
+    }
     assert {row["line"] for row in rejected if row["reason"] == "the same as an earlier row"} == {
         line for line, what in expected.items() if what == "repeated"
     }
     plan = make_plan(
-        Settings(source=str(path), kinds=("random",), templates=None, prompt_format="hh", heldout_frac=0.2, limit=None,
-                 seed=0), Rejected(),
-    )  # fmt: skip
+        Settings(
+            source=str(path),
+            kinds=("random",),
+            templates=None,
+            prompt_format="hh",
+            heldout_frac=0.2,
+            limit=None,
+            seed=0,
+        ),
+        Rejected(),
+    )
     docs = make_docs(plan, write_texts(plan, lambda *_: iter(())))
-    used, left_out = [doc["meta"]["line"] for doc in docs], [row["line"] for row in plan.rejected.rows]
+    used, left_out = (
+        [doc["meta"]["line"] for doc in docs],
+        [row["line"] for row in plan.rejected.rows],
+    )
     assert sorted(used + left_out) == sorted(expected)
     assert all(row["reason"] and row["file"] == "raw.jsonl" for row in plan.rejected.rows)
     assert plan.num_rows == len(expected)

@@ -50,23 +50,49 @@ def test_a_text_without_an_answer_holds_up_the_set_and_is_not_written_otherwise(
     raw: Path, templates: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     faults = ",".join(["503"] * 6)  # as many as there are attempts
-    (templates / "variant.txt").write_text("{# version 9 #}\nNow " + ECHOED + f"@faults({faults})", "utf-8")
+    (templates / "variant.txt").write_text(
+        "{# version 9 #}\nNow " + ECHOED + f"@faults({faults})", "utf-8"
+    )
     with GeminiServer() as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sft_probe.synth.asking.call.backoff_s", lambda *_: 0.0)
-        command = ("synth", "--source", raw, "--writer", "openai", "--model", "m", "--limit", 10, "--base-url",
-                   server.url + "/openai/v1", "--templates", templates, "--out", tmp_path / "set")  # fmt: skip
+        command = (
+            "synth",
+            "--source",
+            raw,
+            "--writer",
+            "openai",
+            "--model",
+            "m",
+            "--limit",
+            10,
+            "--base-url",
+            server.url + "/openai/v1",
+            "--templates",
+            templates,
+            "--out",
+            tmp_path / "set",
+        )
         assert "10 texts have no answer (most often: HTTP 503: " in user_error(sft_probe(*command))
         assert not (tmp_path / "set" / "train.jsonl").exists()
         assert set(server.calls.values()) == {1}
         again = sft_probe(*command)
         assert again.returncode == 0, again.stderr
         assert set(server.calls.values()) == {1}
-    assert {index for doc in read_rows(tmp_path / "set" / "train.jsonl")
-            for index in doc["meta"]["sample_index"].values()} == {0}  # fmt: skip
+    assert {
+        index
+        for doc in read_rows(tmp_path / "set" / "train.jsonl")
+        for index in doc["meta"]["sample_index"].values()
+    } == {0}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    names = ("train.jsonl", "heldout.jsonl", "probe_set.json", "README.md", "synthesis/rejected_rows.jsonl")
+    names = (
+        "train.jsonl",
+        "heldout.jsonl",
+        "probe_set.json",
+        "README.md",
+        "synthesis/rejected_rows.jsonl",
+    )
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
@@ -75,8 +101,24 @@ def test_a_killed_run_ends_in_the_same_files(
 ) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "test-key-123")
     with GeminiServer(latency_s=0.1) as server:
-        command = ["synth", "--source", raw, "--writer", "gemini", "--model", "m", "--base-url", server.url, "--price",
-                   "1,2", "--concurrency", 4, "--templates", templates, "--out"]  # fmt: skip
+        command = [
+            "synth",
+            "--source",
+            raw,
+            "--writer",
+            "gemini",
+            "--model",
+            "m",
+            "--base-url",
+            server.url,
+            "--price",
+            "1,2",
+            "--concurrency",
+            4,
+            "--templates",
+            templates,
+            "--out",
+        ]
         killed, whole = tmp_path / "a" / "set", tmp_path / "b" / "set"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with subprocess.Popen(
@@ -101,7 +143,9 @@ def test_files_of_somebody_else_are_not_replaced(raw: Path, tmp_path: Path, sft_
     out.mkdir()
     (out / "README.md").write_text("my own")
     base = ("synth", "--writer", "offline", "--out", out)
-    assert "holds README.md, which sft-probe synth has not written" in user_error(sft_probe(*base, "--source", raw))
+    assert "holds README.md, which sft-probe synth has not written" in user_error(
+        sft_probe(*base, "--source", raw)
+    )
     (out / "README.md").unlink()
     raw.rename(out / "train.jsonl")
     for source in (out, out / "train.jsonl"):
@@ -109,46 +153,96 @@ def test_files_of_somebody_else_are_not_replaced(raw: Path, tmp_path: Path, sft_
     assert len(read_rows(out / "train.jsonl")) == 12
 
 
-def test_too_few_docs_are_told_with_the_reasons(raw: Path, templates: Path, tmp_path: Path, sft_probe: Run) -> None:
-    (templates / "variant.txt").write_text("{# version 3 #}\n{{ topic }}@faults(safety,safety)", "utf-8")
+def test_too_few_docs_are_told_with_the_reasons(
+    raw: Path, templates: Path, tmp_path: Path, sft_probe: Run
+) -> None:
+    (templates / "variant.txt").write_text(
+        "{# version 3 #}\n{{ topic }}@faults(safety,safety)", "utf-8"
+    )
     with GeminiServer() as server:
         message = user_error(
-            sft_probe("synth", "--source", raw, "--writer", "openai", "--model", "m", "--base-url",
-                      server.url + "/openai/v1", "--templates", templates, "--out", tmp_path / "set")
-        )  # fmt: skip
+            sft_probe(
+                "synth",
+                "--source",
+                raw,
+                "--writer",
+                "openai",
+                "--model",
+                "m",
+                "--base-url",
+                server.url + "/openai/v1",
+                "--templates",
+                templates,
+                "--out",
+                tmp_path / "set",
+            )
+        )
     assert "Left out: `variant`, written twice: blocked (12)" in message
     assert len(read_rows(tmp_path / "set" / "synthesis" / "rejected_rows.jsonl")) == 12
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
-    [("variant.txt", "{# version 1 #} {{ 1 // 0 }}", "variant.txt: integer"),
-     ("variant.txt", "{# version 1 #} {{ topic + 1 }}", "variant.txt: can only"),
-     ("format.jinja", "{{ messages[0].content.nothing() }}", "refuses the turns user"),
-     ("format.jinja", "{{ 1 // 0 }}", "refuses the turns user")],
-)  # fmt: skip
+    [
+        ("variant.txt", "{# version 1 #} {{ 1 // 0 }}", "variant.txt: integer"),
+        ("variant.txt", "{# version 1 #} {{ topic + 1 }}", "variant.txt: can only"),
+        ("format.jinja", "{{ messages[0].content.nothing() }}", "refuses the turns user"),
+        ("format.jinja", "{{ 1 // 0 }}", "refuses the turns user"),
+    ],
+)
 def test_whatever_a_template_raises_is_told(  # noqa: PLR0917 - fixtures
     name: str, text: str, message: str, raw: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     (tmp_path / name).write_text(text)
-    flags = ("--prompt-format", tmp_path / name) if name == "format.jinja" else ("--templates", tmp_path)
-    result = sft_probe("synth", "--source", raw, "--writer", "offline", *flags, "--out", tmp_path / "set")
+    flags = (
+        ("--prompt-format", tmp_path / name)
+        if name == "format.jinja"
+        else ("--templates", tmp_path)
+    )
+    result = sft_probe(
+        "synth", "--source", raw, "--writer", "offline", *flags, "--out", tmp_path / "set"
+    )
     assert message in user_error(result)
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "nan", "inf"])
-def test_a_rate_is_a_positive_number(number: str, raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_a_rate_is_a_positive_number(
+    number: str, raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     base = ("synth", "--source", raw, "--writer", "offline", "--out", tmp_path / "set")
-    assert "is not a positive number" in user_error(sft_probe(*base, f"--requests-per-minute={number}"))
+    assert "is not a positive number" in user_error(
+        sft_probe(*base, f"--requests-per-minute={number}")
+    )
     if number != "0":
         assert "is no amount of money" in user_error(sft_probe(*base, f"--max-cost-usd={number}"))
 
 
-def test_a_model_that_is_not_there_is_told_before_anything_is_asked(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_a_model_that_is_not_there_is_told_before_anything_is_asked(
+    raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     with GeminiServer() as server:
-        flags = ("--categories", "variant,untrained", "--untrained-model", tmp_path / "none", "--model", "m")
-        user_error(sft_probe("synth", "--source", raw, "--writer", "openai", *flags, "--base-url",
-                             server.url + "/openai/v1", "--out", tmp_path / "set"))  # fmt: skip
+        flags = (
+            "--categories",
+            "variant,untrained",
+            "--untrained-model",
+            tmp_path / "none",
+            "--model",
+            "m",
+        )
+        user_error(
+            sft_probe(
+                "synth",
+                "--source",
+                raw,
+                "--writer",
+                "openai",
+                *flags,
+                "--base-url",
+                server.url + "/openai/v1",
+                "--out",
+                tmp_path / "set",
+            )
+        )
         assert not server.requests
 
 
@@ -157,14 +251,20 @@ def test_the_revision_of_a_hub_source_is_read_once_and_told(
 ) -> None:
     asked: list[Any] = []
 
-    def load(name: str, *, data_dir: str | None, revision: str | None, trust_remote_code: bool) -> Any:
+    def load(
+        name: str, *, data_dir: str | None, revision: str | None, trust_remote_code: bool
+    ) -> Any:
         assert trust_remote_code is False
         asked.append((name, data_dir, revision))
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(raw_rows(12))})
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: SimpleNamespace(sha="abc123"))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda *_: SimpleNamespace(sha="abc123")
+    )
     monkeypatch.setattr(datasets, "load_dataset", load)
-    result = sft_probe("synth", "--source", "me/pairs:x", "--writer", "offline", "--out", tmp_path / "set")
+    result = sft_probe(
+        "synth", "--source", "me/pairs:x", "--writer", "offline", "--out", tmp_path / "set"
+    )
     assert result.returncode == 0, result.stderr
     assert asked == [("me/pairs", "x", "abc123")]
     card = (tmp_path / "set" / "README.md").read_text("utf-8")
@@ -176,8 +276,10 @@ def test_the_revision_of_a_hub_source_is_read_once_and_told(
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
-            for path in [folder, *folder.rglob("*")]}  # fmt: skip
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in [folder, *folder.rglob("*")]
+    }
 
 
 def test_status_writes_nothing_whatever_is_left_and_a_dry_run_makes_nothing(
@@ -188,7 +290,9 @@ def test_status_writes_nothing_whatever_is_left_and_a_dry_run_makes_nothing(
     assert sft_probe(*base, "--dry-run").returncode == 0
     assert not out.exists()
     assert sft_probe(*base).returncode == 0
-    with Store(out / "synthesis/answers.sqlite") as store:  # as a killed run leaves it, with its log not merged
+    with Store(
+        out / "synthesis/answers.sqlite"
+    ) as store:  # as a killed run leaves it, with its log not merged
         list(obtain(prompts(3), FakeWriter(), store, FAST))
         assert (out / "synthesis/answers.sqlite-wal").stat().st_size
         shutil.copytree(out, tmp_path / "killed")
@@ -203,7 +307,9 @@ def test_status_writes_nothing_whatever_is_left_and_a_dry_run_makes_nothing(
 
 
 @pytest.mark.parametrize("damage", ["garbage", "middle", "cut", "columns", "jobs", "text"])
-def test_a_damaged_store_is_one_message(damage: str, raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_a_damaged_store_is_one_message(
+    damage: str, raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     out = tmp_path / "set"
     base = ("synth", "--source", raw, "--writer", "offline", "--out", out)
     assert sft_probe(*base).returncode == 0
@@ -219,37 +325,72 @@ def test_a_damaged_store_is_one_message(damage: str, raw: Path, tmp_path: Path, 
         sql = {
             "columns": "DROP TABLE answers",
             "jobs": "DROP TABLE jobs",
-            "text": "UPDATE answers SET raw = CAST(x'ff41' AS TEXT), category = CAST(x'ff' AS TEXT)",
+            "text": "UPDATE answers SET raw = CAST(x'ff41' AS TEXT), category = CAST(x'ff' AS "
+            "TEXT)",
         }
         connection = sqlite3.connect(path)
         with connection:
             connection.execute(sql[damage])
-        connection.close()  # fmt: skip
+        connection.close()
     message = user_error(sft_probe("synth", "status", out))
     assert re.search(r"answers\.sqlite cannot be used as a store of answers \(", message), message
     if damage != "jobs":
         assert "answers.sqlite" in user_error(sft_probe(*base))
 
 
-def test_a_category_that_never_passes_ends_the_run(raw: Path, templates: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_a_category_that_never_passes_ends_the_run(
+    raw: Path, templates: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     source = write_rows(tmp_path / "many.jsonl", raw_rows(70))
-    (templates / "variant.txt").write_text("{# version 9 #}\nToo short.@ {{ conversation }}", "utf-8")
+    (templates / "variant.txt").write_text(
+        "{# version 9 #}\nToo short.@ {{ conversation }}", "utf-8"
+    )
     with GeminiServer() as server:
         result = sft_probe(
-            "synth", "--source", source, "--writer", "openai", "--model", "m", "--base-url", server.url + "/openai/v1",
-            "--templates", templates, "--categories", "non_response,variant", "--out", tmp_path / "set",
-        )  # fmt: skip
+            "synth",
+            "--source",
+            source,
+            "--writer",
+            "openai",
+            "--model",
+            "m",
+            "--base-url",
+            server.url + "/openai/v1",
+            "--templates",
+            templates,
+            "--categories",
+            "non_response,variant",
+            "--out",
+            tmp_path / "set",
+        )
         message = user_error(result)
-        assert re.search(r"none of the first 50 answers for `variant` can be used: length \(50\).*--templates", message)
+        assert re.search(
+            r"none of the first 50 answers for `variant` can be used: length \(50\).*--templates",
+            message,
+        )
         assert server.calls.total() < 140  # what was in flight is stored too
     assert re.search(r"\d+ length", message)  # the live line shows what fails
 
 
-def test_a_misnamed_template_is_an_error(raw: Path, templates: Path, tmp_path: Path, sft_probe: Run) -> None:
-    base = ("synth", "--source", raw, "--writer", "offline", "--templates", templates, "--out", tmp_path / "set")
+def test_a_misnamed_template_is_an_error(
+    raw: Path, templates: Path, tmp_path: Path, sft_probe: Run
+) -> None:
+    base = (
+        "synth",
+        "--source",
+        raw,
+        "--writer",
+        "offline",
+        "--templates",
+        templates,
+        "--out",
+        tmp_path / "set",
+    )
     for name in ("paraphrases.txt", "Variant.txt", "variant.jinja", "topics.yml"):
         (templates / name).write_text("{# version 1 #} x")
-        assert f"no category has a template {name}; there are paraphrase.txt" in user_error(sft_probe(*base))
+        assert f"no category has a template {name}; there are paraphrase.txt" in user_error(
+            sft_probe(*base)
+        )
         (templates / name).unlink()
     (templates / "README.md").write_text("notes")
     assert sft_probe(*base).returncode == 0
@@ -258,7 +399,9 @@ def test_a_misnamed_template_is_an_error(raw: Path, templates: Path, tmp_path: P
 def test_offline_texts_do_not_repeat() -> None:
     async def write(number: int) -> list[str]:
         writer = OfflineWriter()
-        requests = [make_request(f"p{i}", num_words=1 + i % 40, sample_index=i % 2) for i in range(number)]
+        requests = [
+            make_request(f"p{i}", num_words=1 + i % 40, sample_index=i % 2) for i in range(number)
+        ]
         return [str((await writer.write(request)).text) for request in requests]
 
     texts = asyncio.run(write(2000))

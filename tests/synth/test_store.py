@@ -28,9 +28,15 @@ def answer(text: str | None = "text", **fields: object) -> Answer:
 
 
 def save(
-    store: Store, request: Request, item: Answer, cost_usd: float | None = 0.5, reservation: int | None = None
+    store: Store,
+    request: Request,
+    item: Answer,
+    cost_usd: float | None = 0.5,
+    reservation: int | None = None,
 ) -> None:
-    asyncio.run(store.save(Name(), request, item, cost_usd=cost_usd, attempts=1, reservation=reservation))
+    asyncio.run(
+        store.save(Name(), request, item, cost_usd=cost_usd, attempts=1, reservation=reservation)
+    )
 
 
 def test_an_answer_is_there_after_the_file_is_opened_again(tmp_path: Path) -> None:
@@ -45,21 +51,30 @@ def test_an_answer_is_there_after_the_file_is_opened_again(tmp_path: Path) -> No
 
 @settings(max_examples=50)
 @given(
-    field=st.sampled_from(["prompt", "template_sha256", "temperature", "max_output_tokens", "sample_index"]),
+    field=st.sampled_from(
+        ["prompt", "template_sha256", "temperature", "max_output_tokens", "sample_index"]
+    ),
     value=st.text() | st.integers(),
 )
 def test_the_key_changes_with_all_that_makes_an_answer(field: str, value: str | int) -> None:
     request = make_request("p")
     changes: dict[str, Any] = {field: value}
     other = replace(request, **changes)
-    assert (request_key(Name(), other) == request_key(Name(), request)) == (value == getattr(request, field))
+    assert (request_key(Name(), other) == request_key(Name(), request)) == (
+        value == getattr(request, field)
+    )
 
 
 def test_the_key_knows_the_writer_but_not_the_doc() -> None:
     request = make_request("p")
-    keys = {request_key(name, request) for name in (Name(), Name("w2"), Name(model="m2"), Name(api_version="v2"))}
+    keys = {
+        request_key(name, request)
+        for name in (Name(), Name("w2"), Name(model="m2"), Name(api_version="v2"))
+    }
     assert len(keys) == 4
-    assert request_key(Name(), replace(request, doc_id="other", category="variant")) == request_key(Name(), request)
+    assert request_key(Name(), replace(request, doc_id="other", category="variant")) == request_key(
+        Name(), request
+    )
 
 
 def test_cost_is_that_of_all_attempts_and_of_what_was_never_answered(tmp_path: Path) -> None:
@@ -79,9 +94,17 @@ def test_cost_is_that_of_all_attempts_and_of_what_was_never_answered(tmp_path: P
 def test_counts_are_by_category_and_status_and_a_status_can_change(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.sqlite")
     for prompt, category in (("p", "variant"), ("q", "variant"), ("r", "paraphrase")):
-        save(store, make_request(prompt, category=category), answer(), cost_usd=None if prompt == "r" else 0.5)
+        save(
+            store,
+            make_request(prompt, category=category),
+            answer(),
+            cost_usd=None if prompt == "r" else 0.5,
+        )
     store.set_status(Name(), make_request("q"), "refused", "I cannot")
-    counts = [(c.category, c.status, c.num_answers, c.num_prompt_tokens, c.cost_usd) for c in store.counts()]
+    counts = [
+        (c.category, c.status, c.num_answers, c.num_prompt_tokens, c.cost_usd)
+        for c in store.counts()
+    ]
     assert counts == [
         ("paraphrase", "ok", 1, 10, 0.0),
         ("variant", "ok", 1, 10, 0.5),
@@ -93,7 +116,9 @@ def test_counts_are_by_category_and_status_and_a_status_can_change(tmp_path: Pat
 
 @settings(max_examples=20)
 @given(st.text(st.characters(codec=None)))
-def test_any_text_of_a_model_can_be_stored(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_any_text_of_a_model_can_be_stored(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     store = Store(tmp_path_factory.mktemp("s") / "a.sqlite")
     save(store, make_request("p"), answer(text, reason=text, raw=text, model_version=text))
     found = store.get(Name(), make_request("p"))
@@ -107,14 +132,23 @@ def test_many_answers_at_once_share_commits_and_are_all_there(tmp_path: Path) ->
 
     async def save_all() -> None:
         saves = (
-            store.save(Name(), make_request(f"p{i}"), answer(f"t{i}"), cost_usd=1, attempts=1, reservation=None)
+            store.save(
+                Name(),
+                make_request(f"p{i}"),
+                answer(f"t{i}"),
+                cost_usd=1,
+                attempts=1,
+                reservation=None,
+            )
             for i in range(500)
         )
         await asyncio.gather(*saves)
 
     asyncio.run(save_all())
     other = Store(tmp_path / "a.sqlite")
-    assert [other.get(Name(), make_request(f"p{i}")) for i in range(500)] == [answer(f"t{i}") for i in range(500)]
+    assert [other.get(Name(), make_request(f"p{i}")) for i in range(500)] == [
+        answer(f"t{i}") for i in range(500)
+    ]
 
 
 def test_answers_are_stored_though_their_tasks_are_cancelled(tmp_path: Path) -> None:
@@ -123,7 +157,9 @@ def test_answers_are_stored_though_their_tasks_are_cancelled(tmp_path: Path) -> 
     async def cancelled() -> None:
         tasks = []
         for i in range(5):  # the first is on its way to the disk when the others come
-            item = store.save(Name(), make_request(f"p{i}"), answer(), cost_usd=1, attempts=1, reservation=None)
+            item = store.save(
+                Name(), make_request(f"p{i}"), answer(), cost_usd=1, attempts=1, reservation=None
+            )
             tasks.append(asyncio.create_task(item))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -138,13 +174,19 @@ def test_answers_are_stored_though_their_tasks_are_cancelled(tmp_path: Path) -> 
 
 def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
     first, second = Store(tmp_path / "a.sqlite"), Store(tmp_path / "a.sqlite")
-    with first.exclusive(), pytest.raises(UserError, match="another run is writing to "), second.exclusive():
+    with (
+        first.exclusive(),
+        pytest.raises(UserError, match="another run is writing to "),
+        second.exclusive(),
+    ):
         pass
     with second.exclusive():
         pass
 
 
-@pytest.mark.parametrize("content", [b"not a database, but long enough to be looked at" * 50, None, "version"])
+@pytest.mark.parametrize(
+    "content", [b"not a database, but long enough to be looked at" * 50, None, "version"]
+)
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path, content: object) -> None:
     path = tmp_path / "a.sqlite"
     if isinstance(content, bytes):

@@ -71,11 +71,16 @@ def ask(prompt: str, writer: Any, store: Store, limits: Limits = FAST) -> Answer
     return answer
 
 
-def test_an_answer_has_its_text_version_and_tokens(writer: Any, server: GeminiServer, store: Store) -> None:
+def test_an_answer_has_its_text_version_and_tokens(
+    writer: Any, server: GeminiServer, store: Store
+) -> None:
     prompt = f"A question for {writer.name}"
     answer = ask(prompt, writer, store)
     assert (answer.status, answer.text, answer.model_version) == ("ok", text_of(prompt), VERSION)
-    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (len(prompt) // 4, 25)  # 20 and 5 of thoughts
+    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (
+        len(prompt) // 4,
+        25,
+    )  # 20 and 5 of thoughts
     assert text_of(prompt)[-9:] in answer.raw
     assert server.requests[prompt] == 1
 
@@ -111,7 +116,10 @@ def test_a_slow_call_is_given_up(writer: Any, server: GeminiServer, store: Store
 
 def test_retry_after_is_heard(writer: Any, server: GeminiServer, store: Store) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sft_probe.synth.asking.call.backoff_s", lambda *_: pytest.fail("the server said how long"))
+        patch.setattr(
+            "sft_probe.synth.asking.call.backoff_s",
+            lambda *_: pytest.fail("the server said how long"),
+        )
         assert ask(prompt_with("429_retry_after"), writer, store).status == "ok"
 
 
@@ -140,9 +148,16 @@ def test_what_is_no_text_is_never_data(
 
 @pytest.mark.parametrize(
     ("fault", "status"),
-    [("max_tokens", "truncated"), ("safety", "blocked"), ("refusal", "refused"), ("empty", "invalid")],
+    [
+        ("max_tokens", "truncated"),
+        ("safety", "blocked"),
+        ("refusal", "refused"),
+        ("empty", "invalid"),
+    ],
 )
-def test_what_is_no_text_of_an_openai_server(server: GeminiServer, store: Store, fault: str, status: str) -> None:
+def test_what_is_no_text_of_an_openai_server(
+    server: GeminiServer, store: Store, fault: str, status: str
+) -> None:
     writer = WRITERS["openai"](server.url)
     answer = ask(prompt_with(fault), writer, store)
     assert (answer.status, answer.text) == (status, None)
@@ -174,9 +189,15 @@ def test_a_request_that_the_server_refuses_is_asked_again_by_the_next_run_alone(
     assert ask(prompt, writer, store).text == text_of(prompt)  # the server is repaired
 
 
-@pytest.mark.parametrize(("fault", "message"), [("no_model", "no such model"), ("bad_key", "not valid")])
-def test_what_no_request_gets_past_stops_at_once(writer: Any, store: Store, fault: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"takes no request: HTTP 40.*{message}.*Check the key") as caught:
+@pytest.mark.parametrize(
+    ("fault", "message"), [("no_model", "no such model"), ("bad_key", "not valid")]
+)
+def test_what_no_request_gets_past_stops_at_once(
+    writer: Any, store: Store, fault: str, message: str
+) -> None:
+    with pytest.raises(
+        UserError, match=f"takes no request: HTTP 40.*{message}.*Check the key"
+    ) as caught:
         ask(prompt_with(fault), writer, store)
     assert KEY not in str(caught.value)
     assert store.cost_usd() == 0
@@ -200,7 +221,9 @@ def test_nobody_there_costs_nothing(name: str, store: Store) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         writer = WRITERS[name](f"http://127.0.0.1:{closed.getsockname()[1]}")
-        answer = ask("Anyone?", writer, store, Limits(first_backoff_s=0.01, max_attempts=2, price=PRICE))
+        answer = ask(
+            "Anyone?", writer, store, Limits(first_backoff_s=0.01, max_attempts=2, price=PRICE)
+        )
     assert answer.status == "error"
     assert "connection failed" in str(answer.reason)
     assert store.cost_usd() == 0
@@ -211,7 +234,9 @@ def test_a_writer_can_be_used_in_run_after_run(writer: Any, store: Store) -> Non
         assert ask(f"run {number} of {writer.name}", writer, store).status == "ok"
 
 
-def test_addresses_and_versions(server: GeminiServer, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_and_versions(
+    server: GeminiServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.url)
     monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/openai/v1")
     before = server.paths.copy()
@@ -220,12 +245,18 @@ def test_addresses_and_versions(server: GeminiServer, store: Store, monkeypatch:
     ask("by legacy", LegacyGeminiWriter(MODEL), store)
     ask("by openai", OpenAIWriter(MODEL), store)
     path = f"models/{MODEL}:generateContent"
-    assert server.paths - before == {f"/v1/{path}": 1, f"/v1beta/{path}": 2, "/openai/v1/chat/completions": 1}
+    assert server.paths - before == {
+        f"/v1/{path}": 1,
+        f"/v1beta/{path}": 2,
+        "/openai/v1/chat/completions": 1,
+    }
 
 
 def test_generation_settings_arrive(writer: Any, server: GeminiServer, store: Store) -> None:
     prompt = f"settings of {writer.name}"
-    list(obtain([make_request(prompt, temperature=0.25, max_output_tokens=77)], writer, store, FAST))
+    list(
+        obtain([make_request(prompt, temperature=0.25, max_output_tokens=77)], writer, store, FAST)
+    )
     body = next(body for body in server.bodies if prompt in json.dumps(body))
     given = body.get("generationConfig", body)
     assert given["temperature"] == 0.25
@@ -245,15 +276,29 @@ def test_keys_come_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "body",
-    ["[]", "{}", '{"error": "no"}', '{"detail": "Not Found"}',
-     '{"candidates": {}}', '{"candidates": [1]}', '{"candidates": [{"finishReason": "STOP", "content": 1}]}',
-     '{"candidates": [{"finishReason": ["STOP"]}]}', '{"promptFeedback": []}',
-     '{"candidates": [{"finishReason": "STOP", "content": {"parts": [{"text": 5}, 7]}}], "usageMetadata": [1]}',
-     '{"choices": [{"message": {"content": 5}, "finish_reason": "stop"}], "usage": 3, "model": 4}', '{"choices": [[]]}',
-     '{"usageMetadata": {"promptTokenCount": 1e99, "totalTokenCount": -5}}'],
-)  # fmt: skip
+    [
+        "[]",
+        "{}",
+        '{"error": "no"}',
+        '{"detail": "Not Found"}',
+        '{"candidates": {}}',
+        '{"candidates": [1]}',
+        '{"candidates": [{"finishReason": "STOP", "content": 1}]}',
+        '{"candidates": [{"finishReason": ["STOP"]}]}',
+        '{"promptFeedback": []}',
+        '{"candidates": [{"finishReason": "STOP", "content": {"parts": [{"text": 5}, 7]}}], '
+        '"usageMetadata": '
+        "[1]}",
+        '{"choices": [{"message": {"content": 5}, "finish_reason": "stop"}], "usage": 3, "model": '
+        "4}",
+        '{"choices": [[]]}',
+        '{"usageMetadata": {"promptTokenCount": 1e99, "totalTokenCount": -5}}',
+    ],
+)
 @pytest.mark.parametrize("read", [read_answer, read_completion])
-def test_any_json_is_read_and_none_of_it_becomes_data(read: Callable[..., Answer], body: str) -> None:
+def test_any_json_is_read_and_none_of_it_becomes_data(
+    read: Callable[..., Answer], body: str
+) -> None:
     connection, reply = Connection(Secret(KEY), "http://127.0.0.1"), Reply(200, {}, body.encode())
     if body == "[]":
         with pytest.raises(Wait):
@@ -262,7 +307,10 @@ def test_any_json_is_read_and_none_of_it_becomes_data(read: Callable[..., Answer
     answer = connection.read(reply, read)
     assert (answer.text, answer.raw) == (None, body)
     assert answer.status in ("blocked", "invalid", "error")
-    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (None, None)  # so it counts at its worst case
+    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (
+        None,
+        None,
+    )  # so it counts at its worst case
 
 
 def test_how_long_to_wait() -> None:

@@ -27,7 +27,13 @@ WriteSet = Callable[[list[dict[str, Any]]], Path]
 
 @pytest.fixture(scope="module")
 def stock(tiny_model: Path) -> Any:
-    return HFLM(pretrained=str(tiny_model), dtype="float32", device="cpu", batch_size=4, softmax_dtype="float32")
+    return HFLM(
+        pretrained=str(tiny_model),
+        dtype="float32",
+        device="cpu",
+        batch_size=4,
+        softmax_dtype="float32",
+    )
 
 
 @pytest.fixture
@@ -76,13 +82,21 @@ def test_numbers_are_those_of_stock_hf(stock: Any, probe: Any) -> None:
         assert result.num_tokens == len(result.token_logprobs)
         assert sum(result.token_logprobs) == pytest.approx(result[0], abs=1e-4)
         assert result.logprob_eos is None
-    strings = [Instance("loglikelihood_rolling", {}, ("word " * n,), 0, ("t", 0, 1)) for n in (3, 700)]
+    strings = [
+        Instance("loglikelihood_rolling", {}, ("word " * n,), 0, ("t", 0, 1)) for n in (3, 700)
+    ]
     rolling = stock.loglikelihood_rolling(strings, disable_tqdm=True)
-    assert probe.loglikelihood_rolling(strings, disable_tqdm=True) == pytest.approx(rolling, abs=2e-3)
+    assert probe.loglikelihood_rolling(strings, disable_tqdm=True) == pytest.approx(
+        rolling, abs=2e-3
+    )
 
 
 def test_requests_that_differ_in_the_split_point_alone(tiny_model: Path, probe: Any) -> None:
-    splits = [("The cat sat", " on the mat."), ("The cat sat on", " the mat."), ("The cat sat on the", " mat.")]
+    splits = [
+        ("The cat sat", " on the mat."),
+        ("The cat sat on", " the mat."),
+        ("The cat sat on the", " mat."),
+    ]
     results = probe.loglikelihood([ask(*split) for split in splits], disable_tqdm=True)
     for split, result in zip(splits, results, strict=True):
         assert result[0] == pytest.approx(reference(tiny_model, *split), abs=1e-3)
@@ -90,22 +104,33 @@ def test_requests_that_differ_in_the_split_point_alone(tiny_model: Path, probe: 
 
 def test_the_terminator_is_scored_for_probe_tasks_alone(tiny_model: Path, probe: Any) -> None:
     mine, other = probe.loglikelihood(
-        [ask("Hello", " there.", "sft_probe_chosen"), ask("Hello", " there.", "arc_easy")], disable_tqdm=True
+        [ask("Hello", " there.", "sft_probe_chosen"), ask("Hello", " there.", "arc_easy")],
+        disable_tqdm=True,
     )
-    assert mine.logprob_eos == pytest.approx(reference(tiny_model, "Hello", " there.", end=True), abs=1e-3)
+    assert mine.logprob_eos == pytest.approx(
+        reference(tiny_model, "Hello", " there.", end=True), abs=1e-3
+    )
     assert other.logprob_eos is None
     assert mine[0] == pytest.approx(other[0], abs=1e-5)
-    chat = probe.loglikelihood([ask("Hello", " there.", "sft_probe_x", prompt_format="chat")], disable_tqdm=True)
+    chat = probe.loglikelihood(
+        [ask("Hello", " there.", "sft_probe_x", prompt_format="chat")], disable_tqdm=True
+    )
     assert chat[0].logprob_eos != pytest.approx(mine.logprob_eos, abs=1e-3)
 
 
 def test_every_metric_of_lm_eval_and_its_samples(stock: Any, probe: Any, tiny_model: Path) -> None:
     metadata = {"pretrained": str(tiny_model)}
-    manager = TaskManager(include_defaults=False, include_path=str(PACKAGED_TASKS_DIR), metadata=metadata)
+    manager = TaskManager(
+        include_defaults=False, include_path=str(PACKAGED_TASKS_DIR), metadata=metadata
+    )
     names = ["sft_probe_chosen", "sft_probe_train_random"]
-    expected, results = (evaluate(lm, manager.load(names), bootstrap_iters=0) for lm in (stock, probe))
+    expected, results = (
+        evaluate(lm, manager.load(names), bootstrap_iters=0) for lm in (stock, probe)
+    )
     for name in names:
-        assert results["results"][name] == pytest.approx(expected["results"][name], abs=2e-3, nan_ok=True)
+        assert results["results"][name] == pytest.approx(
+            expected["results"][name], abs=2e-3, nan_ok=True
+        )
         for sample in results["samples"][name]:
             score = sample["resps"][0][0]
             assert score.num_tokens == sample["doc"]["num_tokens"]
@@ -113,7 +138,9 @@ def test_every_metric_of_lm_eval_and_its_samples(stock: Any, probe: Any, tiny_mo
             assert math.isfinite(score.logprob_eos)
 
 
-def test_cached_results_keep_everything(probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_results_keep_everything(
+    probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = ask("Hello", " there.", "sft_probe_chosen")
     (first,) = CachingLM(probe, str(tmp_path / "cache.db")).loglikelihood([request])
     monkeypatch.setattr(scoring, "score", None)  # whatever scores now fails
@@ -139,10 +166,14 @@ def test_out_of_memory_halves_the_budget(probe: Any, monkeypatch: pytest.MonkeyP
     results = probe.loglikelihood(REQUESTS, disable_tqdm=True)
     assert calls == [8192, 4096, 2048, 1024]
     assert probe.scorer.max_tokens == 1024
-    assert [result[0] for result in results] == pytest.approx([result[0] for result in expected], abs=1e-4)
+    assert [result[0] for result in results] == pytest.approx(
+        [result[0] for result in expected], abs=1e-4
+    )
 
 
-def test_a_response_that_does_not_fit_the_memory(probe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_response_that_does_not_fit_the_memory(
+    probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def score(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError
 
@@ -151,9 +182,16 @@ def test_a_response_that_does_not_fit_the_memory(probe: Any, monkeypatch: pytest
         probe.loglikelihood([ask("a " * 100, " b" * 100)], disable_tqdm=True)
 
 
-def test_bad_requests_are_named_before_anything_is_scored(probe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_requests_are_named_before_anything_is_scored(
+    probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scoring, "score", None)
-    requests = [ask("Fine", " so far."), ask("Bad", ""), ask("", "", "t2"), ask("Long", " word" * 3000, "t3")]
+    requests = [
+        ask("Fine", " so far."),
+        ask("Bad", ""),
+        ask("", "", "t2"),
+        ask("Long", " word" * 3000, "t3"),
+    ]
     with pytest.raises(UserError) as caught:
         probe.loglikelihood(requests)
     message = str(caught.value)
@@ -165,13 +203,21 @@ def test_bad_requests_are_named_before_anything_is_scored(probe: Any, monkeypatc
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_logits_are_named_after_the_others_are_scored(probe: Any, value: float, tmp_path: Path) -> None:
+def test_non_finite_logits_are_named_after_the_others_are_scored(
+    probe: Any, value: float, tmp_path: Path
+) -> None:
     (bad_id,) = probe.tok_encode("\x07")
     with torch.no_grad():
         probe.model.model.embed_tokens.weight[bad_id] = value
-        probe.model.lm_head.weight = torch.nn.Parameter(probe.model.lm_head.weight.nan_to_num(0.1, 0.1))
+        probe.model.lm_head.weight = torch.nn.Parameter(
+            probe.model.lm_head.weight.nan_to_num(0.1, 0.1)
+        )
     caching = CachingLM(probe, str(tmp_path / "cache.db"))
-    requests = [ask("Fine", " so far.", "t1"), ask("Bad\x07", " so far.", "t2"), ask("Good", " so far.", "t3")]
+    requests = [
+        ask("Fine", " so far.", "t1"),
+        ask("Bad\x07", " so far.", "t2"),
+        ask("Good", " so far.", "t3"),
+    ]
     with pytest.raises(NonFiniteError, match="1 of 3 requests") as caught:
         caching.loglikelihood(requests)
     assert "t2, doc d7: NaN or infinite logits" in str(caught.value)
@@ -188,7 +234,8 @@ def test_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(str(tmp_path))
     merged = model.merge_and_unload().double()
@@ -202,12 +249,29 @@ def test_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
     assert result[0] == pytest.approx(expected, abs=1e-3)
 
 
-def run_cli(sft_probe: Run, model: str, model_dir: object, task: object, out: Path, *more: object) -> Any:
+def run_cli(
+    sft_probe: Run, model: str, model_dir: object, task: object, out: Path, *more: object
+) -> Any:
     result = sft_probe(
-        "lm-eval", "run", "--model", model, "--model_args", f"pretrained={model_dir},dtype=float32", "--device", "cpu",
-        "--batch_size", 8, "--tasks", task, "--output_path", out, "--log_samples", *more,
-        process=True, HF_DATASETS_CACHE=str(out / "cache"),
-    )  # fmt: skip
+        "lm-eval",
+        "run",
+        "--model",
+        model,
+        "--model_args",
+        f"pretrained={model_dir},dtype=float32",
+        "--device",
+        "cpu",
+        "--batch_size",
+        8,
+        "--tasks",
+        task,
+        "--output_path",
+        out,
+        "--log_samples",
+        *more,
+        process=True,
+        HF_DATASETS_CACHE=str(out / "cache"),
+    )
     assert result.returncode == 0, result.stderr
     (path,) = out.rglob("results_*.json")
     return json.loads(path.read_text())["results"]
@@ -230,14 +294,25 @@ def test_bad_input_through_the_command_line(
 ) -> None:
     task = tmp_path / "short.yaml"
     task.write_text(
-        f"task: short\ndataset_path: json\ndataset_kwargs:\n  data_files: {write_set(make_docs())}\n"
+        "task: short\ndataset_path: json\ndataset_kwargs:\n  data_files: "
+        f"{write_set(make_docs())}\n"
         "test_split: train\noutput_type: loglikelihood\ndoc_to_text: other\ndoc_to_target: ''\n"
         "metric_list:\n  - metric: acc\n"
     )
     result = sft_probe(
-        "lm-eval", "run", "--model", "sft_probe", "--model_args", f"pretrained={tiny_model}", "--device", "cpu",
-        "--tasks", task, process=True, HF_DATASETS_CACHE=str(tmp_path / "cache"),
-    )  # fmt: skip
+        "lm-eval",
+        "run",
+        "--model",
+        "sft_probe",
+        "--model_args",
+        f"pretrained={tiny_model}",
+        "--device",
+        "cpu",
+        "--tasks",
+        task,
+        process=True,
+        HF_DATASETS_CACHE=str(tmp_path / "cache"),
+    )
     assert "short, doc d0: no token is left of the continuation" in user_error(result)
 
 
@@ -248,11 +323,16 @@ def test_accuracy_of_a_real_model_on_blimp_is_the_same(tmp_path: Path) -> None:
 
     task = blimp_task(tmp_path)
     arguments: dict[str, Any] = {
-        "pretrained": resolve_model(EMBEDDED_MODEL), "dtype": "float32", "device": "cpu", "batch_size": 32
-    }  # fmt: skip
+        "pretrained": resolve_model(EMBEDDED_MODEL),
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_size": 32,
+    }
     manager = TaskManager(include_defaults=False)
     accuracies = [
-        evaluate(model(**arguments), manager.load([str(task)]), limit=200, bootstrap_iters=0)["results"]
+        evaluate(model(**arguments), manager.load([str(task)]), limit=200, bootstrap_iters=0)[
+            "results"
+        ]
         for model in (HFLM, ProbeLM)
     ]
     (stock, probe) = (result["blimp_adjunct_island"]["acc,none"] for result in accuracies)
@@ -262,28 +342,41 @@ def test_accuracy_of_a_real_model_on_blimp_is_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_accuracy_of_a_real_model_on_multiple_choice_is_the_same(tmp_path: Path) -> None:
-    """Which of the six responses goes with a prompt: long shared contexts, answers that start alike."""
+    """Which of the six responses goes with a prompt: long shared contexts, answers that start
+    alike."""
     from sft_probe.models import EMBEDDED_MODEL, resolve_model
 
-    lines = (resources.files("sft_probe.data") / "helpful-mini/heldout.jsonl").read_text("utf-8").splitlines()[:8]
+    lines = (
+        (resources.files("sft_probe.data") / "helpful-mini/heldout.jsonl")
+        .read_text("utf-8")
+        .splitlines()[:8]
+    )
     rows = [json.loads(line) for line in lines]
     data = [
-        {"question": row["messages"][0]["content"], "choices": [row[name] for name in ("chosen", "random", "variant")]}
+        {
+            "question": row["messages"][0]["content"],
+            "choices": [row[name] for name in ("chosen", "random", "variant")],
+        }
         for row in rows
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     task = tmp_path / "choice.yaml"
     task.write_text(
         f"task: choice\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path}/data.jsonl\n"
-        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: "
+        "choices\n"
         "doc_to_target: 0\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     arguments: dict[str, Any] = {
-        "pretrained": resolve_model(EMBEDDED_MODEL), "dtype": "float32", "device": "cpu", "batch_size": 8
-    }  # fmt: skip
+        "pretrained": resolve_model(EMBEDDED_MODEL),
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_size": 8,
+    }
     manager = TaskManager(include_defaults=False)
     stock, probe = (
-        evaluate(model(**arguments), manager.load([str(task)]), bootstrap_iters=0) for model in (HFLM, ProbeLM)
+        evaluate(model(**arguments), manager.load([str(task)]), bootstrap_iters=0)
+        for model in (HFLM, ProbeLM)
     )
     assert stock["results"] == probe["results"]
     for one, other in zip(stock["samples"]["choice"], probe["samples"]["choice"], strict=True):

@@ -1,4 +1,5 @@
-"""Flags of lm-eval that would change the prompts of a probe task, or answer for another model or set."""
+"""Flags of lm-eval that would change the prompts of a probe task, or answer for another model or
+set."""
 
 import json
 from pathlib import Path
@@ -33,13 +34,25 @@ def test_flags_that_change_prompts_are_refused_for_any_model(
     manager: TaskManager, tiny_model: Path, model: str
 ) -> None:
     """As plain `lm_eval` calls it, ours and lm-eval's own model alike."""
-    arguments = {"model": model, "model_args": f"pretrained={tiny_model},dtype=float32", "device": "cpu"}
+    arguments = {
+        "model": model,
+        "model_args": f"pretrained={tiny_model},dtype=float32",
+        "device": "cpu",
+    }
     for name, value in REFUSED.items():
         with pytest.raises(UserError, match=f"--{name} cannot be used with sft_probe_chosen"):
-            simple_evaluate(tasks=["sft_probe_chosen"], task_manager=manager, **arguments, **{name: value})
+            simple_evaluate(
+                tasks=["sft_probe_chosen"], task_manager=manager, **arguments, **{name: value}
+            )
     few, multiturn, none = (
-        simple_evaluate(tasks=["sft_probe_chosen"], task_manager=manager, **arguments, **flags)["results"]
-        for flags in ({"num_fewshot": 2}, {"fewshot_as_multiturn": True}, {"fewshot_as_multiturn": False})
+        simple_evaluate(tasks=["sft_probe_chosen"], task_manager=manager, **arguments, **flags)[
+            "results"
+        ]
+        for flags in (
+            {"num_fewshot": 2},
+            {"fewshot_as_multiturn": True},
+            {"fewshot_as_multiturn": False},
+        )
     )
     assert few == multiturn == none, "without few-shot examples these two change nothing"
 
@@ -47,7 +60,8 @@ def test_flags_that_change_prompts_are_refused_for_any_model(
 def test_a_cache_of_answers_belongs_to_one_model(tiny_model: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", tiny_model, 1)
     mine, again, theirs = (
-        ProbeLM(pretrained=str(path), dtype="float32", device="cpu") for path in (tiny_model, tiny_model, other)
+        ProbeLM(pretrained=str(path), dtype="float32", device="cpu")
+        for path in (tiny_model, tiny_model, other)
     )
     CachingLM(mine, str(tmp_path / "cache.db"))
     CachingLM(again, str(tmp_path / "cache.db"))
@@ -69,7 +83,9 @@ def test_the_pass_through_refuses_what_another_model_cannot_bind(
     config = {"use_cache": str(tmp_path / "cache"), "tasks": ["sft_probe_chosen"], "model": "hf"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     flags = ("--model_args", f"pretrained={tiny_model},dtype=float32", "--device", "cpu")
-    message = user_error(sft_probe("lm-eval", "run", "--config", tmp_path / "config.yaml", *flags, process=True))
+    message = user_error(
+        sft_probe("lm-eval", "run", "--config", tmp_path / "config.yaml", *flags, process=True)
+    )
     assert "--use_cache cannot be used with sft_probe_chosen and --model hf" in message
 
 

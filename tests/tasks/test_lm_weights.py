@@ -1,4 +1,5 @@
-"""What lm-eval's `hf` does to weights and ours does not: tie those that a file holds apart, cut a vocabulary."""
+"""What lm-eval's `hf` does to weights and ours does not: tie those that a file holds apart, cut a
+vocabulary."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ def own_head(tmp_path: Path) -> Path:
 
 def test_an_own_head_stays(own_head: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(own_head)
-    assert differing_tensors(ProbeLM(pretrained=str(own_head), dtype="float32", device="cpu").model, reference) == []
+    assert (
+        differing_tensors(
+            ProbeLM(pretrained=str(own_head), dtype="float32", device="cpu").model, reference
+        )
+        == []
+    )
     model: Any = AutoModelForCausalLM.from_pretrained(own_head)
     handed = ProbeLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(own_head))
     assert handed.model is model
@@ -33,8 +39,14 @@ def test_an_own_head_stays(own_head: Path) -> None:
     assert ProbeLM(pretrained=model).tokenizer.get_vocab() == handed.tokenizer.get_vocab()
 
 
-FORMS = ("LoRA", "LoRA, modules_to_save embed_tokens", "LoRA, modules_to_save lm_head", "LoRA, target lm_head",
-         "LoRA, trainable_token_indices", "trainable tokens")  # fmt: skip
+FORMS = (
+    "LoRA",
+    "LoRA, modules_to_save embed_tokens",
+    "LoRA, modules_to_save lm_head",
+    "LoRA, target lm_head",
+    "LoRA, trainable_token_indices",
+    "trainable tokens",
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -42,7 +54,9 @@ def test_an_adapter_is_what_its_file_holds(form: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     save_adapter(form, base, tmp_path / "adapter")
     reference = load_reference(base, tmp_path / "adapter")
-    lm = ProbeLM(pretrained=str(base), peft=str(tmp_path / "adapter"), dtype="float32", device="cpu")
+    lm = ProbeLM(
+        pretrained=str(base), peft=str(tmp_path / "adapter"), dtype="float32", device="cpu"
+    )
     assert differing_tensors(lm.model, reference) == []
     handed = ProbeLM(pretrained=load_reference(base, tmp_path / "adapter"), tokenizer=lm.tokenizer)
     assert differing_tensors(handed.model, reference) == []
@@ -55,7 +69,9 @@ def test_a_vocabulary_that_is_larger_than_the_tokenizers(tmp_path: Path) -> None
     config.vocab_size = 640
     LlamaForCausalLM(config).save_pretrained(base)
     save_adapter("LoRA", base, tmp_path / "adapter")
-    lm = ProbeLM(pretrained=str(base), peft=str(tmp_path / "adapter"), dtype="float32", device="cpu")
+    lm = ProbeLM(
+        pretrained=str(base), peft=str(tmp_path / "adapter"), dtype="float32", device="cpu"
+    )
     assert differing_tensors(lm.model, load_reference(base, tmp_path / "adapter")) == []
     assert lm.model(torch.tensor([[1, 2]])).logits.shape[-1] == 640
 
@@ -67,4 +83,7 @@ def test_adapters_that_are_refused(form: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be scored"):
         ProbeLM(pretrained=str(base), peft=str(tmp_path / "adapter"), dtype="float32", device="cpu")
     with pytest.raises(UserError, match="cannot be scored"):
-        ProbeLM(pretrained=load_reference(base, tmp_path / "adapter"), tokenizer=AutoTokenizer.from_pretrained(base))
+        ProbeLM(
+            pretrained=load_reference(base, tmp_path / "adapter"),
+            tokenizer=AutoTokenizer.from_pretrained(base),
+        )

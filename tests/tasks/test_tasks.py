@@ -26,7 +26,9 @@ WriteSet = Callable[[list[dict[str, Any]]], Path]
 
 
 def load(names: list[str], **metadata: Any) -> dict[str, Any]:
-    manager = TaskManager(include_defaults=False, include_path=str(PACKAGED_TASKS_DIR), metadata=metadata)
+    manager = TaskManager(
+        include_defaults=False, include_path=str(PACKAGED_TASKS_DIR), metadata=metadata
+    )
     loaded: dict[str, Any] = manager.load(names)
     return loaded
 
@@ -36,7 +38,9 @@ def test_every_task_and_the_group_are_indexed() -> None:
     assert manager.all_subtasks == sorted(NAMES)
     assert manager.all_groups == ["sft_probe"]
     assert sorted(manager.match_tasks(["sft_probe_*"])) == sorted(NAMES)
-    assert list(load(["sft_probe"])["tasks"]) == [f"sft_probe_{category}" for category in CATEGORIES]
+    assert list(load(["sft_probe"])["tasks"]) == [
+        f"sft_probe_{category}" for category in CATEGORIES
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +76,10 @@ def test_metrics_of_a_doc_and_their_aggregates() -> None:
     ]
     assert metrics[0] == {"logprob": -10.0, "num_bytes": 20, "logprob_per_byte": (-10.0, 20)}
     aggregation = task.aggregation()
-    assert aggregation["logprob_per_byte"]([metric["logprob_per_byte"] for metric in metrics]) == -1010 / 1000
+    assert (
+        aggregation["logprob_per_byte"]([metric["logprob_per_byte"] for metric in metrics])
+        == -1010 / 1000
+    )
     assert aggregation["logprob"]([metric["logprob"] for metric in metrics]) == -505.0
 
 
@@ -103,7 +110,8 @@ def test_an_over_long_response_costs_the_doc_in_every_category(
 
 
 def test_the_join_rule_is_that_of_training_and_sweep(tmp_path: Path) -> None:
-    """lm-eval with our model, on prompts whose last token spans the join; a float64 pass over ids made by hand."""
+    """lm-eval with our model, on prompts whose last token spans the join; a float64 pass over ids
+    made by hand."""
     member = next(member for member in MEMBERS if member.name.startswith("llama3 plain"))
     tokenizer = member.make()
     model = save_model(tokenizer, tmp_path / "model")
@@ -121,16 +129,24 @@ def test_the_join_rule_is_that_of_training_and_sweep(tmp_path: Path) -> None:
         assert doc["num_tokens"] == score.num_tokens == len(response)
         with torch.no_grad():
             logprobs = reference(torch.tensor([context + response])).logits[0].log_softmax(-1)
-        expected = sum(float(logprobs[len(context) + i - 1, token]) for i, token in enumerate(response))
+        expected = sum(
+            float(logprobs[len(context) + i - 1, token]) for i, token in enumerate(response)
+        )
         assert score[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_without_a_tokenizer_a_join_that_does_not_exist_is_named(tmp_path: Path) -> None:
     member = next(member for member in MEMBERS if member.name.startswith("llama3 plain"))
     model = save_model(member.make(), tmp_path / "model")
-    task = load(["sft_probe_chosen"], probe_set=str(write_mixed_set(tmp_path / "set.jsonl")), prompt_format="plain")
+    task = load(
+        ["sft_probe_chosen"],
+        probe_set=str(write_mixed_set(tmp_path / "set.jsonl")),
+        prompt_format="plain",
+    )
     lm = ProbeLM(pretrained=str(model), dtype="float32", device="cpu")
-    with pytest.raises(UserError, match=r"2 of 4 requests cannot be scored:\n.* doc d3: .*name the tokenizer"):
+    with pytest.raises(
+        UserError, match=r"2 of 4 requests cannot be scored:\n.* doc d3: .*name the tokenizer"
+    ):
         evaluate(lm, task, bootstrap_iters=0)
 
 
@@ -142,15 +158,28 @@ def test_a_category_the_set_lacks_is_named(write_set: WriteSet) -> None:
 def lm_eval(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [str(Path(sys.executable).with_name("lm_eval")), *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
 
 
 def model_flags(model: Path, out: Path) -> list[str]:
     return [
-        "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--batch_size", "8", "--device", "cpu",
-        "--output_path", str(out), "--log_samples",
-    ]  # fmt: skip
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model},dtype=float32",
+        "--batch_size",
+        "8",
+        "--device",
+        "cpu",
+        "--output_path",
+        str(out),
+        "--log_samples",
+    ]
 
 
 def scored(out: Path) -> dict[str, int]:
@@ -165,7 +194,14 @@ HELDOUT = {f"sft_probe_{category}": 32 for category in CATEGORIES}
 @pytest.mark.slow
 def test_discovery_by_include_path(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     directory = sft_probe("tasks-dir").stdout.strip()
-    result = lm_eval("run", "--include_path", directory, "--tasks", "sft_probe", *model_flags(tiny_model, tmp_path))
+    result = lm_eval(
+        "run",
+        "--include_path",
+        directory,
+        "--tasks",
+        "sft_probe",
+        *model_flags(tiny_model, tmp_path),
+    )
     assert result.returncode == 0, result.stderr
     assert scored(tmp_path) == HELDOUT
     assert "logprob_per_byte" in result.stdout
@@ -183,20 +219,31 @@ def linked(sft_probe: Run, task_index: None) -> Iterator[None]:
 def test_discovery_by_links(tiny_model: Path, tmp_path: Path) -> None:
     result = lm_eval("--tasks", "sft_probe_*", *model_flags(tiny_model, tmp_path))
     assert result.returncode == 0, result.stderr
-    assert scored(tmp_path) == HELDOUT | {f"sft_probe_train_{category}": 64 for category in CATEGORIES}
+    assert scored(tmp_path) == HELDOUT | {
+        f"sft_probe_train_{category}": 64 for category in CATEGORIES
+    }
 
 
 @reads_task_index
 @pytest.mark.slow
 def test_discovery_by_pass_through(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     flags = model_flags(tiny_model, tmp_path)
-    result = sft_probe("lm-eval", "run", "--tasks", "sft_probe_variant,sft_probe_train_random", *flags, process=True)
+    result = sft_probe(
+        "lm-eval",
+        "run",
+        "--tasks",
+        "sft_probe_variant,sft_probe_train_random",
+        *flags,
+        process=True,
+    )
     assert result.returncode == 0, result.stderr
     assert scored(tmp_path) == {"sft_probe_variant": 32, "sft_probe_train_random": 64}
 
 
 def test_pass_through_takes_no_second_include_path(sft_probe: Run, tmp_path: Path) -> None:
-    assert "link-tasks" in user_error(sft_probe("lm-eval", "run", "--include_path", tmp_path, "--tasks", "x"))
+    assert "link-tasks" in user_error(
+        sft_probe("lm-eval", "run", "--include_path", tmp_path, "--tasks", "x")
+    )
 
 
 @reads_task_index
@@ -214,14 +261,21 @@ def test_unlinking_leaves_nothing(sft_probe: Run) -> None:
 
 @reads_task_index
 @pytest.mark.slow
-def test_own_set_with_own_categories(write_set: WriteSet, tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_own_set_with_own_categories(
+    write_set: WriteSet, tiny_model: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     directory = sft_probe(
         "tasks-dir", "--probe-set", write_set(make_docs()), "--out", tmp_path / "tasks"
     ).stdout.strip()
     flags = model_flags(tiny_model, tmp_path / "out")
     result = lm_eval("run", "--include_path", directory, "--tasks", "sft_probe_*", *flags)
     assert result.returncode == 0, result.stderr
-    names = ("sft_probe_chosen", "sft_probe_other", "sft_probe_train_chosen", "sft_probe_train_other")
+    names = (
+        "sft_probe_chosen",
+        "sft_probe_other",
+        "sft_probe_train_chosen",
+        "sft_probe_train_other",
+    )
     assert scored(tmp_path / "out") == dict.fromkeys(names, 3)
 
 

@@ -1,4 +1,5 @@
-"""Every flag of `transformers.TrainingArguments`, with plausible and wrong values: it works, or is one message."""
+"""Every flag of `transformers.TrainingArguments`, with plausible and wrong values: it works, or is
+one message."""
 
 import dataclasses
 import json
@@ -18,12 +19,35 @@ VALUES: dict[str, list[str]] = {
     "num_train_epochs": ["0.01", "0"],
     "max_steps": ["2", "0"],
     "learning_rate": ["1e-4", "0", "-1"],
-    "lr_scheduler_type": ["cosine", "linear", "polynomial", "inverse_sqrt", "cosine_with_restarts",
-                          "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy", "no_such"],
+    "lr_scheduler_type": [
+        "cosine",
+        "linear",
+        "polynomial",
+        "inverse_sqrt",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+        "reduce_lr_on_plateau",
+        "greedy",
+        "no_such",
+    ],
     "lr_scheduler_kwargs": ['{"num_cycles": 2}', '{"no_such": 1}', "{", "no_such.json"],
     "warmup_steps": ["3", "0.5", "-1"],
-    "optim": ["sgd", "adafactor", "adagrad", "adamw_torch", "adamw_bnb_8bit", "adamw_apex_fused", "galore_adamw",
-              "lomo", "schedule_free_adamw", "apollo_adamw", "rmsprop", "stable_adamw", "no_such"],
+    "optim": [
+        "sgd",
+        "adafactor",
+        "adagrad",
+        "adamw_torch",
+        "adamw_bnb_8bit",
+        "adamw_apex_fused",
+        "galore_adamw",
+        "lomo",
+        "schedule_free_adamw",
+        "apollo_adamw",
+        "rmsprop",
+        "stable_adamw",
+        "no_such",
+    ],
     "optim_args": ["eps=1e-6", "nonsense"],
     "weight_decay": ["0.1"],
     "adam_beta1": ["0.8", "2"],
@@ -100,10 +124,18 @@ VALUES: dict[str, list[str]] = {
     "seed": ["7", "-1"],
     "data_seed": ["7"],
     "use_cpu": ["true"],
-    "accelerator_config": ['{"split_batches": true}', '{"dispatch_batches": true}', '{"even_batches": false}',
-                           '{"use_seedable_sampler": false}', '{"gradient_accumulation_kwargs": {"num_steps": 2}}',
-                           '{"non_blocking": true}', '{"use_configured_state": true}', '{"no_such": 1}', "{",
-                           "no_such.json"],
+    "accelerator_config": [
+        '{"split_batches": true}',
+        '{"dispatch_batches": true}',
+        '{"even_batches": false}',
+        '{"use_seedable_sampler": false}',
+        '{"gradient_accumulation_kwargs": {"num_steps": 2}}',
+        '{"non_blocking": true}',
+        '{"use_configured_state": true}',
+        '{"no_such": 1}',
+        "{",
+        "no_such.json",
+    ],
     "parallelism_config": ['{"tp_size": 2}'],
     "dataloader_drop_last": ["true"],
     "dataloader_num_workers": ["1", "-1"],
@@ -132,13 +164,19 @@ VALUES: dict[str, list[str]] = {
     "do_predict": ["true"],
     "resume_from_checkpoint": ["x"],
     "local_rank": ["0"],
-}  # fmt: skip
+}
 
 CHANGES_THE_FIRST_LOSS = {
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy",
-    "neftune_noise_alpha", "bf16",
-}  # fmt: skip
-"""Any other flag that is accepted must leave the examples of the first step, and what the model says of them, alone."""
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "neftune_noise_alpha",
+    "bf16",
+}
+"""Any other flag that is accepted must leave the examples of the first step, and what the model
+says of them, alone."""
 QUICK = [
     ("per_device_train_batch_size", "0"),
     ("gradient_accumulation_steps", "0"),
@@ -184,8 +222,17 @@ def test_a_flag_works_or_is_one_message(
 ) -> None:
     name, value = flag
     run = tmp_path / "run"
-    result = sft_probe("train", *tiny_flags, "--max_steps", 1, "--report_to", "none", f"--{name}={value}",
-                       "--output_dir", run)  # fmt: skip
+    result = sft_probe(
+        "train",
+        *tiny_flags,
+        "--max_steps",
+        1,
+        "--report_to",
+        "none",
+        f"--{name}={value}",
+        "--output_dir",
+        run,
+    )
     if result.returncode:
         message = user_error(result)
         assert name in message or len(message.strip().splitlines()[-1]) > 20, "nothing to go by"
@@ -194,29 +241,45 @@ def test_a_flag_works_or_is_one_message(
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["snapshot_steps"][-1] >= 1
     if name not in CHANGES_THE_FIRST_LOSS:
-        first, expected = (json.loads((path / "losses.jsonl").open().readline()) for path in (run, tiny_run))
+        first, expected = (
+            json.loads((path / "losses.jsonl").open().readline()) for path in (run, tiny_run)
+        )
         assert first["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert first["examples_seen"] == expected["examples_seen"]
 
 
-@pytest.mark.parametrize("flags", [["--bf16", "true"], ["--use_cpu", "true"], ["--bf16", "true", "--use_cpu", "true"]])
+@pytest.mark.parametrize(
+    "flags", [["--bf16", "true"], ["--use_cpu", "true"], ["--bf16", "true", "--use_cpu", "true"]]
+)
 @pytest.mark.parametrize("stage", [[], ["--deepspeed", "none"]], ids=["default", "none"])
 def test_no_circular_advice_without_a_gpu(
     flags: list[str], stage: list[str], tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     rest = [flag for flag in tiny_flags if flag not in ("--deepspeed", "none")]
-    result = sft_probe("train", *rest, *stage, *flags, "--output_dir", tmp_path / "run", "--dry_run")
+    result = sft_probe(
+        "train", *rest, *stage, *flags, "--output_dir", tmp_path / "run", "--dry_run"
+    )
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
     "name",
-    ["split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "gradient_accumulation_kwargs"],
+    [
+        "split_batches",
+        "dispatch_batches",
+        "even_batches",
+        "use_seedable_sampler",
+        "gradient_accumulation_kwargs",
+    ],
 )
 def test_settings_that_change_the_batch_are_refused_by_name(
     name: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
-    value = {"even_batches": False, "use_seedable_sampler": False, "gradient_accumulation_kwargs": {"num_steps": 2}}
+    value = {
+        "even_batches": False,
+        "use_seedable_sampler": False,
+        "gradient_accumulation_kwargs": {"num_steps": 2},
+    }
     path = tmp_path / "accelerator.json"
     path.write_text(json.dumps({name: value.get(name, True)}))
     flags = ("--accelerator_config", path, "--output_dir", tmp_path / "run")
@@ -228,20 +291,36 @@ def test_settings_that_change_the_batch_are_refused_by_name(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ('--activation_checkpointing true --activation_checkpointing_kwargs {"no_such":1}', "there is no 'no_such'"),
-        ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"no_such":1}', "unexpected keyword argument 'no_such'"),
-        ("--lr_scheduler_kwargs file.json", "--lr_scheduler_kwargs file.json: a JSON object is needed"),
+        (
+            '--activation_checkpointing true --activation_checkpointing_kwargs {"no_such":1}',
+            "there is no 'no_such'",
+        ),
+        (
+            '--lr_scheduler_type cosine --lr_scheduler_kwargs {"no_such":1}',
+            "unexpected keyword argument 'no_such'",
+        ),
+        (
+            "--lr_scheduler_kwargs file.json",
+            "--lr_scheduler_kwargs file.json: a JSON object is needed",
+        ),
         ("--optim adamw_torch --optim_args nonsense", "--optim_args nonsense: write name=value"),
         ("--optim galore_adamw --optim_target_modules attn", "galore_torch"),
-        ("--per_device_train_batch_size 100 --dataloader_drop_last true", "64 examples do not fill one batch of 100"),
+        (
+            "--per_device_train_batch_size 100 --dataloader_drop_last true",
+            "64 examples do not fill one batch of 100",
+        ),
         ("--probe_steps 1 --probe_train -1", "--probe_train -1: it must be 0 or more"),
         ("--lora_r 0", "--lora_r 0: it must be 1 or more"),
         ("--seed 99999999999", "Seed must be between 0 and 2**32 - 1"),
         ("--train_sampling_strategy group_by_length --dry_run", "use one of random, sequential"),
     ],
 )
-def test_flags_together(flags: str, words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
-    assert words in user_error(sft_probe("train", *tiny_flags, *flags.split(), "--output_dir", tmp_path / "run"))
+def test_flags_together(
+    flags: str, words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
+    assert words in user_error(
+        sft_probe("train", *tiny_flags, *flags.split(), "--output_dir", tmp_path / "run")
+    )
 
 
 def test_what_the_trainer_refuses_does_not_spoil_the_directory(
@@ -260,4 +339,6 @@ def test_mixed_precision_of_the_launcher_is_told(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     message = user_error(sft_probe("train", *tiny_flags, "--output_dir", tmp_path))
-    assert "the launcher asks for mixed precision bf16, the flags do not: add --bf16 true" in message
+    assert (
+        "the launcher asks for mixed precision bf16, the flags do not: add --bf16 true" in message
+    )

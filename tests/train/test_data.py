@@ -1,4 +1,5 @@
-"""What is trained on: mixtures, texts without prompts, losses per example, and the plan that a dry run prints."""
+"""What is trained on: mixtures, texts without prompts, losses per example, and the plan that a dry
+run prints."""
 
 import json
 import os
@@ -35,7 +36,14 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def some_docs(number: int) -> list[Doc]:
     return [
-        Doc(doc_id=str(i), conversation_id="", split="train", messages=(), responses={}, random_doc_id=None)
+        Doc(
+            doc_id=str(i),
+            conversation_id="",
+            split="train",
+            messages=(),
+            responses={},
+            random_doc_id=None,
+        )
         for i in range(number)
     ]
 
@@ -44,7 +52,9 @@ def some_docs(number: int) -> list[Doc]:
 @given(st.integers(1, 60), st.lists(st.floats(0.01, 1), min_size=1, max_size=4), st.integers(0, 9))
 def test_a_mixture_gives_each_part_its_share(num_docs: int, shares: list[float], seed: int) -> None:
     names = "abcd"[: len(shares)]
-    parts = parse_mixture(",".join(f"{n}:{s}" for n, s in zip(names, shares, strict=True)), list(names), "the set")
+    parts = parse_mixture(
+        ",".join(f"{n}:{s}" for n, s in zip(names, shares, strict=True)), list(names), "the set"
+    )
     pairs = assign(some_docs(num_docs), parts, seed)
     counts = Counter(part.name for _, part in pairs)
     for name, share in zip(names, shares, strict=True):
@@ -74,19 +84,42 @@ def test_bad_mixtures(text: str, words: str) -> None:
 def test_losses_are_those_of_each_example_before_its_update(
     tiny_model: Path, write_set: WriteSet, sft_probe: Run, tmp_path: Path
 ) -> None:
-    """Both categories with and without prompt, in two micro-batches: a float64 reference gives step 1."""
+    """Both categories with and without prompt, in two micro-batches: a float64 reference gives step
+    1."""
     docs = make_docs(8)
-    flags = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
+    flags = (
+        "--max_steps",
+        2,
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        2,
+    )
     result = sft_probe(
-        "train", "--model_name_or_path", tiny_model, "--probe_set", write_set(docs), "--deepspeed", "none", *flags,
-        "--train_category", "chosen,chosen_no_prompt:0.5,other:0.5", "--learning_rate", "1e-2",
-        "--output_dir", tmp_path / "run",
-    )  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        tiny_model,
+        "--probe_set",
+        write_set(docs),
+        "--deepspeed",
+        "none",
+        *flags,
+        "--train_category",
+        "chosen,chosen_no_prompt:0.5,other:0.5",
+        "--learning_rate",
+        "1e-2",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path / "run/first_epoch.jsonl")
     assert [row["step"] for row in rows] == [1] * 8
     assert [row["order"] for row in rows] == list(range(8))
-    assert Counter(row["category"] for row in rows) == {"chosen": 4, "chosen_no_prompt": 2, "other": 2}
+    assert Counter(row["category"] for row in rows) == {
+        "chosen": 4,
+        "chosen_no_prompt": 2,
+        "other": 2,
+    }
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     by_id = {doc["doc_id"]: doc for doc in docs}
@@ -99,38 +132,72 @@ def test_losses_are_those_of_each_example_before_its_update(
         response = [*tokenizer.encode(" " + text), tokenizer.eos_token_id]
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        expected = -sum(float(logprobs[len(prompt) + i - 1, token]) for i, token in enumerate(response))
+        expected = -sum(
+            float(logprobs[len(prompt) + i - 1, token]) for i, token in enumerate(response)
+        )
         assert row["loss_sum"] == pytest.approx(expected, abs=1e-3)
         assert (row["num_tokens"], row["num_bytes"]) == (len(response), len(text.encode()))
     log = rows_of(tmp_path / "run/losses.jsonl")
-    assert log[0]["loss"] == pytest.approx(sum(r["loss_sum"] for r in rows) / sum(r["num_tokens"] for r in rows))
+    assert log[0]["loss"] == pytest.approx(
+        sum(r["loss_sum"] for r in rows) / sum(r["num_tokens"] for r in rows)
+    )
     assert log[1]["loss"] < log[0]["loss"]
     exposure = rows_of(tmp_path / "run/exposure.jsonl")
     assert [row["times_shown"] for row in exposure] == [2] * 8
 
 
-def test_four_docs_are_learnt_by_heart(tiny_model: Path, write_set: WriteSet, sft_probe: Run, tmp_path: Path) -> None:
+def test_four_docs_are_learnt_by_heart(
+    tiny_model: Path, write_set: WriteSet, sft_probe: Run, tmp_path: Path
+) -> None:
     docs = make_docs(8)
     for doc, word in zip(docs[1::2], ("bread", "music", "winter", "money"), strict=True):
         doc["messages"] = [{"role": "user", "content": f"{word} {word} {word}, what about {word}?"}]
         doc["chosen"] = f"Ask me about {word} tomorrow, for I have thought of {word} all day long."
     result = sft_probe(
-        "train", "--model_name_or_path", tiny_model, "--probe_set", write_set(docs), "--max_steps", 60,
-        "--learning_rate", "2e-2", "--per_device_train_batch_size", 4, "--deepspeed", "none",
-        "--snapshot_steps", "last", "--output_dir", tmp_path / "run",
-    )  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        tiny_model,
+        "--probe_set",
+        write_set(docs),
+        "--max_steps",
+        60,
+        "--learning_rate",
+        "2e-2",
+        "--per_device_train_batch_size",
+        4,
+        "--deepspeed",
+        "none",
+        "--snapshot_steps",
+        "last",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert result.returncode == 0, result.stderr
     assert rows_of(tmp_path / "run/losses.jsonl")[-1]["loss"] < 0.05
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run/weights/step_000060")
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "run/weights/step_000060")
     for doc in docs[1::2]:
-        prompt = tokenizer(f"\n\nHuman: {doc['messages'][0]['content']}\n\nAssistant:", return_tensors="pt")
-        ids = model.generate(**prompt, max_new_tokens=80, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        prompt = tokenizer(
+            f"\n\nHuman: {doc['messages'][0]['content']}\n\nAssistant:", return_tensors="pt"
+        )
+        ids = model.generate(**prompt, max_new_tokens=80, do_sample=False)[
+            0, prompt["input_ids"].shape[1] :
+        ]
         assert tokenizer.decode(ids) == f" {doc['chosen']}{tokenizer.eos_token}"
 
 
-def test_a_lora_is_trained_saved_and_swept(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
-    lora = ("--lora_r", 4, "--activation_checkpointing", "--probe_steps", "0,last", "--attn_implementation", "eager")
+def test_a_lora_is_trained_saved_and_swept(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
+    lora = (
+        "--lora_r",
+        4,
+        "--activation_checkpointing",
+        "--probe_steps",
+        "0,last",
+        "--attn_implementation",
+        "eager",
+    )
     result = sft_probe("train", *tiny_flags, *lora, "--output_dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     adapter = load_file(tmp_path / "run/weights/step_000004/adapter_model.safetensors")
@@ -139,7 +206,9 @@ def test_a_lora_is_trained_saved_and_swept(tiny_flags: list[str], sft_probe: Run
     assert sft_probe("sweep", tmp_path / "run").returncode == 0
     scores = pd.read_parquet(tmp_path / "run/scores.parquet")
     live, swept = (
-        scores[scores["source"] == source].set_index(["step", "category", "doc_id"])["logprob"].sort_index()
+        scores[scores["source"] == source]
+        .set_index(["step", "category", "doc_id"])["logprob"]
+        .sort_index()
         for source in ("live", "lm_eval")
     )
     assert len(live) == 2 * 32 * 6
@@ -147,14 +216,23 @@ def test_a_lora_is_trained_saved_and_swept(tiny_flags: list[str], sft_probe: Run
     assert (live.loc[4] - live.loc[0]).abs().max() > 0.01
 
 
-def test_weights_that_do_not_change_are_an_error(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
-    """Adam's update of a weight of 16 bits is lost at this rate; a warm-up's rate of 0 is no fault."""
+def test_weights_that_do_not_change_are_an_error(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
+    """Adam's update of a weight of 16 bits is lost at this rate; a warm-up's rate of 0 is no
+    fault."""
     lost = ("--dtype", "bfloat16", "--learning_rate", "1e-12", "--output_dir", tmp_path / "lost")
     message = user_error(sft_probe("train", *tiny_flags, *lost))
-    assert "the weights of step 1 equal those of step 0 although the learning rate was not 0" in message
+    assert (
+        "the weights of step 1 equal those of step 0 although the learning rate was not 0"
+        in message
+    )
     result = sft_probe("train", *tiny_flags, "--warmup_steps", 2, "--output_dir", tmp_path / "warm")
     assert result.returncode == 0, result.stderr
-    metas = [json.loads((tmp_path / f"warm/weights/step_00000{n}/meta.json").read_text()) for n in (0, 1, 4)]
+    metas = [
+        json.loads((tmp_path / f"warm/weights/step_00000{n}/meta.json").read_text())
+        for n in (0, 1, 4)
+    ]
     assert [meta["duplicate_of"] for meta in metas] == [None, 0, None]
     assert metas[1]["lr"] == 0
 
@@ -166,12 +244,17 @@ def test_steps_that_fp16_skips_are_no_updates(
     lost = ("--dtype", "bfloat16", "--learning_rate", "1e-12", "--output_dir", tmp_path / "run")
     result = sft_probe("train", *tiny_flags, *lost)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "run/weights/step_000004/meta.json").read_text())["duplicate_of"] == 1
+    assert (
+        json.loads((tmp_path / "run/weights/step_000004/meta.json").read_text())["duplicate_of"]
+        == 1
+    )
 
 
 def test_bf16_without_masters(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
     flags = [*tiny_flags, "--dtype", "bfloat16", "--output_dir", str(tmp_path / "run")]
-    assert "keeps no float32 weights" in user_error(sft_probe("train", *flags, "--snapshot_dtype", "float32"))
+    assert "keeps no float32 weights" in user_error(
+        sft_probe("train", *flags, "--snapshot_dtype", "float32")
+    )
     assert sft_probe("train", *flags, "--probe_steps", "last").returncode == 0
     meta = json.loads((tmp_path / "run/weights/step_000004/meta.json").read_text())
     assert (meta["dtype"], meta["weights"]) == ("bfloat16", "as trained")
@@ -195,13 +278,15 @@ kept_alive = HfDeepSpeedConfig(config)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 if sys.argv[3] == "lora":
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+trained = [weight for weight in model.parameters() if weight.requires_grad]
+optimizer = torch.optim.SGD(trained, lr=0.1)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 ids = torch.arange(20)[None]
 engine.backward(engine(input_ids=ids, labels=ids).loss)
 engine.step()
 assert has_masters(engine.module)
-masters, weights = (gather_weights(engine.module, masters=which, keep=True) for which in (True, False))
+masters = gather_weights(engine.module, masters=True, keep=True)
+weights = gather_weights(engine.module, masters=False, keep=True)
 assert masters.keys() == weights.keys() and "lm_head.weight" not in masters
 for name, master in masters.items():
     assert master.dtype == torch.float32 and weights[name].dtype == torch.bfloat16
@@ -217,17 +302,39 @@ snapshots._save(TrainerState(is_world_process_zero=True), engine.module)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kind"), [(2, "full"), (3, "full"), (2, "lora")])
-def test_float32_masters_of_bf16_training(stage: int, kind: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_float32_masters_of_bf16_training(
+    stage: int, kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
     """Through DeepSpeed itself: on a CPU the Trainer takes no --bf16."""
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     result = subprocess.run(
-        [sys.executable, "-c", MASTERS, str(tiny_model), str(stage), kind, str(tmp_path / "weights")],
-        capture_output=True, text=True, check=False, timeout=200, env={**os.environ, **ranks},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            MASTERS,
+            str(tiny_model),
+            str(stage),
+            kind,
+            str(tmp_path / "weights"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env={**os.environ, **ranks},
+    )
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "weights/step_000000"
     assert json.loads((folder / "meta.json").read_text())["weights"] == "float32 masters"
-    saved = load_file(folder / ("adapter_model.safetensors" if kind == "lora" else "model.safetensors"))
+    saved = load_file(
+        folder / ("adapter_model.safetensors" if kind == "lora" else "model.safetensors")
+    )
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     model: Any = AutoModelForCausalLM.from_pretrained(folder)  # of an adapter, through PEFT
     assert model.dtype == torch.float32
@@ -240,21 +347,46 @@ def free_port() -> str:
 
 
 def test_the_plan_is_what_happens(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
-    flags = [*tiny_flags, "--max_steps", "9", "--gradient_accumulation_steps", "3", "--resume_steps", "+4"]
-    flags += ["--probe_steps", "0,2", "--train_category", "chosen:0.9", "--output_dir", str(tmp_path / "run")]
+    flags = [
+        *tiny_flags,
+        "--max_steps",
+        "9",
+        "--gradient_accumulation_steps",
+        "3",
+        "--resume_steps",
+        "+4",
+    ]
+    flags += [
+        "--probe_steps",
+        "0,2",
+        "--train_category",
+        "chosen:0.9",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     result = sft_probe("train", *flags, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "run").exists()
     assert "1 processes x 4 examples x 3 accumulated" in result.stdout
     assert "58 examples of chosen:0.9 (0 dropped" in result.stdout
     found = re.findall(r"^ +(\d+) +[\d.]+ +([\d,]+) +([\d,]+)  (.*)$", result.stdout, re.MULTILINE)
-    plan = {int(step): (int(n.replace(",", "")), int(tokens.replace(",", ""))) for step, n, tokens, _ in found}
+    plan = {
+        int(step): (int(n.replace(",", "")), int(tokens.replace(",", "")))
+        for step, n, tokens, _ in found
+    }
     assert [(int(step), what) for step, _, _, what in found] == [
-        (0, "snapshot, probe"), (1, "snapshot"), (2, "probe"), (4, "resume state"), (8, "resume state"),
+        (0, "snapshot, probe"),
+        (1, "snapshot"),
+        (2, "probe"),
+        (4, "resume state"),
+        (8, "resume state"),
         (9, "snapshot"),
-    ]  # fmt: skip
+    ]
     assert sft_probe("train", *flags).returncode == 0
-    log = {row["step"]: (row["examples_seen"], row["tokens_seen"]) for row in rows_of(tmp_path / "run/losses.jsonl")}
+    log = {
+        row["step"]: (row["examples_seen"], row["tokens_seen"])
+        for row in rows_of(tmp_path / "run/losses.jsonl")
+    }
     assert {step: log[step] for step in plan if step} == {step: plan[step] for step in plan if step}
     assert plan[0] == (0, 0)
 
@@ -264,9 +396,13 @@ def test_what_cannot_fit_is_refused(
 ) -> None:
     import shutil
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 2 * 10**5))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 2 * 10**5)
+    )
     for more in ([], ["--dry_run"]):
-        message = user_error(sft_probe("train", *tiny_flags, "--output_dir", tmp_path / "run", *more))
+        message = user_error(
+            sft_probe("train", *tiny_flags, "--output_dir", tmp_path / "run", *more)
+        )
         assert "3 snapshots and 1 resume states come to" in message
         assert "--snapshot_steps" in message
 
@@ -275,21 +411,45 @@ def test_what_cannot_fit_is_refused(
 def test_recipes_run_dry(recipe: Path, tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
     """As they are, but for what only a hub or a GPU has."""
     assert len(RECIPES) >= 5
-    flags = ("--model_name_or_path", tiny_model, "--probe_set", "helpful-mini", "--output_dir", tmp_path / "run")
-    result = sft_probe("train", "--config", recipe, *flags, "--deepspeed", "none", "--max_length", 512, "--dry_run")
+    flags = (
+        "--model_name_or_path",
+        tiny_model,
+        "--probe_set",
+        "helpful-mini",
+        "--output_dir",
+        tmp_path / "run",
+    )
+    result = sft_probe(
+        "train", "--config", recipe, *flags, "--deepspeed", "none", "--max_length", 512, "--dry_run"
+    )
     assert result.returncode == 0, result.stderr
     assert "64 examples of chosen" in result.stdout
     assert re.search(r"^ +1 .*snapshot", result.stdout, re.MULTILINE)
 
 
-def test_probe_means_stand_beside_the_loss(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_probe_means_stand_beside_the_loss(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = ("--report_to", "tensorboard", "--probe_steps", "0,last", "--output_dir", tmp_path / "run")
+    flags = (
+        "--report_to",
+        "tensorboard",
+        "--probe_steps",
+        "0,last",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert sft_probe("train", *tiny_flags, *flags).returncode == 0
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
     events = EventAccumulator(str(folder)).Reload()
-    assert {"train/loss", "train/probe/chosen", "train/probe/non_response"} <= set(events.Tags()["scalars"])
-    rows = [row for row in rows_of(tmp_path / "run/probe/step_000004.jsonl") if row["category"] == "chosen"]
+    assert {"train/loss", "train/probe/chosen", "train/probe/non_response"} <= set(
+        events.Tags()["scalars"]
+    )
+    rows = [
+        row
+        for row in rows_of(tmp_path / "run/probe/step_000004.jsonl")
+        if row["category"] == "chosen"
+    ]
     mean = sum(row["logprob"] for row in rows) / len(rows)
     assert events.Scalars("train/probe/chosen")[-1].value == pytest.approx(mean, abs=1e-2)

@@ -1,4 +1,5 @@
-"""The dtype of the weights that are really trained is what the manifest, each snapshot and each row say."""
+"""The dtype of the weights that are really trained is what the manifest, each snapshot and each row
+say."""
 
 import json
 from pathlib import Path
@@ -36,7 +37,11 @@ CASES = [
         )
     ),
 ]
-QUICK = [case for case in CASES if case.stage == "none" or case == ("zero3", "bfloat16", "", "bfloat16", "float32")]
+QUICK = [
+    case
+    for case in CASES
+    if case.stage == "none" or case == ("zero3", "bfloat16", "", "bfloat16", "float32")
+]
 
 
 def first_loss(run: Path) -> float:
@@ -69,7 +74,12 @@ def check(case: Case, run: Path, tiny_run: Path) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[pytest.mark.slow] * (case.stage != "none") if case in QUICK else pytest.mark.full)
+        pytest.param(
+            case,
+            marks=[pytest.mark.slow] * (case.stage != "none")
+            if case in QUICK
+            else pytest.mark.full,
+        )
         for case in CASES
     ],
     ids=["-".join(case[:3]) for case in CASES],
@@ -77,22 +87,48 @@ def check(case: Case, run: Path, tiny_run: Path) -> None:
 def test_the_dtype_is_the_one_that_was_asked_for(
     case: Case, tiny_flags: list[str], tiny_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
-    flags: list[Any] = ["--deepspeed", case.stage, "--dtype", case.dtype, "--max_steps", 1, "--probe_steps", "last"]
+    flags: list[Any] = [
+        "--deepspeed",
+        case.stage,
+        "--dtype",
+        case.dtype,
+        "--max_steps",
+        1,
+        "--probe_steps",
+        "last",
+    ]
     flags += ["--learning_rate", "1e-2", *([f"--{case.flag}", "true"] if case.flag else [])]
-    result = sft_probe("train", *tiny_flags, *flags, "--output_dir", tmp_path / "run", process=case.stage != "none")
+    result = sft_probe(
+        "train", *tiny_flags, *flags, "--output_dir", tmp_path / "run", process=case.stage != "none"
+    )
     assert result.returncode == 0, result.stderr
     check(case, tmp_path / "run", tiny_run)
 
 
 @pytest.mark.slow
-def test_a_deepspeed_file_of_another_dtype_is_refused(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_a_deepspeed_file_of_another_dtype_is_refused(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     """It names no bf16, so that `--dtype bfloat16` would be trained in float32 under ZeRO-3."""
-    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
     config |= {"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 3}}
     (tmp_path / "own.json").write_text(json.dumps(config))
-    flags = ("--deepspeed", tmp_path / "own.json", "--dtype", "bfloat16", "--output_dir", tmp_path / "run")
+    flags = (
+        "--deepspeed",
+        tmp_path / "own.json",
+        "--dtype",
+        "bfloat16",
+        "--output_dir",
+        tmp_path / "run",
+    )
     message = user_error(sft_probe("train", *tiny_flags, *flags, process=True))
-    assert "--dtype bfloat16: the weights are float32 once they are prepared, and trained in float32" in message
+    assert (
+        "--dtype bfloat16: the weights are float32 once they are prepared, and trained in float32"
+        in message
+    )
     assert not (tmp_path / "run/weights").exists()
     assert not (tmp_path / "run/started.json").exists()
 
@@ -117,15 +153,24 @@ def test_a_lora_on_a_16_bit_base_is_trained_in_float32_and_says_so(
     [
         (("--dtype", "bfloat16", "--fp16", "true"), "--dtype bfloat16 and --fp16 contradict"),
         (("--dtype", "float16", "--bf16", "true"), "--dtype float16 and --bf16 contradict"),
-        (("--dtype", "float16", "--fp16", "true"), "--fp16 without DeepSpeed scales the gradients of float32 weights"),
-        (("--dtype", "bfloat16", "--snapshot_dtype", "float32"), "training in bfloat16 keeps no float32 weights"),
+        (
+            ("--dtype", "float16", "--fp16", "true"),
+            "--fp16 without DeepSpeed scales the gradients of float32 weights",
+        ),
+        (
+            ("--dtype", "bfloat16", "--snapshot_dtype", "float32"),
+            "training in bfloat16 keeps no float32 weights",
+        ),
         pytest.param(
-            ("--fp16", "true"), "fp16 needs a GPU",
+            ("--fp16", "true"),
+            "fp16 needs a GPU",
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU"),
         ),
     ],
-)  # fmt: skip
+)
 def test_what_contradicts_itself_is_refused(
     flags: tuple[str, ...], words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
-    assert words in user_error(sft_probe("train", *tiny_flags, *flags, "--output_dir", tmp_path / "run"))
+    assert words in user_error(
+        sft_probe("train", *tiny_flags, *flags, "--output_dir", tmp_path / "run")
+    )

@@ -1,4 +1,5 @@
-"""A loss that is NaN or infinite stops a run before the update, with a state, and names step and examples."""
+"""A loss that is NaN or infinite stops a run before the update, with a state, and names step and
+examples."""
 
 import json
 from collections import Counter
@@ -17,7 +18,16 @@ from sft_probe.files import write_json, write_jsonl
 from sft_probe.probe_set import load_probe_set
 from sft_probe.train.arguments import parse_arguments
 
-FLAGS = ["--max_steps", "8", "--seed", "0", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"]
+FLAGS = [
+    "--max_steps",
+    "8",
+    "--seed",
+    "0",
+    "--gradient_accumulation_steps",
+    "2",
+    "--learning_rate",
+    "1e-3",
+]
 FLAGS += ["--snapshot_steps", "0,1,last", "--resume_steps", "+3"]
 
 
@@ -38,13 +48,27 @@ def broken(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run) -> Broken:
     folder = tmp_path_factory.mktemp("broken")
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, max_position_embeddings=1024, **small)
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=False, max_position_embeddings=1024, **small
+    )
     model = LlamaForCausalLM(config)
     for name in ("whole", "nan"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    flags = ("--model_name_or_path", folder / "whole", "--per_device_train_batch_size", 4, "--deepspeed", "none")
+    flags = (
+        "--model_name_or_path",
+        folder / "whole",
+        "--per_device_train_batch_size",
+        4,
+        "--deepspeed",
+        "none",
+    )
     assert sft_probe("train", *FLAGS, *flags, "--output_dir", folder / "run").returncode == 0
     texts = {
         doc.doc_id: " ".join([*(turn["content"] for turn in doc.messages), doc.responses["chosen"]])
@@ -54,7 +78,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run) -> Broken:
     tokens = {doc_id: set(tokenizer.encode(texts[doc_id])) for _, doc_id in shown}
     times = Counter(token for step, doc_id in shown for token in tokens[doc_id])
     step, doc_id, token = next(
-        (step, doc_id, token) for step, doc_id in shown if step > 4 for token in tokens[doc_id] if times[token] == 1
+        (step, doc_id, token)
+        for step, doc_id in shown
+        if step > 4
+        for token in tokens[doc_id]
+        if times[token] == 1
     )
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("nan")
@@ -83,26 +111,49 @@ def check_stopped(run: Path, broken: Broken, stderr: str) -> None:
     assert (run / f"checkpoint-{last}/sft_probe_state.json").exists()
     assert not (run / "manifest.json").exists()
     losses, whole = (read_jsonl(path / "losses.jsonl") for path in (run, broken.whole_run))
-    assert [row["loss"] for row in losses] == pytest.approx([row["loss"] for row in whole[:last]], abs=1e-5)
+    assert [row["loss"] for row in losses] == pytest.approx(
+        [row["loss"] for row in whole[:last]], abs=1e-5
+    )
     check_no_bare_nan(run)
 
 
 def test_the_run_stops_before_the_update(broken: Broken, sft_probe: Run, tmp_path: Path) -> None:
-    flags = ("--model_name_or_path", broken.model, "--per_device_train_batch_size", 4, "--deepspeed", "none")
+    flags = (
+        "--model_name_or_path",
+        broken.model,
+        "--per_device_train_batch_size",
+        4,
+        "--deepspeed",
+        "none",
+    )
     for _ in range(2):  # the second time it resumes, and stops at the same place
         result = sft_probe("train", *FLAGS, *flags, "--output_dir", tmp_path / "run")
         check_stopped(tmp_path / "run", broken, user_error(result))
     assert f"goes on from checkpoint-{broken.step - 1}" in result.stderr
     state = load_file(tmp_path / f"run/checkpoint-{broken.step - 1}/model.safetensors")
-    assert sum(int(tensor.isnan().sum()) for tensor in state.values()) == 32, "more than the one row is NaN"
+    assert sum(int(tensor.isnan().sum()) for tensor in state.values()) == 32, (
+        "more than the one row is NaN"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stage", [pytest.param("none", marks=pytest.mark.full), "zero2", pytest.param("zero3", marks=pytest.mark.full)]
+    "stage",
+    [
+        pytest.param("none", marks=pytest.mark.full),
+        "zero2",
+        pytest.param("zero3", marks=pytest.mark.full),
+    ],
 )
 def test_all_ranks_stop_together(stage: str, broken: Broken, tmp_path: Path) -> None:
-    flags = ("--model_name_or_path", broken.model, "--per_device_train_batch_size", 2, "--deepspeed", stage)
+    flags = (
+        "--model_name_or_path",
+        broken.model,
+        "--per_device_train_batch_size",
+        2,
+        "--deepspeed",
+        stage,
+    )
     for attempt in range(1 if stage == "zero2" else 2):
         result = torchrun(*FLAGS, *flags, "--output_dir", tmp_path / "run")
         assert result.returncode == 1  # torchrun has an exit code of its own
@@ -124,22 +175,42 @@ def test_an_update_that_diverges(tiny_flags: list[str], sft_probe: Run, tmp_path
 def test_a_last_update_that_diverges_makes_no_complete_run(
     tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
-    flags = (*tiny_flags, "--max_steps", 1, "--learning_rate", "3e38", "--weight_decay", "2", "--output_dir")
+    flags = (
+        *tiny_flags,
+        "--max_steps",
+        1,
+        "--learning_rate",
+        "3e38",
+        "--weight_decay",
+        "2",
+        "--output_dir",
+    )
     message = user_error(sft_probe("train", *flags, tmp_path / "run"))
-    assert "after step 1 some weights are NaN or infinite: the last update diverged. Lower --learning_rate" in message
+    assert (
+        "after step 1 some weights are NaN or infinite: the last update diverged. Lower "
+        "--learning_rate"
+    ) in message
     assert not (tmp_path / "run/manifest.json").exists()
 
 
 def test_the_console_shows_what_the_file_shows(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
-    result = sft_probe("train", *tiny_flags, "--disable_tqdm", "true", "--output_dir", tmp_path / "run")
-    shown = [line.split("'loss': '")[1].split("'")[0] for line in result.stdout.splitlines() if "'loss'" in line]
+    result = sft_probe(
+        "train", *tiny_flags, "--disable_tqdm", "true", "--output_dir", tmp_path / "run"
+    )
+    shown = [
+        line.split("'loss': '")[1].split("'")[0]
+        for line in result.stdout.splitlines()
+        if "'loss'" in line
+    ]
     assert shown == [f"{row['loss']:.4g}" for row in read_jsonl(tmp_path / "run/losses.jsonl")]
     assert len(shown) == 4
 
 
-@pytest.mark.parametrize("flag", ["--learning_rate", "--weight_decay", "--max_grad_norm", "--max_wall_time_s"])
+@pytest.mark.parametrize(
+    "flag", ["--learning_rate", "--weight_decay", "--max_grad_norm", "--max_wall_time_s"]
+)
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_flags_are_finite(flag: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{flag} {value}: a finite number is needed"):

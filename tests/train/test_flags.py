@@ -13,19 +13,27 @@ from sft_probe.train import extensions
 from sft_probe.train.arguments import SftArguments
 
 
-def test_another_run_in_the_same_place_is_refused(tiny_run: Path, tiny_flags: list[str], sft_probe: Run) -> None:
-    message = user_error(sft_probe("train", *tiny_flags, "--learning_rate", "5e-4", "--output_dir", tiny_run))
+def test_another_run_in_the_same_place_is_refused(
+    tiny_run: Path, tiny_flags: list[str], sft_probe: Run
+) -> None:
+    message = user_error(
+        sft_probe("train", *tiny_flags, "--learning_rate", "5e-4", "--output_dir", tiny_run)
+    )
     assert "--learning_rate: 1e-3 there, 5e-4 now" in message
 
 
-def test_weights_of_another_origin_are_never_removed(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_weights_of_another_origin_are_never_removed(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/precious").write_text("mine")
     assert "another origin" in user_error(sft_probe("train", *tiny_flags, "--output_dir", tmp_path))
     assert (tmp_path / "weights/precious").read_text() == "mine"
 
 
-def test_a_bad_flag_does_not_spoil_the_directory(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_a_bad_flag_does_not_spoil_the_directory(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     flags = [*tiny_flags, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
     user_error(sft_probe("train", *flags, "--train_category", "nothing"))
     assert sft_probe("train", *flags).returncode == 0
@@ -36,12 +44,22 @@ def test_a_token_on_the_command_line_is_refused(
     name: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     token = ["hf_secret"] if "=" not in name else []
-    flags = [*tiny_flags, "--output_dir", str(tmp_path / "run"), name + "hf_secret" * (not token), *token]
-    assert ("not used" if name == "--hub_tok" else "HF_TOKEN") in user_error(sft_probe("train", *flags))
+    flags = [
+        *tiny_flags,
+        "--output_dir",
+        str(tmp_path / "run"),
+        name + "hf_secret" * (not token),
+        *token,
+    ]
+    assert ("not used" if name == "--hub_tok" else "HF_TOKEN") in user_error(
+        sft_probe("train", *flags)
+    )
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_flag_with_dashes_is_the_same_flag(tiny_run: Path, tiny_flags: list[str], sft_probe: Run) -> None:
+def test_a_flag_with_dashes_is_the_same_flag(
+    tiny_run: Path, tiny_flags: list[str], sft_probe: Run
+) -> None:
     flags = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in tiny_flags]
     result = sft_probe("train", *flags, "--output-dir", tiny_run, "--max-wall-time-s", 600)
     assert "is complete" in result.stderr
@@ -62,7 +80,9 @@ def test_a_gpu_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         extensions.build()
     compiled: list[str] = []
-    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda _, name: compiled.append(name))
+    monkeypatch.setattr(
+        type(get_accelerator()), "create_op_builder", lambda _, name: compiled.append(name)
+    )
     monkeypatch.setattr(type(get_accelerator()), "device_name", lambda *_: "cuda")
     extensions.build()
     assert compiled == []
@@ -70,8 +90,12 @@ def test_a_gpu_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_recipe_and_overrides(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model_name_or_path: {tiny_model}\nmax_steps: 3\nlearning_rate: 1e-4\ndeepspeed: none\n")
-    result = sft_probe("train", "--config", recipe, "--max_steps", 1, "--output_dir", tmp_path / "run")
+    recipe.write_text(
+        f"model_name_or_path: {tiny_model}\nmax_steps: 3\nlearning_rate: 1e-4\ndeepspeed: none\n"
+    )
+    result = sft_probe(
+        "train", "--config", recipe, "--max_steps", 1, "--output_dir", tmp_path / "run"
+    )
     assert result.returncode == 0, result.stderr
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert (manifest["arguments"]["max_steps"], manifest["arguments"]["learning_rate"]) == (1, 1e-4)
@@ -92,7 +116,10 @@ BAD_FLAGS = [
     (["--output_dir", "/proc/nothing"], "cannot write to the directory /proc/nothing"),
     (["--config", "/no/recipe.yaml"], "cannot read the recipe"),
     (["--no_such_flag", "1"], "no_such_flag"),
-    (["--save_only_model", "true"], "--save_only_model True does not work here. Leave it out: it must be False"),
+    (
+        ["--save_only_model", "true"],
+        "--save_only_model True does not work here. Leave it out: it must be False",
+    ),
     (["--ignore-data-skip", "true"], "--ignore_data_skip True"),
     (["--auto_find_batch_size", "true"], "--auto_find_batch_size True"),
     (["--average_tokens_across_devices", "false"], "--average_tokens_across_devices False"),
@@ -104,7 +131,9 @@ BAD_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "words"), BAD_FLAGS, ids=[flags[0] + "=" + flags[1] for flags, _ in BAD_FLAGS])
+@pytest.mark.parametrize(
+    ("flags", "words"), BAD_FLAGS, ids=[flags[0] + "=" + flags[1] for flags, _ in BAD_FLAGS]
+)
 def test_bad_flags_are_user_errors(
     flags: list[str], words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
@@ -114,7 +143,9 @@ def test_bad_flags_are_user_errors(
 
 def test_no_compiler_is_said_plainly(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
     flags = [*tiny_flags, "--deepspeed", "cpu", "--output_dir", str(tmp_path / "run")]
-    message = user_error(sft_probe("train", *flags, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path)))
+    message = user_error(
+        sft_probe("train", *flags, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path))
+    )
     assert "--deepspeed none" in message
 
 
@@ -132,6 +163,10 @@ def test_another_model_or_format_under_the_same_name_is_refused(
     assert "the prompt format has changed" in message
     assert "the encoded data has changed" in message
     template.write_text("{{ messages[-1].content }} -> ")
-    save_file(load_file(model / "model.safetensors"), model / "model.safetensors", metadata={"format": "pt", "v": "2"})
+    save_file(
+        load_file(model / "model.safetensors"),
+        model / "model.safetensors",
+        metadata={"format": "pt", "v": "2"},
+    )
     message = user_error(sft_probe("train", *flags))
     assert "(the model version has changed)" in message

@@ -1,4 +1,5 @@
-"""Docs that cannot be trained on or scored are named before training, and the rest of the run works."""
+"""Docs that cannot be trained on or scored are named before training, and the rest of the run
+works."""
 
 import json
 import shutil
@@ -19,7 +20,15 @@ def test_held_out_docs_that_cannot_be_scored_are_named_before_training(
 ) -> None:
     docs = make_docs(8)
     docs[2]["other"] = "word " * 2000 + "end."
-    flags = (*tiny_flags, "--probe_set", write_set(docs), "--max_steps", 1, "--output_dir", tmp_path / "run")
+    flags = (
+        *tiny_flags,
+        "--probe_set",
+        write_set(docs),
+        "--max_steps",
+        1,
+        "--output_dir",
+        tmp_path / "run",
+    )
     result = sft_probe("train", *flags, *["--dry_run"] * dry_run)
     assert result.returncode == 0, result.stderr
     text = result.stdout if dry_run else result.stderr
@@ -31,13 +40,29 @@ def test_held_out_docs_that_cannot_be_scored_are_named_before_training(
 @needs_shared
 @pytest.mark.parametrize("name", ["heldout.jsonl", "train.jsonl", "td.jsonl"])
 def test_one_doc_that_the_template_refuses(name: str, sft_probe: Run, tmp_path: Path) -> None:
-    """It is left out with the template's own words, before training, and a sweep of the run works."""
+    """It is left out with the template's own words, before training, and a sweep of the run
+    works."""
     run = tmp_path / "run"
     shutil.copytree(CASE, tmp_path / "case")
     data = ("--train_data", tmp_path / "case/td.jsonl") if name == "td.jsonl" else ()
     probe_set = tmp_path / "case" / ("ok.jsonl" if data else name)
-    flags = ["--model_name_or_path", tmp_path / "case/ck/checkpoint-1", "--probe_set", probe_set, *data]
-    flags += ["--max_steps", 2, "--prompt_format", "chat", "--max_length", 200, "--per_device_train_batch_size", 2]
+    flags = [
+        "--model_name_or_path",
+        tmp_path / "case/ck/checkpoint-1",
+        "--probe_set",
+        probe_set,
+        *data,
+    ]
+    flags += [
+        "--max_steps",
+        2,
+        "--prompt_format",
+        "chat",
+        "--max_length",
+        200,
+        "--per_device_train_batch_size",
+        2,
+    ]
     flags += ["--deepspeed", "none", "--output_dir", run]
     result = sft_probe("train", *flags)
     assert result.returncode == 0, result.stderr

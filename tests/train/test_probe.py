@@ -24,7 +24,9 @@ WriteSet = Callable[[list[dict[str, Any]]], Path]
 
 
 @pytest.fixture(scope="module")
-def probed_run(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str], tiny_run: Path, sft_probe: Run) -> Path:
+def probed_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str], tiny_run: Path, sft_probe: Run
+) -> Path:
     """The run of `tiny_run`, with a probe in it."""
     run = tmp_path_factory.mktemp("probed") / "tiny"
     flags = ("--probe_steps", "0,1,last", "--probe_train", 5, "--output_dir", run)
@@ -35,31 +37,53 @@ def probed_run(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str], 
 
 def test_training_does_not_notice(probed_run: Path, tiny_run: Path) -> None:
     for step in (1, 4):
-        one, other = (load_file(run / f"weights/step_{step:06d}/model.safetensors") for run in (probed_run, tiny_run))
+        one, other = (
+            load_file(run / f"weights/step_{step:06d}/model.safetensors")
+            for run in (probed_run, tiny_run)
+        )
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_live_numbers_are_those_of_the_sweep(probed_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_live_numbers_are_those_of_the_sweep(
+    probed_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(probed_run, run)
     result = sft_probe("sweep", run, "--splits", "heldout,train")
     assert result.returncode == 0, result.stderr
     scores = pd.read_parquet(run / "scores.parquet").set_index(ROW_KEY)
-    live, swept = (scores[scores["source"] == source].sort_index() for source in ("live", "lm_eval"))
+    live, swept = (
+        scores[scores["source"] == source].sort_index() for source in ("live", "lm_eval")
+    )
     assert live.index.is_unique
     assert len(live) == 3 * (32 + 5) * 6
     swept = swept.loc[live.index]
     for name in ("logprob", "logprob_first", "logprob_eos"):
         pd.testing.assert_series_equal(live[name], swept[name], rtol=0, atol=2e-3)
-    same = ["run", "model", "train_category", "order_seed", "examples_seen", "tokens_seen", "epoch", "num_tokens",
-            "num_bytes", "prompt_format", "weights_dtype", "compute_dtype", "conversation_id"]  # fmt: skip
+    same = [
+        "run",
+        "model",
+        "train_category",
+        "order_seed",
+        "examples_seen",
+        "tokens_seen",
+        "epoch",
+        "num_tokens",
+        "num_bytes",
+        "prompt_format",
+        "weights_dtype",
+        "compute_dtype",
+        "conversation_id",
+    ]
     pd.testing.assert_frame_equal(live[same], swept[same])
     table = pd.read_csv(run / "trajectory.csv")
     assert set(table["source"]) == {"live", "lm_eval"}
     assert not table.duplicated(["source", "step", "split", "category"]).any()
 
 
-def test_a_run_that_was_only_probed_is_drawn(probed_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_a_run_that_was_only_probed_is_drawn(
+    probed_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     shutil.copytree(probed_run, tmp_path / "tiny")
     assert sft_probe("plot", tmp_path / "tiny").returncode == 0
     assert "32 held-out prompts" in (tmp_path / "tiny/figures/trajectory_heldout.svg").read_text()
@@ -82,9 +106,17 @@ def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_pat
     assert [entry["step"] for entry in logged] == [0, 1, 2, 4, 5]
     last: Any = rows.loc[(5, "heldout", "chosen")]
     assert logged[-1]["probe/chosen"] == pytest.approx(last["logprob"].mean(), abs=1e-3)
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     merged = model.merge_and_unload()
-    assert last.loc["d2", "logprob"] == pytest.approx(expected_logprob(merged, tokenizer, make_docs()[2]), abs=1e-3)
+    assert last.loc["d2", "logprob"] == pytest.approx(
+        expected_logprob(merged, tokenizer, make_docs()[2]), abs=1e-3
+    )
     manifest = json.loads((tmp_path / "run/probe/manifest.json").read_text())
     assert manifest["doc_ids"] == ["d0", "d2", "d4"]
 
@@ -100,17 +132,23 @@ def test_under_mixed_precision_the_probe_computes_in_the_dtype_of_the_weights(
     assert "shared prefixes are computed once" in caplog.text
     with torch.no_grad():
         logits = model(torch.arange(9)[None]).logits
-        assert not torch.equal(logits, model._original_forward(torch.arange(9)[None]).logits), "training lost bf16"
+        assert not torch.equal(logits, model._original_forward(torch.arange(9)[None]).logits), (
+            "training lost bf16"
+        )
     rows = live_rows(tmp_path / "run")
     assert set(rows["compute_dtype"]) == {"float32"}
     plain: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
     del model.forward
     for step, reference in ((0, plain), (5, model)):
         live = rows.loc[(step, "heldout", "chosen", "d2"), "logprob"]
-        assert live == pytest.approx(expected_logprob(reference, tokenizer, make_docs()[2]), abs=2e-3)
+        assert live == pytest.approx(
+            expected_logprob(reference, tokenizer, make_docs()[2]), abs=2e-3
+        )
 
 
-def test_eval_mode_is_taken_back_module_by_module(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+def test_eval_mode_is_taken_back_module_by_module(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
     modes: list[dict[str, bool]] = []
@@ -144,8 +182,12 @@ def test_responses_with_nan_are_named_and_left_out(
     faults = (tmp_path / "run/probe/faults_000000.jsonl").read_text().splitlines()
     assert len(faults) == 6
     assert json.loads(faults[0]) == {
-        "step": 0, "split": "heldout", "category": "chosen", "doc_id": "d0", "reason": "NaN or inf"
-    }  # fmt: skip
+        "step": 0,
+        "split": "heldout",
+        "category": "chosen",
+        "doc_id": "d0",
+        "reason": "NaN or inf",
+    }
 
 
 def test_fsdp_is_refused(
@@ -153,7 +195,9 @@ def test_fsdp_is_refused(
 ) -> None:
     callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run")
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
-    trainer = make_trainer(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer, tmp_path / "out", callback)
+    trainer = make_trainer(
+        AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer, tmp_path / "out", callback
+    )
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="does not work under FSDP"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

@@ -1,4 +1,5 @@
-"""kill -9 at any moment and the same command again: the same losses, order, weights and rows; and clean stops."""
+"""kill -9 at any moment and the same command again: the same losses, order, weights and rows; and
+clean stops."""
 
 import json
 import os
@@ -27,8 +28,10 @@ KILLED = [LAUNCHES[name] for name in NAMES[:4]]
 @pytest.fixture(scope="module")
 def flags(tiny_model: Path) -> list[str]:
     return (
-        f"--model_name_or_path {tiny_model} --probe_set helpful-mini --max_steps {STEPS} --seed 3 --learning_rate 1e-3 "
-        "--gradient_accumulation_steps 3 --snapshot_steps 0,1,+4 --resume_steps +2 --probe_steps 0,+5 --probe_train 5 "
+        f"--model_name_or_path {tiny_model} --probe_set helpful-mini --max_steps {STEPS} --seed 3 "
+        "--learning_rate 1e-3 "
+        "--gradient_accumulation_steps 3 --snapshot_steps 0,1,+4 --resume_steps +2 --probe_steps "
+        "0,+5 --probe_train 5 "
         "--warmup_steps 5 --lr_scheduler_type cosine"
     ).split()
 
@@ -48,7 +51,9 @@ def start(launch: str, flags: list[str], run: Path) -> "subprocess.Popen[bytes]"
     """Its stderr goes to a file: a full pipe would stop it."""
     with log_of(run).open("wb") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command(launch, flags, run), env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        return subprocess.Popen(
+            command(launch, flags, run), env=environment, stdout=subprocess.DEVNULL, stderr=log
+        )
 
 
 def finish(launch: str, flags: list[str], run: Path) -> str:
@@ -85,7 +90,10 @@ def results(run: Path) -> dict[str, Any]:
     metas = {name: json.loads(text) for name, text in files.items() if name.endswith("meta.json")}
     return {
         **files,
-        **{name: {key: value for key, value in meta.items() if key not in times} for name, meta in metas.items()},
+        **{
+            name: {key: value for key, value in meta.items() if key not in times}
+            for name, meta in metas.items()
+        },
         "doc_ids": manifest["doc_ids"],
         "states": list(run.glob("checkpoint-*")),
     }
@@ -105,8 +113,13 @@ def whole(launch: str, flags: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 def rows_of_probe(run: Path) -> dict[tuple[Any, ...], float]:
-    texts = [json.loads(line) for path in sorted(run.glob("probe/step_*.jsonl")) for line in lines(path)]
-    return {(row["step"], row["doc_id"], row["category"], row["examples_seen"]): row["logprob"] for row in texts}
+    texts = [
+        json.loads(line) for path in sorted(run.glob("probe/step_*.jsonl")) for line in lines(path)
+    ]
+    return {
+        (row["step"], row["doc_id"], row["category"], row["examples_seen"]): row["logprob"]
+        for row in texts
+    }
 
 
 @pytest.mark.slow
@@ -124,7 +137,10 @@ def test_snapshots_and_losses_of_each_stage(
     assert all(torch.equal(before[name], start[name]) for name in before)
     model = AutoModelForCausalLM.from_pretrained(run / f"weights/step_{STEPS:06d}")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    one = [json.loads(line)["loss"] for line in lines(whole("none", flags, tmp_path_factory) / "losses.jsonl")]
+    one = [
+        json.loads(line)["loss"]
+        for line in lines(whole("none", flags, tmp_path_factory) / "losses.jsonl")
+    ]
     mine = [json.loads(line) for line in lines(run / "losses.jsonl")]
     assert [row["loss"] for row in mine] == pytest.approx(one, abs=1e-5)
     alone, shared = (rows_of_probe(path) for path in (whole("none", flags, tmp_path_factory), run))
@@ -147,7 +163,9 @@ def kill_and_go_on(launch: str, flags: list[str], run: Path, chance: random.Rand
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", KILLED)
-def test_killed_once(launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_killed_once(
+    launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # to try a failure again
     log = kill_and_go_on(launch, flags, tmp_path / "run", random.Random(seed))
@@ -159,7 +177,11 @@ def test_killed_once(launch: str, flags: list[str], tmp_path: Path, tmp_path_fac
 @pytest.mark.parametrize("launch", KILLED)
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_ten_moments(
-    launch: str, seed: int, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    launch: str,
+    seed: int,
+    flags: list[str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     kill_and_go_on(launch, flags, tmp_path / "run", random.Random(seed))
     assert results(tmp_path / "run") == results(whole(launch, flags, tmp_path_factory))
@@ -175,7 +197,9 @@ def test_half_written_states_and_snapshots_are_redone(
     wait_for_step(run, 7, process)
     kill_all(process)
     newest = max((int(path.name[11:]) for path in run.glob("checkpoint-*")), default=0)
-    (run / f"checkpoint-{newest}/sft_probe_state.json").unlink(missing_ok=True)  # as if killed in the middle of it
+    (run / f"checkpoint-{newest}/sft_probe_state.json").unlink(
+        missing_ok=True
+    )  # as if killed in the middle of it
     (run / "weights/.step_000008.tmp").mkdir(exist_ok=True)
     with (run / "losses.jsonl").open("a") as file:
         file.write('{"run": "ru')
@@ -194,7 +218,11 @@ def test_sigterm_stops_with_a_state(
     quiet = [*flags, "--resume_steps", "last"]  # no state but that of the stop
     process = start(launch, quiet, run)
     wait_for_step(run, 1, process)
-    ranks = [one for one in psutil.Process(process.pid).children() if "sft_probe.train.sft" in one.cmdline()]
+    ranks = [
+        one
+        for one in psutil.Process(process.pid).children()
+        if "sft_probe.train.sft" in one.cmdline()
+    ]
     (ranks[-1] if ranks else process).send_signal(signal.SIGTERM)  # to one rank: all stop
     process.wait(timeout=120)
     err = log_of(run).read_text()
@@ -211,28 +239,39 @@ def test_sigterm_stops_with_a_state(
 def test_wall_time_in_slices(
     flags: list[str], sft_probe: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A second of wall time, or a step at least, at a time; the limit may differ from one attempt to the next."""
+    """A second of wall time, or a step at least, at a time; the limit may differ from one attempt
+    to the next."""
     codes: list[int] = []
     while 0 not in codes:
         arguments = command("none", flags, tmp_path / "run")[4:]
         limit = 0.01 if len(codes) < 2 else 60
-        result = sft_probe("train", *arguments, "--max_wall_time_s", limit, process=True, OMP_NUM_THREADS="1")
+        result = sft_probe(
+            "train", *arguments, "--max_wall_time_s", limit, process=True, OMP_NUM_THREADS="1"
+        )
         codes.append(result.returncode)
     assert codes == [75, 75, 0]
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    metas = [json.loads(path.read_text()) for path in (tmp_path / "run/weights").glob("*/meta.json")]
-    assert manifest["snapshot_save_s"] == pytest.approx(sum(meta["save_s"] for meta in metas), abs=2e-3)
+    metas = [
+        json.loads(path.read_text()) for path in (tmp_path / "run/weights").glob("*/meta.json")
+    ]
+    assert manifest["snapshot_save_s"] == pytest.approx(
+        sum(meta["save_s"] for meta in metas), abs=2e-3
+    )
     assert results(tmp_path / "run") == results(whole("none", flags, tmp_path_factory))
 
 
-def test_another_launch_of_a_run_that_stopped_is_refused(flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_another_launch_of_a_run_that_stopped_is_refused(
+    flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     arguments = [*command("none", flags, tmp_path / "run")[4:], "--max_wall_time_s", "0.01"]
     assert sft_probe("train", *arguments).returncode == 75
     assert "--learning_rate: 1e-3 there, 1e-4 now" in user_error(
         sft_probe("train", *arguments, "--learning_rate", "1e-4")
     )
     started = json.loads((tmp_path / "run/started.json").read_text())
-    (tmp_path / "run/started.json").write_text(json.dumps({**started, "world_size": 8, "probe_set_sha256": "other"}))
+    (tmp_path / "run/started.json").write_text(
+        json.dumps({**started, "world_size": 8, "probe_set_sha256": "other"})
+    )
     message = user_error(sft_probe("train", *arguments))
     assert "8 processes there, 1 now" in message
     assert "the probe set has changed" in message

@@ -9,7 +9,9 @@ from sft_probe.train.schedule import parse_steps
 
 
 def parse(text: str, max_steps: int, steps_per_epoch: int = 7) -> list[int]:
-    return parse_steps(text, flag="--some_steps", max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+    return parse_steps(
+        text, flag="--some_steps", max_steps=max_steps, steps_per_epoch=steps_per_epoch
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,18 +57,24 @@ def test_faults_are_told_with_the_flag(text: str, words: str) -> None:
 
 
 parts = st.one_of(
-    st.integers(0, 5000).map(str), st.integers(1, 900).map("+{}".format), st.sampled_from(["log2", "epoch", "last"])
+    st.integers(0, 5000).map(str),
+    st.integers(1, 900).map("+{}".format),
+    st.sampled_from(["log2", "epoch", "last"]),
 )
 
 
 @given(st.lists(parts, min_size=1), st.integers(1, 4000), st.integers(1, 500))
-def test_any_parts_give_sorted_steps_within_the_run(texts: list[str], max_steps: int, steps_per_epoch: int) -> None:
+def test_any_parts_give_sorted_steps_within_the_run(
+    texts: list[str], max_steps: int, steps_per_epoch: int
+) -> None:
     steps = parse(",".join(texts), max_steps, steps_per_epoch)
     assert steps == sorted(set(steps))
     assert set(steps) <= set(range(max_steps + 1))
     assert {int(text) for text in texts if text.isdigit() and int(text) <= max_steps} <= set(steps)
     assert "last" not in texts or max_steps in steps
-    assert "epoch" not in texts or set(range(steps_per_epoch, max_steps + 1, steps_per_epoch)) <= set(steps)
+    assert "epoch" not in texts or set(
+        range(steps_per_epoch, max_steps + 1, steps_per_epoch)
+    ) <= set(steps)
     assert "log2" not in texts or {1, 2**10} & set(range(max_steps + 1)) <= set(steps)
 
 

@@ -27,14 +27,18 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 HH = "\n\nHuman: Name a bird, number {i}.\n\nAssistant: {answer}"
 SOURCES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "transcripts": lambda i: {"chosen": HH.format(i=i, answer=f"Wren {i}."), "rejected": HH.format(i=i, answer="No.")},
+    "transcripts": lambda i: {
+        "chosen": HH.format(i=i, answer=f"Wren {i}."),
+        "rejected": HH.format(i=i, answer="No."),
+    },
     "messages": lambda i: {
         "messages": [
-            {"role": "user", "content": f"Name a bird, number {i}."}, {"role": "assistant", "content": f"Wren {i}."}
+            {"role": "user", "content": f"Name a bird, number {i}."},
+            {"role": "assistant", "content": f"Wren {i}."},
         ]
     },
     "columns": lambda i: {"question": f"Name a bird, number {i}.", "answer": f"Wren {i}."},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -50,15 +54,31 @@ def test_own_data_of_any_shape(
     write_rows(path, rows)
     docs = make_docs()
     docs[0]["messages"] = [{"role": "user", "content": "Name a bird, number 5."}]
-    flags = ("--probe_set", write_set(docs), "--train_data", path, "--train_category", "chosen:0.5,random:0.5")
-    columns = ("--prompt_column", "question", "--response_column", "answer", "--per_device_train_batch_size", 2)
+    flags = (
+        "--probe_set",
+        write_set(docs),
+        "--train_data",
+        path,
+        "--train_category",
+        "chosen:0.5,random:0.5",
+    )
+    columns = (
+        "--prompt_column",
+        "question",
+        "--response_column",
+        "answer",
+        "--per_device_train_batch_size",
+        2,
+    )
     result = sft_probe("train", *tiny_flags, *flags, *columns, "--output_dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     dropped = {drop["doc_id"]: drop["reason"] for drop in manifest["dropped"]}
     assert dropped[f"own.{suffix}-000003"].endswith("line 3: an empty response")
     assert dropped[f"own.{suffix}-000006"] == "its conversation is that of the held-out doc d0"
-    assert dropped[f"own.{suffix}-000009"].endswith(f"line 9: the same as an earlier row, own.{suffix}-000004")
+    assert dropped[f"own.{suffix}-000009"].endswith(
+        f"line 9: the same as an earlier row, own.{suffix}-000004"
+    )
     assert len(dropped) == 3
     exposure = rows_of(tmp_path / "run/exposure.jsonl")
     assert Counter(row["category"] for row in exposure) == {"chosen": 3, "random": 3}
@@ -74,15 +94,32 @@ def test_held_out_rows_and_conversations_are_named(
     folder = tmp_path / "data"
     folder.mkdir()
     rows: list[dict[str, Any]] = [SOURCES["messages"](i) for i in range(5)]
-    rows[0]["messages"] = [*make_docs()[0]["messages"], *SOURCES["messages"](9)["messages"][::-1], *rows[0]["messages"]]
+    rows[0]["messages"] = [
+        *make_docs()[0]["messages"],
+        *SOURCES["messages"](9)["messages"][::-1],
+        *rows[0]["messages"],
+    ]
     for name in ("train", "test"):
         write_rows(folder / f"{name}.jsonl", rows)
-    flags = ("--probe_set", write_set(make_docs()), "--train_data", folder, "--output_dir", tmp_path / "run")
+    flags = (
+        "--probe_set",
+        write_set(make_docs()),
+        "--train_data",
+        folder,
+        "--output_dir",
+        tmp_path / "run",
+    )
     result = sft_probe("train", *tiny_flags, *flags, "--dry_run")
     assert result.returncode == 0, result.stderr
     assert "4 examples of chosen (2 dropped" in result.stdout
-    assert "dropped: train.jsonl-000001: its conversation is that of the held-out doc d0" in result.stdout
-    assert "dropped: test.jsonl: all 5 rows: by its name, data that the source holds out" in result.stdout
+    assert (
+        "dropped: train.jsonl-000001: its conversation is that of the held-out doc d0"
+        in result.stdout
+    )
+    assert (
+        "dropped: test.jsonl: all 5 rows: by its name, data that the source holds out"
+        in result.stdout
+    )
 
 
 @needs_shared
@@ -91,8 +128,12 @@ def test_real_hh_rows(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> 
     sides = {side: frame["prompt"] + frame[side] for side in ("chosen", "rejected")}
     path = tmp_path / "train.jsonl.gz"
     pd.DataFrame(sides).to_json(path, orient="records", lines=True, compression="gzip")
-    result = sft_probe("train", *tiny_flags, "--train_data", path, "--output_dir", tmp_path / "run", "--dry_run")
+    result = sft_probe(
+        "train", *tiny_flags, "--train_data", path, "--output_dir", tmp_path / "run", "--dry_run"
+    )
     assert result.returncode == 0, result.stderr
-    num_examples, num_dropped = map(int, re.findall(r"(\d+) examples of chosen \((\d+) dropped", result.stdout)[0])
+    num_examples, num_dropped = map(
+        int, re.findall(r"(\d+) examples of chosen \((\d+) dropped", result.stdout)[0]
+    )
     assert num_examples + num_dropped == 500
     assert num_examples > 450

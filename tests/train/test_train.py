@@ -14,7 +14,13 @@ import pytest
 import torch
 from helpers import Run, make_docs, torchrun, user_error
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from sft_probe import ds_configs
 from sft_probe.files import make_dir
@@ -54,11 +60,16 @@ def test_snapshots_and_manifest(tiny_run: Path, tiny_model: Path) -> None:
     assert manifest["snapshot_steps"] == [0, 1, 4]
     assert manifest["versions"]["lm_eval"]
     assert manifest["arguments"]["lr_scheduler_type"] == "constant_with_warmup"
-    before, start, end = load_file(tiny_model / "model.safetensors"), weights(tiny_run, 0), weights(tiny_run, 4)
+    before, start, end = (
+        load_file(tiny_model / "model.safetensors"),
+        weights(tiny_run, 0),
+        weights(tiny_run, 4),
+    )
     assert before.keys() == start.keys() == end.keys()
     assert all(torch.equal(before[name], start[name]) for name in before)
     assert not any(
-        torch.equal(start[name], end[name]) for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+        torch.equal(start[name], end[name])
+        for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight")
     )
     assert not list(tiny_run.rglob("*.bin")), "no pickles"
 
@@ -82,12 +93,26 @@ def test_tokens_seen_counts_the_labels(tiny_run: Path, tiny_model: Path) -> None
 def test_the_logged_loss_is_the_mean_over_labelled_tokens(
     tiny_run: Path, tiny_model: Path, tmp_path: Path, sft_probe: Run, write_set: WriteSet
 ) -> None:
-    """With all docs in one batch, step 1's loss is that of the input model: a float64 reference gives it."""
+    """With all docs in one batch, step 1's loss is that of the input model: a float64 reference
+    gives it."""
     path = write_set(make_docs(8))
     result = sft_probe(
-        "train", "--model_name_or_path", tiny_model, "--probe_set", path, "--max_steps", 1, "--deepspeed", "none",
-        "--per_device_train_batch_size", 4, "--train_category", "other", "--output_dir", tmp_path / "run",
-    )  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        tiny_model,
+        "--probe_set",
+        path,
+        "--max_steps",
+        1,
+        "--deepspeed",
+        "none",
+        "--per_device_train_batch_size",
+        4,
+        "--train_category",
+        "other",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert result.returncode == 0, result.stderr
     from sft_probe.models import load_tokenizer
 
@@ -110,11 +135,20 @@ def test_accumulation_does_not_change_the_loss(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     """Two micro-batches of two responses, of unequal lengths, as one batch of four."""
-    flags = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "run")
+    flags = (
+        "--per_device_train_batch_size",
+        2,
+        "--gradient_accumulation_steps",
+        2,
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert sft_probe("train", *tiny_flags, *flags).returncode == 0
     whole, halves = (read_jsonl(run / "losses.jsonl") for run in (tiny_run, tmp_path / "run"))
     assert [row["tokens_seen"] for row in halves] == [row["tokens_seen"] for row in whole]
-    assert [row["loss"] for row in halves] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
+    assert [row["loss"] for row in halves] == pytest.approx(
+        [row["loss"] for row in whole], abs=1e-5
+    )
     assert len(halves) == 4
     for name, value in weights(tmp_path / "run", 4).items():
         torch.testing.assert_close(value, weights(tiny_run, 4)[name], rtol=0, atol=1e-5)
@@ -126,7 +160,9 @@ def test_snapshots_load_in_plain_transformers(tiny_run: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_complete_run_is_left_alone(tiny_run: Path, tiny_flags: list[str], sft_probe: Run) -> None:
+def test_a_complete_run_is_left_alone(
+    tiny_run: Path, tiny_flags: list[str], sft_probe: Run
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
     result = sft_probe("train", *tiny_flags, "--output_dir", tiny_run)
     assert result.returncode == 0
@@ -141,7 +177,9 @@ def test_what_a_cut_off_end_has_left_is_cleared(
     run = tmp_path / "tiny"
     shutil.copytree(tiny_run, run)
     (run / "checkpoint-2").mkdir()
-    (run / "started.json").write_text(json.dumps(json.loads((run / "manifest.json").read_text())["request"]))
+    (run / "started.json").write_text(
+        json.dumps(json.loads((run / "manifest.json").read_text())["request"])
+    )
     result = sft_probe("train", *tiny_flags, "--output_dir", run)
     assert "is complete" in result.stderr
     assert not (run / "checkpoint-2").exists()
@@ -149,7 +187,8 @@ def test_what_a_cut_off_end_has_left_is_cleared(
 
 
 def test_only_the_state_that_is_taken_up_stays(tmp_path: Path) -> None:
-    """The others may be half-removed, with a new time that makes them the last to be rotated out."""
+    """The others may be half-removed, with a new time that makes them the last to be rotated
+    out."""
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-12"):
         (tmp_path / name).mkdir()
     for name in ("checkpoint-2", "checkpoint-10"):
@@ -160,8 +199,18 @@ def test_only_the_state_that_is_taken_up_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [state]
 
 
-def test_kill_and_the_same_command_again(tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sft_probe", "train", *tiny_flags, "--output_dir", str(tmp_path / "tiny")]
+def test_kill_and_the_same_command_again(
+    tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sft_probe",
+        "train",
+        *tiny_flags,
+        "--output_dir",
+        str(tmp_path / "tiny"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "tiny/weights/step_000000").exists() and time.monotonic() < deadline:
@@ -181,19 +230,33 @@ def test_kill_and_the_same_command_again(tiny_run: Path, tiny_flags: list[str], 
 
 
 @pytest.mark.slow
-def test_deepspeed_gives_the_same_run(tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_deepspeed_gives_the_same_run(
+    tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     for name in ("cpu",):
-        result = sft_probe("train", *tiny_flags, "--deepspeed", name, "--output_dir", tmp_path / name, process=True)
+        result = sft_probe(
+            "train", *tiny_flags, "--deepspeed", name, "--output_dir", tmp_path / name, process=True
+        )
         assert result.returncode == 0, result.stderr
         assert weights(tmp_path / name, 4).keys() == weights(tiny_run, 4).keys()
-        assert all(torch.equal(value, weights(tiny_run, 0)[key]) for key, value in weights(tmp_path / name, 0).items())
+        assert all(
+            torch.equal(value, weights(tiny_run, 0)[key])
+            for key, value in weights(tmp_path / name, 0).items()
+        )
         for key, value in weights(tmp_path / name, 4).items():
             torch.testing.assert_close(value, weights(tiny_run, 4)[key], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_two_ranks_refuse_to_show_a_doc_twice(tiny_flags: list[str], tmp_path: Path) -> None:
-    result = torchrun(*tiny_flags, "--per_device_train_batch_size", 5, "--output_dir", tmp_path / "run", "--dry_run")
+    result = torchrun(
+        *tiny_flags,
+        "--per_device_train_batch_size",
+        5,
+        "--output_dir",
+        tmp_path / "run",
+        "--dry_run",
+    )
     assert result.returncode != 0
     assert "64 examples do not fill batches of 10 (2 processes)" in result.stderr
 
@@ -206,9 +269,13 @@ def test_deepspeed_accepts_each_config(name: str, tmp_path: Path) -> None:
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     config = HfTrainerDeepSpeedConfig(str(ds_configs.path_of(name)))
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=2)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=2
+    )
     config.trainer_config_process(arguments)
-    config.trainer_config_finalize(arguments, GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)), 10)
+    config.trainer_config_finalize(
+        arguments, GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)), 10
+    )
     loaded = DeepSpeedConfig(config.config)
     assert loaded.zero_optimization_stage == {"cpu": 1, "zero1": 1, "zero2": 2}.get(name, 3)
     assert loaded.gradient_accumulation_steps == 2
@@ -230,7 +297,9 @@ def test_a_build_that_was_killed_does_not_block_the_next(tmp_path: Path) -> None
 
 def test_dropout_is_off_in_every_kind_of_model() -> None:
     small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 20}
-    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**small, intermediate_size=32, attention_dropout=0.5, hidden_dropout=0.5))
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(**small, intermediate_size=32, attention_dropout=0.5, hidden_dropout=0.5)
+    )
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20))
     for model in (neox, gpt2):
         disable_dropout(model.train())
@@ -238,7 +307,9 @@ def test_dropout_is_off_in_every_kind_of_model() -> None:
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_dropped_docs_are_named(write_set: WriteSet, tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_dropped_docs_are_named(
+    write_set: WriteSet, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     docs = make_docs(12)
     docs[1]["chosen"] = "word " * 2000 + "end."
     docs[3]["other"] = ""

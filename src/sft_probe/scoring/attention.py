@@ -1,7 +1,9 @@
-"""How a packed sequence is masked: what transformers accepts in silence and gets wrong, in one place.
+"""How a packed sequence is masked: what transformers accepts in silence and gets wrong, in one
+place.
 
-transformers passes a 4D mask through as it is, so a sliding window must be in it, by position; models with mixed layers
-want one mask per layer type; eager attention adds its mask, so that a bool would count as 0 and 1.
+transformers passes a 4D mask through as it is, so a sliding window must be in it, by position;
+models with mixed layers want one mask per layer type; eager attention adds its mask, so that a bool
+would count as 0 and 1.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ _BLOCKS = "sft_probe_blocks"
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a model is run. The plain way has one item per row, padded on the right, and the model's own mask."""
+    """How a model is run. The plain way has one item per row, padded on the right, and the model's
+    own mask."""
 
     shared: bool
     """Shared prefixes once, in packs."""
@@ -37,7 +40,8 @@ ALONE = Way(shared=False, alone=True)
 
 
 def candidates(model: "PreTrainedModel") -> Iterator[Way]:
-    """The shared ways that may be right for a model, fastest first; none where its attention takes no mask."""
+    """The shared ways that may be right for a model, fastest first; none where its attention takes
+    no mask."""
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return
@@ -47,8 +51,11 @@ def candidates(model: "PreTrainedModel") -> Iterator[Way]:
             yield Way(shared=True, mask_per_layer_type=mask_per_layer_type, blocks=blocks)
 
 
-def make_masks(model: "PreTrainedModel", mask: torch.Tensor, positions: torch.Tensor, way: Way) -> Any:
-    """The mask as the model's attention reads it: per layer type, windowed by position, bool or additive.
+def make_masks(
+    model: "PreTrainedModel", mask: torch.Tensor, positions: torch.Tensor, way: Way
+) -> Any:
+    """The mask as the model's attention reads it: per layer type, windowed by position, bool or
+    additive.
 
     Args:
         model: its config gives window and attention.
@@ -62,24 +69,38 @@ def make_masks(model: "PreTrainedModel", mask: torch.Tensor, positions: torch.Te
         windowed = mask & (positions[:, None, :, None] - positions[:, None, None, :] < window)
     if config._attn_implementation == "eager":
         mask, windowed = (_additive(m, model.dtype) for m in (mask, windowed))
-    return {"full_attention": mask, "sliding_attention": windowed} if way.mask_per_layer_type else windowed
+    return (
+        {"full_attention": mask, "sliding_attention": windowed}
+        if way.mask_per_layer_type
+        else windowed
+    )
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # the lowest finite number, not -inf: some models add more to it
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
 
 
 @contextmanager
 def attention_in_blocks(model: "PreTrainedModel", masks: Any) -> Iterator[None]:
-    """Runs the model's SDPA in blocks of rows, each over those columns only that its mask (bool, [B, 1, L, L]) uses."""
+    """Runs the model's SDPA in blocks of rows, each over those columns only that its mask (bool,
+    [B, 1, L, L]) uses."""
     from transformers import AttentionInterface
 
     by_type = masks.values() if isinstance(masks, dict) else [masks]
     blocks = {id(mask): list(_blocks(mask, model.dtype)) for mask in by_type}
 
     def attend(
-        _module: Any, query: Any, key: Any, value: Any, mask: Any, *, scaling: float | None = None, **_: Any
+        _module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        *,
+        scaling: float | None = None,
+        **_: Any,
     ) -> tuple[Any, None]:
         parts = [
             torch.nn.functional.scaled_dot_product_attention(
@@ -102,7 +123,9 @@ def attention_in_blocks(model: "PreTrainedModel", masks: Any) -> Iterator[None]:
         model.config._attn_implementation = "sdpa"
 
 
-def _blocks(mask: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+def _blocks(
+    mask: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Rows, the columns that any of them sees, and their additive mask."""
     length = mask.shape[-1]
     for start in range(0, length, _BLOCK_ROWS):

@@ -1,7 +1,9 @@
-"""Logits of chosen rows alone, from a model's own forward: the hidden states are cut where the head takes them.
+"""Logits of chosen rows alone, from a model's own forward: the hidden states are cut where the head
+takes them.
 
-The head is the module that the model itself names (`get_output_embeddings`), so that it does not matter which of its
-modules a model calls its body. What stands between body and logits, soft-capping and scaling, stays the model's.
+The head is the module that the model itself names (`get_output_embeddings`), so that it does not
+matter which of its modules a model calls its body. What stands between body and logits,
+soft-capping and scaling, stays the model's.
 """
 
 import inspect
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 class HeadRows:
     """Cuts what the head of a model reads down to chosen rows of the flattened batch.
 
-    A model whose head is not called with hidden states [B, L, H] runs as it is, and its logits are cut.
+    A model whose head is not called with hidden states [B, L, H] runs as it is, and its logits are
+    cut.
 
     Args:
         model: a causal LM; one hook is put on its head, which does nothing outside of `select`.
@@ -34,7 +37,9 @@ class HeadRows:
     def __init__(self, model: "PreTrainedModel") -> None:
         head = model.get_output_embeddings()
         if head is None:
-            raise UserError(f"{type(model).__name__} has no output head, so that it is no language model.")
+            raise UserError(
+                f"{type(model).__name__} has no output head, so that it is no language model."
+            )
         self._rows: torch.Tensor | None = None
         self._shape: tuple[int, ...] = ()
         self._num_cuts = 0
@@ -42,7 +47,8 @@ class HeadRows:
 
     @contextmanager
     def select(self, rows: torch.Tensor, shape: tuple[int, ...]) -> Iterator[None]:
-        """Only `rows`, int64 [R], of a batch of `shape` [B, L] reach the head inside of the block."""
+        """Only `rows`, int64 [R], of a batch of `shape` [B, L] reach the head inside of the
+        block."""
         self._rows, self._shape, self._num_cuts = rows, tuple(shape), 0
         try:
             yield
@@ -73,7 +79,8 @@ class HeadRows:
         expected = (1, len(rows)) if self.was_cut else self._shape
         if logits.dim() != 3 or tuple(logits.shape[:2]) != expected:
             raise UserError(
-                f"the logits of this architecture have the shape {list(logits.shape)}, not [batch, tokens, vocabulary]."
+                f"the logits of this architecture have the shape {list(logits.shape)}, not [batch, "
+                "tokens, vocabulary]."
             )
         return logits[0] if self.was_cut else logits.flatten(0, 1)[rows]
 
@@ -81,10 +88,11 @@ class HeadRows:
 def logits_in_chunks(
     model: "PreTrainedModel", inputs: dict[str, Any], rows: torch.Tensor, chunk_rows: int
 ) -> Generator[torch.Tensor, None, None]:
-    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk, from the model's own forward.
+    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk, from the
+    model's own forward.
 
-    All modules that the model calls run in the first pass only. Later passes are given what those returned, so that
-    nothing but the head is computed again.
+    All modules that the model calls run in the first pass only. Later passes are given what those
+    returned, so that nothing but the head is computed again.
     """
     shape = tuple(inputs["input_ids"].shape)
     inputs = inputs | no_cache(model)
@@ -108,14 +116,16 @@ def logits_in_chunks(
 
 
 def no_cache(model: "PreTrainedModel") -> dict[str, bool]:
-    """What keeps a model from building a cache of keys and values; a few do not know the argument."""
+    """What keeps a model from building a cache of keys and values; a few do not know the
+    argument."""
     names = inspect.signature(type(model).forward).parameters
     return {"use_cache": False} if {"use_cache", "kwargs"} & set(names) else {}
 
 
 @contextmanager
 def _recorded_calls(head: torch.nn.Module) -> Iterator[dict[torch.nn.Module, list[Any]]]:
-    """Every module that the model's own forward calls before the head, not through another one, with its outputs.
+    """Every module that the model's own forward calls before the head, not through another one,
+    with its outputs.
 
     Those that hold the head are left out: they see other rows each time.
     """
@@ -146,8 +156,11 @@ def _recorded_calls(head: torch.nn.Module) -> Iterator[dict[torch.nn.Module, lis
 
 @contextmanager
 def _replayed(calls: dict[torch.nn.Module, list[Any]]) -> Iterator[None]:
-    """Each of the modules returns what it returned, in the same order, whatever it is called with."""
-    originals = {module: vars(module).get("forward") for module in calls}  # accelerate's hooks stand there
+    """Each of the modules returns what it returned, in the same order, whatever it is called
+    with."""
+    originals = {
+        module: vars(module).get("forward") for module in calls
+    }  # accelerate's hooks stand there
     for module, outputs in calls.items():
         vars(module)["forward"] = _returning(outputs)
     try:

@@ -1,8 +1,10 @@
-"""Token trees: many continuations in one sequence, every distinct prefix computed once. Plain numpy.
+"""Token trees: many continuations in one sequence, every distinct prefix computed once. Plain
+numpy.
 
-The sequences of a pack are sorted, so that neighbours share the most; a token that two of them share at the same place
-is one node. A node's position is its depth, and it sees its ancestors and itself. A prompt that categories share, a
-few-shot header that docs share and sentences that differ in the last word alone (BLiMP) are one and the same case.
+The sequences of a pack are sorted, so that neighbours share the most; a token that two of them
+share at the same place is one node. A node's position is its depth, and it sees its ancestors and
+itself. A prompt that categories share, a few-shot header that docs share and sentences that differ
+in the last word alone (BLiMP) are one and the same case.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +35,10 @@ class Item(NamedTuple):
     @property
     def target_ids(self) -> list[int]:
         """What is predicted: continuation, then terminator."""
-        return [*self.continuation_ids, *([] if self.terminator_id is None else [self.terminator_id])]
+        return [
+            *self.continuation_ids,
+            *([] if self.terminator_id is None else [self.terminator_id]),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,8 @@ class Pack:
 
 
 def pack_shared(items: Sequence[Item], max_tokens: int) -> Iterator[Pack]:
-    """Packs of at most `max_tokens` tokens (more where one item alone is longer), in the order of the token ids.
+    """Packs of at most `max_tokens` tokens (more where one item alone is longer), in the order of
+    the token ids.
 
     The items of one prefix stay together wherever they fit.
     """
@@ -93,7 +99,8 @@ def pack_alone(items: Sequence[Item]) -> Iterator[Pack]:
 
 
 def batches(packs: Sequence[Pack], max_tokens: int) -> Iterator[list[Pack]]:
-    """Packs of like length that hold, padded to the longest, at most `max_tokens` tokens (or are a single one)."""
+    """Packs of like length that hold, padded to the longest, at most `max_tokens` tokens (or are a
+    single one)."""
     batch: list[Pack] = []
     for pack in sorted(packs, key=lambda pack: -len(pack.token_ids)):
         if batch and (len(batch) + 1) * len(batch[0].token_ids) > max_tokens:
@@ -106,7 +113,10 @@ def batches(packs: Sequence[Pack], max_tokens: int) -> Iterator[list[Pack]]:
 
 def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the common prefix."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
+        min(len(left), len(right)),
+    )
 
 
 def _build(items: Sequence[Item], inputs: Sequence[list[int]], members: list[int]) -> Pack:
@@ -132,5 +142,8 @@ def _build(items: Sequence[Item], inputs: Sequence[list[int]], members: list[int
         token_ids=np.array(token_ids),
         position_ids=np.array(position_ids),
         mask=mask,
-        rows=[path[len(items[i].prefix_ids) - 1 :] for i, (_, path) in zip(members, paths, strict=True)],
+        rows=[
+            path[len(items[i].prefix_ids) - 1 :]
+            for i, (_, path) in zip(members, paths, strict=True)
+        ],
     )

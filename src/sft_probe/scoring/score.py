@@ -1,10 +1,11 @@
-"""The one scorer: log-probabilities of many continuations under a causal LM, each distinct prefix computed once.
+"""The one scorer: log-probabilities of many continuations under a causal LM, each distinct prefix
+computed once.
 
 Continuations that start alike are packed into one sequence (`packing`) under a mask of their tree
-(`attention`). The body of the model runs once per batch; the model's own `forward` then maps the rows that
-predict something to logits, a chunk of rows at a time, so that soft-capping and scaling are the model's and no tensor
-of [tokens, vocabulary] exists (`head`). Whether this is right for a model is not assumed but tried
-(`choose_way`).
+(`attention`). The body of the model runs once per batch; the model's own `forward` then maps the
+rows that predict something to logits, a chunk of rows at a time, so that soft-capping and scaling
+are the model's and no tensor of [tokens, vocabulary] exists (`head`). Whether this is right for a
+model is not assumed but tried (`choose_way`).
 """
 
 import logging
@@ -18,7 +19,14 @@ import numpy.typing as npt
 import torch
 
 from sft_probe.errors import UserError
-from sft_probe.scoring.attention import ALONE, PLAIN, Way, attention_in_blocks, candidates, make_masks
+from sft_probe.scoring.attention import (
+    ALONE,
+    PLAIN,
+    Way,
+    attention_in_blocks,
+    candidates,
+    make_masks,
+)
 from sft_probe.scoring.head import logits_in_chunks
 from sft_probe.scoring.packing import IntArray, Item, Pack, batches, pack_alone, pack_shared
 from sft_probe.scoring.trials import check_language_model, is_close, made_up_items, plain_logprobs
@@ -37,7 +45,8 @@ _CHECK_HEAD_ROWS = 7
 
 
 def default_max_tokens(device: str) -> int:
-    """The token budget of one forward pass: more keeps a GPU busy, and only leaves the cache of a CPU."""
+    """The token budget of one forward pass: more keeps a GPU busy, and only leaves the cache of a
+    CPU."""
     return 1024 if torch.device(device).type == "cpu" else 16384
 
 
@@ -69,12 +78,14 @@ class Score:
 
 
 class FittingScorer:
-    """`score` for one model after another: the way is chosen once, the budget halved where memory runs out.
+    """`score` for one model after another: the way is chosen once, the budget halved where memory
+    runs out.
 
     Args:
         max_tokens: the budget at first, as for `score`.
         longest: as for `choose_way`.
-        may_shrink: False where other processes take part in each forward pass and would still go by the old budget.
+        may_shrink: False where other processes take part in each forward pass and would still go by
+        the old budget.
     """
 
     def __init__(self, max_tokens: int, longest: int, *, may_shrink: bool = True) -> None:
@@ -84,7 +95,8 @@ class FittingScorer:
         self.way: Way | None = None
 
     def score(self, model: "PreTrainedModel", items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
-        """As `score`; where memory runs out it starts again, so that an index may come twice: the later one counts.
+        """As `score`; where memory runs out it starts again, so that an index may come twice: the
+        later one counts.
 
         Raises:
             UserError: one item alone does not fit.
@@ -97,23 +109,31 @@ class FittingScorer:
                 return
             except torch.OutOfMemoryError as error:
                 if not self.may_shrink:
-                    raise UserError(f"{self.max_tokens} tokens at a time do not fit the memory.") from error
+                    raise UserError(
+                        f"{self.max_tokens} tokens at a time do not fit the memory."
+                    ) from error
                 if self.max_tokens < max(len(item.input_ids) for item in items):
-                    raise UserError("one response alone does not fit the memory; try bfloat16 or a GPU.") from error
+                    raise UserError(
+                        "one response alone does not fit the memory; try bfloat16 or a GPU."
+                    ) from error
             self.max_tokens //= 2
             torch.cuda.empty_cache()
-            log.warning("out of memory: from the start again, with %d tokens at a time", self.max_tokens)
+            log.warning(
+                "out of memory: from the start again, with %d tokens at a time", self.max_tokens
+            )
 
 
 def choose_way(model: "PreTrainedModel", longest: int) -> Way:
-    """The fastest way whose log-probs agree with the model's own plain forward on a few made-up docs.
+    """The fastest way whose log-probs agree with the model's own plain forward on a few made-up
+    docs.
 
-    ALiBi, recurrent and hybrid models and FlashAttention do not pass with shared prefixes, and are scored without; the
-    log says so.
+    ALiBi, recurrent and hybrid models and FlashAttention do not pass with shared prefixes, and are
+    scored without; the log says so.
 
     Args:
         model: as for `score`.
-        longest: the most tokens that an item will have: docs are longer than the model's sliding window, and whatever
+        longest: the most tokens that an item will have: docs are longer than the model's sliding
+        window, and whatever
             else its config gives a length to, where items can be.
 
     Raises:
@@ -122,16 +142,22 @@ def choose_way(model: "PreTrainedModel", longest: int) -> Way:
     check_language_model(model, model.dtype)
     items = made_up_items(model, longest)
     expected = np.concatenate([plain_logprobs(model, item) for item in items])
-    if not np.isfinite(expected).all():  # nothing can be compared; whoever scores counts and names them
+    if not np.isfinite(
+        expected
+    ).all():  # nothing can be compared; whoever scores counts and names them
         return PLAIN
     attention = model.config._attn_implementation
     reason = f"its attention, {attention!r}, takes no mask of ours"
     for way in (*candidates(model), PLAIN, ALONE):
         try:
-            is_right, difference = is_close(_token_logprobs(model, items, way), expected, model.dtype)
+            is_right, difference = is_close(
+                _token_logprobs(model, items, way), expected, model.dtype
+            )
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a model's own code raises on a mask that it does not know
+        except (
+            Exception
+        ) as error:  # whatever a model's own code raises on a mask that it does not know
             found = f"{type(error).__name__}: {error}"
         else:
             if is_right:
@@ -139,38 +165,59 @@ def choose_way(model: "PreTrainedModel", longest: int) -> Way:
                 return way
             found = f"log-probs are off by {difference:.2g} nats"
         reason = f"with shared prefixes {found}" if way.shared else found
-    raise UserError(f"{type(model).__name__} cannot be scored: beside the model's own plain forward pass, {reason}.")
+    raise UserError(
+        f"{type(model).__name__} cannot be scored: beside the model's own plain forward pass, "
+        f"{reason}."
+    )
 
 
 def _log_way(model: "PreTrainedModel", way: Way, reason: str) -> None:
     if way.shared:
         log.info("%s: shared prefixes are computed once", type(model).__name__)
     elif way.alone:
-        log.info("%s: each continuation is computed alone (batched, %s)", type(model).__name__, reason)
+        log.info(
+            "%s: each continuation is computed alone (batched, %s)", type(model).__name__, reason
+        )
     else:
-        log.info("%s: each continuation is computed with its whole prefix (%s)", type(model).__name__, reason)
+        log.info(
+            "%s: each continuation is computed with its whole prefix (%s)",
+            type(model).__name__,
+            reason,
+        )
 
 
-def _token_logprobs(model: "PreTrainedModel", items: list[Item], way: Way) -> npt.NDArray[np.float32]:
-    scores = dict(score(model, items, max_tokens=_MAX_PACK_TOKENS, way=way, head_rows=_CHECK_HEAD_ROWS))
+def _token_logprobs(
+    model: "PreTrainedModel", items: list[Item], way: Way
+) -> npt.NDArray[np.float32]:
+    scores = dict(
+        score(model, items, max_tokens=_MAX_PACK_TOKENS, way=way, head_rows=_CHECK_HEAD_ROWS)
+    )
     return np.concatenate([scores[i].token_logprobs for i in range(len(items))])
 
 
 def score(
-    model: "PreTrainedModel", items: Sequence[Item], *, max_tokens: int, way: Way, head_rows: int | None = None
+    model: "PreTrainedModel",
+    items: Sequence[Item],
+    *,
+    max_tokens: int,
+    way: Way,
+    head_rows: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """Yields the index of each item and its score, batch by batch.
 
     Args:
         model: a causal LM in eval mode, on the device where it is to run.
         items: token ids; ids that start alike are computed once.
-        max_tokens: the budget of one forward pass. It counts tokens read by the body; beside them as many rows go
+        max_tokens: the budget of one forward pass. It counts tokens read by the body; beside them
+        as many rows go
             through the head at a time as weigh the same, V / (32 x hidden) tokens each.
         way: what `choose_way` returned for this model, or `PLAIN`.
         head_rows: rows that go through the head at a time, instead of that.
     """
     head_rows = head_rows or _head_rows(model, max_tokens)
-    packs = pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if way.shared else pack_alone(items)
+    packs = (
+        pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if way.shared else pack_alone(items)
+    )
     with torch.no_grad():
         suspects = []
         for batch in batches(list(packs), 0 if way.alone else max_tokens):
@@ -180,7 +227,9 @@ def score(
                 else:  # NaN times an attention of 0 is NaN: one item spoils its whole pack
                     suspects.append(index)
         if suspects:
-            for number, result in score(model, [items[i] for i in suspects], max_tokens=max_tokens, way=PLAIN):
+            for number, result in score(
+                model, [items[i] for i in suspects], max_tokens=max_tokens, way=PLAIN
+            ):
                 yield suspects[number], result
 
 
@@ -189,10 +238,14 @@ def _score_batch(
 ) -> Iterator[tuple[int, Score]]:
     length = max(len(pack.token_ids) for pack in batch)
     indices = [i for pack in batch for i in pack.items]
-    nodes = np.concatenate([row * length + rows for row, pack in enumerate(batch) for rows in pack.rows])
+    nodes = np.concatenate(
+        [row * length + rows for row, pack in enumerate(batch) for rows in pack.rows]
+    )
     targets = np.concatenate([items[i].target_ids for i in indices])
     rows, row_of_target = np.unique(nodes, return_inverse=True)
-    with closing(_logits(model, _inputs(model, batch, length, way), rows, head_rows, way)) as chunks:
+    with closing(
+        _logits(model, _inputs(model, batch, length, way), rows, head_rows, way)
+    ) as chunks:
         logprobs, greedy = _read_targets(chunks, row_of_target, targets, model.device)
     start = 0
     for i in indices:
@@ -210,10 +263,15 @@ def _score_batch(
 
 
 def _inputs(model: "PreTrainedModel", batch: list[Pack], length: int, way: Way) -> dict[str, Any]:
-    """Padded on the right, where no token sees it; padding sees itself, so that no softmax is empty."""
+    """Padded on the right, where no token sees it; padding sees itself, so that no softmax is
+    empty."""
     token_ids = np.zeros((len(batch), length), np.int64)
     position_ids = np.zeros((len(batch), length), np.int64)
-    mask = np.zeros((len(batch), 1, length, length), dtype=bool) if way.shared else np.empty(0, dtype=bool)
+    mask = (
+        np.zeros((len(batch), 1, length, length), dtype=bool)
+        if way.shared
+        else np.empty(0, dtype=bool)
+    )
     if way.shared:
         mask[:, 0] = np.eye(length, dtype=bool)
     for row, pack in enumerate(batch):
@@ -234,18 +292,24 @@ def _logits(
 ) -> Generator[torch.Tensor, None, None]:
     """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk."""
     with attention_in_blocks(model, inputs["attention_mask"]) if way.blocks else nullcontext():
-        yield from logits_in_chunks(model, inputs, torch.from_numpy(rows).to(model.device), head_rows)
+        yield from logits_in_chunks(
+            model, inputs, torch.from_numpy(rows).to(model.device), head_rows
+        )
 
 
 def _head_rows(model: "PreTrainedModel", max_tokens: int) -> int:
     config = model.config.get_text_config()
-    return min(_MAX_HEAD_ROWS, max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)))
+    return min(
+        _MAX_HEAD_ROWS,
+        max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)),
+    )
 
 
 def _read_targets(
     chunks: Iterator[torch.Tensor], row_of_target: IntArray, targets: IntArray, device: torch.device
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q] counts rows over all chunks."""
+    """Log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q] counts rows
+    over all chunks."""
     order = np.argsort(row_of_target, kind="stable")
     sorted_rows = row_of_target[order]
     logprobs, greedy, start = [], [], 0
