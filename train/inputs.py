@@ -21,13 +21,14 @@ from sft_probe.models import (
 )
 from sft_probe.probe_set import Doc, ProbeSet
 from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, resolve_format
+from sft_probe.synth.splits import with_random
 from sft_probe.train.arguments import SftArguments
 from sft_probe.train.data import TrainingExamples, build_examples, describe_first
 from sft_probe.train.lora import add_lora
 from sft_probe.train.mixture import assign, parse_mixture
 from sft_probe.train.run_dir import recorded_format
 from sft_probe.train.schedule import parse_steps
-from sft_probe.train.source import read_docs, with_random, without_heldout
+from sft_probe.train.source import read_docs, without_heldout
 
 _JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 """Noise in the routers of experts, as modules name it; PhiMoE's `router_jitter_noise` is none, but
