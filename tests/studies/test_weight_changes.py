@@ -32,7 +32,7 @@ def reference(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     left_after, _, right_after = np.linalg.svd(after)
     cosines = (left[:, 0] @ left_after[:, 0], right[0] @ right_after[0])
     return {
-        "relative_change": np.linalg.norm(change) / np.linalg.norm(before),
+        "relative_change": float(np.linalg.norm(change) / np.linalg.norm(before)),
         "effective_rank": math.exp(-(shares * np.log(shares)).sum()),
         "angle_degrees": math.degrees(max(math.acos(min(1, abs(c))) for c in cosines)),
     }
