@@ -166,8 +166,8 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     try:
+        from sft_probe.analysis.figures.figure import DEFAULT_WIDTH, Style, read_labels
         from sft_probe.analysis.figures.plot import plot
-        from sft_probe.analysis.figures.style import DEFAULT_WIDTH, Style, read_labels
     except ImportError as error:
         raise _needs_report(error) from error
     style = Style(
@@ -215,7 +215,7 @@ def _simplicity(options: argparse.Namespace) -> None:
     if options.out:
         written = write_simplicity(found, options.out)
         try:
-            from sft_probe.analysis.figures.simplicity import plot_simplicity
+            from sft_probe.analysis.figures.runs import plot_simplicity
         except ImportError as error:
             raise _needs_report(error) from error
         for path in [*written, *plot_simplicity(found, options.out)]:
@@ -233,7 +233,7 @@ def _transfer(options: argparse.Namespace) -> None:
     print(transfer_text(found))  # noqa: T201
     written = write_transfer(found, options.out)
     try:
-        from sft_probe.analysis.figures.transfer import plot_transfer
+        from sft_probe.analysis.figures.runs import plot_transfer
     except ImportError as error:
         raise _needs_report(error) from error
     for path in [*written, *plot_transfer(found, options.out)]:
