@@ -1,96 +1,225 @@
-"""What a training starts from: examples and model, as the flags say."""
+"""The model in training: how it is loaded, in which dtype it trains, and how it is scored."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch.nn.modules.dropout import _DropoutNd  # the base of all dropout modules
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.models import (
     check_window,
     load_model,
-    load_tokenizer,
     model_without_weights,
     resolve_model,
 )
-from sft_probe.probe_set import Doc, ProbeSet
-from sft_probe.prompts import DroppedDoc, PromptFormat, dropped_by_faults, resolve_format
-from sft_probe.train.arguments import SftArguments
-from sft_probe.train.data import TrainingExamples, build_examples, describe_first
-from sft_probe.train.lora import add_lora
-from sft_probe.train.mixture import assign, parse_mixture
-from sft_probe.train.run_dir import recorded_format
-from sft_probe.train.schedule import parse_steps
-from sft_probe.train.source import read_docs, with_random, without_heldout
+from sft_probe.scoring.packing import Item
+from sft_probe.scoring.score import FittingScorer, Score
+
+if TYPE_CHECKING:
+    from sft_probe.train.arguments import SftArguments
+
+
+def add_lora(model: Any, arguments: "SftArguments") -> Any:
+    """The model with trainable LoRA layers, the rest frozen; without dropout.
+
+    Raises:
+        UserError: the target modules are not in the model.
+    """
+    names = arguments.lora_target_modules.split(",")
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with_lora: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules: {error}") from error
+    if arguments.activation_checkpointing:
+        with_lora.enable_input_require_grads()  # else no gradient passes the frozen embeddings
+    return with_lora
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return `float32` for `torch.float32`, and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+def most_common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """Return the dtype that most numbers have: some models keep a few weights in float32."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += getattr(
+            tensor, "ds_numel", tensor.numel()
+        )  # ZeRO-3 leaves an empty tensor in its place
+    return sizes.most_common(1)[0][0]
+
+
+def has_masters(model: Any) -> bool:
+    """True where a 16-bit model trains on float32 masters (DeepSpeed's); any rank, no
+    collective."""
+    return bool(model.dtype != torch.float32) and any(
+        hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+        for parameter in model.parameters()
+    )
+
+
+def weights_dtype(model: torch.nn.Module) -> str:
+    """Return the dtype of the weights that a forward pass reads and training changes, or of all if
+    none is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return name_of(most_common_dtype(trained or model.parameters()))
+
+
+class PrecisionCallback(TrainerCallback):
+    """Compares the dtype that training really uses with `--dtype`, before the first step.
+
+    Raises:
+        UserError: weights are trained in another dtype than was asked for.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.columns: dict[str, str] = {}
+        """For the manifest: `weights_dtype` of what a forward pass reads, `trained_dtype` of what
+        is updated."""
+
+    def on_train_begin(
+        self, _args: TrainingArguments, _state: TrainerState, *_: Any, **kwargs: Any
+    ) -> None:
+        """Read the dtypes of the prepared model."""
+        model = kwargs["model"]
+        in_memory = name_of(most_common_dtype(model.parameters()))
+        trained = "float32" if has_masters(model) else weights_dtype(model)
+        if self.dtype not in (in_memory, trained):
+            raise UserError(
+                f"--dtype {self.dtype}: the weights are {in_memory} once they are prepared, and "
+                f"trained in {trained}. "
+                "Let --dtype, --bf16 and --fp16 agree with the DeepSpeed file and the launcher."
+            )
+        self.columns = {"weights_dtype": weights_dtype(model), "trained_dtype": trained}
+
+
+_IN_LAYERS = (
+    "LORA",
+    "ADALORA",
+    "IA3",
+    "LOHA",
+    "LOKR",
+    "OFT",
+    "VERA",
+    "LN_TUNING",
+    "TRAINABLE_TOKENS",
+)
+"""Types whose layers compute each token by itself, in the base model's own forward, so that
+prefixes can be shared."""
+
+
+def inner_model(model: Any) -> PreTrainedModel:
+    """Return the causal LM inside an adapted model, with the adapter's layers in it; any other
+    model as it is."""
+    if isinstance(model, PeftMixedModel):
+        model = model.base_model.model
+    inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner
+
+
+def adapter_type(model: Any) -> str | None:
+    """Return the PEFT type of a model, in the letters of PEFT; `None` for a model without an
+    adapter."""
+    if isinstance(model, PeftMixedModel):
+        return "MIXED"
+    return str(model.active_peft_config.peft_type.value) if isinstance(model, PeftModel) else None
+
+
+def num_virtual_tokens(model: Any) -> int:
+    """Return the number of learned positions that stand before every prompt."""
+    is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    return int(model.active_peft_config.num_virtual_tokens) if is_prompt else 0
+
+
+def score_adapted(
+    scorer: FittingScorer, model: Any, items: Sequence[Item]
+) -> Iterator[tuple[int, Score]]:
+    """Score items as `scorer.score` does, through the adapter if the model has one.
+
+    A LoRA and its like replace layers of the base model, whose own `forward` is then the adapted
+    one. Other adapters act in `PeftModel.forward` alone: learned prompts and prefixes, activated
+    LoRA, routers. They are scored there, one forward pass for each item.
+
+    Raises:
+        UserError: the adapter cannot score a text on its own (it needs a task id, for instance);
+        its type is named.
+    """
+    if adapter_type(model) is None or _is_in_layers(model):
+        yield from scorer.score(inner_model(model), items)
+        return
+    try:
+        yield from _score_whole(model, items)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"a model with the adapter {adapter_type(model)} cannot be scored: its forward pass "
+            "failed "
+            f"({type(error).__name__}: {error}). Train without the probe, or use another adapter."
+        ) from error
+
+
+def _is_in_layers(model: Any) -> bool:
+    if isinstance(model, PeftMixedModel) or len(model.active_adapters) != 1:
+        return False
+    config = model.active_peft_config
+    # an activated LoRA acts from its invocation tokens on, and Arrow routes between adapters
+    acts_outside = any(
+        getattr(config, name, None) is not None
+        for name in ("alora_invocation_tokens", "arrow_config")
+    )
+    return config.peft_type.value in _IN_LAYERS and not acts_outside
+
+
+def _score_whole(model: Any, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+    """Yield the score of each item from a forward pass of its own through the whole adapted
+    model."""
+    with torch.no_grad():
+        for index, item in enumerate(items):
+            input_ids = torch.tensor([item.input_ids], device=model.device)
+            logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[0]
+            targets = torch.tensor(item.target_ids, device=logits.device)
+            rows = logits[-len(targets) :].float()  # virtual tokens stand before the prompt
+            chosen = rows.gather(1, targets[:, None])[:, 0]
+            logprobs = (chosen - rows.logsumexp(dim=-1)).cpu().numpy()
+            greedy = (chosen == rows.amax(dim=-1)).cpu().numpy()
+            num_tokens = len(item.continuation_ids)
+            has_end = item.terminator_id is not None
+            yield (
+                index,
+                Score(
+                    token_logprobs=logprobs[:num_tokens],
+                    greedy_tokens=greedy[:num_tokens],
+                    logprob_eos=float(logprobs[num_tokens]) if has_end else None,
+                ),
+            )
+
 
 _JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 """Noise in the routers of experts, as modules name it; PhiMoE's `router_jitter_noise` is none, but
 a threshold."""
-Inputs = tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]
-
-
-def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
-    """Everything that needs no weights, so that a fault is told before they are loaded."""
-    for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
-        parse_steps(
-            getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1
-        )
-    tokenizer = load_tokenizer(arguments.model_name_or_path)
-    docs, categories, dropped = _train_docs(arguments, probe_set)
-    prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
-    parts = parse_mixture(
-        arguments.train_category, categories, arguments.train_data or arguments.probe_set
-    )
-    examples = build_examples(
-        assign(docs, parts, arguments.seed),
-        prompt_format,
-        tokenizer,
-        max_length=arguments.max_length,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        dropped=dropped,
-    )
-    return tokenizer, prompt_format, examples
-
-
-def _resolve_format(
-    arguments: SftArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    probe_set: ProbeSet,
-    docs: Sequence[Doc],
-) -> PromptFormat:
-    """The format that all ranks, and every further attempt at this run, share."""
-    given = arguments.prompt_format or probe_set.prompt_format
-    recorded = recorded_format(Path(str(arguments.output_dir)))
-    found = resolve_format(given, tokenizer, [*probe_set.docs, *docs], recorded)
-    (source,) = broadcast_object_list([found.source])  # each rank may have read another time
-    return PromptFormat(source, tokenizer)
-
-
-def _train_docs(
-    arguments: SftArguments, probe_set: ProbeSet
-) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:
-    """The docs to train on, their categories, and what was left out."""
-    if arguments.train_data is None:
-        return probe_set.of_split("train"), probe_set.categories, dropped_by_faults(probe_set)
-    docs, faulty = read_docs(
-        arguments.train_data,
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-    )
-    docs, twins = without_heldout(docs, probe_set.of_split("heldout"))
-    if not docs:
-        raise UserError(
-            f"{arguments.train_data}: no row can be trained on. {describe_first([*faulty, *twins])}"
-        )
-    if "random" in arguments.train_category:
-        docs = with_random(docs, arguments.seed)
-    return docs, tuple(docs[0].responses), [*faulty, *twins]
 
 
 def model_version(name: str) -> str | None:
@@ -107,7 +236,7 @@ def model_version(name: str) -> str | None:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def load_trained_model(arguments: SftArguments) -> Any:
+def load_trained_model(arguments: "SftArguments") -> Any:
     """The model to train, in train mode, without dropout, with its LoRA where one is asked for."""
     model = load_model(
         arguments.model_name_or_path,
