@@ -21,7 +21,6 @@ from sft_probe.prompts import (
     no_pair_reason,
     terminator_id,
 )
-from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import (
     Pair,
     RowRejectedError,
@@ -33,7 +32,7 @@ from sft_probe.synth.hh import (
     parse_turns,
 )
 from sft_probe.synth.sources import Row, read_rows, source_sha256
-from sft_probe.synth.splits import conversation_id
+from sft_probe.synth.splits import conversation_id, derangement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
