@@ -307,7 +307,7 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
     (tmp_path / "set" / "other.jsonl").write_text("{}")
     assert "holds other.jsonl" in message()
     nothing = write_rows(tmp_path / "bad.jsonl", [{"a": 1}, 3])
-    assert "no usable row of 2" in user_error(
+    assert "no usable row among 2" in user_error(
         sft_probe("synth", "--source", nothing, "--writer", "offline", "--out", tmp_path / "set2")
     )
 
