@@ -165,7 +165,7 @@ class SftArguments(TrainingArguments):
             self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
         elif self.deepspeed is not None:
             launch.set_single_process_environment()
-            launch.build_extension()
+            launch.provide_extension()
             if launch.join_ranks_on_cpu(timeout_s=self.ddp_timeout):
                 self.accelerator_config["use_configured_state"] = True
         elif not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
