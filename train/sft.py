@@ -9,7 +9,6 @@ Run as: sft-probe train --config recipes/quickstart.yaml --output_dir runs/mine
 import logging
 import os
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from sft_probe.errors import UserError, exit_on_user_error
+from sft_probe.errors import UserError, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
-from sft_probe.probe_set import ProbeSet, load_probe_set
+from sft_probe.probe_set import ProbeSet
 from sft_probe.prompts import terminator_id
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, parse_arguments, told_plainly
@@ -34,6 +33,7 @@ from sft_probe.train.finite import (
 )
 from sft_probe.train.inputs import Inputs, load_inputs, load_trained_model, model_version
 from sft_probe.train.losses import LossLog
+from sft_probe.train.options import check_inputs, expand
 from sft_probe.train.precision import PrecisionCallback
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state
@@ -43,19 +43,21 @@ from sft_probe.train.source import sha256_of_source
 log = logging.getLogger("sft_probe.train")
 
 
-def main(argv: list[str]) -> None:
-    """Trains as the flags say; does nothing where the run is already complete.
+def main(argv: list[str], probe_set: ProbeSet | None = None) -> None:
+    """Train as the flags say; do nothing where the run is already complete.
+
+    Args:
+        argv: the flags.
+        probe_set: the one that the flags name, where it is read already.
 
     Raises:
         UserError: bad flags or data, or a run directory that holds something else.
         SystemExit: with `STOPPED_EXIT_CODE` where the run stopped early, with a state.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # DeepSpeed's, thousands
+    quiet()
+    if probe_set is None:  # before anything is compiled
+        probe_set = check_inputs(expand(argv))
     arguments, asked = parse_arguments(argv)
-    probe_set = load_probe_set(arguments.probe_set)
     inputs = load_inputs(arguments, probe_set)
     _check_launch(arguments, len(inputs[-1]))
     if arguments.dry_run:
