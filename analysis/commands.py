@@ -106,8 +106,8 @@ class Plot(Selection):
     def execute(self) -> None:
         """Draw the figures."""
         try:
+            from sft_probe.analysis.figures.figure import DEFAULT_WIDTH, Style, read_labels
             from sft_probe.analysis.figures.plot import plot
-            from sft_probe.analysis.figures.style import DEFAULT_WIDTH, Style, read_labels
         except ImportError as error:
             raise _needs_report(error) from error
         style = Style(
@@ -191,7 +191,7 @@ class Simplicity(Command):
         if self.out:
             written = write_simplicity(found, self.out)
             try:
-                from sft_probe.analysis.figures.simplicity import plot_simplicity
+                from sft_probe.analysis.figures.runs import plot_simplicity
             except ImportError as error:
                 raise _needs_report(error) from error
             for path in [*written, *plot_simplicity(found, self.out)]:
@@ -245,7 +245,7 @@ class Transfer(Training):
         print(transfer_text(found))  # noqa: T201
         written = write_transfer(found, self.out)
         try:
-            from sft_probe.analysis.figures.transfer import plot_transfer
+            from sft_probe.analysis.figures.runs import plot_transfer
         except ImportError as error:
             raise _needs_report(error) from error
         for path in [*written, *plot_transfer(found, self.out)]:

@@ -11,7 +11,6 @@ from typing import Any
 from sft_probe.errors import UserError
 from sft_probe.probe_set import LONE_SURROGATE, Doc, find_lone_surrogate
 from sft_probe.prompts import DroppedDoc
-from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import (
     Pair,
     RowRejectedError,
@@ -23,7 +22,7 @@ from sft_probe.synth.hh import (
     parse_turns,
 )
 from sft_probe.synth.sources import Row, read_rows, source_sha256
-from sft_probe.synth.splits import conversation_id
+from sft_probe.synth.splits import conversation_id, derangement
 
 
 def read_docs(

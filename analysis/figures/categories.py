@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from sft_probe.analysis.figures.style import (
+from sft_probe.analysis.figures.figure import (
     PART_COLORS,
     Style,
     category_color,

@@ -18,9 +18,8 @@ from sft_probe.analysis.figures.categories import (
     runs_chart,
 )
 from sft_probe.analysis.figures.docs import data_card, doc_lines, length_figure, token_figure
-from sft_probe.analysis.figures.figure import Figure
+from sft_probe.analysis.figures.figure import Figure, Style
 from sft_probe.analysis.figures.runs import benchmark_figure, code_length_figure, generation_figure
-from sft_probe.analysis.figures.style import Style
 from sft_probe.analysis.stats.analyze import Analysis, analyze
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tables import write_tables

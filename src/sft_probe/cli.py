@@ -78,7 +78,7 @@ class ProbeSet(Table):
     def execute(self) -> None:
         """Print what the set holds; a set with faults ends with a `UserError`."""
         from sft_probe.probe_set import read_probe_set
-        from sft_probe.synth.report import report
+        from sft_probe.synth.output import describe_probe_set
 
         if self.from_table is not None:
             self._make()
@@ -86,7 +86,7 @@ class ProbeSet(Table):
             raise UserError("name a probe set, or a table with --from-table.")
         source = str(self.out if self.from_table is not None else self.source)
         probe_set = read_probe_set(source)
-        print(report(probe_set))  # noqa: T201
+        print(describe_probe_set(probe_set))  # noqa: T201
         if probe_set.faults:
             number = len(probe_set.faults)
             faults = "1 fault" if number == 1 else f"{number} faults"
@@ -95,7 +95,7 @@ class ProbeSet(Table):
             )
 
     def _make(self) -> None:
-        from sft_probe.synth.from_table import write_probe_set
+        from sft_probe.synth.table import write_probe_set
 
         pairs = [item.partition("=") for item in self.category]
         is_whole = all(name and column for name, _, column in pairs)

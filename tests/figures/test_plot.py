@@ -13,7 +13,7 @@ import pytest
 from helpers import SHARED, Run, needs_shared, user_error
 from score_files import CURVES, write_run
 
-from sft_probe.analysis.figures.style import COLORS, colors_of
+from sft_probe.analysis.figures.figure import COLORS, colors_of
 from sft_probe.probe_set import CATEGORIES
 
 NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", "trajectory")

@@ -223,7 +223,9 @@ def reference_model(folder: Path, base: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -> None:
+def check_sequence(
+    pool: Path, probe_set: Path, labels: list[str], dtype: Literal["float32", "bfloat16"]
+) -> None:
     """Load the checkpoints one after another; each is refused, or every tensor is that of a load of
     it alone."""
     settings = sweep_settings(pool, probe_set, dtype)
