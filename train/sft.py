@@ -1,7 +1,7 @@
 """Supervised fine-tuning on one category or a mixture, with snapshots, live probe and exact resume.
 
-Run as: sft-probe train --config recipes/quickstart.yaml --output_dir runs/mine
-    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config recipes/quickstart.yaml
+Run as: sft-probe train --config quickstart --output_dir runs/mine
+    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config quickstart
     --output_dir runs/two or: deepspeed --module sft_probe.train.sft --config
     recipes/quickstart.yaml --output_dir runs/all-gpus
 """

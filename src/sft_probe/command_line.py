@@ -75,7 +75,8 @@ def read_command(prog: str, command: type[T], argv: Sequence[str]) -> T:
     missing = [option for option in options if option.is_required and option.name not in given]
     if missing:
         named = [option.metavar if option.is_positional else option.flag for option in missing]
-        raise UserError(f"{', '.join(named)} is missing. Usage: {usage(prog, options)}")
+        verb = "is" if len(named) == 1 else "are"
+        raise UserError(f"{', '.join(named)} {verb} missing. Usage: {usage(prog, options)}")
     return command(**given)
 
 
@@ -124,7 +125,7 @@ def canonical(argv: Sequence[str], options: Iterable[Option]) -> list[str]:
         match = re.fullmatch(r"(--[A-Za-z][\w-]*)((?:=.*)?)", part, re.DOTALL)
         flag = spellings.get(_dashed(match[1])) if match else None
         if match and flag and _dashed(flag) != _dashed(match[1]):
-            log.warning("%s is now %s; the old name works until the next release.", match[1], flag)
+            log.warning("%s is now %s; please use the new name.", match[1], flag)
         found.append(flag + match[2] if match and flag else part)
     return found
 

@@ -31,7 +31,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class OldName:
-    """An earlier spelling of an option: it works for one more release, with a warning."""
+    """An earlier spelling of an option: it still works, with a warning."""
 
     name: str
 
@@ -291,7 +291,8 @@ def usage(prog: str, options: Iterable[Option]) -> str:
             text = f"{option.metavar}{dots}"
             parts.append(text if option.is_required else f"[{text}]")
         elif option.is_required:
-            parts.append(f"{option.flag} {option.metavar}{dots}")
+            metavar = option.name.upper() if option.choices else option.metavar
+            parts.append(f"{option.flag} {metavar}{dots}")
     if any(not option.is_positional and not option.is_required for option in options):
         parts.append("[options]")
     return " ".join(parts)
