@@ -117,8 +117,8 @@ class ProbeSet(Table):
             limit=self.limit,
             seed=self.seed,
         )
-        for line in left_out:
-            log.warning("left out: %s: %s", self.from_table, line)
+        for item in left_out:
+            log.warning("left out: %s", item)
         log.info("wrote %s; %d rows left out", self.out, len(left_out))
 
 
