@@ -58,6 +58,12 @@ def _add_analyze(command: argparse.ArgumentParser) -> None:
 def _add_plot(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     command.add_argument(
+        "--figures",
+        type=names,
+        metavar="A,B",
+        help="which figures, as changes,parts; default: all that the runs allow",
+    )
+    command.add_argument(
         "--color",
         default="category",
         choices=("category", "run", "order_seed", "train_category", "model"),
@@ -67,14 +73,24 @@ def _add_plot(command: argparse.ArgumentParser) -> None:
         "--include-eos", "--include_eos", action="store_true", help="count the terminator in"
     )
     command.add_argument(
-        "--labels", type=Path, metavar="FILE.yaml", help="category: what is printed for it"
+        "--labels",
+        type=Path,
+        metavar="FILE.yaml",
+        help="a map of categories to labels, as `chosen: y^+`",
     )
-    command.add_argument("--width", type=_points, help="of a whole figure, as 3.25in, 8cm or 234pt")
+    command.add_argument(
+        "--title",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the title in the figure; it stands in NAME.txt in any case",
+    )
+    command.add_argument("--width", type=_points, help="width of the page: 3.25in, 8cm or 234pt")
+    command.add_argument("--font", metavar="NAME", help="font of all text; default: DejaVu Sans")
     command.add_argument(
         "--font-size", "--font_size", type=float, default=10, help="in points; default: 10"
     )
     command.add_argument(
-        "--format", type=names, default=("png", "svg", "pdf"), help="png, svg, pdf, html; A,B"
+        "--format", type=names, default=("png", "pdf"), help="png, svg, pdf, html; default: png,pdf"
     )
     command.add_argument(
         "--out", type=Path, help="default: RUN/figures, or figures for several runs"
@@ -166,7 +182,12 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     try:
-        from sft_probe.analysis.figures.figure import DEFAULT_WIDTH, Style, read_labels
+        from sft_probe.analysis.figures.figure import (
+            DEFAULT_WIDTH,
+            Style,
+            font_families,
+            read_labels,
+        )
         from sft_probe.analysis.figures.plot import plot
     except ImportError as error:
         raise _needs_report(error) from error
@@ -175,10 +196,13 @@ def _plot(options: argparse.Namespace) -> None:
         width=options.width or DEFAULT_WIDTH,
         font_size=options.font_size,
         labels=read_labels(options.labels) if options.labels else {},
+        titled=options.title,
+        **({"font": font_families(options.font)} if options.font else {}),
     )
     for path in plot(
         options.runs,
         style=style,
+        figures=options.figures,
         categories=options.categories,
         formats=options.format,
         include_eos=options.include_eos,
