@@ -22,10 +22,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sft_probe.files import write_jsonl
-from sft_probe.synth.asking.limits import BudgetSpentError, Limits
-from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.budget import BudgetSpentError, Limits, Price
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.protocol import Request
-from sft_probe.synth.asking.run import obtain
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers.gemini import GeminiWriter
 

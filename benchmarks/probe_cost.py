@@ -19,8 +19,7 @@ from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
 from sft_probe.probe_set import load_probe_set
 from sft_probe.prompts import PromptFormat, terminator_id
-from sft_probe.train.data import PadRight, build_examples
-from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.examples import PadRight, assign, build_examples, parse_mixture
 from sft_probe.train.trainer import SftTrainer
 
 

@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_probe.synth.asking.limits import Limits
-from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.budget import Limits, Price
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.asking.run import obtain
 from sft_probe.synth.asking.store import Store
 
 SERVER = Path(__file__).resolve().parents[1] / "tests/gemini_server.py"

@@ -24,11 +24,15 @@ from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
 from sft_probe.probe_set import load_probe_set
 from sft_probe.prompts import PromptFormat, terminator_id
-from sft_probe.train.data import PadRight, TrainingExamples, build_examples
-from sft_probe.train.losses import LossLog
-from sft_probe.train.mixture import assign, parse_mixture
-from sft_probe.train.resume import ResumeCallback
-from sft_probe.train.trainer import SftTrainer
+from sft_probe.train.examples import (
+    PadRight,
+    TrainingExamples,
+    assign,
+    build_examples,
+    parse_mixture,
+)
+from sft_probe.train.run_dir import ResumeCallback
+from sft_probe.train.trainer import LossLog, SftTrainer
 
 
 class Clock(TrainerCallback):

@@ -11,8 +11,8 @@ from typing import Any
 from sft_probe.errors import UserError
 from sft_probe.prompts import PromptFormat
 from sft_probe.synth import first_rule
+from sft_probe.synth.asking.budget import Trial
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.asking.trial import Trial
 from sft_probe.synth.categories import (
     Template,
     load_templates,
@@ -21,13 +21,17 @@ from sft_probe.synth.categories import (
     read_topics,
     topic_of,
 )
-from sft_probe.synth.checks.checks import fault_of
-from sft_probe.synth.checks.words import count_words
-from sft_probe.synth.from_table import add_random
-from sft_probe.synth.opinion import FAULT, fault_in, opinion_request
-from sft_probe.synth.report import NearDuplicates
+from sft_probe.synth.checks import FAULT, fault_in, fault_of, opinion_request
+from sft_probe.synth.duplicates import NearDuplicates, count_words
 from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
-from sft_probe.synth.splits import RULE, check_sizes, conversation_id, draw_key, split_pairs
+from sft_probe.synth.splits import (
+    RULE,
+    add_random,
+    check_sizes,
+    conversation_id,
+    draw_key,
+    split_pairs,
+)
 
 UNTRAINED_TEMPLATE = "untrained@1"
 Obtain = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]

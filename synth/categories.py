@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.protocol import Request
-from sft_probe.synth.checks.words import count_words
+from sft_probe.synth.duplicates import count_words
 from sft_probe.synth.hh import Messages, Pair
 from sft_probe.synth.sources import SourcePair
 

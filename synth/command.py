@@ -14,7 +14,7 @@ from sft_probe.errors import UserError
 
 if TYPE_CHECKING:
     from sft_probe.synth.asking.batch import BatchWriter
-    from sft_probe.synth.asking.limits import Limits
+    from sft_probe.synth.asking.budget import Limits
     from sft_probe.synth.asking.protocol import Answer, Named, Request, Writer
     from sft_probe.synth.asking.store import Store
     from sft_probe.synth.build import Plan
@@ -187,7 +187,7 @@ def _write(
     untrained: "HfWriter | None",
 ) -> None:
     """Have the texts of a plan written, and write the set."""
-    from sft_probe.synth.asking.trial import UselessRunError
+    from sft_probe.synth.asking.budget import UselessRunError
     from sft_probe.synth.build import UNTRAINED_TEMPLATE, make_docs, write_texts, write_untrained
     from sft_probe.synth.output import write_set
 
@@ -275,7 +275,7 @@ class _Unasked:
 def _named(options: argparse.Namespace) -> "Named":
     if options.writer in ("hf", "offline"):
         return _writer(options)
-    from sft_probe.synth.writers.thinking import key_version
+    from sft_probe.synth.writers import key_version
 
     model = _model(options)
     api_version = "v1" if options.writer == "openai" else "v1beta"
@@ -284,7 +284,7 @@ def _named(options: argparse.Namespace) -> "Named":
 
 def _thinking_tokens(options: argparse.Namespace) -> int:
     """Return the room for thoughts, and say what a model that thinks is told."""
-    from sft_probe.synth.writers.thinking import least_thinking
+    from sft_probe.synth.writers import least_thinking
 
     model = _model(options)
     thinking = least_thinking(options.writer, model)
@@ -332,7 +332,7 @@ def _make_writer(name: str, model: str, base_url: str | None) -> "AnyWriter":
 
         return LegacyGeminiWriter(model, base_url=base_url)
     if name == "gemini-batch":
-        from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+        from sft_probe.synth.writers.gemini import GeminiBatchWriter
 
         return GeminiBatchWriter(model, base_url=base_url)
     from sft_probe.synth.writers.openai import OpenAIWriter
@@ -352,8 +352,7 @@ class _Asker:
         self, requests: "Iterator[Request]", total: int
     ) -> "Iterator[tuple[Request, Answer]]":
         """Yield every request with its answer, in order."""
-        from sft_probe.synth.asking.progress import Progress
-        from sft_probe.synth.asking.run import obtain
+        from sft_probe.synth.asking.live import Progress, obtain
         from sft_probe.synth.asking.store import request_key
 
         self._progress = Progress(total)
@@ -369,8 +368,7 @@ class _Asker:
 
 
 def _limits(options: argparse.Namespace) -> "Limits":
-    from sft_probe.synth.asking.limits import Limits
-    from sft_probe.synth.asking.prices import parse_price
+    from sft_probe.synth.asking.budget import Limits, parse_price
 
     if options.writer == "hf":
         return _local_limits()
@@ -387,7 +385,7 @@ def _limits(options: argparse.Namespace) -> "Limits":
 def _local_limits() -> "Limits":
     """Of a local model: full batches, and no time-out, since a call waits for the batches before
     it."""
-    from sft_probe.synth.asking.limits import Limits
+    from sft_probe.synth.asking.budget import Limits
     from sft_probe.synth.writers.hf import CONCURRENCY
 
     return Limits(concurrency=CONCURRENCY, timeout_s=86400.0)
@@ -426,7 +424,7 @@ def _license(options: argparse.Namespace) -> str:
 
 
 def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
-    from sft_probe.synth.asking.run import estimate
+    from sft_probe.synth.asking.budget import estimate
     from sft_probe.synth.asking.store import open_copy
     from sft_probe.synth.output import STORE
 
@@ -472,7 +470,7 @@ def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
 
 def _with_opinions(plan: "Plan") -> "Iterator[Request]":
     """Yield the first texts, and what the writer will be asked about them."""
-    from sft_probe.synth.opinion import expected_opinion
+    from sft_probe.synth.checks import expected_opinion
 
     for request in plan.requests():
         yield request
@@ -482,7 +480,7 @@ def _with_opinions(plan: "Plan") -> "Iterator[Request]":
 def _second_texts(plan: "Plan") -> "Iterator[Request]":
     """Yield every text that may be written a second time, with the longest opinions on both where
     they are asked."""
-    from sft_probe.synth.opinion import longest_opinion
+    from sft_probe.synth.checks import longest_opinion
 
     for request in plan.requests():
         second = replace(request, sample_index=1)

@@ -19,8 +19,8 @@ from sft_probe.errors import UserError
 from sft_probe.scoring.head import no_cache
 from sft_probe.scoring.packing import Item
 from sft_probe.scoring.score import Score, choose_way, score
-from sft_probe.train.data import Example, PadRight
-from sft_probe.train.inputs import disable_dropout
+from sft_probe.train.examples import Example, PadRight
+from sft_probe.train.model import disable_dropout
 from sft_probe.train.trainer import SftTrainer
 
 VOCAB = 97

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.probe_set import load_probe_set
-from sft_probe.synth.asking.limits import Limits
-from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.budget import Limits, Price
 from sft_probe.synth.asking.protocol import Answer, Request
 
 FAST = Limits(concurrency=8, first_backoff_s=0.001)

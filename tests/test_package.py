@@ -18,7 +18,7 @@ NEEDED = [
     "sft_probe/tasks/sft_probe_train_non_response.yaml",
     "sft_probe/tasks/_probe_template",
     "sft_probe/train/sft.py",
-    "sft_probe/synth/report.py",
+    "sft_probe/synth/output.py",
     "sft_probe/ds_configs/zero2.json",
     "sft_probe/data/quickstart.yaml",
     "sft_probe/data/helpful-mini/heldout.jsonl",

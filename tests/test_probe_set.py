@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
 from sft_probe.probe_set import CATEGORIES, load_probe_set, read_probe_set
-from sft_probe.synth.derange import derangement
-from sft_probe.synth.report import near_duplicates
+from sft_probe.synth.duplicates import near_duplicates
+from sft_probe.synth.splits import derangement
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 

@@ -22,8 +22,15 @@ from sft_probe.prompts import (
     encode_pair,
     encode_probe_set,
 )
-from sft_probe.train.data import IGNORED_LABEL, Example, PadRight, TrainingExamples, build_examples
-from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.examples import (
+    IGNORED_LABEL,
+    Example,
+    PadRight,
+    TrainingExamples,
+    assign,
+    build_examples,
+    parse_mixture,
+)
 
 MESSAGES = [
     {"role": "user", "content": "Hi "},

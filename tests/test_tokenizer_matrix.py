@@ -36,8 +36,7 @@ from sft_probe.prompts import (
     resolve_format,
     terminator_id,
 )
-from sft_probe.train.data import IGNORED_LABEL, build_examples
-from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.examples import IGNORED_LABEL, assign, build_examples, parse_mixture
 
 DOCS = load_probe_set("helpful-mini").docs[::6]
 SLICE = (

@@ -5,28 +5,23 @@ import json
 import logging
 import math
 import os
-import socket
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from sft_probe import ds_configs
 from sft_probe.errors import UserError
-from sft_probe.files import read_json
 from sft_probe.models import DTYPES, EMBEDDED_MODEL
 from sft_probe.probe_set import DEFAULT_PROBE_SET
-from sft_probe.train import extensions
+from sft_probe.train import launch
 from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 
 log = logging.getLogger(__name__)
@@ -163,15 +158,16 @@ class SftArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_values()
         self._settle_cpu()
-        self.deepspeed = config = _deepspeed_config(self.deepspeed)
+        self.deepspeed = config = launch.deepspeed_config(self.deepspeed)
         self._settle_precision()
-        self.accelerator_config: Any = _accelerator_config(self.accelerator_config)
+        self.accelerator_config: Any = launch.accelerator_config(self.accelerator_config)
         if self.dry_run:  # neither needs what the training needs
             self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
         elif self.deepspeed is not None:
-            _single_process_environment()
-            extensions.build()
-            self._join_ranks_on_cpu()
+            launch.set_single_process_environment()
+            launch.build_extension()
+            if launch.join_ranks_on_cpu(timeout_s=self.ddp_timeout):
+                self.accelerator_config["use_configured_state"] = True
         elif not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.use_cpu = True  # else accelerate takes each rank for a run of its own
         super().__post_init__()
@@ -290,62 +286,6 @@ class SftArguments(TrainingArguments):
             )
         self._n_gpu = 1  # a dry run, which has left DeepSpeed out
 
-    def _join_ranks_on_cpu(self) -> None:
-        """Left alone, accelerate sees one process on CPU ranks under DeepSpeed, and with `use_cpu`
-        drops DeepSpeed."""
-        if not torch.cuda.is_available():
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-            PartialState(backend="gloo", timeout=timedelta(seconds=self.ddp_timeout))
-            self.accelerator_config["use_configured_state"] = True
-
-
-def _deepspeed_config(name: str | None) -> str | None:
-    name = name or ("zero2" if torch.cuda.is_available() else "cpu")
-    if name == "none":
-        return None
-    path = ds_configs.path_of(name) if name in ds_configs.available() else Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"--deepspeed {name}: use one of {', '.join(ds_configs.available())}, none, or a JSON "
-            "file."
-        )
-    return str(path)
-
-
-def _accelerator_config(given: Any) -> dict[str, Any]:
-    """Read `--accelerator_config`, JSON or a file of it. Raises `UserError` for what changes
-    batches or their order."""
-    if isinstance(given, str):
-        given = json.loads(given) if given.startswith("{") else read_json(Path(given))
-    if not isinstance(given, dict | None):
-        raise UserError("--accelerator_config must be a JSON object, or a file that holds one.")
-    defaults = AcceleratorConfig().to_dict()
-    for name, value in (given or {}).items():
-        if name not in defaults:
-            raise UserError(
-                f"--accelerator_config: there is no {name!r}; accelerate knows "
-                f"{', '.join(defaults)}."
-            )
-        if name != "non_blocking" and value != defaults[name]:
-            raise UserError(
-                f"--accelerator_config: {name!r} {value} changes which examples make a step, or "
-                "when. Leave it out: it "
-                f"must be {defaults[name]}."
-            )
-    return dict(given or {})
-
-
-def _single_process_environment() -> None:
-    """Plain `python` under DeepSpeed would ask MPI for its rank; a launcher sets these itself."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-
 
 def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
     """Parses flags, with `--config recipe.yaml` read as flags that come before all others.
@@ -366,7 +306,7 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
     parser = HfArgumentParser(
         SftArguments, prog="sft-probe train", conflict_handler="resolve", allow_abbrev=False
     )
-    with told_plainly():
+    with as_user_error():
         (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     if arguments.hub_token is not None:
         raise UserError(
@@ -376,7 +316,7 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
+def as_user_error() -> Iterator[None]:
     """Turn what the Trainer and its libraries raise about flags into a `UserError`."""
     try:
         yield

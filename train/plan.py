@@ -16,9 +16,9 @@ from sft_probe.errors import UserError
 from sft_probe.models import check_window, model_without_weights
 from sft_probe.probe_set import ProbeSet
 from sft_probe.prompts import DroppedDoc, PromptFormat, encode_doc, terminator_id
-from sft_probe.train.arguments import SftArguments, told_plainly
-from sft_probe.train.data import IGNORED_LABEL, PadRight, TrainingExamples
-from sft_probe.train.lora import add_lora
+from sft_probe.train.arguments import SftArguments, as_user_error
+from sft_probe.train.examples import IGNORED_LABEL, PadRight, TrainingExamples
+from sft_probe.train.model import add_lora
 from sft_probe.train.schedule import parse_steps
 
 _OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion": 4}
@@ -28,7 +28,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """Resolved steps, and the bytes that the run directory will come to at most."""
 
     max_steps: int
@@ -49,7 +49,7 @@ class Plan:
         return len(self.snapshot_steps) * self.snapshot_bytes + self.num_states * self.state_bytes
 
 
-def make_plan(arguments: SftArguments, trainer: Trainer, model: Any) -> Plan:
+def plan_run(arguments: SftArguments, trainer: Trainer, model: Any) -> RunPlan:
     """Resolves the schedules for this data and number of processes, and sizes what is saved of
     `model`."""
     _, steps_per_epoch, *_, max_steps = trainer.set_initial_training_values(
@@ -75,7 +75,7 @@ def make_plan(arguments: SftArguments, trainer: Trainer, model: Any) -> Plan:
         8,
     )
     per_parameter = width + optimizer if arguments.deepspeed is None else 2 * width + 4 + optimizer
-    return Plan(
+    return RunPlan(
         max_steps=max_steps,
         steps_per_epoch=steps_per_epoch,
         snapshot_steps=sorted({0, *steps("snapshot_steps"), max_steps}),
@@ -88,7 +88,7 @@ def make_plan(arguments: SftArguments, trainer: Trainer, model: Any) -> Plan:
     )
 
 
-def check_disk(plan: Plan, folder: Path) -> None:
+def check_disk(plan: RunPlan, folder: Path) -> None:
     """Raises `UserError` where the run does not fit the disk of `folder`, which need not exist
     yet."""
     own = sum(
@@ -142,14 +142,14 @@ def describe(
         model = add_lora(model, arguments)
     scratch = copy.copy(arguments)
     scratch.output_dir = tempfile.gettempdir()  # a Trainer makes this directory
-    with told_plainly():
+    with as_user_error():
         trainer = Trainer(
             model=torch.nn.Linear(1, 1),  # the batches do not depend on the model
             args=scratch,
             train_dataset=examples,
             data_collator=PadRight(terminator_id(prompt_format.name, tokenizer)),
         )
-        plan = make_plan(arguments, trainer, model)
+        plan = plan_run(arguments, trainer, model)
     counts = _counts(arguments, trainer, plan)
     folder = Path(str(arguments.output_dir))
     check_disk(plan, folder)
@@ -184,7 +184,7 @@ def describe(
     )
 
 
-def _counts(arguments: SftArguments, trainer: Trainer, plan: Plan) -> torch.Tensor:
+def _counts(arguments: SftArguments, trainer: Trainer, plan: RunPlan) -> torch.Tensor:
     """[max_steps, 4] int64 over all ranks: examples, labelled tokens, positions and padding of each
     step."""
     counts = torch.zeros((plan.max_steps, 4), dtype=torch.int64)
@@ -212,7 +212,7 @@ def _batches(dataloader: Any) -> Iterator[tuple[int, bool, dict[str, torch.Tenso
         epoch += 1
 
 
-def _lines(plan: Plan, counts: torch.Tensor) -> Iterator[str]:
+def _lines(plan: RunPlan, counts: torch.Tensor) -> Iterator[str]:
     kinds = {
         "snapshot": plan.snapshot_steps,
         "probe": plan.probe_steps,

@@ -31,8 +31,13 @@ from sft_probe.prompts import (
 from sft_probe.scores import score_row
 from sft_probe.scoring.packing import Item
 from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
-from sft_probe.train.adapted import inner_model, num_virtual_tokens, score_adapted
-from sft_probe.train.precision import name_of, weights_dtype
+from sft_probe.train.model import (
+    inner_model,
+    name_of,
+    num_virtual_tokens,
+    score_adapted,
+    weights_dtype,
+)
 from sft_probe.train.schedule import resolve_steps
 
 if TYPE_CHECKING:

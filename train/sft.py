@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,45 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from sft_probe.errors import UserError, exit_on_user_error
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
-from sft_probe.probe_set import ProbeSet, load_probe_set
-from sft_probe.prompts import terminator_id
+from sft_probe.models import load_tokenizer
+from sft_probe.probe_set import Doc, ProbeSet, load_probe_set
+from sft_probe.prompts import (
+    DroppedDoc,
+    PromptFormat,
+    dropped_by_faults,
+    resolve_format,
+    terminator_id,
+)
 from sft_probe.train import plan, run_dir
-from sft_probe.train.arguments import SftArguments, parse_arguments, told_plainly
-from sft_probe.train.data import PadRight, TrainingExamples
-from sft_probe.train.finite import (
+from sft_probe.train.arguments import SftArguments, as_user_error, parse_arguments
+from sft_probe.train.examples import (
+    PadRight,
+    TrainingExamples,
+    assign,
+    build_examples,
+    describe_first,
+    parse_mixture,
+    read_docs,
+    sha256_of_source,
+    with_random,
+    without_heldout,
+)
+from sft_probe.train.model import PrecisionCallback, load_trained_model, model_version
+from sft_probe.train.probe import ProbeCallback
+from sft_probe.train.run_dir import STOPPED_EXIT_CODE, ResumeCallback, latest_state
+from sft_probe.train.schedule import parse_steps
+from sft_probe.train.snapshots import SnapshotCallback
+from sft_probe.train.trainer import (
     FiniteTrainer,
+    LossLog,
     NonFiniteLossError,
     save_last_good_step,
     weights_are_finite,
 )
-from sft_probe.train.inputs import Inputs, load_inputs, load_trained_model, model_version
-from sft_probe.train.losses import LossLog
-from sft_probe.train.precision import PrecisionCallback
-from sft_probe.train.probe import ProbeCallback
-from sft_probe.train.resume import STOPPED_EXIT_CODE, ResumeCallback, latest_state
-from sft_probe.train.snapshots import SnapshotCallback
-from sft_probe.train.source import sha256_of_source
 
 log = logging.getLogger("sft_probe.train")
+
+Inputs = tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]
 
 
 def main(argv: list[str]) -> None:
@@ -64,12 +84,70 @@ def main(argv: list[str]) -> None:
             print(text)  # noqa: T201
         return
     folder = make_dir(Path(str(arguments.output_dir)))
-    with run_dir.held(folder) if arguments.should_save else nullcontext():
+    with run_dir.lock_run(folder) if arguments.should_save else nullcontext():
         stopped = _train_or_leave(arguments, asked, probe_set, inputs, folder)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if stopped:
         raise SystemExit(STOPPED_EXIT_CODE)
+
+
+def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
+    """Everything that needs no weights, so that a fault is told before they are loaded."""
+    for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
+        parse_steps(
+            getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1
+        )
+    tokenizer = load_tokenizer(arguments.model_name_or_path)
+    docs, categories, dropped = _train_docs(arguments, probe_set)
+    prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
+    parts = parse_mixture(
+        arguments.train_category, categories, arguments.train_data or arguments.probe_set
+    )
+    examples = build_examples(
+        assign(docs, parts, arguments.seed),
+        prompt_format,
+        tokenizer,
+        max_length=arguments.max_length,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        dropped=dropped,
+    )
+    return tokenizer, prompt_format, examples
+
+
+def _resolve_format(
+    arguments: SftArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    probe_set: ProbeSet,
+    docs: Sequence[Doc],
+) -> PromptFormat:
+    """The format that all ranks, and every further attempt at this run, share."""
+    given = arguments.prompt_format or probe_set.prompt_format
+    recorded = run_dir.recorded_format(Path(str(arguments.output_dir)))
+    found = resolve_format(given, tokenizer, [*probe_set.docs, *docs], recorded)
+    (source,) = broadcast_object_list([found.source])  # each rank may have read another time
+    return PromptFormat(source, tokenizer)
+
+
+def _train_docs(
+    arguments: SftArguments, probe_set: ProbeSet
+) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:
+    """The docs to train on, their categories, and what was left out."""
+    if arguments.train_data is None:
+        return probe_set.of_split("train"), probe_set.categories, dropped_by_faults(probe_set)
+    docs, faulty = read_docs(
+        arguments.train_data,
+        prompt_column=arguments.prompt_column,
+        response_column=arguments.response_column,
+    )
+    docs, twins = without_heldout(docs, probe_set.of_split("heldout"))
+    if not docs:
+        raise UserError(
+            f"{arguments.train_data}: no row can be trained on. {describe_first([*faulty, *twins])}"
+        )
+    if "random" in arguments.train_category:
+        docs = with_random(docs, arguments.seed)
+    return docs, tuple(docs[0].responses), [*faulty, *twins]
 
 
 def _train_or_leave(
@@ -109,7 +187,7 @@ def _train_or_leave(
         if arguments.should_save:
             write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
     if arguments.should_save:
-        run_dir.clear(folder)
+        run_dir.finish_run(folder)
     return False
 
 
@@ -121,7 +199,7 @@ def train(
     request: dict[str, Any],
 ) -> dict[str, Any] | None:
     """Runs the training and returns the manifest's content; `None` where it stopped early."""
-    with told_plainly():
+    with as_user_error():
         set_seed(arguments.seed)
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -146,16 +224,16 @@ def train(
     )
     for callback in (losses, snapshots, *probes, resume):  # in this order at the end of each step
         trainer.add_callback(callback)
-    with told_plainly():
-        needed = plan.make_plan(arguments, trainer, trainer.model)
+    with as_user_error():
+        needed = plan.plan_run(arguments, trainer, trainer.model)
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
-        _log_plan(arguments, examples, run_dir.claim(folder, request))
+        _log_plan(arguments, examples, run_dir.begin_run(folder, request))
     try:
         _run(trainer, losses, precision, state)
     except UserError:
         if arguments.should_save:
-            run_dir.unclaim(folder)
+            run_dir.abandon_run(folder)
         raise
     if resume.stopped:
         log.warning(
@@ -190,7 +268,7 @@ def _make_trainer(
     """Load the model and return its trainer. Raises `UserError` where the Trainer or the launcher
     refuses the flags."""
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
-    with told_plainly():
+    with as_user_error():
         trainer = FiniteTrainer(
             model=model,
             args=arguments,
@@ -220,7 +298,7 @@ def _run(
     except Exception:
         if precision.columns:  # training had begun, so that no flag is to blame
             raise
-        with told_plainly():
+        with as_user_error():
             raise
     if started_finite and not weights_are_finite(trainer.model, trainer.args.device):
         raise UserError(
@@ -296,9 +374,9 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
         )
 
 
-def _log_plan(arguments: SftArguments, examples: TrainingExamples, taken_up: str | None) -> None:
-    if taken_up:
-        log.info(taken_up)
+def _log_plan(arguments: SftArguments, examples: TrainingExamples, resumption: str | None) -> None:
+    if resumption:
+        log.info(resumption)
     for drop in examples.dropped:
         log.warning("not trained on: %s: %s", drop.doc_id, drop.reason)
     log.info(

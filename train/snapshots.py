@@ -1,25 +1,68 @@
-"""Weights-only snapshots in Hugging Face layout, complete or absent; `meta.json` says where they
-come from."""
+"""Weights-only snapshots in Hugging Face layout, each complete or absent, with a `meta.json`."""
 
 import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_probe.errors import UserError
 from sft_probe.files import fsync_path, new_dir, read_object, sha256_file, write_json
-from sft_probe.train.gather import gather_weights, has_masters
-from sft_probe.train.losses import LossLog
-from sft_probe.train.precision import most_common_dtype, name_of
+from sft_probe.train.model import has_masters, most_common_dtype, name_of
 from sft_probe.train.schedule import resolve_steps
+from sft_probe.train.trainer import LossLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+
+def gather_weights(model: Any, *, masters: bool, keep: bool) -> dict[str, torch.Tensor]:
+    """Name to tensor, tied ones once; of a LoRA, what is trained. A collective under DeepSpeed:
+    call it on every rank.
+
+    Args:
+        model: the unwrapped model.
+        masters: the float32 masters instead of the 16-bit weights.
+        keep: False on ranks that only take part; they get an empty dict.
+    """
+    only_trained = isinstance(model, PeftModel)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if only_trained and not parameter.requires_grad:
+            continue
+        tensor = _master(parameter) if masters else _whole(parameter)
+        if keep:
+            weights[name] = tensor.to("cpu")
+    if keep:
+        names = dict(model.named_buffers()).keys()
+        weights |= {
+            name: value.to("cpu") for name, value in model.state_dict().items() if name in names
+        }
+    return weights
+
+
+def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    if not is_deepspeed_zero3_enabled():
+        return parameter.detach()
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _master(parameter: torch.nn.Parameter) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master: torch.Tensor | None = safe_get_full_fp32_param(parameter)
+    return _whole(parameter).float() if master is None else master  # a frozen weight has none
+
 
 SNAPSHOT_DTYPES = ("training", "float32")
 

@@ -1,10 +1,9 @@
 """Figures of single docs: the data card, curves of docs, tokens of one doc, change by length."""
 
-import functools
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -23,12 +22,7 @@ from sft_probe.analysis.figures.figure import (
 from sft_probe.analysis.stats.intervals import weighted_mean
 from sft_probe.analysis.stats.measures import Cube
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
-from sft_probe.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from sft_probe.prompts import PromptFormat
+from sft_probe.analysis.stats.tokens import token_texts
 
 _MAX_LINES = 60
 _MAX_TOKENS = 48
@@ -253,7 +247,7 @@ def token_figure(recording: Recording, split: str, arrays: Cube, style: Style) -
         title=f"Change of each token of one doc, {SPLIT_NAMES[split]}",
         subtitle=[f"Doc {doc_id}, step {first} to {last}; at most {_MAX_TOKENS} tokens; one run"],
         table=table,
-        build=functools.partial(_token_chart, table, names, style),
+        build=partial(_token_chart, table, names, style),
     )
 
 
@@ -325,47 +319,3 @@ def token_levels(recording: Recording, rows: pd.DataFrame) -> dict[str, dict[int
             if levels:
                 found.setdefault(str(category), {})[int(step)] = levels
     return found
-
-
-def token_texts(recording: Recording, doc_id: str, category: str) -> list[str]:
-    """Return the texts of the tokens that were scored; empty where the tokenizer, the doc or its
-    format is not here."""
-    if recording.probe_set is None or not recording.manifest:
-        return []
-    doc = next((doc for doc in recording.probe_set.docs if doc.doc_id == doc_id), None)
-    if doc is None or category not in doc.responses:
-        return []
-    try:
-        prompt_format, tokenizer = _format_of(
-            recording.path,
-            str(recording.manifest.get("prompt_format_source", recording.probe_set.prompt_format)),
-            str(recording.manifest.get("model")),
-        )
-    except UserError:
-        return []
-    from sft_probe.prompts import encode_pair
-
-    prompt = prompt_format.render(doc.messages)
-    pair = encode_pair(tokenizer, prompt, doc.responses[category], in_use=prompt_format.in_use)
-    return [str(tokenizer.decode([token_id])) for token_id in pair[1]] if pair else []
-
-
-@functools.lru_cache(maxsize=8)
-def _format_of(
-    directory: Path, format_name: str, model: str
-) -> "tuple[PromptFormat, PreTrainedTokenizerBase]":
-    """Return the prompt format and tokenizer of a run.
-
-    Raises:
-        UserError: no tokenizer lies in the run; none is downloaded.
-    """
-    from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
-    from sft_probe.prompts import PromptFormat
-
-    folders = [
-        path.parent for path in sorted(directory.glob("weights/step_*/tokenizer_config.json"))
-    ]
-    if not folders and model != EMBEDDED_MODEL and not Path(model).is_dir():
-        raise UserError(f"{directory} holds no tokenizer.")
-    tokenizer = load_tokenizer(str(folders[0]) if folders else model)
-    return PromptFormat(format_name, tokenizer), tokenizer

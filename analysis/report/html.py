@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from sft_probe.analysis.figures.docs import token_levels, token_texts
+from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
 from sft_probe.analysis.figures.plot import FIGURES, figures_of
 from sft_probe.analysis.stats.analyze import (
@@ -27,6 +27,7 @@ from sft_probe.analysis.stats.analyze import (
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS, Cube
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
+from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text

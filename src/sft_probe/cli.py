@@ -274,14 +274,14 @@ def _link_tasks(options: argparse.Namespace) -> None:
 
 def _probe_set(options: argparse.Namespace) -> None:
     from sft_probe.probe_set import read_probe_set
-    from sft_probe.synth.report import report
+    from sft_probe.synth.output import describe_probe_set
 
     if options.from_csv is not None:
         _probe_set_from_table(options)
     elif options.source is None:
         raise UserError("name a probe set, or a table with --from-csv.")
     probe_set = read_probe_set(str(options.out) if options.from_csv is not None else options.source)
-    print(report(probe_set))  # noqa: T201
+    print(describe_probe_set(probe_set))  # noqa: T201
     if probe_set.faults:
         faults = "1 fault" if len(probe_set.faults) == 1 else f"{len(probe_set.faults)} faults"
         raise UserError(
@@ -290,7 +290,7 @@ def _probe_set(options: argparse.Namespace) -> None:
 
 
 def _probe_set_from_table(options: argparse.Namespace) -> None:
-    from sft_probe.synth.from_table import write_probe_set
+    from sft_probe.synth.table import write_probe_set
 
     pairs = [item.partition("=") for item in options.category]
     if (

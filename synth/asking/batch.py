@@ -10,11 +10,10 @@ from time import monotonic
 from typing import Protocol, TypeVar, runtime_checkable
 
 from sft_probe.errors import UserError
+from sft_probe.synth.asking.budget import Limits, backoff_s, price_within, useless
 from sft_probe.synth.asking.call import VersionPin
-from sft_probe.synth.asking.limits import Limits, backoff_s, price_within
 from sft_probe.synth.asking.protocol import Answer, Request, Wait, error_answer
 from sft_probe.synth.asking.store import Job, Store, request_key
-from sft_probe.synth.asking.trial import useless
 
 _LOG = logging.getLogger(__name__)
 _JOB_SIZE = 10_000

@@ -4,8 +4,15 @@ import asyncio
 from dataclasses import dataclass, replace
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.limits import Budget, Limits, Pace, backoff_s, price_within
-from sft_probe.synth.asking.prices import expected_prompt_tokens
+from sft_probe.synth.asking.budget import (
+    MAX_BILLED_CALLS,
+    Budget,
+    Limits,
+    Pace,
+    backoff_s,
+    expected_prompt_tokens,
+    price_within,
+)
 from sft_probe.synth.asking.protocol import Answer, Named, Request, Wait, Writer, error_answer
 from sft_probe.synth.asking.store import Store
 
@@ -14,9 +21,6 @@ _MAX_WAIT_S = 900.0
 # a server that names a shorter wait is not heard alone: five attempts would pass before it has
 # drawn breath
 _MIN_WAIT_S = 1.0
-MAX_BILLED_CALLS = 2
-"""For one answer in one run: a call that was cut or cannot be read may be paid for, so it is made
-again only once."""
 
 
 @dataclass(frozen=True)

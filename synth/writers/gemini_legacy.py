@@ -10,10 +10,10 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
 
 from sft_probe.synth.asking.protocol import Answer, Request
+from sft_probe.synth.writers import in_thread, least_thinking
 from sft_probe.synth.writers.gemini import gemini_connection, read_answer
 from sft_probe.synth.writers.http import Connection, StoppedError
-from sft_probe.synth.writers.thinking import least_thinking
-from sft_probe.synth.writers.threads import in_thread
+from sft_probe.synth.writers.replies import read_reply
 
 with warnings.catch_warnings():
     # at each import it says that it is retired, and that Python 3.11 will be
@@ -67,7 +67,7 @@ class LegacyGeminiWriter:
     async def write(self, request: Request) -> Answer:
         """Make one `generateContent` call."""
         called = await in_thread(self._connection.call_blocking, lambda: self._generate(request))
-        return self._connection.read(called.reply, read_answer)
+        return read_reply(self._connection, called.reply, read_answer)
 
     async def close(self) -> None:
         """Close the connections; the next call opens new ones."""

@@ -13,7 +13,7 @@ from sft_probe.errors import UserError
 from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
 from sft_probe.prompts import encode
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.writers.threads import in_thread
+from sft_probe.synth.writers import in_thread
 
 BATCH_SIZE = 16
 CONCURRENCY = 4 * BATCH_SIZE

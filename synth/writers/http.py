@@ -4,15 +4,15 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+import httpx2
+
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.protocol import Answer, Wait, error_answer, turned_down
+from sft_probe.synth.asking.protocol import Wait
 from sft_probe.synth.writers.keys import Secret
 
 _MAX_BODY_BYTES = 5_000_000  # of one answer; a text of 1,000 tokens takes a thousandth of it
@@ -204,127 +204,11 @@ class Connection:
             :300
         ]
 
-    def read(self, reply: Reply, read_value: Callable[[dict[str, Any], str], Answer]) -> Answer:
-        """Return the answer in a reply, every field without the key.
-
-        Args:
-            reply: of the server.
-            read_value: makes an answer of a JSON object and its text.
-
-        Raises:
-            Wait: the call failed and may be repeated.
-            UserError: no call can succeed.
-        """
-        raw = self.key.redact(reply.body.decode("utf-8", "replace"))
-        value = reply.json()
-        if not 200 <= reply.status < 300:
-            return self.failed(reply, value, raw)
-        if value is None:
-            raise Wait("the answer is no JSON object in UTF-8", maybe_billed=True, raw=raw)
-        return self.answer(value, raw, read_value, reply)
-
-    def answer(
-        self,
-        value: dict[str, Any],
-        raw: str,
-        read_value: Callable[[dict[str, Any], str], Answer],
-        reply: Reply = Reply(200, {}, b""),
-    ) -> Answer:
-        """Return the answer in a JSON object that came with a success; see `read`."""
-        if value.get("error") and not value.get("candidates") and not value.get("choices"):
-            return self._error_with_200(reply, value, raw)
-        answer = read_value(value, raw)
-        return replace(
-            answer,
-            text=None if answer.text is None else self.key.redact(answer.text),
-            reason=None if answer.reason is None else self.clean(answer.reason),
-            model_version=None
-            if answer.model_version is None
-            else self.clean(answer.model_version),
-        )
-
-    def failed(self, reply: Reply, value: dict[str, Any] | None, raw: str | None = None) -> Answer:
-        """Return what an HTTP status other than 200 means for a request: the server does not take
-        it as it is.
-
-        Raises:
-            Wait: for what may pass (429, 5xx).
-            UserError: for what no request can get past (a redirect, a wrong key, a daily quota, an
-            unserved region).
-        """
-        if 300 <= reply.status < 400:
-            target = self.show_url(reply.headers.get("location", "nowhere"))
-            raise self.refusal(f"the server redirects (HTTP {reply.status}) to {target}")
-        reason = f"HTTP {reply.status}: {self.clean(message_of(value) or 'no reason given')}"
-        if reply.status == 429 and (quota := _daily_quota(value)):
-            raise UserError(
-                f"the quota of the day is used up: {self.clean(quota)} ({reason}). All answers so "
-                "far are stored; run "
-                "the same command when the quota is renewed."
-            )
-        if reply.status in _RETRIED or reply.status >= 500:
-            raise Wait(reason, wait_s(value, reply.headers), raw=raw)
-        if reply.status in _HOPELESS or _is_hopeless(value):
-            raise UserError(
-                f"the server takes no request: {reason}. Check the key and its rights, the name of "
-                "the model, the "
-                "address and whether your region is served. All answers so far are stored."
-            )
-        return replace(turned_down(reason), raw=raw or "")
-
-    def _error_with_200(self, reply: Reply, value: dict[str, Any], raw: str) -> Answer:
-        """An error inside a success: what it cost is not known, so it counts as paid."""
-        error = value["error"]
-        code = error.get("code") if isinstance(error, dict) else None
-        reason = (
-            f"HTTP {reply.status} with an error: "
-            f"{self.clean(message_of(value) or 'no reason given')}"
-        )
-        if isinstance(code, int) and (code in _RETRIED or 500 <= code < 600):
-            raise Wait(reason, wait_s(value, reply.headers), maybe_billed=True, raw=raw)
-        return replace(
-            error_answer(reason), raw=raw, num_prompt_tokens=None, num_output_tokens=None
-        )
-
 
 def _begin_exchange(max_body_bytes: int) -> Exchange:
     exchange = Exchange(max_body_bytes)
     _exchange.set(exchange)
     return exchange
-
-
-def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that the server asks to wait: `google.rpc.RetryInfo`, else the header
-    Retry-After."""
-    for detail in _details(error):
-        delay = _DURATION.fullmatch(str(detail.get("retryDelay", "")))
-        if delay and str(detail.get("@type", "")).endswith("google.rpc.RetryInfo"):
-            return float(delay[1])
-    header = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", header):
-        return float(header)
-    try:
-        date = parsedate_to_datetime(header).astimezone(UTC)
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-    return max(0.0, (date - datetime.now(UTC)).total_seconds())
-
-
-def checked_text(text: str) -> tuple[str, str | None, str | None]:
-    """Return status, text and reason of a text that came whole."""
-    if not text.strip():
-        return "invalid", None, "empty text"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "invalid", None, "the text is not valid Unicode"
-    return "ok", text, None
-
-
-def token_count(value: Any) -> int | None:
-    """Return a number of tokens as a server gave it, None where it cannot be one."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKENS
-    return value if is_count else None
 
 
 def _origin(url: str) -> tuple[str, str, int] | None:
@@ -340,53 +224,56 @@ def _origin(url: str) -> tuple[str, str, int] | None:
     )
 
 
-def _inner(value: Any) -> Any:
-    return value.get("error", value) if isinstance(value, dict) else None
+_NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
+_LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 
 
-def message_of(value: Any) -> str | None:
-    """Return what a server says in the JSON of an error."""
-    inner = _inner(value)
-    message = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
-    return None if not message else str(message)
-
-
-def _details(value: Any) -> list[dict[str, Any]]:
-    inner = _inner(value)
-    details = inner.get("details") if isinstance(inner, dict) else None
-    return (
-        [detail for detail in details if isinstance(detail, dict)]
-        if isinstance(details, list)
-        else []
+def guarded_client(connection: Connection) -> httpx2.AsyncClient:
+    """Return a client that follows no redirect and reads nothing of the environment but what
+    `connection` allows."""
+    return httpx2.AsyncClient(
+        transport=_GuardedTransport(connection),
+        follow_redirects=False,
+        trust_env=False,
+        timeout=None,
     )
 
 
-def _daily_quota(value: Any) -> str | None:
-    """Return the name of the quota where it is one of a day, or of money."""
-    for detail in _details(value):
-        violations = detail.get("violations")
-        for violation in violations if isinstance(violations, list) else []:
-            names = [
-                str(violation.get(name, ""))
-                for name in ("quotaId", "quotaMetric")
-                if isinstance(violation, dict)
-            ]
-            if any(map(_DAILY.search, names)):
-                return next(filter(None, names))
-    inner = _inner(value)
-    said = (
-        [str(inner.get(name, "")) for name in ("code", "type", "message")]
-        if isinstance(inner, dict)
-        else []
-    )
-    return next((text for text in said if _DAILY.search(text)), None)
+class _GuardedTransport(httpx2.AsyncBaseTransport):
+    """Sends requests to one origin, and reads each body whole before an SDK sees it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._inner = httpx2.AsyncHTTPTransport(limits=_LIMITS, proxy=connection.proxy())
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send one request. Raises `StoppedError` for everything but a success."""
+        self._connection.note_request(str(request.url))
+        body = bytearray()
+        try:
+            response = await self._inner.handle_async_request(request)
+            try:
+                async for chunk in response.aiter_bytes():
+                    self._connection.add_chunk(body, chunk)
+            finally:
+                await response.aclose()
+        except (httpx2.HTTPError, OSError) as error:
+            is_sent = not isinstance(error, _NEVER_SENT)
+            self._connection.note_problem(
+                f"connection failed ({type(error).__name__})", is_sent=is_sent
+            )
+            raise StoppedError from None
+        shown = self._connection.note_reply(response.status_code, response.headers, bytes(body))
+        return httpx2.Response(
+            response.status_code, headers=_plain(response.headers), content=shown, request=request
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._inner.aclose()
 
 
-def _is_hopeless(value: Any) -> bool:
-    """Whether an error is of the account or the place, not of the request. Google answers 400 to an
-    unknown key."""
-    inner = _inner(value)
-    state = inner.get("status") if isinstance(inner, dict) else None
-    return state in _HOPELESS_STATES or any(
-        detail.get("reason") == "API_KEY_INVALID" for detail in _details(value)
-    )
+def _plain(headers: Any) -> dict[str, str]:
+    """Return the headers less those of a body as it was sent."""
+    sent = ("content-encoding", "content-length", "transfer-encoding", "set-cookie")
+    return {name: value for name, value in headers.items() if name.lower() not in sent}

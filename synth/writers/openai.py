@@ -6,10 +6,10 @@ from typing import Any
 import openai
 
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.writers.http import Connection, checked_text, token_count
+from sft_probe.synth.writers import NO_THINKING
+from sft_probe.synth.writers.http import Connection, guarded_client
 from sft_probe.synth.writers.keys import Secret, read_key
-from sft_probe.synth.writers.thinking import NO_THINKING
-from sft_probe.synth.writers.transport import guarded_client
+from sft_probe.synth.writers.replies import checked_text, read_reply, token_count
 
 _FINISHES = {"length": "truncated", "content_filter": "blocked"}
 _THOUGHTS = ("reasoning_content", "reasoning")  # as vLLM, DeepSeek and others name them
@@ -59,7 +59,7 @@ class OpenAIWriter:
                 extra_body={self._max_tokens_name: request.max_output_tokens},
             )
         )
-        return self._connection.read(called.reply, read_completion)
+        return read_reply(self._connection, called.reply, read_completion)
 
     async def close(self) -> None:
         """Close the connections; the next call opens new ones."""

@@ -41,7 +41,7 @@ from sft_probe.models import load_model
 from sft_probe.scoring.attention import ALONE, PLAIN
 from sft_probe.scoring.head import HeadRows
 from sft_probe.scoring.score import choose_way, score
-from sft_probe.train.inputs import disable_dropout
+from sft_probe.train.model import disable_dropout
 from sft_probe.train.trainer import SftTrainer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/models.md"

@@ -12,12 +12,11 @@ from google.genai.files import AsyncFiles
 from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.limits import Limits
-from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.budget import Limits, Price
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.protocol import Answer, Request, Wait
-from sft_probe.synth.asking.run import obtain
 from sft_probe.synth.asking.store import Store
-from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+from sft_probe.synth.writers.gemini import GeminiBatchWriter
 
 KEY = "AIza-a-secret-key"
 MODEL = "gemini-test"

@@ -17,7 +17,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
-from sft_probe.synth import report
+from sft_probe.synth import duplicates
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.categories import (
     KINDS,
@@ -27,10 +27,8 @@ from sft_probe.synth.categories import (
     read_topics,
     topic_of,
 )
-from sft_probe.synth.checks.checks import fault_of, has_length
-from sft_probe.synth.checks.copies import is_near_copy
-from sft_probe.synth.checks.words import count_words
-from sft_probe.synth.report import near_duplicates, shingles
+from sft_probe.synth.checks import fault_of, has_length, is_near_copy
+from sft_probe.synth.duplicates import count_words, near_duplicates, shingles
 from sft_probe.synth.sources import Rejected, SourcePair
 from sft_probe.synth.splits import (
     choose_threshold,
@@ -370,13 +368,13 @@ def test_near_duplicates_cost_a_sketch_and_some_links_each(
     base = " ".join(f"w{i}" for i in range(200))
     texts = [base if kind == "equal" else f"{base} {i}" for i in range(2000)]
     sketches: list[str] = []
-    real = report.shingles
+    real = duplicates.shingles
 
     def counted(text: str) -> set[str]:
         sketches.append(text)
         return real(text)
 
-    monkeypatch.setattr(report, "shingles", counted)
+    monkeypatch.setattr(duplicates, "shingles", counted)
     links = near_duplicates(texts)
     assert len(sketches) <= len(texts)
     assert len(links) <= 14 * len(texts)

@@ -71,7 +71,7 @@ FAULTS = {
     "location": Outcome(
         "takes no request: HTTP 400: User location is not supported", max_requests=1
     ),
-    "daily": Outcome("quota of the day is used up: GenerateRequestsPerDay", max_requests=1),
+    "daily": Outcome("daily quota is used up: GenerateRequestsPerDay", max_requests=1),
     "no_credit": Outcome("takes no request: HTTP 402: pay first", max_requests=1),
     "no_model": Outcome(
         "takes no request: HTTP 404", max_requests=1, batch_message="HTTP 404: no such model"

@@ -9,10 +9,10 @@ from helpers import Run, user_error
 from synth_fakes import make_request, raw_rows, read_rows, write_rows, write_templates
 
 from sft_probe.probe_set import load_probe_set
-from sft_probe.synth.asking.prices import max_prompt_tokens
+from sft_probe.synth.asking.budget import max_prompt_tokens
 from sft_probe.synth.asking.protocol import Answer
-from sft_probe.synth.opinion import fault_in, longest_opinion, opinion_request
-from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+from sft_probe.synth.checks import fault_in, longest_opinion, opinion_request
+from sft_probe.synth.writers.gemini import GeminiBatchWriter
 
 PRICE = (1.0, 2.0)
 NUM_DOCS = 20

@@ -18,17 +18,15 @@ from helpers import Run, user_error
 from synth_fakes import make_request, raw_rows, text_of, write_rows
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.limits import Limits
-from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.budget import Limits, Price
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.protocol import Answer
-from sft_probe.synth.asking.run import obtain
 from sft_probe.synth.asking.store import Store
-from sft_probe.synth.writers.gemini import GeminiWriter
-from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+from sft_probe.synth.writers import key_version, least_thinking
+from sft_probe.synth.writers.gemini import GeminiBatchWriter, GeminiWriter
 from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
 from sft_probe.synth.writers.keys import Secret, read_key
 from sft_probe.synth.writers.openai import OpenAIWriter
-from sft_probe.synth.writers.thinking import key_version, least_thinking
 
 KEY = "AIza+S3cret/Key=0123"
 WRITERS: dict[str, Callable[[str], Any]] = {

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from synth_fakes import CENT, FAST, FakeWriter, prompts
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.limits import Limits
-from sft_probe.synth.asking.prices import Price, parse_price, price_of
+from sft_probe.synth.asking.budget import Limits, Price, estimate, parse_price, price_of
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.protocol import Answer, Wait
-from sft_probe.synth.asking.run import estimate, obtain
 from sft_probe.synth.asking.store import Store
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from synth_fakes import CENT, FAST, FakeWriter, make_request, prompts, text_of
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.limits import Limits, Pace, backoff_s
+from sft_probe.synth.asking.budget import Limits, Pace, backoff_s
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.protocol import Answer, Request, Wait
-from sft_probe.synth.asking.run import obtain
 from sft_probe.synth.asking.store import Store
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -269,7 +269,7 @@ def test_a_signal_ends_the_run_with_calls_in_flight_stored(
 ) -> None:
     script = (
         "import asyncio, logging, sys\nfrom pathlib import Path\n"
-        "from sft_probe.synth.asking.limits import Limits\nfrom sft_probe.synth.asking.run import "
+        "from sft_probe.synth.asking.budget import Limits\nfrom sft_probe.synth.asking.live import "
         "obtain\n"
         "from sft_probe.synth.asking.store import Store\nfrom synth_fakes import FakeWriter, "
         "prompts\n"

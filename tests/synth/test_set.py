@@ -19,7 +19,7 @@ from sft_probe.probe_set import load_probe_set
 from sft_probe.synth.asking.store import request_key
 from sft_probe.synth.build import Plan, Settings, make_plan
 from sft_probe.synth.sources import Rejected, read_pairs
-from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+from sft_probe.synth.writers.gemini import GeminiBatchWriter
 from sft_probe.synth.writers.offline import OfflineWriter
 
 KEY = "test-key-123"

@@ -30,9 +30,9 @@ from synth_fakes import (
     write_templates,
 )
 
-from sft_probe.synth.asking.run import obtain
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.store import Store
-from sft_probe.synth.report import near_duplicates
+from sft_probe.synth.duplicates import near_duplicates
 from sft_probe.synth.writers.offline import OfflineWriter
 
 

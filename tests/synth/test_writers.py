@@ -11,17 +11,16 @@ from gemini_server import VERSION, GeminiServer
 from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.limits import Limits
-from sft_probe.synth.asking.prices import Price
+from sft_probe.synth.asking.budget import Limits, Price
+from sft_probe.synth.asking.live import obtain
 from sft_probe.synth.asking.protocol import Answer, Wait
-from sft_probe.synth.asking.run import obtain
 from sft_probe.synth.asking.store import Store
-from sft_probe.synth.writers.gemini import GeminiWriter, read_answer
-from sft_probe.synth.writers.gemini_batch import GeminiBatchWriter
+from sft_probe.synth.writers.gemini import GeminiBatchWriter, GeminiWriter, read_answer
 from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
-from sft_probe.synth.writers.http import Connection, Reply, wait_s
+from sft_probe.synth.writers.http import Connection, Reply
 from sft_probe.synth.writers.keys import Secret
 from sft_probe.synth.writers.openai import OpenAIWriter, read_completion
+from sft_probe.synth.writers.replies import read_reply, wait_s
 
 KEY = "AIza-a-secret-key"
 NUMBERS = itertools.count()
@@ -302,9 +301,9 @@ def test_any_json_is_read_and_none_of_it_becomes_data(
     connection, reply = Connection(Secret(KEY), "http://127.0.0.1"), Reply(200, {}, body.encode())
     if body == "[]":
         with pytest.raises(Wait):
-            connection.read(reply, read)
+            read_reply(connection, reply, read)
         return
-    answer = connection.read(reply, read)
+    answer = read_reply(connection, reply, read)
     assert (answer.text, answer.raw) == (None, body)
     assert answer.status in ("blocked", "invalid", "error")
     assert (answer.num_prompt_tokens, answer.num_output_tokens) == (

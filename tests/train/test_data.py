@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.errors import UserError
 from sft_probe.probe_set import Doc
-from sft_probe.train.mixture import assign, parse_mixture
+from sft_probe.train.examples import assign, parse_mixture
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -269,7 +269,7 @@ from types import SimpleNamespace
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from transformers.integrations import HfDeepSpeedConfig
-from sft_probe.train.gather import gather_weights, has_masters
+from sft_probe.train.snapshots import gather_weights, has_masters
 from sft_probe.train.snapshots import SnapshotCallback
 config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
           "zero_optimization": {"stage": int(sys.argv[2])}}

@@ -9,7 +9,7 @@ from helpers import Run, user_error
 from safetensors.torch import load_file, save_file
 
 from sft_probe.errors import UserError
-from sft_probe.train import extensions
+from sft_probe.train import launch
 from sft_probe.train.arguments import SftArguments
 
 
@@ -78,13 +78,13 @@ def test_a_gpu_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        extensions.build()
+        launch.build_extension()
     compiled: list[str] = []
     monkeypatch.setattr(
         type(get_accelerator()), "create_op_builder", lambda _, name: compiled.append(name)
     )
     monkeypatch.setattr(type(get_accelerator()), "device_name", lambda *_: "cuda")
-    extensions.build()
+    launch.build_extension()
     assert compiled == []
 
 

@@ -25,8 +25,8 @@ from transformers import (
 from sft_probe import ds_configs
 from sft_probe.files import make_dir
 from sft_probe.models import cache_dir
-from sft_probe.train.inputs import disable_dropout
-from sft_probe.train.resume import latest_state, remove_after
+from sft_probe.train.model import disable_dropout
+from sft_probe.train.run_dir import latest_state, remove_after
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -292,7 +292,7 @@ def test_a_build_that_was_killed_does_not_block_the_next(tmp_path: Path) -> None
 
     with FileLock(make_dir(cache_dir()) / "extensions.lock"):  # nobody else is building
         Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock").touch()
-    subprocess.run([sys.executable, "-m", "sft_probe.train.extensions"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "sft_probe.train.launch"], check=True, timeout=120)
 
 
 def test_dropout_is_off_in_every_kind_of_model() -> None:

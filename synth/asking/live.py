@@ -3,26 +3,24 @@
 import asyncio
 import logging
 import signal
+import sys
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
+
+from tqdm import tqdm
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.batch import BatchWriter, obtain_batch
-from sft_probe.synth.asking.call import MAX_BILLED_CALLS, Caller
-from sft_probe.synth.asking.limits import Limits
-from sft_probe.synth.asking.prices import (
+from sft_probe.synth.asking.budget import (
     LOCAL_WRITERS,
-    Price,
-    expected_output_tokens,
-    expected_prompt_tokens,
-    price_of,
+    Limits,
 )
-from sft_probe.synth.asking.progress import Progress
-from sft_probe.synth.asking.protocol import Answer, Named, Request, Writer
+from sft_probe.synth.asking.call import Caller
+from sft_probe.synth.asking.protocol import Answer, Request, Writer
 from sft_probe.synth.asking.store import Store, request_key
 
 _LOG = logging.getLogger(__name__)
@@ -34,65 +32,72 @@ _PATIENCE_S = 5.0
 """With a writer that was told to end."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run would ask for, by a guess without a tokenizer; costs in USD, None where the price
-    is unknown."""
-
-    num_stored: int
-    calls: int
-    prompt_tokens: int
-    output_tokens: int
-    cost_usd: float | None
-    max_cost_usd: float | None
-    """No run pays more: every prompt with a token per byte, every output of its full length, every
-    call made as often as it may be paid for, every text that may fail a check written a second
-    time."""
+_LOG_INTERVAL_S = 60.0
 
 
-def estimate(
-    requests: Iterable[Request],
-    writer: Named,
-    store: Store | None = None,
-    price: Price | None = None,
-    *,
-    maybe_requests: Iterable[Request] = (),
-) -> Estimate:
-    """Return calls, tokens and cost of what the store lacks; ask nothing.
+class Progress:
+    """One line on a terminal; elsewhere a line of the log each minute and one at the end."""
 
-    Args:
-        requests: what will be asked.
-        writer: who is asked.
-        store: answers so far.
-        price: replaces the price table.
-        maybe_requests: what may be asked on top; it counts in the upper bound alone.
-    """
-    price = price or price_of(writer)
-    num_requests = calls = 0
-    prompt_tokens = output_tokens = max_cost_usd = 0.0
-    for request in requests:
-        num_requests += 1
-        if _is_missing(request, writer, store):
-            calls += 1
-            prompt_tokens += expected_prompt_tokens(request)
-            output_tokens += expected_output_tokens(request)
-            max_cost_usd += MAX_BILLED_CALLS * price.worst_usd(request) if price else 0.0
-    if price:
-        maybe_missing = (one for one in maybe_requests if _is_missing(one, writer, store))
-        max_cost_usd += sum(MAX_BILLED_CALLS * price.worst_usd(one) for one in maybe_missing)
-    return Estimate(
-        num_stored=num_requests - calls,
-        calls=calls,
-        prompt_tokens=round(prompt_tokens),
-        output_tokens=round(output_tokens),
-        cost_usd=price.cost_usd(prompt_tokens, output_tokens) if price else None,
-        max_cost_usd=max_cost_usd if price else None,
-    )
+    def __init__(self, total: int | None) -> None:
+        self._total = total
+        self._bar = tqdm(
+            total=total, unit="text", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+        )
+        self._started_s = self._logged_s = time.monotonic()
+        self._num_stored = 0
+        self._statuses: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
+
+    def stored(self) -> None:
+        """Count one text that the store had already."""
+        self._num_stored += 1
+        self._bar.update()
+
+    def answered(self, status: str, cost_usd: float | None) -> None:
+        """Count one text that was asked for; `cost_usd` is what all runs cost so far."""
+        self._statuses[status] += 1
+        self._bar.set_postfix_str("; ".join([_cost(cost_usd), *self._failures()]), refresh=False)
+        self._bar.update()
+        if self._bar.disable and time.monotonic() - self._logged_s > _LOG_INTERVAL_S:
+            self._logged_s = time.monotonic()
+            _LOG.info("%s", self.line(cost_usd))
+
+    def failed(self, fault: str) -> None:
+        """Count one text that did not pass a check."""
+        self._faults[fault] += 1
+
+    def _failures(self) -> list[str]:
+        """Return what fails, most often first: answers without a text by status, texts by fault."""
+        without_text = Counter(
+            {status: count for status, count in self._statuses.items() if status != "ok"}
+        )
+        return [f"{count} {name}" for name, count in (without_text + self._faults).most_common()]
+
+    def line(self, cost_usd: float | None) -> str:
+        """Return the same in words, with what fails."""
+        asked = self._statuses.total()
+        rate = asked / max(time.monotonic() - self._started_s, 1e-9)
+        done = self._num_stored + asked
+        parts = [f"{done} texts done ({self._num_stored} from the store)"]
+        if self._total is not None:
+            left = self._total - done
+            parts.append(
+                f"{left} left"
+                + (f", {tqdm.format_interval(left / rate)} to go" if left and asked else "")
+            )
+        parts.append(f"{rate:.1f} a second")
+        parts.append(_cost(cost_usd))
+        return "; ".join(parts + self._failures())
+
+    def close(self, cost_usd: float | None) -> None:
+        """End the line."""
+        self._bar.close()
+        if self._statuses:
+            _LOG.info("%s", self.line(cost_usd))
 
 
-def _is_missing(request: Request, writer: Named, store: Store | None) -> bool:
-    answer = store.get(writer, request) if store is not None else None
-    return answer is None or not answer.is_final
+def _cost(cost_usd: float | None) -> str:
+    return "cost unknown" if cost_usd is None else f"${cost_usd:.4f} so far"
 
 
 def obtain(
@@ -334,3 +339,6 @@ class _Run:
                 "Nothing that was answered "
                 "is lost, and the others are asked again: fix the cause, then run the same command."
             )
+
+
+_LOG = logging.getLogger(__name__)

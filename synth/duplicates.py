@@ -2,15 +2,12 @@
 fault."""
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
+import regex
 from datasketch import MinHash
-
-from sft_probe.probe_set import SPLITS, ProbeSet
-from sft_probe.synth.checks.words import count_words, words
 
 NEAR_DUPLICATE_JACCARD = 0.7
 _SHINGLE_WORDS = 3
@@ -95,64 +92,37 @@ def shingles(text: str) -> set[str]:
     }
 
 
-def report(probe_set: ProbeSet) -> str:
-    """A plain-text account of a probe set."""
-    counts = {split: len(probe_set.of_split(split)) for split in SPLITS}
-    lines = [
-        f"probe set {probe_set.name} ({probe_set.source}), prompt format {probe_set.prompt_format}",
-        f"docs: {counts['train']} train, {counts['heldout']} heldout; "
-        f"{sum(len(doc.messages) > 1 for doc in probe_set.docs)} with several turns; sha256 "
-        f"{probe_set.sha256[:16]}",
-        "",
-        f"{'category':<20}{'words, mean':>12}{'min':>6}{'max':>6}{'bytes, mean':>13}"
-        f"{'near-duplicates':>17}",
-        *(_category_line(probe_set, category) for category in probe_set.categories),
-        "",
-        *_prompt_lines(probe_set),
-        "",
-        *(
-            ["faults:", *(f"  {fault}" for fault in probe_set.faults)]
-            if probe_set.faults
-            else ["no faults"]
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def _category_line(probe_set: ProbeSet, category: str) -> str:
-    texts = [doc.responses[category] for doc in probe_set.docs]
-    if not texts:
-        return f"{category:<20}{'-':>12}"
-    lengths = [count_words(text) for text in texts]
-    mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
-    return (
-        f"{category:<20}{sum(lengths) / len(lengths):>12.1f}{min(lengths):>6}{max(lengths):>6}"
-        f"{mean_bytes:>13.1f}"
-        f"{len({second for _, second in near_duplicates(texts)}):>17}"
-    )
-
-
-def _prompt_lines(probe_set: ProbeSet) -> list[str]:
-    """Near-duplicate prompts, and texts that the splits share."""
-    docs = probe_set.docs
-    pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
-    across = [pair for pair in pairs if docs[pair[0]].split != docs[pair[1]].split]
-    number = len({second for _, second in pairs})
-    lines = [
-        f"near-duplicates of an earlier prompt: {number}, of them in the other split: {len(across)}"
-    ]
-    lines += [f"  {docs[first].doc_id} ~ {docs[second].doc_id}" for first, second in across[:5]]
-    splits_of = defaultdict(set)
-    for doc in docs:
-        for text in doc.responses.values():
-            splits_of[text].add(doc.split)
-    lines.append(
-        "responses that stand in both splits: "
-        f"{sum(len(splits) > 1 for splits in splits_of.values())}"
-    )
-    return lines
-
-
 def prompt_text(messages: Iterable[dict[str, str]]) -> str:
     """The turns' contents, one after the other."""
     return "\n".join(turn["content"] for turn in messages)
+
+
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
+_SYLLABIC = r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+_CHARACTER = regex.compile(rf"{_UNSPACED}|{_SYLLABIC}")
+_TOKEN = regex.compile(rf"{_UNSPACED}|{_SYLLABIC}|(?:(?!{_UNSPACED}|{_SYLLABIC})\S)+")
+_SYLLABIC_CHARACTER = regex.compile(_SYLLABIC)
+_CHARACTERS_PER_WORD = 5
+"""Of a word in the scripts of mainland South-East Asia; in Chinese and Japanese a character counts
+as a word."""
+
+
+def words(text: str) -> list[str]:
+    """What stands between blanks; single characters where most of the text is in a script without
+    blanks."""
+    return _TOKEN.findall(text) if _is_unspaced(text) else text.split()
+
+
+def count_words(text: str) -> int:
+    """The length of a text in words, by its characters where most of it is in a script without
+    blanks."""
+    if not _is_unspaced(text):
+        return len(text.split())
+    num_syllabic = len(_SYLLABIC_CHARACTER.findall(text))
+    return max(1, len(words(text)) - num_syllabic + round(num_syllabic / _CHARACTERS_PER_WORD))
+
+
+def _is_unspaced(text: str) -> bool:
+    if text.isascii():
+        return False
+    return 2 * len(_CHARACTER.findall(text)) > len("".join(text.split()))

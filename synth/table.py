@@ -1,6 +1,5 @@
 """A probe set from a table that the user has: one row per prompt, one column per category."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -8,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import find, make_dir, new_dir, sha256_file, write_json, write_jsonl
+from sft_probe.files import make_dir, new_dir, sha256_file, write_jsonl
 from sft_probe.probe_set import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
-from sft_probe.synth.derange import derangement
 from sft_probe.synth.hh import (
     RowRejectedError,
     check_texts,
@@ -19,8 +17,17 @@ from sft_probe.synth.hh import (
     kind_of,
     parse_turns,
 )
+from sft_probe.synth.output import write_manifest
 from sft_probe.synth.sources import Row, read_table, stem
-from sft_probe.synth.splits import MIN_DOCS, RULE, choose_threshold, draw_key, root_id, split_of
+from sft_probe.synth.splits import (
+    MIN_DOCS,
+    RULE,
+    add_random,
+    choose_threshold,
+    draw_key,
+    root_id,
+    split_of,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -221,40 +228,6 @@ def _split(
     ):  # the docs that a limit costs are those of train, so that none changes its split
         docs.sort(key=lambda doc: doc["split"] == "train")
     return docs[:limit], threshold
-
-
-def add_random(docs: list[dict[str, Any]], seed: int) -> None:
-    """Gives each doc of one split its `random` response and the `random_doc_id` it comes from."""
-    for doc, partner in zip(docs, derangement([doc["chosen"] for doc in docs], seed), strict=True):
-        doc["random"] = docs[partner]["chosen"]
-        doc["random_doc_id"] = docs[partner]["doc_id"]
-
-
-def write_manifest(
-    out: Path,
-    writers: dict[str, str],
-    prompt_format: str,
-    provenance: dict[str, Any],
-    *,
-    name: str | None = None,
-) -> None:
-    """Writes `probe_set.json` for the JSONL files in `out`: last, so that it stands for a complete
-    set."""
-    (out / "probe_set.json").unlink(missing_ok=True)
-    paths = find(out, "*.jsonl")
-    counts: Counter[str] = Counter()
-    for path in paths:
-        with path.open("rb") as lines:  # one at a time: a set may be large
-            counts.update(json.loads(line)["split"] for line in lines)
-    manifest = {
-        "name": name or out.resolve().name,
-        "counts": {split: counts[split] for split in SPLITS},
-        "categories": writers,
-        "prompt_format": prompt_format,
-        "sha256": {path.name: sha256_file(path) for path in paths},
-        "provenance": provenance,
-    }
-    write_json(out / "probe_set.json", manifest)
 
 
 def _check_sizes(docs: list[dict[str, Any]], needed: int, heldout: float) -> None:
