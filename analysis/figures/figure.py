@@ -30,7 +30,7 @@ _OTHER_COLORS = (
 PART_COLORS = {"first token": "#222222", "body": "#8FB4DC", "terminator": "#F0A35E"}
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [10, 3])
-_FONTS = "DejaVu Sans, Liberation Sans, sans-serif"  # the renderer brings the second one
+FONTS = "DejaVu Sans, Liberation Sans, sans-serif"  # the renderer brings the second one
 _SUPERSCRIPTS = str.maketrans("0123456789+-=()in", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁱⁿ")
 _SUBSCRIPTS = str.maketrans("0123456789+-=()aehijklmnoprstuvx", "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ")
 _RAISED = re.compile(r"\^(?:\{([^{}]*)\}|([0-9+*-]))|_\{([^{}]*)\}")
@@ -53,7 +53,7 @@ class Style:
     width: float = DEFAULT_WIDTH
     """Width of the page that a figure fills."""
     font_size: float = 10
-    font: str = _FONTS
+    font: str = FONTS
     """Font families in order of preference, as in CSS."""
     titled: bool = True
     """Whether the title stands in the figure; the caption file holds it in any case."""
@@ -106,7 +106,7 @@ def font_families(name: str) -> str:
     text = f'<text x="2" y="15" font-family="{name}">H</text>'
     if set(name) & set("<>&\"'") or _png(blank.format(text)) == _png(blank.format("")):
         raise UserError(f"--font: {name!r} is not among the fonts of this machine (`fc-list`).")
-    return f"{name}, {_FONTS}"
+    return f"{name}, {FONTS}"
 
 
 def colors_of(names: Sequence[str]) -> dict[str, str]:

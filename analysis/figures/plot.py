@@ -1,6 +1,5 @@
 """`sft-probe plot`: every figure from one specification in any format, with its numbers as CSV."""
 
-import difflib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from sft_probe.analysis.figures.runs import benchmark_figure, code_length_figure
 from sft_probe.analysis.stats.analyze import Analysis, analyze
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tables import write_tables
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import make_dir
 
 log = logging.getLogger(__name__)
@@ -94,8 +93,7 @@ def _check(flag: str, names: Collection[str], known: Sequence[str]) -> None:
     """Raise `UserError` for a name that is not known, with the nearest one."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, known)
             raise UserError(f"{flag}: {name} is none of {', '.join(known)}.{hint}")
 
 
