@@ -1,10 +1,7 @@
 """The sweep on a local Ray cluster."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pandas as pd
 import psutil
 import pytest
 from helpers import Run, user_error
+from processes import Forked
 
 
 @pytest.fixture
@@ -23,15 +21,14 @@ def checkpoints(tiny_run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def kill_a_worker_in_mid_step(process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
+def kill_a_worker_in_mid_step(process: Forked) -> None:
+    while process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
             if child.cmdline()[:1] == ["ray::StepWorker.score"]:
                 child.send_signal(signal.SIGKILL)
                 return
         time.sleep(0.01)
-    pytest.fail("no worker has scored anything")
+    pytest.fail("the sweep has ended before a worker was seen to score")
 
 
 @pytest.mark.slow
@@ -44,22 +41,11 @@ def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: 
         "--device",
         "cpu",
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "sft_probe",
-        "sweep",
-        str(checkpoints / "a/run"),
-        *flags,
-        "--engine",
-        "ray",
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
-    )
+    log = checkpoints / "a.log"
+    process = Forked(["sweep", checkpoints / "a/run", *flags, "--engine", "ray"], log=log)
     kill_a_worker_in_mid_step(process)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    code, output = process.wait(), log.read_text()
+    assert code == 0, output
     assert "its worker died; another one takes it" in output
     assert sft_probe("sweep", checkpoints / "b/run", *flags).returncode == 0
     mine, theirs = (

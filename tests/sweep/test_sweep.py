@@ -1,11 +1,8 @@
 """The sweep: right numbers, nothing lost, nothing mixed."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import resources
@@ -16,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import Run, blimp_task, make_docs, needs_shared, reads_task_index, user_error
+from processes import Forked, run_forked, run_lm_eval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.analysis.stats.rows import SCHEMA
@@ -152,12 +150,9 @@ def test_kill_and_the_same_command_again(
     swept_run: Path, tiny_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     run = copy(tiny_run, tmp_path)
-    command = [sys.executable, "-m", "sft_probe", "sweep", str(run)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "sweep/step_000000/heldout").exists() and time.monotonic() < deadline:
+    process = Forked(["sweep", run], log=tmp_path / "log")
+    while not (run / "sweep/step_000000/heldout").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -253,10 +248,7 @@ def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
     run = copy(swept_run, tmp_path)
-    cache = str(tmp_path / "cache")
-    result = sft_probe(
-        "sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40, HF_DATASETS_CACHE=cache
-    )
+    result = sft_probe("sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40)
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(run / "benchmarks.csv")
     assert list(table.columns) == [
@@ -349,7 +341,7 @@ def test_an_over_long_response_never_kills_a_sweep(
 
 @reads_task_index
 @pytest.mark.slow
-@pytest.mark.parametrize("num_docs", [4, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_docs", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_real_model_agrees_with_stock_lm_eval_and_with_float64(
     num_docs: int, sft_probe: Run, tmp_path: Path
 ) -> None:
@@ -369,31 +361,26 @@ def test_real_model_agrees_with_stock_lm_eval_and_with_float64(
     assert result.returncode == 0, result.stderr
     swept = scores(tmp_path / "run").set_index(["category", "doc_id"])["logprob"]
     assert len(swept) == 6 * num_docs
-    stock = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("lm_eval")),
-            "run",
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={model_dir},dtype=float32,softmax_dtype=float32",
-            "--tasks",
-            "sft_probe",
-            "--batch_size",
-            "4",
-            "--device",
-            "cpu",
-            "--include_path",
-            sft_probe("tasks-dir").stdout.strip(),
-            "--log_samples",
-            "--metadata",
-            json.dumps({"probe_set": str(path)}),
-            "--output_path",
-            str(tmp_path / "stock"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    stock = run_forked(
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model_dir},dtype=float32,softmax_dtype=float32",
+        "--tasks",
+        "sft_probe",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--include_path",
+        sft_probe("tasks-dir").stdout.strip(),
+        "--log_samples",
+        "--metadata",
+        json.dumps({"probe_set": str(path)}),
+        "--output_path",
+        str(tmp_path / "stock"),
+        target=run_lm_eval,
     )
     assert stock.returncode == 0, stock.stderr
     samples = [

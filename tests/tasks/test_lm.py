@@ -270,7 +270,6 @@ def run_cli(
         "--log_samples",
         *more,
         process=True,
-        HF_DATASETS_CACHE=str(out / "cache"),
     )
     assert result.returncode == 0, result.stderr
     (path,) = out.rglob("results_*.json")
@@ -311,7 +310,6 @@ def test_bad_input_through_the_command_line(
         "--tasks",
         task,
         process=True,
-        HF_DATASETS_CACHE=str(tmp_path / "cache"),
     )
     assert "short, doc d0: no token is left of the continuation" in user_error(result)
 

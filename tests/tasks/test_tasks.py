@@ -1,9 +1,7 @@
 """The lm-eval plug-in through lm-eval's own front doors."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from helpers import Run, make_docs, reads_task_index, user_error
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from processes import run_forked, run_lm_eval
 from tokenizer_matrix import MEMBERS, save_model, write_mixed_set
 from transformers import AutoModelForCausalLM
 
@@ -155,15 +154,8 @@ def test_a_category_the_set_lacks_is_named(write_set: WriteSet) -> None:
         load(["sft_probe_variant"], probe_set=str(write_set(make_docs())))
 
 
-def lm_eval(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("lm_eval")), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
+def lm_eval(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return run_forked(*arguments, target=run_lm_eval)
 
 
 def model_flags(model: Path, out: Path) -> list[str]:

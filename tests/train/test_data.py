@@ -2,11 +2,8 @@
 run prints."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +16,7 @@ from accelerate import Accelerator
 from helpers import Run, make_docs, user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_forked, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -314,22 +312,9 @@ def test_float32_masters_of_bf16_training(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
     }
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            MASTERS,
-            str(tiny_model),
-            str(stage),
-            kind,
-            str(tmp_path / "weights"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env={**os.environ, **ranks},
-    )
+    (tmp_path / "masters.py").write_text(MASTERS)
+    arguments = (tmp_path / "masters.py", tiny_model, stage, kind, tmp_path / "weights")
+    result = run_forked(*arguments, environment=ranks, target=run_script)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "weights/step_000000"
     assert json.loads((folder / "meta.json").read_text())["weights"] == "float32 masters"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, make_tokenizer, torchrun, user_error
+from helpers import Run, make_tokenizer, user_error
+from processes import run_forked, train_on_two_ranks
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -155,7 +156,9 @@ def test_all_ranks_stop_together(stage: str, broken: Broken, tmp_path: Path) -> 
         stage,
     )
     for attempt in range(1 if stage == "zero2" else 2):
-        result = torchrun(*FLAGS, *flags, "--output_dir", tmp_path / "run")
+        result = run_forked(
+            *FLAGS, *flags, "--output_dir", tmp_path / "run", target=train_on_two_ranks
+        )
         assert result.returncode == 1  # torchrun has an exit code of its own
         assert "Traceback" not in result.stderr.partition("sft-probe:")[0], result.stderr
         assert ("goes on from checkpoint-" in result.stderr) == (attempt == 1)

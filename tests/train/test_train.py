@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Run, make_docs, torchrun, user_error
+from processes import TIMEOUT_S, Forked
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -202,19 +203,11 @@ def test_only_the_state_that_is_taken_up_stays(tmp_path: Path) -> None:
 def test_kill_and_the_same_command_again(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "sft_probe",
-        "train",
-        *tiny_flags,
-        "--output_dir",
-        str(tmp_path / "tiny"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "tiny/weights/step_000000").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    command = ["train", *tiny_flags, "--output_dir", str(tmp_path / "tiny")]
+    process = Forked(command, log=tmp_path / "log")
+    while not (tmp_path / "tiny/weights/step_000000").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.005)
     process.send_signal(signal.SIGSTOP)
     message = user_error(sft_probe("train", *tiny_flags, "--output_dir", tmp_path / "tiny"))
     assert f"another process is training in {tmp_path / 'tiny'}" in message
@@ -292,7 +285,7 @@ def test_a_build_that_was_killed_does_not_block_the_next(tmp_path: Path) -> None
 
     with FileLock(make_dir(cache_dir()) / "extensions.lock"):  # nobody else is building
         Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock").touch()
-    subprocess.run([sys.executable, "-m", "sft_probe.train.launch"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "sft_probe.train.launch"], check=True, timeout=TIMEOUT_S)
 
 
 def test_dropout_is_off_in_every_kind_of_model() -> None:
