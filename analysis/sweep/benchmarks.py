@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-class Benchmarks:
+class BenchmarkTasks:
     """The tasks of `--tasks`, each loaded at its first use.
 
     Args:

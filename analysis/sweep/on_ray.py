@@ -17,10 +17,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from sft_probe.analysis.sweep.benchmarks import Benchmarks
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.ownership import StepBusyError
-from sft_probe.analysis.sweep.settings import SweepRequest, fix_settings, resolve_settings
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
 from sft_probe.analysis.sweep.step import Scorer
 from sft_probe.errors import UserError
 
@@ -124,7 +125,7 @@ class StepWorker:
             if self.scorer is None:  # not in `__init__`, where an error would be a dead worker
                 settings = resolve_settings(self.request, [self.decided_by])
                 max_tokens = fix_settings(settings, self.request)
-                benchmarks = Benchmarks(self.request.tasks)
+                benchmarks = BenchmarkTasks(self.request.tasks)
                 self.scorer = Scorer(self.request, settings, max_tokens, benchmarks)
             return self.scorer.score(checkpoint, wait=wait)
         except StepBusyError:

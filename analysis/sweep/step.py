@@ -17,7 +17,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from sft_probe.analysis.sweep.benchmarks import Benchmarks, benchmark_rows, slug
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks, benchmark_rows, slug
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.generate import generate_answers, generation_docs, max_new_tokens
 from sft_probe.analysis.sweep.identity import (
@@ -36,7 +36,8 @@ from sft_probe.analysis.sweep.ownership import (
     stale_parts,
     step_folder,
 )
-from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, record
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.settings import SweepSettings, record
 from sft_probe.errors import UserError
 from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
 from sft_probe.models import check_window
@@ -69,7 +70,7 @@ class Scorer:
         request: SweepRequest,
         settings: SweepSettings,
         max_tokens: int,
-        benchmarks: Benchmarks,
+        benchmarks: BenchmarkTasks,
     ) -> None:
         self.request = request
         self.settings = settings

@@ -11,15 +11,12 @@ from types import ModuleType
 
 from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
-from sft_probe.analysis.sweep.benchmarks import Benchmarks
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
-from sft_probe.analysis.sweep.settings import (
-    SweepRequest,
-    fix_settings,
-    resolve_settings,
-)
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
 from sft_probe.analysis.sweep.step import Scorer, parts_asked_for
 from sft_probe.errors import UserError
 
@@ -36,7 +33,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     checkpoints, problems = _find(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
-    benchmarks = Benchmarks(request.tasks)
+    benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
         log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)
     if request.engine == "ray":
