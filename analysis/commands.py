@@ -293,7 +293,7 @@ class Words(Command):
 
     def execute(self) -> None:
         """Print the classes and the words that gained most, and write the tables."""
-        from sft_probe.analysis.report.words_text import words_text
+        from sft_probe.analysis.report.studies_text import words_text
         from sft_probe.analysis.stats.runs import load_recording
         from sft_probe.analysis.studies.words import words, write_words
 
@@ -321,7 +321,7 @@ class Weights(Command):
 
     def execute(self) -> None:
         """Print the last step by layer and kind, and write tables and a figure."""
-        from sft_probe.analysis.report.weights_text import weights_text
+        from sft_probe.analysis.report.studies_text import weights_text
         from sft_probe.analysis.studies.weight_changes import weight_changes, write_weight_changes
 
         changes = weight_changes(self.run)
@@ -329,7 +329,7 @@ class Weights(Command):
         folder = self.out or self.run / "analysis"
         written = write_weight_changes(changes, folder)
         try:
-            from sft_probe.analysis.figures.runs import plot_weights
+            from sft_probe.analysis.figures.weights import plot_weights
         except ImportError as error:
             raise _needs_report(error) from error
         for path in [*written, *plot_weights(changes, folder)]:

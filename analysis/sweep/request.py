@@ -38,7 +38,7 @@ class SweepRequest(Benchmarks, Replayable):
         sft-probe sweep runs/mine
         sft-probe sweep runs/mine --tasks arc_easy,blimp --generate 16
         sft-probe sweep out/pythia --model EleutherAI/pythia-70m --revisions step0,main=143000
-        sft-probe sweep out/theirs --checkpoints base=0 'ckpts/step-*' --probe-set sets/mine --dry-run
+        sft-probe sweep out/theirs --checkpoints base=0 'out/step-*' --probe-set my-set --dry-run
     """
 
     directory: Positional[Annotated[Path, "RUN"]]

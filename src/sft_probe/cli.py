@@ -140,7 +140,7 @@ class BenchmarksAdd(Command):
 
     Examples:
         sft-probe benchmarks add arc_easy.jsonl copa.jsonl
-        sft-probe benchmarks add mine.jsonl --out tasks; lm_eval --include_path tasks --tasks mine ...
+        sft-probe benchmarks add mine.jsonl --out tasks && lm_eval --include_path tasks --tasks mine
     """
 
     files: Positional[Annotated[list[Path], "FILE"]]
