@@ -85,20 +85,26 @@ class Plot(Selection):
 
     Examples:
         sft-probe plot runs/mine
-        sft-probe plot runs/a runs/b --color run --width 3.25in --format pdf --out figures
+        sft-probe plot runs/mine --figures changes,parts --width 3.25in --font-size 8 --no-title
     """
 
     runs: Positional[Annotated[list[Path], "RUN"]]
     """Runs that are swept, or that scored themselves in training."""
+    figures: Names | None = None
+    """Figures to draw, such as changes,parts. Default: all that the runs allow."""
     color: Literal["category", "run", "order_seed", "train_category", "model"] = "category"
     """What has a colour of its own."""
     labels: Annotated[Path | None, "FILE"] = None
-    """YAML file that maps a category to the label printed for it."""
+    """YAML file that maps a category to the label printed for it, such as `chosen: y^+`."""
     width: Annotated[float | None, Reader(_points, "LENGTH")] = None
-    """Width of a whole figure, such as 3.25in, 8cm or 234pt."""
+    """Width of the page of a figure, such as 3.25in, 8cm or 234pt."""
+    font: Annotated[str | None, "NAME"] = None
+    """Font of the text, which must be on this machine. Default: DejaVu Sans."""
     font_size: float = 10
     """Size of the text in points."""
-    format: Names = ("png", "svg", "pdf")
+    no_title: bool = False
+    """Leave the title out; it stands in NAME.txt, the caption beside the figure, in any case."""
+    format: Names = ("png", "pdf")
     """Formats of the files: png, svg, pdf, html."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the figures. Default: RUN/figures, or ./figures for several runs."""
@@ -106,7 +112,13 @@ class Plot(Selection):
     def execute(self) -> None:
         """Draw the figures."""
         try:
-            from sft_probe.analysis.figures.figure import DEFAULT_WIDTH, Style, read_labels
+            from sft_probe.analysis.figures.figure import (
+                DEFAULT_WIDTH,
+                FONTS,
+                Style,
+                font_families,
+                read_labels,
+            )
             from sft_probe.analysis.figures.plot import plot
         except ImportError as error:
             raise _needs_report(error) from error
@@ -114,11 +126,14 @@ class Plot(Selection):
             color=self.color,
             width=self.width or DEFAULT_WIDTH,
             font_size=self.font_size,
+            font=font_families(self.font) if self.font else FONTS,
+            titled=not self.no_title,
             labels=read_labels(self.labels) if self.labels else {},
         )
         for path in plot(
             self.runs,
             style=style,
+            figures=self.figures,
             categories=self.categories,
             formats=self.format,
             include_eos=self.include_eos,
