@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from sft_probe.analysis.figures.figure import Figure, Style, cell_width
+from sft_probe.analysis.figures.figure import Figure, Style, small_multiples
 from sft_probe.analysis.studies.weight_changes import by_layer
 
 _KINDS = ("attention", "mlp", "norm")
@@ -32,26 +32,22 @@ def plot_weights(
 
 
 def _heat_maps(table: pd.DataFrame, style: Style, width: float) -> Any:
-    kinds = [kind for kind in _KINDS if kind in set(table["kind"])]
+    shown = table[table["kind"].isin(_KINDS) & (table["relative_change"] > 0)]
+    kinds = [kind for kind in _KINDS if kind in set(shown["kind"])]
     color = alt.Color(
         "relative_change:Q",
         scale=alt.Scale(scheme="viridis", type="log"),
         legend=alt.Legend(title="relative change", format=".0e"),
     )
-    charts = [
-        alt.Chart(table[(table["kind"] == kind) & (table["relative_change"] > 0)])
+    layers = (
+        alt.Chart(shown)
         .mark_rect()
         .encode(
             x=alt.X("step:O", title="step"),
-            y=alt.Y("layer:O", title="layer" if number == 0 else None, sort="descending"),
+            y=alt.Y("layer:O", title="layer", sort="descending"),
             color=color,
             tooltip=["step:O", "layer:O", "kind:N", "relative_change:Q"],
         )
-        .properties(
-            title=kind,
-            width=cell_width(width, len(kinds), style),
-            height=style.font_size * max(table["layer"].nunique(), 8),
-        )
-        for number, kind in enumerate(kinds)
-    ]
-    return alt.hconcat(*charts)
+    )
+    height = style.font_size * max(shown["layer"].nunique(), 10)
+    return small_multiples(layers, kinds, style, width, column="kind", height=height)
