@@ -5,7 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from sft_probe.prompts import (
     terminator_id,
 )
 from sft_probe.synth.hh import (
-    Pair,
+    Parsed,
     RowRejectedError,
     clean_response,
     column_names,
@@ -32,68 +32,11 @@ from sft_probe.synth.hh import (
     parse_turns,
 )
 from sft_probe.synth.sources import Row, read_rows, source_sha256
-from sft_probe.synth.splits import conversation_id, derangement
+from sft_probe.synth.splits import root_id
+from sft_probe.train.options import Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NO_PROMPT = "_no_prompt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which docs, by their fraction, are trained on with which response."""
-
-    name: str
-    """As written: the category, with `_no_prompt` where the prompt is left out."""
-    category: str
-    with_prompt: bool
-    fraction: float
-
-
-def parse_mixture(text: str, categories: Sequence[str], source: str) -> list[Share]:
-    """Parse the value of `--train_category`.
-
-        mixture  = share {"," share}
-        share    = category [":" fraction]     fraction of the docs; default: all of them
-        category = a category of the set, or one followed by `_no_prompt`: the same response
-                   tokens without the prompt
-
-    Raises:
-        UserError: an unknown category, one that comes twice, or a fraction that is not above 0 and
-        at most 1.
-    """
-    shares = []
-    for item in text.split(","):
-        name, _, fraction = (piece.strip() for piece in item.partition(":"))
-        category = name if name in categories else name.removesuffix(_NO_PROMPT)
-        if category not in categories:
-            raise UserError(
-                f"--train_category {text}: {source} has only {', '.join(categories)}, not {name!r}."
-            )
-        shares.append(
-            Share(
-                name=name,
-                category=category,
-                with_prompt=category == name,
-                fraction=_fraction(fraction, text),
-            )
-        )
-    if len({share.name for share in shares}) < len(shares):
-        raise UserError(f"--train_category {text}: a category comes twice.")
-    return shares
-
-
-def _fraction(text: str, flag: str) -> float:
-    try:
-        value = float(text or 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise UserError(
-            f"--train_category {flag}: a fraction is above 0 and at most 1, not {text!r}."
-        )
-    return value
 
 
 def assign(docs: Sequence[Doc], shares: Sequence[Share], seed: int) -> list[tuple[Doc, Share]]:
@@ -132,26 +75,23 @@ def read_docs(
     held_out: Counter[str] = Counter()
     for row in read_rows(source):
         if row.split == "heldout":
-            held_out[row.file] += 1
+            held_out[row.place.file] += 1
             continue
-        doc_id = f"{row.file}-{row.line:06d}"
+        doc_id = f"{row.place.file}-{row.place.line:06d}"
         try:
-            pair, categories = _parse(row, prompt_column, response_column)
-            responses = {category: getattr(pair, category) for category in categories}
-            earlier = seen.setdefault(json.dumps([pair.messages, responses]), doc_id)
+            messages, responses = _parse(row, prompt_column, response_column)
+            earlier = seen.setdefault(json.dumps([messages, responses]), doc_id)
             if earlier != doc_id:
                 raise RowRejectedError(f"the same as an earlier row, {earlier}")
         except RowRejectedError as error:
-            dropped.append(
-                DroppedDoc(doc_id=doc_id, reason=f"{row.file}, line {row.line}: {error}")
-            )
+            dropped.append(DroppedDoc(doc_id=doc_id, reason=f"{row.place}: {error}"))
             continue
         docs.append(
             Doc(
                 doc_id=doc_id,
-                conversation_id=conversation_id(pair),
+                conversation_id=root_id(messages),
                 split="train",
-                messages=tuple(pair.messages),
+                messages=tuple(messages),
                 responses=responses,
                 random_doc_id=None,
             )
@@ -169,15 +109,13 @@ def read_docs(
     return docs, dropped
 
 
-def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tuple[str, ...]]:
-    """The row as a pair, and which of its responses are the row's own."""
-    value = row.value
-    if row.fault or not isinstance(value, dict):
-        raise RowRejectedError(row.fault or "not a JSON object")
+def _parse(row: Row, prompt_column: str, response_column: str) -> Parsed:
+    """Return the turns of a row, and its one or two responses."""
+    value = row.columns()
     if place := find_lone_surrogate(value):
         raise RowRejectedError(f"`{place}` holds {LONE_SURROGATE}")
     if "chosen" in value and "rejected" in value:
-        return parse_row(value), ("chosen", "rejected")
+        return parse_row(value)
     messages: Any = value.get("messages")
     if messages is None:
         if missing := [
@@ -196,20 +134,7 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
             {"role": "assistant", "content": clean_response(response)},
         ]
     turns, response = parse_messages(messages)
-    return Pair(messages=turns, chosen=response, rejected=""), ("chosen",)
-
-
-def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
-    """The docs with the category `random`: the chosen response of another doc, each used once."""
-    order = derangement([doc.responses["chosen"] for doc in docs], seed)
-    return [
-        replace(
-            doc,
-            responses={**doc.responses, "random": docs[partner].responses["chosen"]},
-            random_doc_id=docs[partner].doc_id,
-        )
-        for doc, partner in zip(docs, order, strict=True)
-    ]
+    return Parsed(turns, {"chosen": response})
 
 
 def without_heldout(
@@ -217,7 +142,7 @@ def without_heldout(
 ) -> tuple[list[Doc], list[DroppedDoc]]:
     """Takes out the docs whose conversation, known by its first user turn, is probed as held
     out."""
-    held = {conversation_id(doc): doc.doc_id for doc in heldout}
+    held = {root_id(doc.messages): doc.doc_id for doc in heldout}
     twins = {doc.doc_id: held.get(doc.conversation_id) for doc in docs}
     dropped = [
         DroppedDoc(doc_id=doc_id, reason=f"its conversation is that of the held-out doc {twin}")
