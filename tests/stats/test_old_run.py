@@ -49,8 +49,8 @@ def check_table(path: Path, expected: str) -> None:
     assert set(old) <= set(new), expected
     for name in old:
         if pd.api.types.is_numeric_dtype(old[name]):
-            numbers = (table[name].astype(float) for table in (new, old))
-            np.testing.assert_allclose(*numbers, rtol=0, atol=2e-6, err_msg=f"{expected}: {name}")
+            ours, theirs = (table[name].to_numpy(dtype=float) for table in (new, old))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6, err_msg=f"{name}")
         elif name != "sentence":  # the words may change
             assert list(new[name].astype(str)) == list(old[name].astype(str)), name
 
