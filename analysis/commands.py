@@ -279,3 +279,73 @@ class Transfer(Training):
             shard=self.shard,
             extra=shlex.split(self.train_flags),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(Command):
+    """Say in which words the change of a run lies: by class, by literal, by sequence of words.
+
+    The change of every response between two steps is divided among its words, numbers, marks and
+    blanks; the classes add up to the whole. Intervals are over docs, in clusters.
+
+    Examples:
+        sft-probe words runs/mine
+        sft-probe words runs/mine --categories chosen --step 16 --top 30
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run that is swept, or that scored itself in training."""
+    categories: Names | None = None
+    """Categories to read. Default: all."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Which prompts."""
+    step: int | None = None
+    """Last step of the change, which counts from the first. Default: the last one scored."""
+    top: Positive = 10
+    """Words and sequences to print per category; the tables hold all."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the tables. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the classes and the words that gained most, and write the tables."""
+        from sft_probe.analysis.report.studies_text import words_text
+        from sft_probe.analysis.stats.runs import load_recording
+        from sft_probe.analysis.studies.words import words, write_words
+
+        found = words(load_recording(self.run), self.split, self.step, self.categories)
+        print(words_text(found, self.top))  # noqa: T201
+        for path in write_words(found, self.out or self.run / "analysis"):
+            log.info("wrote %s", path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Command):
+    """Say where the weights of a run moved: how far, in how many directions, by layer and kind.
+
+    Reads the snapshots alone, full or LoRA.
+
+    Examples:
+        sft-probe weights runs/mine
+        sft-probe weights runs/mine --out tables
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run with snapshots of two steps or more."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of tables and figure. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the last step by layer and kind, and write tables and a figure."""
+        from sft_probe.analysis.report.studies_text import weights_text
+        from sft_probe.analysis.studies.weight_changes import weight_changes, write_weight_changes
+
+        changes = weight_changes(self.run)
+        print(weights_text(changes))  # noqa: T201
+        folder = self.out or self.run / "analysis"
+        written = write_weight_changes(changes, folder)
+        try:
+            from sft_probe.analysis.figures.weights import plot_weights
+        except ImportError as error:
+            raise _needs_report(error) from error
+        for path in [*written, *plot_weights(changes, folder)]:
+            log.info("wrote %s", path)
