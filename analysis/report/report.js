@@ -226,7 +226,10 @@ if (data.docs.length) {
   byId("run").replaceChildren(...data.docs.map((run, value) => Object.assign(element("option", run.name), { value })));
   byId("run").hidden = data.docs.length < 2;
   byId("run").addEventListener("change", pickRun);
-  byId("sort").addEventListener("change", listDocs);
+  byId("sort").addEventListener("change", () => {
+    state.doc = null; // the first in the new order is shown
+    listDocs();
+  });
   byId("search").addEventListener("input", listDocs);
   byId("step").addEventListener("input", () => toStep(Number(byId("step").value)));
   byId("list").addEventListener("keydown", keys);
