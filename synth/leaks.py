@@ -57,7 +57,7 @@ def _pattern(name: str) -> "regex.Pattern[str]":
 def _expand(name: str) -> str:
     alternatives = "|".join(_lists()[name])
     names = r"<(yes|here|rewrite)>"
-    return regex.sub(names, lambda match: f"(?:{_expand(match[1])})", alternatives)
+    return str(regex.sub(names, lambda match: f"(?:{_expand(match[1])})", alternatives))
 
 
 def _find(name: str, text: str) -> "regex.Match[str] | None":
@@ -123,14 +123,14 @@ def _is_labelled(text: str, template_text: str, context: str) -> bool:
 
 def _is_announced(text: str, context: str, is_answer: bool) -> bool:
     """Return whether the text starts with a label, a thought, or a line that says what follows."""
-    if _starts("thought", text) or _starts("as_asked", text):
-        return True
-    if _starts("label", text) and not _starts("label", context):
-        return True
     asks_to_rewrite = _find("rewrite", context) is not None
-    if _find("inner_label", text) and not asks_to_rewrite:
-        return True
-    if not is_answer and _is_headed(text, context):
+    if (
+        _starts("thought", text)
+        or _starts("as_asked", text)
+        or (_starts("label", text) and not _starts("label", context))
+        or (_find("inner_label", text) and not asks_to_rewrite)
+        or (not is_answer and _is_headed(text, context))
+    ):
         return True
     about, said = "about_task" if is_answer else "about_text", ""
     sentences = _SENTENCE.split(text[:_OPENING].lstrip())
@@ -168,17 +168,20 @@ def _has_remark(text: str, context: str, is_answer: bool) -> bool:
     is_aside = bool(_ASIDE.search(text) and not _ASIDE.search(context)) or bool(
         remark and _find("on_text", remark[1])
     )
-    if _find("count", text) or (is_aside and not is_answer):
-        return True
-    if _starts("account", text) and not _starts("account", context):
+    if (
+        _find("count", text)
+        or (is_aside and not is_answer)
+        or (_starts("account", text) and not _starts("account", context))
+    ):
         return True
     paragraphs = [part for part in _PARAGRAPH.split(text) if part.strip("-*_ \n")]
+    asks_to_rewrite = _find("rewrite", context) is not None
     for paragraph in paragraphs[1:]:
-        if _starts("rewriting", paragraph) and _find("rewrite", context) is None:
-            return True
-        if _starts("account", paragraph):
-            return True
-        if _starts("note", paragraph) and _find("on_text", paragraph):
+        if (
+            (_starts("rewriting", paragraph) and not asks_to_rewrite)
+            or _starts("account", paragraph)
+            or (_starts("note", paragraph) and _find("on_text", paragraph))
+        ):
             return True
     sentences = [part for part in _SENTENCE.split(text) if part.strip()]
     tail = " ".join([*sentences[1:][-2:], *paragraphs[1:][-1:]]) if len(sentences) > 1 else ""
