@@ -51,7 +51,7 @@ def test_a_token_on_the_command_line_is_refused(
         name + "hf_secret" * (not token),
         *token,
     ]
-    assert ("not used" if name == "--hub_tok" else "HF_TOKEN") in user_error(
+    assert ("Did you mean --hub_token?" if name == "--hub_tok" else "HF_TOKEN") in user_error(
         sft_probe("train", *flags)
     )
     assert not list(tmp_path.rglob("*.json"))
