@@ -344,7 +344,7 @@ class Weights(Command):
         folder = self.out or self.run / "analysis"
         written = write_weight_changes(changes, folder)
         try:
-            from sft_probe.analysis.figures.weights import plot_weights
+            from sft_probe.analysis.figures.weight_maps import plot_weights
         except ImportError as error:
             raise _needs_report(error) from error
         for path in [*written, *plot_weights(changes, folder)]:

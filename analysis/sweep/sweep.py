@@ -12,7 +12,12 @@ from types import ModuleType
 from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
-from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
+from sft_probe.analysis.sweep.checkpoints import (
+    Checkpoint,
+    checkpoints_matching,
+    hub_revisions,
+    snapshots_of_run,
+)
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.request import SweepRequest
@@ -135,7 +140,7 @@ def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
 
 def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
     if request.checkpoints:
-        return of_patterns(request.checkpoints)
+        return checkpoints_matching(request.checkpoints)
     if request.model:
-        return of_revisions(request.model, request.revisions), []
-    return of_run(request.directory)
+        return hub_revisions(request.model, request.revisions), []
+    return snapshots_of_run(request.directory)
