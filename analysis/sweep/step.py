@@ -36,7 +36,7 @@ from sft_probe.analysis.sweep.ownership import (
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.results import benchmark_rows, write_results
 from sft_probe.analysis.sweep.settings import SweepSettings, record
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
 from sft_probe.models import check_window
 from sft_probe.prompts import first_visible, terminator_id
@@ -363,7 +363,8 @@ def _load_benchmark(spec: str) -> list[Any]:
         names = [spec] if is_file else manager.match_tasks([spec])
         if not names or (is_file and not Path(spec).is_file()):
             raise UserError(
-                f"--tasks: lm-eval knows no task {spec!r}; `lm_eval ls tasks` lists them."
+                f"--tasks: lm-eval knows no task {spec!r}.{did_you_mean(spec, manager.all_tasks)} "
+                "`lm_eval ls tasks` lists them."
             )
         if (
             len(names) > 1

@@ -296,7 +296,8 @@ def whole_parser(complete_file: Any) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         if group not in found:
-            found[group] = found[""].add_parser(group).add_subparsers(metavar="COMMAND")
+            group_parser = found[""].add_parser(group, help=f"Commands of {group}.")
+            found[group] = group_parser.add_subparsers(metavar="COMMAND")
         summary = about(command)[0]
         own = found[group].add_parser(last, help=summary, description=summary)
         for option in train_options() if command is Train else options_of(command):
