@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from sft_probe.analysis.stats.runs import Recording
 from sft_probe.analysis.stats.tokens import token_ends
 from sft_probe.analysis.studies.lexicon import CLASSES, pieces, spread
 from sft_probe.errors import UserError
+from sft_probe.files import make_dir, write_text
 
 MIN_DOCS = 10
 """A literal in fewer docs has no interval worth printing."""
@@ -203,3 +205,14 @@ def _sequences(table: pd.DataFrame) -> pd.DataFrame:
 
 def _clusters(frame: pd.DataFrame) -> Ints:
     return cluster_ids(frame.index.get_level_values("cluster").tolist())
+
+
+def write_words(found: Words, folder: Path) -> list[Path]:
+    """Write `words_classes`, `words_literals` and `words_sequences` as CSV; return the paths."""
+    make_dir(folder)
+    tables = {"classes": found.classes, "literals": found.literals, "sequences": found.sequences}
+    paths = []
+    for name, table in tables.items():
+        paths.append(folder / f"words_{name}.csv")
+        write_text(paths[-1], table.to_csv(index=False))
+    return paths

@@ -17,7 +17,7 @@ class Benchmarks:
     """Benchmarks beside the probes"""
 
     tasks: Names = ()
-    """lm-eval tasks, patterns or YAML files."""
+    """lm-eval tasks, patterns, YAML files, or names given by `sft-probe benchmarks add`."""
     batch_size: Positive = 8
     """Batch size of generation (--generate and generative benchmarks)."""
     num_fewshot: int | None = None
@@ -39,7 +39,7 @@ class SweepRequest(Benchmarks, Replayable):
         sft-probe sweep runs/mine
         sft-probe sweep runs/mine --tasks arc_easy,blimp --generate 16
         sft-probe sweep out/pythia --model EleutherAI/pythia-70m --revisions step0,main=143000
-        sft-probe sweep out/theirs --checkpoints 'ckpts/step-*' --probe-set sets/mine
+        sft-probe sweep out/theirs --checkpoints base=0 'out/step-*' --probe-set my-set --dry-run
     """
 
     directory: Positional[Annotated[Path, "RUN"]]
@@ -73,6 +73,9 @@ class SweepRequest(Benchmarks, Replayable):
     generate: Positive = 0
     """Also write greedy answers to the first N held-out prompts."""
 
+    dry_run: bool = False
+    """List the checkpoints with step, size and what is scored already, and end."""
+
     @property
     def resolved_device(self) -> str:
         """The device asked for, else a GPU where there is one."""
@@ -83,8 +86,11 @@ class SweepRequest(Benchmarks, Replayable):
     def execute(self) -> None:
         """Score what is not scored yet, and write `RUN/sweep/config.yaml`."""
         self._check()
-        from sft_probe.analysis.sweep.sweep import sweep
+        from sft_probe.analysis.sweep.sweep import plan, sweep
 
+        if self.dry_run:
+            print(plan(self))  # noqa: T201
+            return
         for path in sweep(self):
             log.info("wrote %s", path)
         write_config(self.directory / "sweep/config.yaml", "sft-probe sweep", config_of(self))
