@@ -13,12 +13,12 @@ from sft_probe.analysis.stats.clusters import count_text
 from sft_probe.analysis.stats.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
-from sft_probe.analysis.stats.rows import write_parquet
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.stats.verdict import cluster_warnings, share_text, verdict_table
 from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import make_dir, write_text
 from sft_probe.probe_set import SPLITS
+from sft_probe.scores import write_parquet
 
 _HEAD = (
     f"{'category':<22}{'start':>8}{'change':>8}  "
