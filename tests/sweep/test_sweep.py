@@ -18,10 +18,10 @@ import torch
 from helpers import Run, blimp_task, make_docs, needs_shared, reads_task_index, user_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_probe.analysis.stats.rows import SCHEMA
 from sft_probe.analysis.sweep.live_model import LiveModel
 from sft_probe.files import write_jsonl
 from sft_probe.probe_set import CATEGORIES, load_probe_set
+from sft_probe.scores import SCHEMA
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
