@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.options import (
     Command,
@@ -85,20 +86,26 @@ class Plot(Selection):
 
     Examples:
         sft-probe plot runs/mine
-        sft-probe plot runs/a runs/b --color run --width 3.25in --format pdf --out figures
+        sft-probe plot runs/mine --figures changes,parts --width 3.25in --font-size 8 --no-title
     """
 
     runs: Positional[Annotated[list[Path], "RUN"]]
     """Runs that are swept, or that scored themselves in training."""
+    figures: Names | None = None
+    """Figures to draw, such as changes,parts. Default: all that the runs allow."""
     color: Literal["category", "run", "order_seed", "train_category", "model"] = "category"
     """What has a colour of its own."""
     labels: Annotated[Path | None, "FILE"] = None
-    """YAML file that maps a category to the label printed for it."""
+    """YAML file that maps a category to the label printed for it, such as `chosen: y^+`."""
     width: Annotated[float | None, Reader(_points, "LENGTH")] = None
-    """Width of a whole figure, such as 3.25in, 8cm or 234pt."""
+    """Width of the page of a figure, such as 3.25in, 8cm or 234pt."""
+    font: Annotated[str | None, "NAME"] = None
+    """Font of the text, which must be on this machine. Default: DejaVu Sans."""
     font_size: float = 10
     """Size of the text in points."""
-    format: Names = ("png", "svg", "pdf")
+    no_title: bool = False
+    """Leave the title out; it stands in NAME.txt, the caption beside the figure, in any case."""
+    format: Names = ("png", "pdf")
     """Formats of the files: png, svg, pdf, html."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the figures. Default: RUN/figures, or ./figures for several runs."""
@@ -106,7 +113,13 @@ class Plot(Selection):
     def execute(self) -> None:
         """Draw the figures."""
         try:
-            from sft_probe.analysis.figures.figure import DEFAULT_WIDTH, Style, read_labels
+            from sft_probe.analysis.figures.figure import (
+                DEFAULT_WIDTH,
+                FONTS,
+                Style,
+                font_families,
+                read_labels,
+            )
             from sft_probe.analysis.figures.plot import plot
         except ImportError as error:
             raise _needs_report(error) from error
@@ -114,11 +127,14 @@ class Plot(Selection):
             color=self.color,
             width=self.width or DEFAULT_WIDTH,
             font_size=self.font_size,
+            font=font_families(self.font) if self.font else FONTS,
+            titled=not self.no_title,
             labels=read_labels(self.labels) if self.labels else {},
         )
         for path in plot(
             self.runs,
             style=style,
+            figures=self.figures,
             categories=self.categories,
             formats=self.format,
             include_eos=self.include_eos,
@@ -250,6 +266,7 @@ class Transfer(Training):
             raise _needs_report(error) from error
         for path in [*written, *plot_transfer(found, self.out)]:
             log.info("wrote %s", path)
+        write_config(self.out / "config.yaml", "sft-probe transfer", config_of(self))
 
     def _train(self) -> list[str]:
         from sft_probe.analysis.studies.training_runs import train_rows
@@ -264,3 +281,73 @@ class Transfer(Training):
             shard=self.shard,
             extra=shlex.split(self.train_flags),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(Command):
+    """Say in which words the change of a run lies: by class, by literal, by sequence of words.
+
+    The change of every response between two steps is divided among its words, numbers, marks and
+    blanks; the classes add up to the whole. Intervals are over docs, in clusters.
+
+    Examples:
+        sft-probe words runs/mine
+        sft-probe words runs/mine --categories chosen --step 16 --top 30
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run that is swept, or that scored itself in training."""
+    categories: Names | None = None
+    """Categories to read. Default: all."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Which prompts."""
+    step: int | None = None
+    """Last step of the change, which counts from the first. Default: the last one scored."""
+    top: Positive = 10
+    """Words and sequences to print per category; the tables hold all."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the tables. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the classes and the words that gained most, and write the tables."""
+        from sft_probe.analysis.report.studies_text import words_text
+        from sft_probe.analysis.stats.runs import load_recording
+        from sft_probe.analysis.studies.words import words, write_words
+
+        found = words(load_recording(self.run), self.split, self.step, self.categories)
+        print(words_text(found, self.top))  # noqa: T201
+        for path in write_words(found, self.out or self.run / "analysis"):
+            log.info("wrote %s", path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Command):
+    """Say where the weights of a run moved: how far, in how many directions, by layer and kind.
+
+    Reads the snapshots alone, full or LoRA.
+
+    Examples:
+        sft-probe weights runs/mine
+        sft-probe weights runs/mine --out tables
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run with snapshots of two steps or more."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of tables and figure. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the last step by layer and kind, and write tables and a figure."""
+        from sft_probe.analysis.report.studies_text import weights_text
+        from sft_probe.analysis.studies.weight_changes import weight_changes, write_weight_changes
+
+        changes = weight_changes(self.run)
+        print(weights_text(changes))  # noqa: T201
+        folder = self.out or self.run / "analysis"
+        written = write_weight_changes(changes, folder)
+        try:
+            from sft_probe.analysis.figures.weight_maps import plot_weights
+        except ImportError as error:
+            raise _needs_report(error) from error
+        for path in [*written, *plot_weights(changes, folder)]:
+            log.info("wrote %s", path)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.synth.options import SynthRun
 
@@ -31,7 +32,7 @@ def run_synth(options: SynthRun) -> None:
     from sft_probe.synth.asking.store import Store
     from sft_probe.synth.build import plan_set
     from sft_probe.synth.estimate import describe_cost
-    from sft_probe.synth.output import STORE, begin_set, write_left_out
+    from sft_probe.synth.output import STORE, WORK_DIR, begin_set, write_left_out
     from sft_probe.synth.writers import EMBEDDED_WRITER, make_writer, name_writer
 
     settings = _settings(options)
@@ -50,6 +51,7 @@ def run_synth(options: SynthRun) -> None:
         untrained = HfWriter(options.untrained_model or EMBEDDED_WRITER, is_chat=False)
     writer = make_writer(options) if needs_writer else None
     begin_set(options.out)
+    write_config(options.out / WORK_DIR / "config.yaml", "sft-probe synth run", config_of(options))
     try:
         with Store(options.out / STORE) as store:
             plan = plan_set(settings, left_out, untrained.tokenizer if untrained else None)

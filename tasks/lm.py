@@ -17,7 +17,7 @@ from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import code_refused, local_folder, needs_code
 from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
 from sft_probe.tasks.cache import bind_cache
 
@@ -148,8 +148,10 @@ class ProbeLM(HFLM):
         modules = _module_types(model)
         # another adapter's layers may not take the masks, and weights with NaN in them fail the
         # check for all others
-        if modules != self._modules or (self.scorer.way is not None and not self.scorer.way.shared):
-            self.scorer.way = None
+        if modules != self._modules or (
+            self.scorer.mode is not None and not self.scorer.mode.shared
+        ):
+            self.scorer.mode = None
         self._modules = modules
 
     def loglikelihood(
@@ -263,11 +265,13 @@ class ProbeLM(HFLM):
                 f"{len(faults)} of {len(requests)} requests cannot be scored:\n{_join(faults)}"
             )
 
-    def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Item:
+    def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Continuation:
         """Cuts the context on the left where the window is too short, as `hf` does."""
-        return Item(context_ids[-(self.max_length + (end is None) - len(ids)) :], ids, end)
+        return Continuation(context_ids[-(self.max_length + (end is None) - len(ids)) :], ids, end)
 
-    def _score(self, items: list[Item], disable_tqdm: bool) -> Iterator[tuple[int, ProbeScore]]:
+    def _score(
+        self, items: list[Continuation], disable_tqdm: bool
+    ) -> Iterator[tuple[int, ProbeScore]]:
         """Scores of `items` by index."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         scores = self.scorer.score(model, items)

@@ -79,7 +79,7 @@ class SftArguments(TrainOptions, TrainingArguments):
         elif self.deepspeed is not None:
             load_tokenizer(self.model_name_or_path)  # a typo is found before DeepSpeed compiles
             launch.set_single_process_environment()
-            launch.build_extension()
+            launch.provide_extension()
             if launch.join_ranks_on_cpu(timeout_s=self.ddp_timeout):
                 self.accelerator_config["use_configured_state"] = True
         elif not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -61,7 +61,7 @@ class Checkpoint:
         return self.model if self.revision == "main" else f"{self.model}@{self.revision}"
 
 
-def of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
+def snapshots_of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
     """Snapshots of a run, by step, and what is wrong with those that cannot be used.
 
     Raises:
@@ -101,7 +101,7 @@ def _of_snapshot(folder: Path) -> Checkpoint:
     )
 
 
-def of_patterns(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
+def checkpoints_matching(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
     """Hugging Face model directories, by step, and what is wrong with those that cannot be used.
 
     The step is the one of `PATH=STEP`, else that of `trainer_state.json`, else the one in the name.
@@ -155,7 +155,7 @@ def _matches(pattern: str) -> dict[Path, int | None]:
     return dict.fromkeys(folders, step)
 
 
-def of_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
+def hub_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
     """Revisions of a hub model, as Pythia's `step1000`; `NAME=STEP` says the step of one whose name
     does not.
 

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.ownership import StepBusyError
 from sft_probe.analysis.sweep.request import SweepRequest
@@ -123,7 +124,9 @@ class StepWorker:
         try:
             if self.scorer is None:  # not in `__init__`, where an error would be a dead worker
                 settings = resolve_settings(self.request, [self.decided_by])
-                self.scorer = Scorer(self.request, settings, fix_settings(settings, self.request))
+                max_tokens = fix_settings(settings, self.request)
+                benchmarks = BenchmarkTasks(self.request.tasks)
+                self.scorer = Scorer(self.request, settings, max_tokens, benchmarks)
             return self.scorer.score(checkpoint, wait=wait)
         except StepBusyError:
             return None

@@ -18,7 +18,7 @@ def quickstart(directory: Path) -> None:
     commands = [
         ["train", "--config", "quickstart", "--output_dir", str(directory)],
         ["sweep", str(directory)],
-        ["plot", str(directory)],
+        ["plot", str(directory), "--figures", "trajectory", "--format", "png"],
     ]
     started = time.monotonic()
     for number, command in enumerate(commands, start=1):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 
-class Item(NamedTuple):
+class Continuation(NamedTuple):
     """One continuation to score: token ids, none of them empty."""
 
     prefix_ids: Sequence[int]
@@ -57,7 +57,7 @@ class Pack:
     """Per item: the nodes from which its targets are predicted."""
 
 
-def pack_shared(items: Sequence[Item], max_tokens: int) -> Iterator[Pack]:
+def pack_shared(items: Sequence[Continuation], max_tokens: int) -> Iterator[Pack]:
     """Packs of at most `max_tokens` tokens (more where one item alone is longer), in the order of
     the token ids.
 
@@ -84,7 +84,7 @@ def pack_shared(items: Sequence[Item], max_tokens: int) -> Iterator[Pack]:
         yield _build(items, inputs, pack)
 
 
-def pack_alone(items: Sequence[Item]) -> Iterator[Pack]:
+def pack_alone(items: Sequence[Continuation]) -> Iterator[Pack]:
     """One plain sequence per item, longest first."""
     inputs = [item.input_ids for item in items]
     for i in sorted(range(len(items)), key=lambda i: -len(inputs[i])):
@@ -119,7 +119,7 @@ def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
     )
 
 
-def _build(items: Sequence[Item], inputs: Sequence[list[int]], members: list[int]) -> Pack:
+def _build(items: Sequence[Continuation], inputs: Sequence[list[int]], members: list[int]) -> Pack:
     token_ids: list[int] = []
     position_ids: list[int] = []
     paths: list[tuple[int, IntArray]] = []

@@ -10,7 +10,7 @@ import torch
 
 from sft_probe.errors import UserError
 from sft_probe.scoring.head import no_cache
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ def check_language_model(model: "PreTrainedModel", dtype: torch.dtype) -> None:
         )
 
 
-def made_up_items(model: "PreTrainedModel", longest: int) -> list[Item]:
+def made_up_items(model: "PreTrainedModel", longest: int) -> list[Continuation]:
     """Prefixes with continuations that start alike; one past every length that the config names, if
     `longest` is."""
     random = np.random.default_rng(0)
@@ -60,11 +60,11 @@ def made_up_items(model: "PreTrainedModel", longest: int) -> list[Item]:
     items = []
     for length in sorted({min(max(_SHORT, length), room) for length in lengths}):
         prefix, stem = (_token_ids(model, n, random) for n in (length, 3))
-        items += [Item(prefix, stem + _token_ids(model, n, random), 0) for n in (2, 9)]
+        items += [Continuation(prefix, stem + _token_ids(model, n, random), 0) for n in (2, 9)]
     return items
 
 
-def plain_logprobs(model: "PreTrainedModel", item: Item) -> npt.NDArray[np.float32]:
+def plain_logprobs(model: "PreTrainedModel", item: Continuation) -> npt.NDArray[np.float32]:
     """Log-probs of the continuation, from the model's own forward of one unpadded text."""
     logits = plain_logits(model, [*item.prefix_ids, *item.continuation_ids])
     start = len(item.prefix_ids)
