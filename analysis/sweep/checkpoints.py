@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def snapshots_of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Snapshots of a run, by step, and what is wrong with those that cannot be used.
+    """Return the snapshots of a run, by step, and what is wrong with those that cannot be used.
 
     Raises:
         UserError: the directory holds no snapshots.
@@ -102,7 +102,8 @@ def _of_snapshot(folder: Path) -> Checkpoint:
 
 
 def checkpoints_matching(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
-    """Hugging Face model directories, by step, and what is wrong with those that cannot be used.
+    """Return Hugging Face model directories, by step, and what is wrong with those that cannot be
+    used.
 
     The step is the one of `PATH=STEP`, else that of `trainer_state.json`, else the one in the name.
 
@@ -156,8 +157,8 @@ def _matches(pattern: str) -> dict[Path, int | None]:
 
 
 def hub_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
-    """Revisions of a hub model, as Pythia's `step1000`; `NAME=STEP` says the step of one whose name
-    does not.
+    """Return revisions of a hub model, such as Pythia's `step1000`; `NAME=STEP` says the step of
+    one whose name does not.
 
     Raises:
         UserError: a name tells no step or several, two tell the same, or steps are mixed with

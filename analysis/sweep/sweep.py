@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep(request: SweepRequest) -> list[Path]:
-    """Scores what is not scored yet and writes the tables; returns their paths.
+    """Score what is not scored yet and writes the tables; return their paths.
 
     Raises:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
@@ -118,7 +118,7 @@ def _on_ray() -> ModuleType:
 
 
 def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
-    """Scores one after the other, last those that another process is scoring now; returns what went
+    """Score one after the other, last those that another process is scoring now; return what went
     wrong."""
     problems = []
     waiting = deque((checkpoint, False) for checkpoint in checkpoints)

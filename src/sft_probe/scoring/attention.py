@@ -40,8 +40,8 @@ ALONE = ForwardMode(shared=False, alone=True)
 
 
 def candidates(model: "PreTrainedModel") -> Iterator[ForwardMode]:
-    """The shared ways that may be right for a model, fastest first; none where its attention takes
-    no mask."""
+    """Yield the modes with shared prefixes that may be right for a model, fastest first; none where
+    its attention takes no mask."""
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return
@@ -54,8 +54,8 @@ def candidates(model: "PreTrainedModel") -> Iterator[ForwardMode]:
 def make_masks(
     model: "PreTrainedModel", mask: torch.Tensor, positions: torch.Tensor, mode: ForwardMode
 ) -> Any:
-    """The mask as the model's attention reads it: per layer type, windowed by position, bool or
-    additive.
+    """Return the mask as the model's attention reads it: per layer type, windowed by position, bool
+    or additive.
 
     Args:
         model: its config gives window and attention.
@@ -85,8 +85,8 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def attention_in_blocks(model: "PreTrainedModel", masks: Any) -> Iterator[None]:
-    """Runs the model's SDPA in blocks of rows, each over those columns only that its mask (bool,
-    [B, 1, L, L]) uses."""
+    """Run the model's SDPA in blocks of rows, each over those columns only that its mask (bool, [B,
+    1, L, L]) uses."""
     from transformers import AttentionInterface
 
     by_type = masks.values() if isinstance(masks, dict) else [masks]
@@ -126,7 +126,7 @@ def attention_in_blocks(model: "PreTrainedModel", masks: Any) -> Iterator[None]:
 def _blocks(
     mask: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Rows, the columns that any of them sees, and their additive mask."""
+    """Yield blocks of rows with the columns that any of them sees, and their additive mask."""
     length = mask.shape[-1]
     for start in range(0, length, _BLOCK_ROWS):
         rows = slice(start, min(start + _BLOCK_ROWS, length))

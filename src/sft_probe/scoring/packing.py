@@ -58,8 +58,8 @@ class Pack:
 
 
 def pack_shared(items: Sequence[Continuation], max_tokens: int) -> Iterator[Pack]:
-    """Packs of at most `max_tokens` tokens (more where one item alone is longer), in the order of
-    the token ids.
+    """Return packs of at most `max_tokens` tokens (more where one item alone is longer), in the
+    order of the token ids.
 
     The items of one prefix stay together wherever they fit.
     """
@@ -85,7 +85,7 @@ def pack_shared(items: Sequence[Continuation], max_tokens: int) -> Iterator[Pack
 
 
 def pack_alone(items: Sequence[Continuation]) -> Iterator[Pack]:
-    """One plain sequence per item, longest first."""
+    """Return one plain sequence per item, longest first."""
     inputs = [item.input_ids for item in items]
     for i in sorted(range(len(items)), key=lambda i: -len(inputs[i])):
         length = len(inputs[i])
@@ -99,8 +99,8 @@ def pack_alone(items: Sequence[Continuation]) -> Iterator[Pack]:
 
 
 def batches(packs: Sequence[Pack], max_tokens: int) -> Iterator[list[Pack]]:
-    """Packs of like length that hold, padded to the longest, at most `max_tokens` tokens (or are a
-    single one)."""
+    """Yield packs of like length that hold, padded to the longest, at most `max_tokens` tokens (or
+    are a single one)."""
     batch: list[Pack] = []
     for pack in sorted(packs, key=lambda pack: -len(pack.token_ids)):
         if batch and (len(batch) + 1) * len(batch[0].token_ids) > max_tokens:
@@ -112,7 +112,7 @@ def batches(packs: Sequence[Pack], max_tokens: int) -> Iterator[list[Pack]]:
 
 
 def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     return next(
         (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
         min(len(left), len(right)),

@@ -45,8 +45,8 @@ _CHECK_HEAD_ROWS = 7
 
 
 def default_max_tokens(device: str) -> int:
-    """The token budget of one forward pass: more keeps a GPU busy, and only leaves the cache of a
-    CPU."""
+    """Return the token budget of one forward pass. More keeps a GPU busy, but overflows the cache
+    of a CPU."""
     return 1024 if torch.device(device).type == "cpu" else 16384
 
 
@@ -97,8 +97,8 @@ class FittingScorer:
     def score(
         self, model: "PreTrainedModel", items: Sequence[Continuation]
     ) -> Iterator[tuple[int, Score]]:
-        """As `score`; where memory runs out it starts again, so that an index may come twice: the
-        later one counts.
+        """Score like `score`, but halve the token budget and start over when memory runs out. An
+        index may be yielded twice; keep the last value.
 
         Raises:
             UserError: one item alone does not fit.
@@ -206,7 +206,7 @@ def score(
     mode: ForwardMode,
     head_rows: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
-    """Yields the index of each item and its score, batch by batch.
+    """Yield the index of each item and its score, batch by batch.
 
     Args:
         model: a causal LM in eval mode, on the device where it is to run.
@@ -272,8 +272,8 @@ def _score_batch(
 def _inputs(
     model: "PreTrainedModel", batch: list[Pack], length: int, mode: ForwardMode
 ) -> dict[str, Any]:
-    """Padded on the right, where no token sees it; padding sees itself, so that no softmax is
-    empty."""
+    """Return the model's inputs, padded on the right, where no token sees it; padding sees itself,
+    so that no softmax is empty."""
     token_ids = np.zeros((len(batch), length), np.int64)
     position_ids = np.zeros((len(batch), length), np.int64)
     mask = (
@@ -303,7 +303,7 @@ def _logits(
     head_rows: int,
     mode: ForwardMode,
 ) -> Generator[torch.Tensor, None, None]:
-    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk."""
+    """Yield the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk."""
     with attention_in_blocks(model, inputs["attention_mask"]) if mode.blocks else nullcontext():
         yield from logits_in_chunks(
             model, inputs, torch.from_numpy(rows).to(model.device), head_rows
@@ -321,8 +321,8 @@ def _head_rows(model: "PreTrainedModel", max_tokens: int) -> int:
 def _read_targets(
     chunks: Iterator[torch.Tensor], row_of_target: IntArray, targets: IntArray, device: torch.device
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q] counts rows
-    over all chunks."""
+    """Return the log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q]
+    counts rows over all chunks."""
     order = np.argsort(row_of_target, kind="stable")
     sorted_rows = row_of_target[order]
     logprobs, greedy, start = [], [], 0
@@ -340,7 +340,8 @@ def _read_targets(
 
 
 def _top_and_log_sum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum and log-sum-exp of each row, in float32; overwrites float32 logits."""
+    """Return the maximum and the log-sum-exp of each row, in float32; float32 logits are
+    overwritten."""
     tops, log_sums = [], []
     # a few rows stay in a CPU's cache from the first pass over them to the last
     part_rows = 16 if logits.device.type == "cpu" else len(logits)
