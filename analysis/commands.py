@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.options import (
     Command,
@@ -271,6 +272,7 @@ class Transfer(Training):
             raise _needs_report(error) from error
         for path in [*written, *plot_transfer(found, self.out)]:
             log.info("wrote %s", path)
+        write_config(self.out / "config.yaml", "sft-probe transfer", config_of(self))
 
     def _train(self) -> list[str]:
         from sft_probe.analysis.studies.training_runs import train_rows
@@ -350,7 +352,7 @@ class Weights(Command):
         folder = self.out or self.run / "analysis"
         written = write_weight_changes(changes, folder)
         try:
-            from sft_probe.analysis.figures.weights import plot_weights
+            from sft_probe.analysis.figures.weight_maps import plot_weights
         except ImportError as error:
             raise _needs_report(error) from error
         for path in [*written, *plot_weights(changes, folder)]:

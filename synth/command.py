@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.synth.options import SynthRun
 
@@ -42,7 +43,14 @@ def run_synth(options: SynthRun) -> None:
     from sft_probe.synth.asking.store import Store
     from sft_probe.synth.build import SetSettings, plan_set
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
-    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_left_out
+    from sft_probe.synth.output import (
+        STORE,
+        WORK_DIR,
+        begin_set,
+        check_directory,
+        rule_of,
+        write_left_out,
+    )
 
     kinds = options.categories or DEFAULT_KINDS
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -67,6 +75,7 @@ def run_synth(options: SynthRun) -> None:
     untrained = _untrained_writer(options) if "untrained" in kinds else None
     writer = _writer(options)
     begin_set(options.out)
+    write_config(options.out / WORK_DIR / "config.yaml", "sft-probe synth run", config_of(options))
     try:
         with Store(options.out / STORE) as store:
             plan = plan_set(settings, left_out, untrained.tokenizer if untrained else None)

@@ -16,8 +16,9 @@ from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, load_recordings
 from sft_probe.analysis.stats.verdict import cluster_warnings, share_text, verdict_table
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import make_dir, write_text
+from sft_probe.probe_set import SPLITS
 from sft_probe.scores import write_parquet
 from sft_probe.text_table import Form, interval, number, p_value, text_table
 
@@ -61,6 +62,7 @@ def analyze(
         UserError: one of them holds no scores, or those of one step only.
     """
     recordings = load_recordings(paths)
+    _check_categories(recordings, categories or ())
     measure = "logprob_with_eos" if include_eos else "logprob"
     for recording in recordings:
         if (
@@ -95,6 +97,16 @@ def analyze(
         if len(recordings) == 2
         else None,
     )
+
+
+def _check_categories(recordings: Sequence[Recording], categories: Sequence[str]) -> None:
+    known = {name: None for run in recordings for split in SPLITS for name in run.categories(split)}
+    for name in categories:
+        if name not in known:
+            raise UserError(
+                f"--categories {name}: the runs have only {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:

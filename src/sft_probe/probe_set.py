@@ -124,7 +124,7 @@ class ProbeSet:
     manifest: dict[str, Any]
 
     def of_split(self, split: str) -> list[Doc]:
-        """The docs of `train` or `heldout`, in file order."""
+        """Return the docs of `train` or `heldout`, in file order."""
         return [doc for doc in self.docs if doc.split == split]
 
     @property
@@ -137,7 +137,7 @@ class ProbeSet:
 
 
 def load_probe_set(source: str) -> ProbeSet:
-    """Reads and validates a probe set.
+    """Read and validates a probe set.
 
     Docs with an empty response or half a surrogate pair are left out and stay listed in `faults`.
 
@@ -160,7 +160,7 @@ def load_probe_set(source: str) -> ProbeSet:
 
 
 def read_probe_set(source: str) -> ProbeSet:
-    """Reads a probe set and collects every fault instead of stopping at the first one.
+    """Read a probe set and collects every fault instead of stopping at the first one.
 
     Raises:
         UserError: there is nothing to read at `source`, or its `probe_set.json` is unusable.
@@ -265,8 +265,8 @@ def _parse_lines(files: list[Path], faults: list[Fault]) -> Iterator[_Row]:
 
 
 def _categories(manifest: dict[str, Any], manifest_path: Path, rows: list[_Row]) -> tuple[str, ...]:
-    """From `probe_set.json`; without one, every text column that the first line has is a
-    category."""
+    """Return the categories that `probe_set.json` names; without one, every text column of the
+    first line."""
     if manifest:
         if not isinstance(manifest.get("categories"), dict) or not manifest["categories"]:
             raise UserError(
@@ -346,7 +346,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def _printable(text: str) -> str:
-    """The text, with `\\ud83d` for what is half of a surrogate pair."""
+    """Return the text with `\\ud83d` for what is half of a surrogate pair."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -394,8 +394,8 @@ def _valid_messages(messages: Any) -> bool:
 
 
 def _check_links(rows: list[_Row]) -> Iterator[Fault]:
-    """Faults between rows: repeated ids, conversations in both splits, `random` that is not its
-    partner's chosen."""
+    """Return faults between rows: repeated ids, conversations in both splits, a `random` that is
+    not its partner's chosen."""
     by_id: dict[str, _Row] = {}
     split_of: dict[str, str] = {}
     for row in rows:
