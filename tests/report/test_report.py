@@ -87,7 +87,7 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     assert prompt is not None
     assert prompt[1].startswith("user: "), "the doc that was picked"
     assert dom.count('class="token"') > 100
-    assert "one run says nothing of training noise" in dom
+    assert "this is one run, so they leave out training noise" in dom
     assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<script>")[0]), (
         "it loads nothing"
     )
