@@ -267,7 +267,7 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     for verb, chosen in (
         ("rose", rows[rows["moved"] & (rows["change"] > 0)]),
         ("fell", rows[rows["moved"] & (rows["change"] < 0)]),
-        ("did not move for certain", rows[~rows["moved"] & rows["change"].notna()]),
+        ("did not change clearly", rows[~rows["moved"] & rows["change"].notna()]),
         ("lacks a score at an end", rows[rows["change"].isna()]),
     ):
         if len(chosen):

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from sft_probe.analysis.studies.weight_changes import by_layer
-from sft_probe.analysis.studies.words import MIN_DOCS, Words
+from sft_probe.analysis.studies.words import MIN_DOCS, WordChanges
 
 _CLASS_COLUMNS = {
     "kind": "class",
@@ -25,7 +25,7 @@ _LITERAL_COLUMNS = {
 }
 
 
-def words_text(found: Words, top: int) -> str:
+def words_text(found: WordChanges, top: int) -> str:
     """Return the classes, and the words and sequences that gained most, of each category."""
     head = (
         f"change of log p from step {found.first_step} to {found.last_step}; 95 % intervals over "

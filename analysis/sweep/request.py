@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.options import Names, Positional, Positive, Replayable, Shard
 
@@ -83,7 +84,7 @@ class SweepRequest(Benchmarks, Replayable):
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def execute(self) -> None:
-        """Check what contradicts itself, score, and write `config.yaml` into `RUN/sweep`."""
+        """Score what is not scored yet, and write `RUN/sweep/config.yaml`."""
         self._check()
         from sft_probe.analysis.sweep.sweep import plan, sweep
 
@@ -92,6 +93,7 @@ class SweepRequest(Benchmarks, Replayable):
             return
         for path in sweep(self):
             log.info("wrote %s", path)
+        write_config(self.directory / "sweep/config.yaml", "sft-probe sweep", config_of(self))
 
     def _check(self) -> None:
         if bool(self.model) != bool(self.revisions):

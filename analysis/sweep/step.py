@@ -351,7 +351,8 @@ def _fault(doc: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _faults(folder: Path) -> list[str]:
-    """One message about the responses of a part that have no log-prob; none where all have one."""
+    """Return one message about the responses of a part that have no log-prob; none where all have
+    one."""
     path = folder / "faults.jsonl"
     if not path.exists():
         return []
@@ -388,7 +389,7 @@ def _write_lm_eval_files(
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Errors only from these loggers, and no bar per task, for the length of a block."""
+    """Let only errors of these loggers through, and no bar per task, for the length of a block."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -286,9 +286,10 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
     """
     first, second = (*arguments, "", "")[:2]
     is_group = any(name.startswith(f"{first} ") for name in COMMANDS)
-    if first in ("-h", "--help", "") or (is_group and second in ("-h", "--help")):
+    word = second if first and is_group else first
+    if word in ("-h", "--help") or (not word and first != "synth"):
         print(overview(first if is_group else ""))  # noqa: T201
-        raise SystemExit(0 if first else 2)
+        raise SystemExit(0 if word else 2)
     if first == "--version":
         print(__version__)  # noqa: T201
         raise SystemExit(0)
@@ -297,19 +298,23 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
     if first == "synth":  # as it was before there was `synth run`
         return "synth run", arguments[1:]
     if first not in COMMANDS:
+        name = f"{first} {second}" if is_group else first
         raise UserError(
-            f"there is no command {first!r}.{did_you_mean(first, COMMANDS)} `sft-probe --help` "
-            "lists all."
+            f"there is no command {name!r}.{did_you_mean(name, COMMANDS)} `sft-probe --help` lists "
+            "all."
         )
     return first, arguments[1:]
 
 
 def overview(prefix: str = "") -> str:
     """Return the help of the whole program, or of the commands that begin with a word."""
-    shown = {name: about(command)[0] for name, command in COMMANDS.items() if prefix in name}
+    shown = {
+        name: about(command)[0] for name, command in COMMANDS.items() if name.startswith(prefix)
+    }
+    width = max(map(len, shown)) + 2
     lines = [f"usage: {' '.join(['sft-probe', *prefix.split()])} COMMAND [options]", ""]
     lines += [_DESCRIPTION, ""] if not prefix else []
-    lines += ["commands:", *(f"  {name:<14}{summary}" for name, summary in shown.items()), ""]
+    lines += ["commands:", *(f"  {name:<{width}}{summary}" for name, summary in shown.items()), ""]
     return "\n".join([*lines, "`sft-probe COMMAND --help` explains a command, with examples."])
 
 
@@ -334,7 +339,8 @@ def whole_parser(complete_file: Any) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         if group not in found:
-            found[group] = found[""].add_parser(group).add_subparsers(metavar="COMMAND")
+            group_parser = found[""].add_parser(group, help=f"Commands of {group}.")
+            found[group] = group_parser.add_subparsers(metavar="COMMAND")
         summary = about(command)[0]
         own = found[group].add_parser(last, help=summary, description=summary)
         for option in train_options() if command is Train else options_of(command):

@@ -93,7 +93,7 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
         anchor = re.search(rf'<a href="#([\w-]+)">(?:<bdi>)?{title}<', dom)
         assert anchor is not None, title
         assert f'id="{anchor[1]}"' in dom
-    assert "one run says nothing of training noise" in dom
+    assert "this is one run, so they leave out training noise" in dom
     assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<script>")[0]), (
         "it loads nothing"
     )
