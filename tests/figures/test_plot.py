@@ -74,7 +74,7 @@ def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -
     card = pd.read_csv(figures / "data_card_heldout.csv").set_index("category")
     assert card.loc["chosen", "leading_space"] == 0
     code = pd.read_csv(figures / "code_length.csv")
-    last = code[code["kind"] == "all so far (prequential)"]["bits"].iloc[-1]
+    last = code[code["kind"] == "prequential, so far"]["bits"].iloc[-1]
     assert last == pytest.approx(sum(100 - n for n in range(16)) / (16 * 160) / math.log(2))
     for path in figures.glob("*.svg"):
         assert "<path" in path.read_text(), path

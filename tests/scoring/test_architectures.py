@@ -40,7 +40,7 @@ from sft_probe.errors import UserError
 from sft_probe.models import load_model
 from sft_probe.scoring.attention import ALONE, PLAIN
 from sft_probe.scoring.head import HeadRows
-from sft_probe.scoring.score import choose_way, score
+from sft_probe.scoring.score import choose_mode, score
 from sft_probe.train.model import disable_dropout
 from sft_probe.train.trainer import SftTrainer
 
@@ -90,8 +90,8 @@ def test_the_page_lists_enough() -> None:
 @pytest.mark.parametrize("model_type", ["opt", "llama4_text", "bert", "gpt2", "bloom"])
 def test_no_hook_is_left(model_type: str) -> None:
     model = make_model(model_type)
-    way = choose_way(model, LONGEST)
-    next(score(model, make_items(), max_tokens=64, way=way, head_rows=2))  # left in mid-way
+    way = choose_mode(model, LONGEST)
+    next(score(model, make_items(), max_tokens=64, mode=way, head_rows=2))  # left in mid-way
     for module in model.modules():
         assert "forward" not in vars(module)
         assert not module._forward_pre_hooks
@@ -120,7 +120,7 @@ def test_the_body_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(layer, "forward", count_layer)
     monkeypatch.setattr(head, "forward", count_head)
-    dict(score(model, make_items()[:3], max_tokens=1024, way=PLAIN, head_rows=8))
+    dict(score(model, make_items()[:3], max_tokens=1024, mode=PLAIN, head_rows=8))
     assert num_runs == 1
     assert len(num_rows) > 1
     assert max(num_rows) == 8
@@ -147,13 +147,13 @@ def test_a_wrong_cut_never_goes_unnoticed(
     model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(model_type).to(dtype)
-    assert choose_way(model, LONGEST).shared
+    assert choose_mode(model, LONGEST).shared
     trainer_of(model).try_model()
     monkeypatch.setattr(HeadRows, "_cut", wrong_cut)
     with pytest.raises(
         UserError, match="cannot be scored: beside the model's own plain forward pass"
     ):
-        choose_way(model, LONGEST)
+        choose_mode(model, LONGEST)
     with pytest.raises(
         UserError, match="cannot be trained here: the losses of labelled tokens are off"
     ):
@@ -177,10 +177,10 @@ def test_where_a_batch_changes_a_row_each_item_runs_alone() -> None:
         original_max_position_embeddings=32,
         max_position_embeddings=128,
     )
-    assert choose_way(model, longest=31).shared
-    way = choose_way(model, LONGEST)
+    assert choose_mode(model, longest=31).shared
+    way = choose_mode(model, LONGEST)
     assert way == ALONE
-    found = dict(score(model, make_items(), max_tokens=256, way=way))
+    found = dict(score(model, make_items(), max_tokens=256, mode=way))
     exact = float64(model)
     assert (
         max(item_errors(model, exact, item, found[i])[0] for i, item in enumerate(make_items()))
@@ -200,7 +200,7 @@ REFUSED = {
 def test_what_reads_ahead_is_refused(model_type: str) -> None:
     model = make_model(model_type, is_decoder=False)
     with pytest.raises(UserError, match=REFUSED[model_type]):
-        choose_way(model, LONGEST)
+        choose_mode(model, LONGEST)
     with pytest.raises(UserError, match=REFUSED[model_type]):
         trainer_of(model).try_model()
 

@@ -34,11 +34,11 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     result = sft_probe("analyze", run)
     assert result.returncode == 0, result.stderr
     for words in (
-        "chosen rose 13.0 nats by step 8, half of it by step 4; prompts only",
+        "chosen rose 13.0 nats by step 8, half of it by step 4; intervals over prompts; one run",
         "then fell to",
-        "below its start; prompts only",
+        "below its start; intervals over prompts; one run",
         "24 held-out prompts in 24 clusters",
-        "one run says nothing of training noise",
+        "this is one run, so they leave out training noise",
     ):
         assert words in result.stdout, result.stdout
     changes, verdict, _ = _tables(run / "analysis")
@@ -435,7 +435,7 @@ def test_what_cannot_be_analyzed(
 def test_a_curve_that_never_moves(sft_probe: Run, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("step,category,logprob\n0,a,-1\n1,a,-1\n0,b,-1\n1,b,-9\n")
     result = sft_probe("analyze", tmp_path / "a.csv")
-    assert "a did not move for certain (+0.0 nats by step 1); means only" in result.stdout, (
+    assert "a did not change clearly (+0.0 nats by step 1); means only" in result.stdout, (
         result.stderr
     )
 
@@ -465,7 +465,10 @@ def test_what_is_no_score_row(sft_probe: Run, tmp_path: Path) -> None:
     assert verdict["rank"].drop("rejected").notna().all()
 
 
-def test_runs_of_different_settings_are_not_averaged(sft_probe: Run, tmp_path: Path) -> None:
+def test_runs_of_different_settings_are_not_averaged(
+    sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # several runs have their tables there
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(3)]
     path = runs[2] / "manifest.json"
     path.write_text(

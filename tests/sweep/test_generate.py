@@ -116,7 +116,7 @@ def test_more_docs_and_what_is_shown(sft_probe: Run, run: Path) -> None:
         "change of chosen (nats)",
         "length (tokens)",
         "share that ended",
-        "share of repeated 4-grams",
+        "repeated 4-grams",
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_probe.analysis.sweep.checkpoints import of_patterns, of_revisions
+from sft_probe.analysis.sweep.checkpoints import checkpoints_matching, hub_revisions
 from sft_probe.errors import UserError
 
 RIGHT = {
@@ -94,12 +94,12 @@ EPOCHS = {"epoch_1": 1, "epoch-2": 2, "epoch3": 3, "ckpt-epoch-4": 4, "Epoch=5":
 
 
 def steps_of(*names: str) -> list[int]:
-    return [checkpoint.step for checkpoint in of_revisions("some/model", names)]
+    return [checkpoint.step for checkpoint in hub_revisions("some/model", names)]
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_the_number_after_the_word(name: str) -> None:
-    (checkpoint,) = of_revisions("some/model", [name])
+    (checkpoint,) = hub_revisions("some/model", [name])
     assert (checkpoint.step, checkpoint.step_unit, checkpoint.revision) == (
         RIGHT[name],
         "optimizer step",
@@ -132,7 +132,7 @@ def test_a_step_that_tables_cannot_hold_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", EPOCHS)
 def test_epochs_alone_are_an_axis_of_their_own(name: str) -> None:
-    (checkpoint,) = of_revisions("some/model", [name])
+    (checkpoint,) = hub_revisions("some/model", [name])
     assert (checkpoint.step, checkpoint.step_unit) == (EPOCHS[name], "epoch")
     with pytest.raises(UserError, match="no common axis"):
         steps_of(name, "step100")
@@ -176,12 +176,12 @@ def test_directories_in_the_same_way(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-20/trainer_state.json").write_text('{"global_step": 25}')
-    found, problems = of_patterns(
+    found, problems = checkpoints_matching(
         [f"{tmp_path}/checkpoint-*", f"{tmp_path}/final=2000", f"{tmp_path}/out=3=4"]
     )
     assert [checkpoint.step for checkpoint in found] == [4, 25, 500, 1000, 2000]
     assert problems == []
     with pytest.raises(UserError, match="'final' tells no step"):
-        of_patterns([f"{tmp_path}/*"])
+        checkpoints_matching([f"{tmp_path}/*"])
     with pytest.raises(UserError, match="only one can be step 7"):
-        of_patterns([f"{tmp_path}/checkpoint-*=7"])
+        checkpoints_matching([f"{tmp_path}/checkpoint-*=7"])

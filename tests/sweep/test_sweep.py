@@ -16,8 +16,10 @@ from helpers import Run, blimp_task, make_docs, needs_shared, reads_task_index, 
 from processes import Forked, run_forked, run_lm_eval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_probe.analysis.stats.rows import SCHEMA
+from sft_probe.analysis.sweep.live_model import LiveModel
+from sft_probe.files import write_jsonl
 from sft_probe.probe_set import CATEGORIES, load_probe_set
+from sft_probe.scores import SCHEMA
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -270,10 +272,54 @@ def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path:
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_an_unknown_benchmark(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_an_unknown_benchmark_is_refused_before_any_model_loads(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = copy(swept_run, tmp_path)
-    assert "lm-eval knows no task" in user_error(
-        sft_probe("sweep", run, "--tasks", tmp_path / "no.yaml")
+    monkeypatch.setenv("SFT_PROBE_CACHE", str(tmp_path / "cache"))
+    write_jsonl(tmp_path / "capitals.jsonl", [{"context": "France:", "answer": "Paris"}])
+    assert sft_probe("benchmarks", "add", tmp_path / "capitals.jsonl").returncode == 0
+    monkeypatch.setattr(LiveModel, "load", lambda *_: pytest.fail("a model was loaded"))
+    for task, reason in {
+        str(tmp_path / "no.yaml"): "is missing",
+        "capitols": "Did you mean capitals",
+    }.items():
+        assert reason in user_error(sft_probe("sweep", run, "--tasks", task))
+
+
+def test_a_benchmark_of_ones_own_is_found_by_its_name(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy(swept_run, tmp_path)
+    monkeypatch.setenv("SFT_PROBE_CACHE", str(tmp_path / "cache"))
+    items = [{"query": "2 + 2 =", "choices": ["4", "5"], "gold": 0}] * 3
+    write_jsonl(tmp_path / "sums.jsonl", items)
+    added = sft_probe("benchmarks", "add", tmp_path / "sums.jsonl")
+    assert added.stdout == "sums: 3 items, a question with choices\n"
+    assert sft_probe("sweep", run, "--tasks", "sums").returncode == 0
+    table = pd.read_csv(run / "benchmarks.csv")
+    assert set(table["metric"]) == {"acc", "acc_norm", "bits_per_byte"}
+    assert sorted(table["step"].unique()) == [0, 1, 4]
+
+
+def test_a_dry_run_lists_checkpoints_and_what_is_done(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
+    run = copy(swept_run, tmp_path)
+    shutil.rmtree(run / "sweep/step_000004")
+    before = sorted(run.rglob("*"))
+    result = sft_probe("sweep", run, "--splits", "heldout,train", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [(line[0], line[3]) for line in lines[1:4]] == [
+        ("0", "heldout"),
+        ("1", "heldout"),
+        ("4", "-"),
+    ]
+    assert lines[-1] == ["asked", "for:", "heldout,", "train"]
+    assert sorted(run.rglob("*")) == before
+    assert "no directory matches" in user_error(
+        sft_probe("sweep", tmp_path / "x", "--checkpoints", "nothing-*", "--dry-run")
     )
 
 

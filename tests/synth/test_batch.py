@@ -13,8 +13,8 @@ from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, Price
-from sft_probe.synth.asking.live import obtain
-from sft_probe.synth.asking.protocol import Answer, Request, Wait
+from sft_probe.synth.asking.live import ask_all
+from sft_probe.synth.asking.protocol import Answer, Request, RetryLater
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers.gemini import GeminiBatchWriter
 
@@ -36,7 +36,7 @@ class BatchRuns:
         every = Limits(first_backoff_s=0.01, price=PRICE, **limits)
         return [
             answer
-            for _, answer in obtain(requests or self.requests, self.writer, self.store, every)
+            for _, answer in ask_all(requests or self.requests, self.writer, self.store, every)
         ]
 
     def run_and_stop(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
@@ -287,5 +287,5 @@ def test_what_cannot_be_the_name_of_a_job_is_not_stored(
     batch: tuple[BatchRuns, GeminiServer], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, _ = batch
-    with pytest.raises(Wait, match="without the name of a job"):
+    with pytest.raises(RetryLater, match="without the name of a job"):
         runs.writer._checked_name(types.BatchJob(name=name))

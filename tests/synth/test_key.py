@@ -19,7 +19,7 @@ from synth_fakes import make_request, raw_rows, text_of, write_rows
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, Price
-from sft_probe.synth.asking.live import obtain
+from sft_probe.synth.asking.live import ask_all
 from sft_probe.synth.asking.protocol import Answer
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers import key_version, least_thinking
@@ -51,7 +51,9 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(writer: Any, path: Path, prompt: str = "Say it") -> Answer:
     with Store(path) as store:
-        [(_, answer)] = obtain([make_request(prompt)], writer, store, Limits(price=Price(0.0, 1.0)))
+        [(_, answer)] = ask_all(
+            [make_request(prompt)], writer, store, Limits(price=Price(0.0, 1.0))
+        )
     return answer
 
 
@@ -244,11 +246,10 @@ def test_thoughts_get_room_and_it_is_said(tmp_path: Path, sft_probe: Run) -> Non
     )
     plain = sft_probe(*base, "gemini-2.5-flash")
     assert (
-        "gemini-2.5-flash thinks before it writes, so it is asked with thinkingBudget 0"
-        in plain.stderr
+        "gemini-2.5-flash thinks before it writes; requests have thinkingBudget 0" in plain.stderr
     )
     roomy = sft_probe(*base, "gemini-2.5-flash", "--thinking-tokens", 4096)
-    assert "4096 tokens more in the output limit" in roomy.stderr
+    assert "4096 more tokens in the output limit" in roomy.stderr
     bounds = [float(result.stdout.rpartition("at most ")[2]) for result in (plain, roomy)]
     assert bounds[1] == pytest.approx(bounds[0] + 2 * 2 * 36 * 4096 * 2.5 / 1e6, abs=1e-3)
     assert "thinks" not in sft_probe(*base, "gemini-3.5-flash-lite").stderr

@@ -30,7 +30,7 @@ from synth_fakes import (
     write_templates,
 )
 
-from sft_probe.synth.asking.live import obtain
+from sft_probe.synth.asking.live import ask_all
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.duplicates import near_duplicates
 from sft_probe.synth.writers.offline import OfflineWriter
@@ -293,7 +293,7 @@ def test_status_writes_nothing_whatever_is_left_and_a_dry_run_makes_nothing(
     with Store(
         out / "synthesis/answers.sqlite"
     ) as store:  # as a killed run leaves it, with its log not merged
-        list(obtain(prompts(3), FakeWriter(), store, FAST))
+        list(ask_all(prompts(3), FakeWriter(), store, FAST))
         assert (out / "synthesis/answers.sqlite-wal").stat().st_size
         shutil.copytree(out, tmp_path / "killed")
     (tmp_path / "killed/synthesis/answers.sqlite-shm").unlink()

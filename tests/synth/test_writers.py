@@ -12,8 +12,8 @@ from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, Price
-from sft_probe.synth.asking.live import obtain
-from sft_probe.synth.asking.protocol import Answer, Wait
+from sft_probe.synth.asking.live import ask_all
+from sft_probe.synth.asking.protocol import Answer, RetryLater
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers.gemini import GeminiBatchWriter, GeminiWriter, read_answer
 from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
@@ -66,7 +66,7 @@ def prompt_with(faults: str) -> str:
 
 
 def ask(prompt: str, writer: Any, store: Store, limits: Limits = FAST) -> Answer:
-    [(_, answer)] = obtain([make_request(prompt)], writer, store, limits)
+    [(_, answer)] = ask_all([make_request(prompt)], writer, store, limits)
     return answer
 
 
@@ -254,7 +254,7 @@ def test_addresses_and_versions(
 def test_generation_settings_arrive(writer: Any, server: GeminiServer, store: Store) -> None:
     prompt = f"settings of {writer.name}"
     list(
-        obtain([make_request(prompt, temperature=0.25, max_output_tokens=77)], writer, store, FAST)
+        ask_all([make_request(prompt, temperature=0.25, max_output_tokens=77)], writer, store, FAST)
     )
     body = next(body for body in server.bodies if prompt in json.dumps(body))
     given = body.get("generationConfig", body)
@@ -300,7 +300,7 @@ def test_any_json_is_read_and_none_of_it_becomes_data(
 ) -> None:
     connection, reply = Connection(Secret(KEY), "http://127.0.0.1"), Reply(200, {}, body.encode())
     if body == "[]":
-        with pytest.raises(Wait):
+        with pytest.raises(RetryLater):
             read_reply(connection, reply, read)
         return
     answer = read_reply(connection, reply, read)
