@@ -72,7 +72,7 @@ class Drill:
     "size",
     [(6, 2, 0), *(pytest.param((24, 12, seed), marks=pytest.mark.full) for seed in range(4))],
 )
-def test_four_at_once_make_the_table_of_one(
+def test_four_sweeps_at_once_with_kills_make_the_table_of_one_sweep(
     tiny_model: Path, tmp_path: Path, sft_probe: Run, size: tuple[int, int, int]
 ) -> None:
     last, num_kills, seed = size

@@ -32,7 +32,9 @@ def kill_a_worker_in_mid_step(process: Forked) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: Run) -> None:
+def test_the_step_of_a_killed_ray_worker_is_scored_by_another(
+    checkpoints: Path, sft_probe: Run
+) -> None:
     flags = [
         "--checkpoints",
         str(checkpoints / "checkpoint-*"),
@@ -56,7 +58,9 @@ def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: 
 
 
 @pytest.mark.slow
-def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -> None:
+def test_bad_checkpoints_on_a_ray_cluster_are_reported_and_the_others_scored(
+    checkpoints: Path, sft_probe: Run
+) -> None:
     (checkpoints / "checkpoint-3/model.safetensors").write_bytes(b"no tensors")
     (checkpoints / "checkpoint-4/tokenizer.json").write_text(
         '{"version": "1.0"}'
@@ -77,7 +81,7 @@ def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -
 
 
 @pytest.mark.slow
-def test_no_cluster_at_the_address(checkpoints: Path, sft_probe: Run) -> None:
+def test_an_address_without_a_ray_cluster_is_reported(checkpoints: Path, sft_probe: Run) -> None:
     flags = (
         "--checkpoints",
         checkpoints / "checkpoint-*",

@@ -46,7 +46,7 @@ def hh(messages: tuple[dict[str, str], ...]) -> str:
     )
 
 
-def test_rows_say_where_they_come_from(swept_run: Path) -> None:
+def test_score_rows_say_their_run_step_doc_category_and_tokens(swept_run: Path) -> None:
     frame = scores(swept_run)
     assert list(frame.columns) == SCHEMA.names
     assert len(frame) == 3 * 6 * 32
@@ -90,7 +90,7 @@ def test_scores_equal_a_float64_reference(swept_run: Path) -> None:
             assert row["num_bytes"] == len(doc.responses[category].encode())
 
 
-def test_trajectory_is_the_mean_of_the_rows(swept_run: Path) -> None:
+def test_the_trajectory_is_the_mean_of_the_score_rows(swept_run: Path) -> None:
     table = pd.read_csv(swept_run / "trajectory.csv")
     required = [
         "step",
@@ -115,7 +115,7 @@ def test_trajectory_is_the_mean_of_the_rows(swept_run: Path) -> None:
     assert (table.query("step == 4 and category == 'chosen'")["delta"] > 0).all()
 
 
-def test_stock_results_stand_beside_the_rows(swept_run: Path) -> None:
+def test_lm_evals_own_results_stand_beside_the_score_rows(swept_run: Path) -> None:
     (path,) = (swept_run / "sweep/step_000004/heldout").glob("results_*.json")
     results = json.loads(path.read_text())
     frame = scores(swept_run).query("step == 4")
@@ -148,7 +148,7 @@ def test_a_complete_sweep_scores_nothing_again(
 
 
 @pytest.mark.slow
-def test_kill_and_the_same_command_again(
+def test_a_killed_sweep_is_finished_by_the_same_command(
     swept_run: Path, tiny_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     run = copy(tiny_run, tmp_path)
@@ -196,7 +196,9 @@ def test_shards_make_the_same_table(
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_train_split_is_added_beside(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_the_train_split_is_added_to_a_finished_sweep(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(swept_run, tmp_path)
     result = sft_probe("sweep", run, "--splits", "train")
     assert result.returncode == 0, result.stderr
@@ -218,7 +220,7 @@ def foreign(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_foreign_checkpoints(
+def test_checkpoints_of_any_trainer_are_swept(
     foreign: Path, swept_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     result = sft_probe("sweep", tmp_path / "theirs", "--checkpoints", foreign / "checkpoint-*")
@@ -234,7 +236,9 @@ def test_foreign_checkpoints(
     pd.testing.assert_series_equal(theirs, mine, atol=2e-4, rtol=0)
 
 
-def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_revisions_of_a_hub_model_are_swept(
+    tiny_model: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     """A local path stands for the hub, which is out of reach here: every revision is the same
     model."""
     result = sft_probe(
@@ -248,7 +252,9 @@ def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
 
 @needs_shared
 @pytest.mark.slow
-def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_benchmarks_are_swept_beside_the_probe_set(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(swept_run, tmp_path)
     result = sft_probe("sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40)
     assert result.returncode == 0, result.stderr
@@ -349,7 +355,9 @@ def test_another_probe_set_format_or_dtype_is_refused(
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_bad_directories(tiny_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_directories_that_cannot_be_swept_are_refused_with_the_reason(
+    tiny_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     assert "holds no snapshots" in user_error(sft_probe("sweep", tmp_path))
     run = copy(tiny_run, tmp_path)
     (run / "manifest.json").unlink()

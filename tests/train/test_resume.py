@@ -128,7 +128,7 @@ def rows_of_probe(run: Path) -> dict[tuple[Any, ...], float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", LAUNCHES.values())
-def test_snapshots_and_losses_of_each_stage(
+def test_deepspeed_stages_give_the_same_snapshots_and_losses(
     launch: str, flags: list[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = whole(launch, flags, tmp_path_factory)
@@ -167,7 +167,7 @@ def kill_and_go_on(launch: str, flags: list[str], run: Path, chance: random.Rand
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", KILLED)
-def test_killed_once(
+def test_a_killed_training_resumes_to_the_same_results(
     launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     seed = random.randrange(10**6)
@@ -180,7 +180,7 @@ def test_killed_once(
 @pytest.mark.full
 @pytest.mark.parametrize("launch", KILLED)
 @pytest.mark.parametrize("seed", range(10))
-def test_killed_at_ten_moments(
+def test_a_training_killed_at_any_moment_resumes_to_the_same_results(
     launch: str,
     seed: int,
     flags: list[str],
@@ -215,7 +215,7 @@ def test_half_written_states_and_snapshots_are_redone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [LAUNCHES["none"], LAUNCHES["zero3-2"]])
-def test_sigterm_stops_with_a_state(
+def test_sigterm_stops_all_ranks_with_a_state_to_resume_from(
     launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path / "run"
@@ -236,7 +236,7 @@ def test_sigterm_stops_with_a_state(
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("none")
-def test_wall_time_in_slices(
+def test_a_training_cut_by_wall_time_resumes_to_the_same_results(
     flags: list[str], sft_probe: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A second of wall time, or a step at least, at a time; the limit may differ from one attempt

@@ -45,7 +45,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"weights/step_{step:06d}/model.safetensors")
 
 
-def test_snapshots_and_manifest(tiny_run: Path, tiny_model: Path) -> None:
+def test_a_run_leaves_its_snapshots_and_a_manifest(tiny_run: Path, tiny_model: Path) -> None:
     assert sorted(path.name for path in (tiny_run / "weights").iterdir()) == [
         "step_000000",
         "step_000001",
@@ -161,7 +161,7 @@ def test_snapshots_load_in_plain_transformers(tiny_run: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_complete_run_is_left_alone(
+def test_the_same_command_leaves_a_complete_run_alone(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
@@ -171,7 +171,7 @@ def test_a_complete_run_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
 
 
-def test_what_a_cut_off_end_has_left_is_cleared(
+def test_files_that_a_killed_run_left_are_cleared(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     """As if killed between the manifest and the removal of the states."""
@@ -187,7 +187,7 @@ def test_what_a_cut_off_end_has_left_is_cleared(
     assert not (run / "started.json").exists()
 
 
-def test_only_the_state_that_is_taken_up_stays(tmp_path: Path) -> None:
+def test_states_other_than_the_one_resumed_from_are_removed(tmp_path: Path) -> None:
     """The others may be half-removed, with a new time that makes them the last to be rotated
     out."""
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-12"):
@@ -200,7 +200,7 @@ def test_only_the_state_that_is_taken_up_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [state]
 
 
-def test_kill_and_the_same_command_again(
+def test_a_killed_run_is_locked_while_it_lives_and_resumed_by_the_same_command(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     command = ["train", *tiny_flags, "--output_dir", str(tmp_path / "tiny")]
@@ -223,7 +223,7 @@ def test_kill_and_the_same_command_again(
 
 
 @pytest.mark.slow
-def test_deepspeed_gives_the_same_run(
+def test_deepspeed_gives_the_same_weights_as_plain_pytorch(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     for name in ("cpu",):
@@ -279,7 +279,7 @@ def test_deepspeed_accepts_each_config(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_build_that_was_killed_does_not_block_the_next(tmp_path: Path) -> None:
+def test_a_compilation_that_was_killed_does_not_block_the_next(tmp_path: Path) -> None:
     from filelock import FileLock
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -300,7 +300,7 @@ def test_dropout_is_off_in_every_kind_of_model() -> None:
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_dropped_docs_are_named(
+def test_docs_that_are_too_long_or_empty_are_left_out_and_named(
     write_set: WriteSet, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     docs = make_docs(12)
