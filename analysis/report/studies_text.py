@@ -1,5 +1,7 @@
 """What `sft-probe ledger`, `sft-probe words` and `sft-probe weights` print."""
 
+from typing import Any
+
 import pandas as pd
 
 from sft_probe.analysis.studies.ledger import MEASURES, WHOLE, Ledger
@@ -47,7 +49,7 @@ def ledger_text(found: Ledger) -> str:
         whole = own[own["measure"] == MEASURES[0]].set_index("part")
         table.insert(1, "95 % interval", [_interval(whole.loc[part]) for part in table.index])
         table = table.rename(columns={MEASURES[0]: "total"})
-        shown = table.reset_index().to_string(index=False, float_format="{:+.2f}".format)
+        shown: str = table.reset_index().to_string(index=False, float_format="{:+.2f}".format)
         name = str(category)
         blocks.append(f"{name}\n{shown}\n- {_ledger_sentence(name, whole)}")
     if len(found.preference):
@@ -73,7 +75,8 @@ def _ledger_sentence(category: str, whole: pd.DataFrame) -> str:
         for part, row in whole.iterrows()
         if part != WHOLE
     ]
-    return f"of {category}'s {whole.loc[WHOLE, 'change']:+.1f} nats: {'; '.join(parts)}"
+    gain: Any = whole.loc[WHOLE, "change"]
+    return f"of {category}'s {gain:+.1f} nats: {'; '.join(parts)}"
 
 
 def words_text(found: WordChanges, top: int) -> str:
