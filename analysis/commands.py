@@ -54,25 +54,31 @@ class Analyze(Selection):
 
     Examples:
         sft-probe analyze runs/mine
-        sft-probe analyze runs/a runs/b --categories chosen,rejected --out tables
+        sft-probe analyze runs/a runs/b --categories chosen,rejected --format latex
     """
 
     runs: Positional[Annotated[list[Path], "RUN|FILE"]]
     """Runs, files of score rows, lm-eval outputs, or CSVs of means."""
     out: Annotated[Path | None, "DIR"] = None
-    """Directory of the tables. Default: RUN/analysis for one run, none for several."""
+    """Directory of the tables. Default: RUN/analysis for one run, ./tables for several."""
+    format: Literal["text", "md", "latex", "csv"] = "text"
+    """Form of what is printed; all but text are the tables alone, as a paper needs them."""
 
     def execute(self) -> None:
         """Print the verdict and write the tables."""
         from sft_probe.analysis.stats.analyze import (
             analyze,
             default_folder,
+            verdict_tables,
             verdict_text,
             write_analysis,
         )
 
         analysis = analyze(self.runs, include_eos=self.include_eos, categories=self.categories)
-        print(verdict_text(analysis))  # noqa: T201
+        shown = verdict_text(analysis)
+        if self.format != "text":
+            shown = verdict_tables(analysis, self.format)
+        print(shown)  # noqa: T201
         if folder := self.out or default_folder(self.runs):
             for path in write_analysis(analysis, folder):
                 log.info("wrote %s", path)
