@@ -41,6 +41,12 @@ class Doc:
     """Category to text, stripped."""
     random_doc_id: str | None
 
+    @property
+    def sha256(self) -> str:
+        """Short hash of the prompt and all responses: a doc with another hash has other texts."""
+        texts = json.dumps([self.messages, self.responses], sort_keys=True)
+        return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
