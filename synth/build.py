@@ -1,5 +1,7 @@
-"""From a source to checked docs: draw, split, have the texts written, check them, leave out what
-fails twice."""
+"""From a source to checked docs: draw, split, have texts written, check them, leave out failures.
+
+A text that fails a check is written once more; a doc with a text that fails twice is left out.
+"""
 
 import hashlib
 from collections import Counter
@@ -9,44 +11,38 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import SPLITS, Doc, LeftOut, common_reasons
 from sft_probe.prompts import PromptFormat
-from sft_probe.synth import first_rule
 from sft_probe.synth.asking.budget import Trial
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.categories import (
     Template,
     load_templates,
     make_requests,
+    order_topics,
     permuted,
     read_topics,
     topic_of,
 )
-from sft_probe.synth.checks import FAULT, fault_in, fault_of, opinion_request
+from sft_probe.synth.checks import JUDGED, fault_in, fault_of, opinion_request
 from sft_probe.synth.duplicates import NearDuplicates, count_words
-from sft_probe.synth.sources import Rejected, SourcePair, hub_revision, read_pairs
-from sft_probe.synth.splits import (
-    RULE,
-    add_random,
-    check_sizes,
-    conversation_id,
-    draw_key,
-    split_pairs,
-)
+from sft_probe.synth.sources import hub_revision, read_pairs
+from sft_probe.synth.splits import RULE, check_sizes, draw_key, draw_order, split_docs, with_random
 
 UNTRAINED_TEMPLATE = "untrained@1"
-Obtain = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
-"""Gives every request, of which the number is told, its answer, in order."""
+Ask = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
+"""Yields each request with its answer, in order. The second argument is the number of requests."""
 Checked = tuple[Request, Answer, str | None]
-"""A request, its answer, and what is wrong with it."""
+"""A request, its answer, and the fault of the answer."""
 
 
 def _ignore(_: str) -> None:
-    """Note nothing."""
+    """Do nothing with a fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a set is made from, as asked for."""
+class SetSettings:
+    """The user's choices for a set."""
 
     source: str
     kinds: tuple[str, ...]
@@ -57,7 +53,7 @@ class Settings:
     limit: int | None
     seed: int
     thinking_tokens: int = 0
-    """Room for a model's thoughts, on top of the output limit of each text."""
+    """Room for a model's thoughts, added to the output limit of each text."""
     judge: bool = False
     """Whether the writer is asked about each text that passes the checks."""
     rule: int = RULE
@@ -65,38 +61,44 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The pairs that a set is made from, before anything is written."""
+class SetPlan:
+    """The docs of a set before any text is written."""
 
-    settings: Settings
-    pairs: list[SourcePair]
+    settings: SetSettings
+    docs: list[Doc]
+    """With `chosen` and `rejected` alone."""
     templates: dict[str, Template]
     topics: dict[str, str]
-    """By doc_id."""
-    rejected: Rejected
+    """Topic of the non-response by doc_id."""
+    left_out: list[LeftOut]
+    """Rows and docs that are not used; grows until the set is written."""
     revision: str | None
-    """Of a hub source."""
+    """Commit of a hub source."""
     num_rows: int
-    """Rows of the source."""
+    """Number of rows of the source."""
     num_not_drawn: int
-    """Usable rows that `limit` left behind."""
+    """Number of usable rows beyond `limit`."""
 
     @property
     def num_requests(self) -> int:
-        """How many texts the writer is asked for when none fails a check."""
-        return len(self.pairs) * len(self.templates)
+        """Number of texts to write when none fails a check."""
+        return len(self.docs) * len(self.templates)
 
     def requests(self) -> Iterator[Request]:
-        """Yield what the writer is asked, doc by doc."""
+        """Yield the first request for each text, doc by doc."""
         extra = self.settings.thinking_tokens
-        for pair in self.pairs:
-            for request in make_requests(pair, self.templates, self.topics[pair.doc_id]):
+        for doc in self.docs:
+            for request in make_requests(doc, self.templates, self.topics[doc.doc_id]):
                 yield replace(request, max_output_tokens=request.max_output_tokens + extra)
+
+    def leave_out(self, doc: Doc, reason: str) -> None:
+        """Record that a doc is not used."""
+        self.left_out.append(LeftOut(place=doc.place, doc_id=doc.doc_id, reason=reason))
 
 
 @dataclass(kw_only=True)
 class Written:
-    """Texts that passed, and what became of the others."""
+    """The texts that passed the checks, and the faults of the others."""
 
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """By doc_id and category."""
@@ -105,128 +107,127 @@ class Written:
     first_faults: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Faults of first texts, by category and fault."""
     last_faults: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Faults that a second text did not mend."""
+    """Faults for which a doc was left out, by category and fault."""
     model_versions: set[str] = field(default_factory=set)
     opinions: Counter[str] = field(default_factory=Counter)
     """What the writer says of its texts: `yes`, `judged` (bad) or `no verdict`."""
 
     def accept(self, request: Request, answer: Answer) -> None:
-        """Keeps a text."""
+        """Keep the text of an answer."""
         self.texts.setdefault(request.doc_id, {})[request.category] = (answer.text or "").strip()
         self.sample_index.setdefault(request.doc_id, {})[request.category] = request.sample_index
         self.model_versions.add(f"{request.category}: {answer.model_version}")
 
 
-def make_plan(settings: Settings, rejected: Rejected, tokenizer: Any = None) -> Plan:
-    """Reads the source, draws, splits.
+def plan_set(settings: SetSettings, left_out: list[LeftOut], tokenizer: Any = None) -> SetPlan:
+    """Read the source, draw docs and split them.
 
     Args:
-        settings: what is asked for.
-        rejected: gets what is left out.
-        tokenizer: of the untrained model, where its answers are asked for; every prompt must fit
-        its chat template.
+        settings: the user's choices.
+        left_out: receives the rows and docs that cannot be used.
+        tokenizer: of the untrained model where its answers are requested. Every prompt must fit
+            its chat template.
 
     Raises:
         UserError: the source, a template or the splits are unusable.
     """
     templates = load_templates(settings.kinds, settings.templates)
     revision = hub_revision(settings.source)
-    pairs = read_pairs(settings.source, rejected, revision)
-    num_rows = len(pairs) + len(rejected.rows)
-    if (
-        settings.prompt_format != "chat" or tokenizer is not None
-    ):  # else it is a model's own, known only later
+    docs = read_pairs(settings.source, left_out, revision)
+    num_rows = len(docs) + len(left_out)
+    # the format `chat` without a tokenizer belongs to a model that is chosen later
+    if settings.prompt_format != "chat" or tokenizer is not None:
         prompt_format = PromptFormat(settings.prompt_format, tokenizer)
-        pairs = [pair for pair in pairs if _has_format(pair, prompt_format, rejected)]
-    if not pairs:
-        reasons = rejected.reasons() if num_rows else "it is empty"
-        raise UserError(f"the source {settings.source} has no usable row of {num_rows}: {reasons}.")
-    ordered = _ordered(pairs, settings)
-    drawn = ordered[: settings.limit]
-    return Plan(
+        docs = [doc for doc in docs if _fits(doc, prompt_format, left_out)]
+    if not docs:
+        reasons = common_reasons(left_out) if num_rows else "it is empty"
+        raise UserError(
+            f"the source {settings.source} has no usable row among {num_rows}: {reasons}."
+        )
+    drawn = _ordered(docs, settings)[: settings.limit]
+    return SetPlan(
         settings=settings,
-        pairs=split_pairs(drawn, settings.heldout_frac, settings.seed, rejected, settings.rule),
+        docs=split_docs(drawn, settings.heldout_frac, settings.seed, left_out, settings.rule),
         templates=templates,
         topics=_topics(drawn, settings),
-        rejected=rejected,
+        left_out=left_out,
         revision=revision,
         num_rows=num_rows,
-        num_not_drawn=len(pairs) - len(drawn),
+        num_not_drawn=len(docs) - len(drawn),
     )
 
 
-def _key(pair: SourcePair, seed: int) -> bytes:
-    return draw_key(
-        {"messages": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected}, seed
-    )
+def _key(doc: Doc, seed: int) -> bytes:
+    pair = {side: doc.responses[side] for side in ("chosen", "rejected")}
+    return draw_key({"messages": doc.messages, **pair}, seed)
 
 
-def _ordered(pairs: list[SourcePair], settings: Settings) -> list[SourcePair]:
-    """The pairs in the order in which they are drawn and written."""
+def _ordered(docs: list[Doc], settings: SetSettings) -> list[Doc]:
+    """Return docs in the order in which they are drawn and written."""
     if settings.rule == 1:
-        return first_rule.draw_order(pairs, settings.seed)
-    return sorted(pairs, key=lambda pair: _key(pair, settings.seed))
+        return draw_order(docs, settings.seed)
+    return sorted(docs, key=lambda doc: _key(doc, settings.seed))
 
 
-def _topics(drawn: list[SourcePair], settings: Settings) -> dict[str, str]:
-    """The topic of each doc by its id, where topics are asked for."""
+def _topics(drawn: list[Doc], settings: SetSettings) -> dict[str, str]:
+    """Return the topic of each doc by its id; empty ones where no topics are needed."""
     if "non_response" not in settings.kinds:
-        return dict.fromkeys((pair.doc_id for pair in drawn), "")
+        return dict.fromkeys((doc.doc_id for doc in drawn), "")
     parts = read_topics(settings.templates, len(drawn))
     if settings.rule == 1:
-        topics = first_rule.order_topics(parts, settings.seed)
-        return {pair.doc_id: topic for pair, topic in zip(drawn, topics, strict=False)}
-    return {pair.doc_id: topic_of(parts, _key(pair, settings.seed)) for pair in drawn}
+        topics = order_topics(parts, settings.seed)
+        return {doc.doc_id: topic for doc, topic in zip(drawn, topics, strict=False)}
+    return {doc.doc_id: topic_of(parts, _key(doc, settings.seed)) for doc in drawn}
 
 
-def write_texts(plan: Plan, obtain: Obtain, note_fault: Callable[[str], None] = _ignore) -> Written:
-    """Have every text written and checked, a second time where it fails; docs that fail twice go to
-    `plan.rejected`.
+def write_texts(plan: SetPlan, ask: Ask, note_fault: Callable[[str], None] = _ignore) -> Written:
+    """Have every text written and checked, and a text that fails a second time.
+
+    Docs with a text that fails twice go to `plan.left_out`.
 
     Args:
-        plan: what is written.
-        obtain: gives the answers.
-        note_fault: is told what is wrong with a text, for the live line.
+        plan: the docs.
+        ask: returns the answers.
+        note_fault: called with the fault of each text, for the live line.
 
     Raises:
-        UserError: some texts have no answer, or nothing that comes back can be used.
+        UserError: some texts have no answer, or none of the answers can be used.
     """
-    keeper, again = _Keeper(plan, obtain, note_fault), []
-    for request, answer, fault in keeper.checked(plan.requests(), plan.num_requests, Trial()):
-        if fault and answer.is_turned_down:  # a second try would be the same request
-            keeper.leave_out(request, fault, f": not taken by the server: {answer.reason}")
+    checker, again = _Checker(plan, ask, note_fault), []
+    for request, answer, fault in checker.checked(plan.requests(), plan.num_requests, Trial()):
+        if fault and answer.is_turned_down:  # a second request would be the same
+            checker.leave_out(request, fault, f": not accepted by the server: {answer.reason}")
         elif fault:
-            keeper.written.first_faults[request.category, fault] += 1
+            checker.written.first_faults[request.category, fault] += 1
             again.append(replace(request, sample_index=1))
-    for request, _, fault in keeper.checked(iter(again), len(again)):
+    for request, _, fault in checker.checked(iter(again), len(again)):
         if fault:
-            keeper.leave_out(request, fault, f", written twice: {fault}")
-    return keeper.written
+            checker.leave_out(request, fault, f", written twice: {fault}")
+    return checker.written
 
 
-class _Keeper:
-    """Keeps the texts that pass the checks, and leaves out docs whose texts do not."""
+class _Checker:
+    """Checks answers, keeps texts that pass, and leaves out docs whose texts do not."""
 
-    def __init__(self, plan: Plan, obtain: Obtain, note_fault: Callable[[str], None]) -> None:
+    def __init__(self, plan: SetPlan, ask: Ask, note_fault: Callable[[str], None]) -> None:
         self.written = Written()
-        self._plan, self._obtain, self._note_fault = plan, obtain, note_fault
-        self._pairs = {pair.doc_id: pair for pair in plan.pairs}
+        self._plan, self._ask, self._note_fault = plan, ask, note_fault
+        self._docs = {doc.doc_id: doc for doc in plan.docs}
         self._indexes = {kind: NearDuplicates() for kind in plan.templates}
 
     def checked(
         self, requests: Iterator[Request], number: int, trial: Trial | None = None
     ) -> Iterator[Checked]:
-        """Yield each request with its answer and what is wrong with it; keep the texts with which
-        nothing is.
+        """Yield each request with its answer and its fault; keep the texts without a fault.
 
         Raises:
-            UserError: some have no answer, or the trial ends the run.
+            UserError: some requests have no answer, or the trial ends the run.
         """
         for request, answer, fault in self._judged(self._looked_at(requests, number, trial), trial):
             if fault is None:
                 self.written.accept(request, answer)
             yield request, answer, fault
-        if self.written.opinions[FAULT]:  # a second text may be like one that was turned down
+        if self.written.opinions[JUDGED]:  # a second text may resemble one that was judged bad
             self._indexes = {kind: NearDuplicates() for kind in self._plan.templates}
             for texts in self.written.texts.values():
                 for kind, text in texts.items():
@@ -235,10 +236,10 @@ class _Keeper:
     def _looked_at(
         self, requests: Iterator[Request], number: int, trial: Trial | None
     ) -> Iterator[Checked]:
-        """Yield each answer with the fault that the checks see."""
-        for request, answer in _answered(self._obtain(requests, number)):
-            pair, index = self._pairs[request.doc_id], self._indexes[request.category]
-            fault = fault_of(request, answer, pair, self._plan.templates[request.category])
+        """Yield each answer with the fault that the checks find."""
+        for request, answer in _answered(self._ask(requests, number)):
+            doc, index = self._docs[request.doc_id], self._indexes[request.category]
+            fault = fault_of(request, answer, doc, self._plan.templates[request.category])
             if fault is None and index.holds(str(answer.text)):
                 fault = "near-duplicate"
             if fault is None:
@@ -250,8 +251,10 @@ class _Keeper:
             yield request, answer, fault
 
     def _judged(self, checked: Iterator[Checked], trial: Trial | None) -> Iterator[Checked]:
-        """Have the writer say which of the texts that passed are bad, where this is asked for; hold
-        them meanwhile."""
+        """Ask the writer which of the texts that passed are bad, where the user wants that.
+
+        All texts are held in memory until the opinions are there.
+        """
         if not self._plan.settings.judge:
             yield from checked
             return
@@ -262,26 +265,28 @@ class _Keeper:
             if fault is None
         }
         found: dict[str, str | None] = {}
-        for opinion, answer in _answered(self._obtain(iter(opinions.values()), len(opinions))):
+        for opinion, answer in _answered(self._ask(iter(opinions.values()), len(opinions))):
             found[opinion.prompt] = fault = fault_in(answer)
             self.written.opinions[fault or "yes"] += 1
-            if fault == FAULT:
+            if fault == JUDGED:
                 self._note_fault(fault)
             if trial:
                 trial.note(opinion.category, answer, fault)
         for i, (request, answer, fault) in enumerate(held):
-            is_bad = i in opinions and found.get(opinions[i].prompt) == FAULT
-            yield request, answer, FAULT if is_bad else fault
+            is_bad = i in opinions and found.get(opinions[i].prompt) == JUDGED
+            yield request, answer, JUDGED if is_bad else fault
 
     def leave_out(self, request: Request, fault: str, why: str) -> None:
         """Leave a doc out for the fault of one of its texts."""
         self.written.last_faults[request.category, fault] += 1
-        self._plan.rejected.add(self._pairs[request.doc_id], f"`{request.category}`{why}")
+        self._plan.leave_out(self._docs[request.doc_id], f"`{request.category}`{why}")
 
 
 def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Request, Answer]]:
-    """Raises `UserError` at the end where some were never given: a set without them would be
-    another one next time."""
+    """Yield the answers that are there; raise `UserError` at the end where some are not.
+
+    A set without them would be a different one once they are there.
+    """
     missing: Counter[str] = Counter()
     for request, answer in answers:
         if answer.status == "error":
@@ -291,113 +296,89 @@ def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Reque
     if missing:
         raise UserError(
             f"{missing.total()} texts have no answer (most often: "
-            f"{missing.most_common(1)[0][0]}), so the set is not "
-            "written. All others are stored; run the same command again."
+            f"{missing.most_common(1)[0][0]}), so the set is not written. All others are stored; "
+            "run the same command again."
         )
 
 
-def write_untrained(plan: Plan, written: Written, tokenizer: Any, obtain: Obtain) -> None:
-    """Adds the answers of the untrained model to the rendered prompts; what it cannot end in a
-    sentence is left out."""
+def write_untrained(plan: SetPlan, written: Written, tokenizer: Any, ask: Ask) -> None:
+    """Add the untrained model's own answers; docs whose answer does not end are left out."""
     prompt_format = PromptFormat(plan.settings.prompt_format, tokenizer)
-    pairs = {pair.doc_id: pair for pair in plan.pairs}
-    requests = [_untrained_request(pair, prompt_format) for pair in plan.pairs]
-    for request, answer in _answered(obtain(iter(requests), len(requests))):
-        fault = (
-            answer.status
-            if answer.status != "ok"
-            else None
-            if (answer.text or "").strip()
-            else "empty"
-        )
+    docs = {doc.doc_id: doc for doc in plan.docs}
+    requests = [_untrained_request(doc, prompt_format) for doc in plan.docs]
+    for request, answer in _answered(ask(iter(requests), len(requests))):
+        fault = None if (answer.text or "").strip() else "empty"
+        fault = fault if answer.status == "ok" else answer.status
         if fault:
             written.last_faults["untrained", fault] += 1
-            plan.rejected.add(pairs[request.doc_id], f"`untrained`: {fault}")
+            plan.leave_out(docs[request.doc_id], f"`untrained`: {fault}")
         else:
             written.accept(request, answer)
 
 
-def make_docs(plan: Plan, written: Written) -> list[dict[str, Any]]:
-    """The docs of the set: those with every text, `random` drawn among them.
+def finish_docs(plan: SetPlan, written: Written) -> list[Doc]:
+    """Return the docs that have every text, `random` drawn among them.
 
     Raises:
         UserError: too few docs are left.
     """
-    out = {row["doc_id"] for row in plan.rejected.rows if "doc_id" in row}
-    docs: list[dict[str, Any]] = []
+    out = {item.doc_id for item in plan.left_out}
+    docs: list[Doc] = []
     trained_texts: set[str | None] = set()
-    for pair in sorted(plan.pairs, key=lambda pair: pair.split != "train"):  # train first
-        if pair.doc_id in out:
+    for doc in sorted(plan.docs, key=lambda doc: doc.split != "train"):  # train first
+        if doc.doc_id in out:
             continue
-        texts = _texts(pair, plan.settings, written)
-        responses = {text for text in texts.values() if text is not None}
-        if None in texts.values():
-            plan.rejected.add(pair, "`permuted`: the words of chosen have one order only")
-        elif pair.split == "heldout" and not trained_texts.isdisjoint(responses):
-            plan.rejected.add(pair, "held out, but a text written for it is in train")
+        texts = _texts(doc, plan.settings, written)
+        if texts is None:
+            plan.leave_out(doc, "`permuted`: the words of chosen have one order only")
+        elif doc.split == "heldout" and not trained_texts.isdisjoint(texts.values()):
+            plan.leave_out(doc, "held out, but a text written for it is in train")
         else:
-            if pair.split == "train":
-                trained_texts |= responses
-            docs.append(_doc(pair, texts, written))
-    check_sizes([doc["split"] for doc in docs], plan.rejected)
-    if "random" in plan.settings.kinds:
-        for split in ("train", "heldout"):
-            add_random([doc for doc in docs if doc["split"] == split], plan.settings.seed)
-    return docs
+            if doc.split == "train":
+                trained_texts.update(texts.values())
+            docs.append(replace(doc, responses=texts))
+    check_sizes(docs, plan.left_out)
+    if "random" not in plan.settings.kinds:
+        return docs
+    return [
+        finished
+        for split in SPLITS
+        for finished in with_random([d for d in docs if d.split == split], plan.settings.seed)
+    ]
 
 
-def _texts(pair: SourcePair, settings: Settings, written: Written) -> dict[str, str | None]:
-    made: dict[str, str | None] = {**written.texts.get(pair.doc_id, {})}
+def _texts(doc: Doc, settings: SetSettings, written: Written) -> dict[str, str] | None:
+    """Return all responses of a doc but `random`; None where `permuted` has only one order."""
+    made = dict(written.texts.get(doc.doc_id, {}))
     if "permuted" in settings.kinds:
-        key = pair.doc_id if settings.rule == 1 else _key(pair, settings.seed).hex()
-        made["permuted"] = permuted(pair, f"{settings.seed} {key}")
-    return {"chosen": pair.chosen, "rejected": pair.rejected} | {
-        kind: made[kind] for kind in settings.kinds if kind != "random"
-    }
+        key = doc.doc_id if settings.rule == 1 else _key(doc, settings.seed).hex()
+        shuffled = permuted(doc.responses["chosen"], f"{settings.seed} {key}")
+        if shuffled is None:
+            return None
+        made["permuted"] = shuffled
+    return doc.responses | {kind: made[kind] for kind in settings.kinds if kind != "random"}
 
 
-def _doc(pair: SourcePair, texts: dict[str, str | None], written: Written) -> dict[str, Any]:
-    num_words = count_words(pair.chosen)
-    ratios = {
-        kind: round(count_words(str(text)) / num_words, 3)
-        for kind, text in texts.items()
-        if kind != "chosen"
-    }
-    return {
-        "doc_id": pair.doc_id,
-        "conversation_id": conversation_id(pair),
-        "split": pair.split,
-        "messages": pair.messages,
-        **texts,
-        "meta": {
-            "file": pair.file,
-            "line": pair.line,
-            "length_ratio": ratios,
-            "sample_index": written.sample_index.get(pair.doc_id, {}),
-        },
-    }
-
-
-def _has_format(pair: SourcePair, prompt_format: PromptFormat, rejected: Rejected) -> bool:
-    """Whether the prompt format has a place for every turn."""
+def _fits(doc: Doc, prompt_format: PromptFormat, left_out: list[LeftOut]) -> bool:
+    """Return whether the prompt format has a place for every turn."""
     try:
-        prompt_format.render(pair.messages)
+        prompt_format.render(list(doc.messages))
     except UserError as error:
-        rejected.add(pair, str(error))
+        left_out.append(LeftOut(place=doc.place, doc_id=doc.doc_id, reason=str(error)))
         return False
     return True
 
 
-def _untrained_request(pair: SourcePair, prompt_format: PromptFormat) -> Request:
-    prompt = prompt_format.render(pair.messages)
-    num_words = count_words(pair.chosen)
+def _untrained_request(doc: Doc, prompt_format: PromptFormat) -> Request:
+    prompt = prompt_format.render(list(doc.messages))
+    num_words = count_words(doc.responses["chosen"])
     return Request(
-        doc_id=pair.doc_id,
+        doc_id=doc.doc_id,
         category="untrained",
         template=UNTRAINED_TEMPLATE,
         template_sha256=hashlib.sha256(prompt_format.name.encode()).hexdigest(),
         prompt=(prompt.text + prompt.separator).rstrip(" "),
-        source_text=pair.messages[-1]["content"],
+        source_text=doc.messages[-1]["content"],
         num_words=num_words,
         temperature=0.0,
         max_output_tokens=max(1024, 4 * num_words),

@@ -1,7 +1,7 @@
-"""What is written for each prompt: the kinds of response, their prompt templates, the topics, the
-requests."""
+"""Categories of response, their prompt templates and topics, and the requests made from them."""
 
 import hashlib
+import itertools
 import math
 import random
 import re
@@ -17,10 +17,9 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import Doc
 from sft_probe.synth.asking.protocol import Request
 from sft_probe.synth.duplicates import count_words
-from sft_probe.synth.hh import Messages, Pair
-from sft_probe.synth.sources import SourcePair
 
 SOURCE_OF = {
     "paraphrase": "rejected",
@@ -29,14 +28,14 @@ SOURCE_OF = {
     "chosen_paraphrase": "chosen",
     "format_flip": "chosen",
 }
-"""The categories that the writer writes, and what each is made from."""
+"""Categories that a writer writes, and what each is made from."""
 DEFAULT_KINDS = ("paraphrase", "variant", "random", "non_response")
 KINDS = (*DEFAULT_KINDS, "chosen_paraphrase", "format_flip", "permuted", "untrained")
-"""All that can stand beside chosen and rejected; `random` and `permuted` are made here, `untrained`
-by that model."""
+"""Categories that a set may hold beside chosen and rejected. `random` and `permuted` need no model,
+`untrained` is written by the untrained model."""
 TOPIC_LISTS = ("subjects", "places", "angles")
 _DETAILS = "details"
-"""A fourth list, which may be missing: it makes it unlikely that two docs have one topic."""
+"""An optional fourth list, which makes it unlikely that two docs share a topic."""
 _TEMPLATE_SUFFIXES = (".txt", ".jinja", ".jinja2", ".j2", ".yaml", ".yml")
 _VERSION = re.compile(r"\{#-?\s*version\s+([\w.-]+)\s*-?#\}")
 
@@ -52,12 +51,12 @@ class Template:
     path: str
 
     def render(self, variables: dict[str, Any]) -> str:
-        """The prompt. Raises `UserError` where the template asks for what is not given."""
+        """Return the prompt. Raise `UserError` where the template uses an unknown variable."""
         try:
             return str(self._compiled.render(variables))
         except Exception as error:  # whatever its expressions raise
             known = ", ".join(variables)
-            raise UserError(f"the template {self.path}: {error}. It is given {known}.") from error
+            raise UserError(f"the template {self.path}: {error}; it may use {known}.") from error
 
     @cached_property
     def _compiled(self) -> Any:
@@ -66,11 +65,11 @@ class Template:
 
 
 def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, Template]:
-    """The template of each written category: `CATEGORY.txt` in `directory` where it is there, else
-    the packaged one.
+    """Return the template of each written category: the user's `CATEGORY.txt`, else the packaged
+    one.
 
     Raises:
-        UserError: there is no such directory, or a template is not readable or has no version.
+        UserError: the directory does not exist, or a template cannot be read or has no version.
     """
     if directory is not None and not directory.is_dir():
         raise UserError(f"--templates {directory}: no such directory.")
@@ -79,8 +78,8 @@ def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, 
 
 
 def _check_names(directory: Path | None) -> None:
-    """Raise `UserError` where a file looks like a template and has no name of one: it would be
-    passed over."""
+    """Raise `UserError` where a file looks like a template but has another name, and would be
+    ignored."""
     known = [*(f"{kind}.txt" for kind in SOURCE_OF), "topics.yaml"]
     files = directory.iterdir() if directory else ()
     unknown = sorted(
@@ -117,10 +116,10 @@ def _template_file(name: str, directory: Path | None) -> Path:
 
 
 def read_topics(directory: Path | None, num_docs: int) -> list[list[str]]:
-    """The lists of `topics.yaml`, of which a topic takes one entry each.
+    """Return the lists of `topics.yaml`. A topic is one entry of each list.
 
     Raises:
-        UserError: `topics.yaml` is not as it must be, or makes fewer topics than there are docs.
+        UserError: `topics.yaml` has another form, or makes fewer topics than there are docs.
     """
     path = _template_file("topics.yaml", directory)
     try:
@@ -133,36 +132,43 @@ def read_topics(directory: Path | None, num_docs: int) -> list[list[str]]:
         ]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path}: must hold the lists subjects, places and angles, each of text ({error})."
+            f"{path} must hold the lists subjects, places and angles, each of text ({error})."
         ) from error
     number = math.prod(map(len, parts))
     if number < num_docs:
         raise UserError(
-            f"{path} makes {number} topics and {num_docs} are needed: add to its lists."
+            f"{path} makes {number} topics but {num_docs} are needed. Add to its lists."
         )
     return parts
 
 
 def topic_of(parts: Sequence[Sequence[str]], key: bytes) -> str:
-    """The topic of a doc by a hash of its key: the same whatever other docs there are."""
+    """Return the topic of a doc, by a hash of its key alone."""
     digest = hashlib.sha256(b"topic" + key).digest()
     numbers = (int.from_bytes(digest[4 * i : 4 * i + 4]) for i in range(len(parts)))
     return " ".join(part[number % len(part)] for part, number in zip(parts, numbers, strict=True))
 
 
-def make_requests(pair: SourcePair, templates: dict[str, Template], topic: str) -> list[Request]:
-    """What the writer is asked for one pair, in the order of `templates`."""
-    num_words = count_words(pair.chosen)
+def order_topics(parts: Sequence[Sequence[str]], seed: int) -> list[str]:
+    """Return the topics in the order in which rule 1 (`splits.RULE`) hands them out."""
+    topics = list(dict.fromkeys(" ".join(words) for words in itertools.product(*parts[:3])))
+    random.Random(seed).shuffle(topics)  # noqa: S311 - reproducible, not secret
+    return topics
+
+
+def make_requests(doc: Doc, templates: dict[str, Template], topic: str) -> list[Request]:
+    """Return one request for each template, in the order of `templates`."""
+    num_words = count_words(doc.responses["chosen"])
     sources = {
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "prompt": pair.messages[-1]["content"],
+        "chosen": doc.responses["chosen"],
+        "rejected": doc.responses["rejected"],
+        "prompt": doc.messages[-1]["content"],
         "topic": topic,
     }
-    variables = {**sources, "conversation": conversation(pair.messages), "num_words": num_words}
+    variables = {**sources, "conversation": conversation(doc.messages), "num_words": num_words}
     return [
         Request(
-            doc_id=pair.doc_id,
+            doc_id=doc.doc_id,
             category=kind,
             template=template.name,
             template_sha256=template.sha256,
@@ -175,15 +181,15 @@ def make_requests(pair: SourcePair, templates: dict[str, Template], topic: str) 
     ]
 
 
-def conversation(messages: Messages) -> str:
-    """The turns as a template shows them, with the speaker before each."""
+def conversation(messages: Sequence[dict[str, str]]) -> str:
+    """Return turns as a template shows them, each after its speaker."""
     names = {"system": "System", "user": "Human", "assistant": "Assistant"}
     return "\n\n".join(f"{names[turn['role']]}: {turn['content'].strip()}" for turn in messages)
 
 
-def permuted(pair: Pair, seed: str) -> str | None:
-    """The words of the chosen response in a seeded order; `None` where every order is the same."""
-    words = pair.chosen.split()
+def permuted(text: str, seed: str) -> str | None:
+    """Return the words of a text in another, seeded order; None where all orders are the same."""
+    words = text.split()
     if len(set(words)) < 2:
         return None
     generator = random.Random(seed)  # noqa: S311 - reproducible, not secret

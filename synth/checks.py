@@ -1,5 +1,5 @@
-"""Faults of written texts. Plain patterns and counts, so that a user can see why a text was
-refused."""
+"""Checks of written texts, by patterns and counts, so that a user can see why one was rejected;
+and the optional second opinion of the writer itself."""
 
 import hashlib
 import re
@@ -11,40 +11,40 @@ from importlib import resources
 import regex
 import yaml
 
+from sft_probe.probe_set import Doc
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.categories import Template
 from sft_probe.synth.duplicates import count_words, prompt_text, words
 from sft_probe.synth.leaks import is_leak
-from sft_probe.synth.sources import SourcePair
 
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.5, 2.0
 SLACK_WORDS = 5
-"""So many words off are never a fault: for answers of a few words the ratio says little."""
+"""A difference of so many words is never a fault, since the ratio says little about short texts."""
 
 
-def fault_of(request: Request, answer: Answer, pair: SourcePair, template: Template) -> str | None:
-    """The first thing wrong with an answer, in one word or two; `None` for a good one."""
+def fault_of(request: Request, answer: Answer, doc: Doc, template: Template) -> str | None:
+    """Return the first fault of an answer in one or two words; None for a good one."""
     text = (answer.text or "").strip()
     if answer.status != "ok" or not text:
         return answer.status if answer.status != "ok" else "empty"
-    # a non-response speaks of its topic, in the words of it where the writer likes
+    # a non-response may take up the words of its topic
     source_text = request.source_text if request.category != "non_response" else ""
-    context = f"{source_text}\n{prompt_text(pair.messages)}"
+    context = f"{source_text}\n{prompt_text(doc.messages)}"
     is_answer = request.category == "variant"
+    others = {source_text, doc.responses["chosen"], doc.responses["rejected"]}
     faults = {
         "refusal": is_refusal(text, source_text),
         "leak": is_leak(text, template.text, context, is_answer=is_answer),
         "cut off": not is_finished(text),
-        "near-copy": any(
-            is_near_copy(text, other) for other in {source_text, pair.chosen, pair.rejected}
-        ),
+        "near-copy": any(is_near_copy(text, other) for other in others),
         "length": not has_length(text, request.num_words),
     }
     return next((name for name, is_found in faults.items() if is_found), None)
 
 
 def has_length(text: str, num_words: int) -> bool:
-    """Whether a text is within half and twice the words aimed at, or within 5 words of them."""
+    """Return whether a text has between half and twice the words requested, or is off by at most
+    five."""
     written = count_words(text)
     within = MIN_LENGTH_RATIO * num_words <= written <= MAX_LENGTH_RATIO * num_words
     return within or abs(written - num_words) <= SLACK_WORDS
@@ -75,7 +75,7 @@ _MAX_LINE_WORDS, _MAX_NAME_WORDS, _MAX_EXCLAMATION_WORDS = 12, 4, 3
 
 
 def is_finished(text: str) -> bool:
-    """Whether a text ends in a sentence, an emoji, an address, or as a list, a table, a verse or a
+    """Return whether a text ends in a sentence, emoji or address, or as a list, table, verse or
     letter does."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or text.count("```") % 2:
@@ -107,8 +107,8 @@ def _ends_sentence(line: str) -> bool:
 
 
 def _ends_block(lines: list[str]) -> bool:
-    """The last of several lines that have no full stop by their nature, and does not break off
-    inside a phrase."""
+    """Return whether the last of several lines ends a list, table, verse or letter, which need no
+    full stop."""
     last, others = lines[-1], lines[:-1]
     if last.endswith("|") and others:
         return last.count("|") >= others[-1].count("|")
@@ -126,7 +126,7 @@ def _ends_block(lines: list[str]) -> bool:
         and len(last.split()) <= _MAX_NAME_WORDS
         and last[0].isupper()
     ):
-        return True  # who signs a letter
+        return True  # the signature of a letter
     is_verse = len(others) > 1 and not any(map(_LIST_ITEM.match, others))
     return is_verse and all(len(line.split()) <= _MAX_LINE_WORDS for line in lines)
 
@@ -147,8 +147,8 @@ _FOLDED_WORD = regex.compile(r"[\w']+")
 
 
 def is_near_copy(text: str, other: str) -> bool:
-    """Whether one text is the other, a part of it, or its sentences in another order, but for a few
-    words.
+    """Return whether, but for a few words, one text is the other, part of it, or its sentences in
+    another order.
 
     Look-alike letters, invisible characters, accents, case and punctuation make no difference.
     """
@@ -182,7 +182,7 @@ def _trigrams(parts: tuple[str, ...]) -> set[tuple[str, ...]]:
 
 
 def _num_shared(mine: tuple[str, ...], theirs: tuple[str, ...]) -> int:
-    """Length of the longest common subsequence, with one bit for each word (Crochemore et al.,
+    """Return the length of the longest common subsequence, by one bit per word (Crochemore et al.,
     2001)."""
     places: dict[str, int] = {}
     for i, word in enumerate(mine):
@@ -196,7 +196,7 @@ def _num_shared(mine: tuple[str, ...], theirs: tuple[str, ...]) -> int:
 
 
 _START, _APOLOGY_START = 400, 120
-"""Characters: who refuses does so at the start."""
+"""Number of first characters that are searched for a refusal, and for an apology."""
 _CONDITION = re.compile(
     r"\b(?:exact|definit\w+|precise|certain) "
     r"(?:answer|number|summary|figure|date|price|estimate|time)"
@@ -211,7 +211,13 @@ _APOLOGY = re.compile(r"\b(sorry|apolog\w+)\b", re.IGNORECASE)
 
 
 def is_refusal(text: str, source_text: str) -> bool:
-    """Whether a text refuses. One that is made from a refusal or an apology may."""
+    """Return whether a text refuses its task in one of 25 languages.
+
+    A refusal says that it is sorry, that it cannot, what it cannot do (help, answer, write), or
+    that it is a machine or has rules. One of the first three alone is no refusal: "I can't say for
+    certain" is an answer, and so is "I can't recommend one without knowing your budget". A text
+    made from a refusal or an apology may refuse. The words stand in `refusals.yaml`.
+    """
     return _refuses(text) and not (_APOLOGY.search(source_text) or _refuses(source_text))
 
 
@@ -228,8 +234,7 @@ def _refuses(text: str) -> bool:
             found = cannot.search(sentence)
             if found is None or _CONDITION.search(sentence):
                 continue
-            # in English what is not done comes after: "that is a question I can't answer with
-            # certainty"
+            # English names the task after the verb: "a question I can't answer with certainty"
             asked = sentence[found.start() :] if sentence.isascii() else sentence
             if is_sorry or task.search(asked):
                 return True
@@ -238,8 +243,8 @@ def _refuses(text: str) -> bool:
 
 @cache
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern[str], ...]]]:
-    """The words of a machine and of inability in all languages; then those of apology, inability
-    and task in each."""
+    """Return the patterns of a machine and of inability in all languages, then those of apology,
+    inability and task in each."""
     path = resources.files("sft_probe.synth").joinpath("refusals.yaml")
     languages = list(yaml.safe_load(path.read_text("utf-8")).values())
 
@@ -256,8 +261,9 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern
     )
 
 
-CATEGORY = "judge"
-FAULT, NO_VERDICT = "judged", "no verdict"
+JUDGE = "judge"
+"""Category of the requests for an opinion."""
+JUDGED, NO_VERDICT = "judged", "no verdict"
 _VERDICT_WORD = re.compile(r"\w+")
 _TEMPLATE = "judge@1"
 _PROMPT = """Below are a task and an answer to it. Is the answer good? It is not if it refuses the task, speaks of the
@@ -273,17 +279,16 @@ it is kind, useful or true does not matter. Reply with one word, yes or no.
 </answer>"""  # noqa: E501
 _OUTPUT_TOKENS = 16
 _BYTES_PER_TOKEN = 4
-"""So many bytes of a text are shown for each token that it may have, which bounds what an opinion
-costs."""
+"""Longest excerpt of a text, per token of its output limit. It bounds the cost of an opinion."""
 
 
 def opinion_request(request: Request, text: str, thinking_tokens: int) -> Request:
-    """Return what the writer is asked about a text that it wrote."""
+    """Return the request for the writer's opinion on its own text."""
     most_bytes = _BYTES_PER_TOKEN * request.max_output_tokens
     shown = text.strip().encode(errors="ignore")[:most_bytes].decode(errors="ignore")
     return replace(
         request,
-        category=CATEGORY,
+        category=JUDGE,
         template=_TEMPLATE,
         template_sha256=hashlib.sha256(_PROMPT.encode()).hexdigest(),
         prompt=_PROMPT.format(task=request.prompt, text=shown),
@@ -295,18 +300,18 @@ def opinion_request(request: Request, text: str, thinking_tokens: int) -> Reques
 
 
 def expected_opinion(request: Request, thinking_tokens: int) -> Request:
-    """Return what will be asked about a text of the length that is asked for, for an estimate."""
+    """Return a request for an opinion on a text of the expected length, for an estimate."""
     return opinion_request(request, "a word " * request.num_words, thinking_tokens)
 
 
 def longest_opinion(request: Request, thinking_tokens: int) -> Request:
-    """Return the longest that can be asked about a text, for an upper bound."""
+    """Return the longest possible request for an opinion, for an upper bound."""
     return opinion_request(
         request, "x" * (_BYTES_PER_TOKEN * request.max_output_tokens), thinking_tokens
     )
 
 
 def fault_in(opinion: Answer) -> str | None:
-    """Return None for a yes, `judged` for a no, `no verdict` for anything else."""
+    """Return the fault in an opinion: None for yes, `judged` for no, `no verdict` for the rest."""
     words = _VERDICT_WORD.findall((opinion.text or "").casefold()) if opinion.status == "ok" else []
-    return {"yes": None, "no": FAULT}.get(words[0], NO_VERDICT) if words else NO_VERDICT
+    return {"yes": None, "no": JUDGED}.get(words[0], NO_VERDICT) if words else NO_VERDICT

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sft_probe.synth.asking.budget import Limits
     from sft_probe.synth.asking.protocol import Answer, Named, Request, Writer
     from sft_probe.synth.asking.store import Store
-    from sft_probe.synth.build import Plan
+    from sft_probe.synth.build import SetPlan
     from sft_probe.synth.writers.hf import HfWriter
 
     AnyWriter = Writer | BatchWriter
@@ -136,11 +136,11 @@ def add_synth(command: argparse.ArgumentParser) -> None:
 
 
 def _synth(options: argparse.Namespace) -> None:
+    from sft_probe.probe_set import LeftOut
     from sft_probe.synth.asking.store import Store
-    from sft_probe.synth.build import Settings, make_plan
+    from sft_probe.synth.build import SetSettings, plan_set
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
-    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_rejected
-    from sft_probe.synth.sources import Rejected
+    from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_left_out
 
     if not options.source or not options.writer or not options.out:
         raise UserError("synth needs --source, --writer and --out; or: sft-probe synth status DIR.")
@@ -156,12 +156,12 @@ def _synth(options: argparse.Namespace) -> None:
     check_directory(options.out, options.source)
     names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed", "judge")
     fields = {name: getattr(options, name) for name in names}
-    settings = Settings(
+    settings = SetSettings(
         kinds=kinds, rule=rule_of(options.out), thinking_tokens=_thinking_tokens(options), **fields
     )
-    rejected = Rejected()
+    left_out: list[LeftOut] = []
     if options.dry_run:  # needs neither key nor package, and writes nothing
-        _print_estimate(options, make_plan(settings, rejected))
+        _print_estimate(options, plan_set(settings, left_out))
         return
     # made before anything is paid for: it may not be there, or have no place for a prompt
     untrained = _untrained_writer(options) if "untrained" in kinds else None
@@ -169,32 +169,32 @@ def _synth(options: argparse.Namespace) -> None:
     begin_set(options.out)
     try:
         with Store(options.out / STORE) as store:
-            plan = make_plan(settings, rejected, untrained.tokenizer if untrained else None)
+            plan = plan_set(settings, left_out, untrained.tokenizer if untrained else None)
             _write(options, plan, store, writer, untrained)
     except KeyboardInterrupt:
         _log.warning("stopped; the same command resumes")
         raise SystemExit(130) from None
     finally:
-        if rejected.rows:
-            write_rejected(options.out, rejected)
+        if left_out:
+            write_left_out(options.out, left_out)
 
 
 def _write(
     options: argparse.Namespace,
-    plan: "Plan",
+    plan: "SetPlan",
     store: "Store",
     writer: "AnyWriter",
     untrained: "HfWriter | None",
 ) -> None:
     """Have the texts of a plan written, and write the set."""
     from sft_probe.synth.asking.budget import UselessRunError
-    from sft_probe.synth.build import UNTRAINED_TEMPLATE, make_docs, write_texts, write_untrained
+    from sft_probe.synth.build import UNTRAINED_TEMPLATE, finish_docs, write_texts, write_untrained
     from sft_probe.synth.output import write_set
 
     _log.info(
         "%d rows read, %d docs to be written, %d texts",
         plan.num_rows,
-        len(plan.pairs),
+        len(plan.docs),
         plan.num_requests,
     )
     keys: set[str] = set()
@@ -209,7 +209,7 @@ def _write(
         local = _Asker(untrained, store, _local_limits(), keys)
         write_untrained(plan, written, untrained.tokenizer, local.obtain)
         writers["untrained"] = f"{untrained.name} {untrained.model}, {UNTRAINED_TEMPLATE}"
-    docs = make_docs(plan, written)
+    docs = finish_docs(plan, written)
     # of the texts of this set alone, whatever else was asked or lost: the same set has the same
     # card
     facts = {
@@ -221,8 +221,8 @@ def _write(
     _log.info("wrote %s: %d docs; rows left out: %s", options.out, len(docs), _left_out(plan))
 
 
-def _left_out(plan: "Plan") -> str:
-    number = len({(row["file"], row["line"]) for row in plan.rejected.rows})
+def _left_out(plan: "SetPlan") -> str:
+    number = len({item.place for item in plan.left_out})
     return f"{number}, with the reasons in synthesis/rejected_rows.jsonl" if number else "none"
 
 
@@ -397,7 +397,7 @@ def _untrained_writer(options: argparse.Namespace) -> "HfWriter":
     return HfWriter(options.untrained_model or _MODELS["hf"], is_chat=False)
 
 
-def _written_by(plan: "Plan", writer: "AnyWriter") -> dict[str, str]:
+def _written_by(plan: "SetPlan", writer: "AnyWriter") -> dict[str, str]:
     fixed = {
         "random": "derangement of chosen within the split",
         "permuted": "words of chosen, shuffled",
@@ -423,7 +423,7 @@ def _license(options: argparse.Namespace) -> str:
     return str(options.license or ("mit" if is_hh else "unknown"))
 
 
-def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
+def _print_estimate(options: argparse.Namespace, plan: "SetPlan") -> None:
     from sft_probe.synth.asking.budget import estimate
     from sft_probe.synth.asking.store import open_copy
     from sft_probe.synth.output import STORE
@@ -459,7 +459,7 @@ def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
         cost = f"{min(guess.cost_usd, most_usd):.4f} USD, at most {most_usd:.4f}"
     again = "one more or two" if options.judge else "one more"
     lines = [
-        f"docs: {len(plan.pairs)}; rows left out so far: {len(plan.rejected.rows)}",
+        f"docs: {len(plan.docs)}; rows left out so far: {len(plan.left_out)}",
         f"calls: {guess.calls} ({num_stored} texts are stored), and {again} for each text that "
         "fails a check",
         f"tokens, by a guess: {guess.prompt_tokens} in, {guess.output_tokens} out",
@@ -468,7 +468,7 @@ def _print_estimate(options: argparse.Namespace, plan: "Plan") -> None:
     print("\n".join(lines))  # noqa: T201
 
 
-def _with_opinions(plan: "Plan") -> "Iterator[Request]":
+def _with_opinions(plan: "SetPlan") -> "Iterator[Request]":
     """Yield the first texts, and what the writer will be asked about them."""
     from sft_probe.synth.checks import expected_opinion
 
@@ -477,7 +477,7 @@ def _with_opinions(plan: "Plan") -> "Iterator[Request]":
         yield expected_opinion(request, plan.settings.thinking_tokens)
 
 
-def _second_texts(plan: "Plan") -> "Iterator[Request]":
+def _second_texts(plan: "SetPlan") -> "Iterator[Request]":
     """Yield every text that may be written a second time, with the longest opinions on both where
     they are asked."""
     from sft_probe.synth.checks import longest_opinion
@@ -490,7 +490,7 @@ def _second_texts(plan: "Plan") -> "Iterator[Request]":
             yield longest_opinion(second, plan.settings.thinking_tokens)
 
 
-def _missing_requests(plan: "Plan", writer: "Named", store: "Store") -> "list[Request]":
+def _missing_requests(plan: "SetPlan", writer: "Named", store: "Store") -> "list[Request]":
     """Return the opinions and second texts that are missing where all first texts are stored."""
     from sft_probe.synth.build import write_texts
 

@@ -1,4 +1,4 @@
-"""HH transcripts and other preference rows: from a row as published to turns and two responses.
+"""From one published preference row to chat turns and responses.
 
 In an HH transcript the prompt is everything up to the last `\\n\\nAssistant:` that both sides
 share.
@@ -7,8 +7,7 @@ share.
 import itertools
 import os
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_probe.probe_set import LONE_SURROGATE, is_unicode
 
@@ -29,36 +28,34 @@ Messages = list[dict[str, str]]
 
 
 class RowRejectedError(Exception):
-    """A row that cannot become a doc; the message is the reason, the same words for the same
+    """A row that cannot become a doc. The message is the reason, in the same words for the same
     fault."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One prompt with the response that was preferred and the one that was not, all stripped."""
+class Parsed(NamedTuple):
+    """The contents of a row, stripped."""
 
     messages: Messages
     """Ends with the user's turn."""
-    chosen: str
-    rejected: str
+    responses: dict[str, str]
+    """Category to text."""
 
 
-def parse_row(row: dict[str, Any]) -> Pair:
-    """Turns and responses of a row with `chosen`, `rejected` and, but for transcripts and messages,
-    `prompt`.
+def parse_row(row: dict[str, Any]) -> Parsed:
+    """Return the turns and both responses of a row with the columns `chosen` and `rejected`.
 
-    Both sides are HH transcripts, or responses to `prompt` (plain text, an HH transcript or
-    messages), or lists of messages `{"role", "content"}` that end with the assistant's.
+    Both columns hold HH transcripts, or responses to the column `prompt` (plain text, an HH
+    transcript or messages), or lists of messages `{"role", "content"}` that end with the
+    assistant's.
 
     Raises:
-        RowRejectedError: there is no pair in the row.
+        RowRejectedError: the row holds no such pair.
     """
     if missing := [f"`{name}`" for name in ("chosen", "rejected") if name not in row]:
         raise RowRejectedError(
             "`chosen` and `rejected` must both be text, or both lists of messages; missing: "
-            f"{', '.join(missing)}. The "
-            f"columns are {column_names(row)}. Other columns: `sft-probe probe-set --from-csv FILE "
-            "--prompt COLUMN --category NAME=COLUMN`"
+            f"{', '.join(missing)}. The columns are {column_names(row)}. For other columns use "
+            "`sft-probe probe-set --from-csv FILE --prompt COLUMN --category NAME=COLUMN`"
         )
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -78,39 +75,51 @@ def parse_row(row: dict[str, Any]) -> Pair:
         return _from_transcripts(_normalise(chosen), _normalise(rejected))
     if prompt is None:
         raise RowRejectedError(
-            "no `prompt`, and the sides are no HH transcripts (`\\n\\nHuman: ... \\n\\nAssistant: "
-            "...`)"
+            "no `prompt`, and the sides are not HH transcripts (`\\n\\nHuman: ... "
+            "\\n\\nAssistant: ...`)"
         )
-    return _pair(parse_turns(prompt), clean_response(chosen), clean_response(rejected))
+    return _parsed(parse_turns(prompt), clean_response(chosen), clean_response(rejected))
 
 
 def parse_messages(messages: Any) -> tuple[Messages, str]:
-    """The turns before the assistant's last one, and what it says. Raises `RowRejectedError` where
-    there is none."""
+    """Return the turns before the assistant's last message, and the text of that message.
+
+    Raises:
+        RowRejectedError: `messages` is not a conversation that ends with the assistant's message.
+    """
     if not isinstance(messages, list):
         raise RowRejectedError(f"`messages` is {kind_of(messages)}, not a list of messages")
-    turns = _checked(messages)
+    turns, response = split_answer(messages)
+    check_texts(turns, [response])
+    return turns, response
+
+
+def split_answer(messages: list[Any]) -> tuple[Messages, str]:
+    """Return the turns before the last message, which is the assistant's, and its text."""
+    turns = check_messages(messages)
     if turns[-1]["role"] != "assistant":
         raise RowRejectedError("the last message is not the assistant's")
-    check_texts(turns[:-1], [turns[-1]["content"]])
     return turns[:-1], turns[-1]["content"]
 
 
 def column_names(row: dict[str, Any]) -> str:
-    """The names of a row's columns, the first twenty, as text that can be written to any file."""
+    """Return the names of a row's first twenty columns, as text that any file can hold."""
     return ", ".join(list(row)[:20]).encode("utf-8", "replace").decode() or "none"
 
 
 def kind_of(value: Any) -> str:
-    """What a value is that should be text, in words."""
+    """Describe the type of a value that should be text."""
     return _KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def parse_turns(prompt: Any) -> Messages:
-    """Chat turns of a prompt in any form: a text, an HH transcript, or messages. Raises
-    `RowRejectedError`."""
+    """Return the chat turns of a prompt: plain text, an HH transcript or a list of messages.
+
+    Raises:
+        RowRejectedError: the prompt is empty or has another type.
+    """
     if isinstance(prompt, list):
-        return _checked(prompt)
+        return check_messages(prompt)
     if not isinstance(prompt, str):
         raise RowRejectedError(f"the prompt is {kind_of(prompt)}, not text or messages")
     if not prompt.strip():
@@ -119,8 +128,10 @@ def parse_turns(prompt: Any) -> Messages:
 
 
 def parse_prompt(prompt: str) -> Messages:
-    """Chat turns of an HH prompt, or one user turn of any other text; empty where the last turn is
-    not a user's."""
+    """Return the chat turns of an HH prompt, or one user turn with any other text.
+
+    The result is empty where the last turn is not the user's.
+    """
     body = prompt.rstrip()
     transcript = _normalise(body) if _TRANSCRIPT.match(body) else _unix(body)
     turns = _turns(transcript.removesuffix(_ASSISTANT)) or [
@@ -130,11 +141,10 @@ def parse_prompt(prompt: str) -> Messages:
 
 
 def check_texts(messages: Messages, responses: list[str]) -> None:
-    """Raises `RowRejectedError` where the turns and responses of a doc cannot be told apart, or are
-    no text.
+    """Raise `RowRejectedError` where turns and responses cannot be told apart, or are not text.
 
-    A label that is left inside a text means that the row was cut in another way than it was
-    written, and a model that is trained in the format `hh` would read it as a turn.
+    A label left inside a text means that the row was cut in the wrong place. A model trained in
+    the format `hh` would read the label as a turn.
     """
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise RowRejectedError("the prompt does not end with a user's turn that says something")
@@ -158,8 +168,7 @@ def check_texts(messages: Messages, responses: list[str]) -> None:
 
 
 def clean_response(text: str) -> str:
-    """The text of a response column: Unix line ends, no white space around it, no label
-    `Assistant:` before it."""
+    """Return a response with Unix line ends, without white space or `Assistant:` in front."""
     return _LABEL.sub("", _unix(text), count=1).strip()
 
 
@@ -168,7 +177,7 @@ def _unix(text: str) -> str:
 
 
 def _turns(transcript: str) -> Messages:
-    """Turns of an HH transcript; empty where the text is none."""
+    """Return the turns of an HH transcript; none where the text is not a transcript."""
     parts = _TURN.split(transcript)
     if len(parts) < 3 or parts[0].strip():
         return []
@@ -179,23 +188,23 @@ def _turns(transcript: str) -> Messages:
 
 
 def _normalise(transcript: str) -> str:
-    """Unix line ends, and a blank line before each turn, which some copies have stripped or made a
-    line end.
+    """Return a transcript with Unix line ends and the blank line before each turn that some copies
+    lack.
 
-    A label after a single line end is a turn only where the labels after blank lines do not take
-    turns by themselves: else it is a part of what is said.
+    A label after a single line end starts a turn only where the labels after blank lines do not
+    alternate by themselves. Otherwise it is part of the text.
     """
     text = "\n\n" + _unix(transcript).lstrip()
     loose = _LOOSE_TURN.sub("\n\n", text)
-    return loose if not _takes_turns(text) and _takes_turns(loose) else text
+    return loose if not _alternates(text) and _alternates(loose) else text
 
 
-def _takes_turns(transcript: str) -> bool:
+def _alternates(transcript: str) -> bool:
     labels = _TURN.findall(transcript)
     return len(labels) > 1 and all(one != other for one, other in itertools.pairwise(labels))
 
 
-def _from_transcripts(chosen: str, rejected: str) -> Pair:
+def _from_transcripts(chosen: str, rejected: str) -> Parsed:
     end = os.path.commonprefix([chosen, rejected]).rfind(_ASSISTANT)  # noqa: RUF071 - characters are meant
     if end < 0:
         raise RowRejectedError("the sides share no prompt up to a `\\n\\nAssistant:`")
@@ -204,31 +213,32 @@ def _from_transcripts(chosen: str, rejected: str) -> Pair:
         raise RowRejectedError(
             "the sides part before the last turn: more turns follow in one of them"
         )
-    return _pair(_turns(chosen[:end]), *answers)
+    return _parsed(_turns(chosen[:end]), *answers)
 
 
-def _from_messages(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Pair:
-    sides = [_checked(chosen), _checked(rejected)]
-    if any(side[-1]["role"] != "assistant" for side in sides):
-        raise RowRejectedError("the last message of a side is not the assistant's")
-    if sides[0][:-1] != sides[1][:-1]:
+def _from_messages(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Parsed:
+    (messages, answer), (others, other_answer) = split_answer(chosen), split_answer(rejected)
+    if messages != others:
         raise RowRejectedError("the sides share no prompt: their earlier messages differ")
-    messages = sides[0][:-1]
     if isinstance(prompt, list):
-        before = _checked(prompt)
-        # what the sides repeat of the prompt: all of it, its last turns, or nothing
-        overlap = next(
-            n for n in range(len(before), -1, -1) if before[len(before) - n :] == messages[:n]
-        )
-        messages = before[: len(before) - overlap] + messages
+        messages = join_turns(check_messages(prompt), messages)
     elif not messages and isinstance(prompt, str) and prompt.strip():
         messages = parse_prompt(prompt)
-    return _pair(messages, sides[0][-1]["content"], sides[1][-1]["content"])
+    return _parsed(messages, answer, other_answer)
 
 
-def _checked(messages: list[Any]) -> Messages:
-    """Role and content of each message; all else that it may hold (ids, names, scores) is no part
-    of the prompt."""
+def join_turns(before: Messages, after: Messages) -> Messages:
+    """Join two runs of turns. What the second repeats of the end of the first is kept once."""
+    overlap = next(n for n in range(len(before), -1, -1) if before[len(before) - n :] == after[:n])
+    return before[: len(before) - overlap] + after
+
+
+def check_messages(messages: list[Any]) -> Messages:
+    """Return the role and content of each message, without ids, names or scores.
+
+    Raises:
+        RowRejectedError: an element is not a message with a known role and text.
+    """
     turns = [
         {"role": turn.get("role"), "content": _content(turn.get("content"))}
         for turn in messages
@@ -244,8 +254,7 @@ def _checked(messages: list[Any]) -> Messages:
 
 
 def _content(content: Any) -> str | None:
-    """The text of a message: a string, or a list of text parts one after the other, as chat
-    templates render them."""
+    """Return the text of a message: a string, or text parts joined as chat templates join them."""
     if isinstance(content, list) and content:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]
@@ -253,9 +262,9 @@ def _content(content: Any) -> str | None:
     return _unix(content).strip() if isinstance(content, str) else None
 
 
-def _pair(messages: Messages, chosen: str, rejected: str) -> Pair:
-    pair = Pair(messages=messages, chosen=_unix(chosen).strip(), rejected=_unix(rejected).strip())
-    check_texts(messages, [pair.chosen, pair.rejected])
-    if pair.chosen == pair.rejected:
+def _parsed(messages: Messages, chosen: str, rejected: str) -> Parsed:
+    responses = {"chosen": _unix(chosen).strip(), "rejected": _unix(rejected).strip()}
+    check_texts(messages, list(responses.values()))
+    if responses["chosen"] == responses["rejected"]:
         raise RowRejectedError("both responses are the same")
-    return pair
+    return Parsed(messages, responses)

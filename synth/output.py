@@ -1,10 +1,9 @@
-"""Writes a finished set: two JSONL files, what was left out, the card, and the manifest last."""
+"""Everything that is written about a set: JSONL, manifest, card, and what `probe-set` prints."""
 
 import html
-import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,37 @@ from sft_probe.files import (
     write_jsonl,
     write_text,
 )
-from sft_probe.probe_set import SPLITS, ProbeSet
+from sft_probe.probe_set import SPLITS, Doc, LeftOut, ProbeSet
 from sft_probe.synth.asking.store import open_copy
-from sft_probe.synth.build import Plan, Written
+from sft_probe.synth.build import SetPlan, Written
 from sft_probe.synth.duplicates import count_words, near_duplicates, prompt_text
-from sft_probe.synth.sources import Rejected, source_files, source_sha256
+from sft_probe.synth.sources import source_files, source_sha256
 from sft_probe.synth.splits import RULE
 
+_LOG = logging.getLogger(__name__)
 WORK_DIR = "synthesis"
-"""Beside the set: the store of answers and the rows left out. No part of the set."""
+"""Directory beside the set, not part of it: the store of answers and the rows left out."""
 STORE = f"{WORK_DIR}/answers.sqlite"
 _RULE_FILE = f"{WORK_DIR}/rule.json"
 FIGURE = "lengths.png"
 _WRITTEN = (*(f"{split}.jsonl" for split in SPLITS), "README.md", "probe_set.json", FIGURE)
+_DATA_FILES = [{"split": split, "path": f"{split}.jsonl"} for split in SPLITS]
+SetRow = dict[str, Any]
+"""One line of a set's JSONL file."""
 
 
 def check_directory(out: Path, source: str) -> None:
-    """Raises `UserError` where a set in `out` would take in or replace foreign files, or nothing
-    can be written."""
+    """Raise `UserError` where a set in `out` would replace, or include, files of another origin."""
     path = Path(source).expanduser()
     written = {(out / name).resolve() for name in _WRITTEN}
     if path.exists() and not written.isdisjoint(file.resolve() for file in source_files(path)):
         raise UserError(
             f"the source {source} would be overwritten by the set in {out}. Choose another --out."
         )
-    mine = sorted(name for name in _WRITTEN if (out / name).exists())
-    if mine and not (out / STORE).is_file():
+    existing = sorted(name for name in _WRITTEN if (out / name).exists())
+    if existing and not (out / STORE).is_file():
         raise UserError(
-            f"{out} holds {', '.join(mine)}, which sft-probe synth has not written and would "
+            f"{out} holds {', '.join(existing)}, which sft-probe synth has not written and would "
             "replace. Choose another --out."
         )
     foreign = [path.name for path in find(out, "*.jsonl") if path.stem not in SPLITS]
@@ -62,23 +64,22 @@ def check_directory(out: Path, source: str) -> None:
 
 
 def rule_of(out: Path) -> int:
-    """The version of the rule of draw, split and topics that a directory was begun with, else the
-    newest one."""
+    """Return the version of the rule (`splits.RULE`) that a directory was begun with."""
     if (out / _RULE_FILE).is_file():
         return int(read_json(out / _RULE_FILE)["rule"])
     return 1 if _holds_answers(out / STORE) else RULE
 
 
 def _holds_answers(store: Path) -> bool:
-    """Whether anything was asked; an estimate of an older version left an empty store."""
+    """Return whether anything was requested; an estimate by version 0.1 left an empty store."""
     if not store.is_file():
         return False
-    with open_copy(store) as copy:  # an estimate writes nothing
+    with open_copy(store) as copy:  # so that an estimate writes nothing
         return bool(copy.counts())
 
 
 def begin_set(out: Path) -> None:
-    """Make the directory and note the rule before the first answer is stored."""
+    """Make the directory and record its rule before the first answer is stored."""
     rule = rule_of(out)
     make_dir(out / WORK_DIR)
     write_json(out / _RULE_FILE, {"rule": rule})
@@ -86,27 +87,27 @@ def begin_set(out: Path) -> None:
 
 def write_set(
     out: Path,
-    docs: list[dict[str, Any]],
-    plan: Plan,
+    docs: list[Doc],
+    plan: SetPlan,
     written: Written,
     *,
     writers: dict[str, str],
     facts: dict[str, Any],
 ) -> None:
-    """Writes the set.
+    """Write a set with its card.
 
     Args:
         out: directory of the set.
-        docs: as `make_docs` gives them.
+        docs: the finished docs.
         plan: what they were made from.
         written: for the counts of the checks.
         writers: category to writer.
-        facts: more for the provenance, such as licence and cost.
+        facts: more of the provenance: license, cost, note.
 
     Raises:
         UserError: the splits overlap.
     """
-    overlap = overlap_of(docs, list(writers))
+    overlap = overlap_of(docs)
     if any(overlap.values()):
         raise UserError(
             f"the splits overlap ({overlap}), so the set was not written. This is a defect; please "
@@ -115,46 +116,112 @@ def write_set(
     remove_leftovers(out)  # the store's lock is held
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
-    for split in SPLITS:
-        write_jsonl(out / f"{split}.jsonl", [doc for doc in docs if doc["split"] == split])
+    write_docs(out, docs, lambda doc: to_row(doc, _meta(doc, written)))
     write_card(out, docs, writers, plan.settings.prompt_format, provenance)
-    write_manifest(out, writers, plan.settings.prompt_format, provenance)
+    write_manifest(out, docs, writers, plan.settings.prompt_format, provenance)
 
 
-def write_rejected(out: Path, rejected: Rejected) -> None:
-    """Writes what is left out, also where no set comes of it."""
-    write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", rejected.rows)
+def to_row(doc: Doc, meta: dict[str, Any] | None = None) -> SetRow:
+    """Return the line of a set's JSONL file for a doc."""
+    texts = dict(doc.responses)
+    drawn = {}
+    if doc.random_doc_id is not None:
+        drawn = {"random": texts.pop("random"), "random_doc_id": doc.random_doc_id}
+    return {
+        "doc_id": doc.doc_id,
+        "conversation_id": doc.conversation_id,
+        "split": doc.split,
+        "messages": list(doc.messages),
+        **texts,
+        **({"meta": meta} if meta else {}),
+        **drawn,
+    }
 
 
-def overlap_of(docs: Sequence[dict[str, Any]], categories: Sequence[str]) -> dict[str, int]:
-    """What the splits share, by number: conversations, near-duplicate prompts, responses, partners
-    of `random`."""
-    split_of = {doc["doc_id"]: doc["split"] for doc in docs}
+def _meta(doc: Doc, written: Written) -> dict[str, Any]:
+    assert doc.place is not None  # noqa: S101 - every doc of a source has one
+    num_words = count_words(doc.responses["chosen"])
+    ratios = {
+        category: round(count_words(text) / num_words, 3)
+        for category, text in doc.responses.items()
+        if category not in ("chosen", "random")
+    }
+    return {
+        "file": doc.place.file,
+        "line": doc.place.line,
+        "length_ratio": ratios,
+        "sample_index": written.sample_index.get(doc.doc_id, {}),
+    }
+
+
+def write_docs(out: Path, docs: Sequence[Doc], row_of: Callable[[Doc], SetRow] = to_row) -> None:
+    """Write one JSONL file for each split."""
+    for split in SPLITS:
+        write_jsonl(out / f"{split}.jsonl", (row_of(doc) for doc in docs if doc.split == split))
+
+
+def write_manifest(
+    out: Path,
+    docs: Sequence[Doc],
+    writers: dict[str, str],
+    prompt_format: str,
+    provenance: dict[str, Any],
+    *,
+    name: str | None = None,
+) -> None:
+    """Write `probe_set.json`, last of all, so that it stands for a complete set."""
+    counts = Counter(doc.split for doc in docs)
+    manifest = {
+        "name": name or out.resolve().name,
+        "counts": {split: counts[split] for split in SPLITS},
+        "categories": writers,
+        "prompt_format": prompt_format,
+        "sha256": {path.name: sha256_file(path) for path in find(out, "*.jsonl")},
+        "provenance": provenance,
+    }
+    write_json(out / "probe_set.json", manifest)
+
+
+def write_left_out(out: Path, left_out: Sequence[LeftOut]) -> None:
+    """Write the rows and docs that are left out, also where the run fails."""
+    rows = (
+        {
+            **(item.place._asdict() if item.place else {}),
+            **({"doc_id": item.doc_id} if item.doc_id else {}),
+            "reason": item.reason,
+            **({"detail": item.detail} if item.detail else {}),
+        }
+        for item in left_out
+    )
+    write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", rows)
+
+
+def overlap_of(docs: Sequence[Doc]) -> dict[str, int]:
+    """Count the conversations, near-duplicate prompts, responses and partners of `random` that the
+    splits share."""
+    split_of = {doc.doc_id: doc.split for doc in docs}
     conversations, responses = defaultdict(set), defaultdict(set)
     for doc in docs:
-        conversations[doc["conversation_id"]].add(doc["split"])
-        for category in categories:
-            responses[doc[category]].add(doc["split"])
-    pairs = near_duplicates([prompt_text(doc["messages"]) for doc in docs])
+        conversations[doc.conversation_id].add(doc.split)
+        for text in doc.responses.values():
+            responses[text].add(doc.split)
+    pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
     return {
         "conversations": sum(len(splits) > 1 for splits in conversations.values()),
-        "near_duplicate_prompts": sum(docs[i]["split"] != docs[j]["split"] for i, j in pairs),
+        "near_duplicate_prompts": sum(docs[i].split != docs[j].split for i, j in pairs),
         "responses": sum(len(splits) > 1 for splits in responses.values()),
         "random_partners": sum(
-            split_of[doc["random_doc_id"]] != doc["split"]
-            for doc in docs
-            if doc.get("random_doc_id")
+            split_of[doc.random_doc_id] != doc.split for doc in docs if doc.random_doc_id
         ),
     }
 
 
-def _provenance(plan: Plan, docs: Sequence[dict[str, Any]], written: Written) -> dict[str, Any]:
+def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[str, Any]:
     settings = plan.settings
-    left_out = {(row["file"], row["line"]): row["reason"] for row in reversed(plan.rejected.rows)}
+    left_out = {item.place: item.reason for item in reversed(plan.left_out)}
+    is_local = Path(settings.source).expanduser().exists()
     return {
-        "source": Path(settings.source).name
-        if Path(settings.source).expanduser().exists()
-        else settings.source,
+        "source": Path(settings.source).name if is_local else settings.source,
         "source_sha256": source_sha256(settings.source),
         "source_revision": plan.revision,
         "seed": settings.seed,
@@ -188,54 +255,23 @@ def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return nested
 
 
-def write_manifest(
-    out: Path,
-    writers: dict[str, str],
-    prompt_format: str,
-    provenance: dict[str, Any],
-    *,
-    name: str | None = None,
-) -> None:
-    """Writes `probe_set.json` for the JSONL files in `out`: last, so that it stands for a complete
-    set."""
-    (out / "probe_set.json").unlink(missing_ok=True)
-    paths = find(out, "*.jsonl")
-    counts: Counter[str] = Counter()
-    for path in paths:
-        with path.open("rb") as lines:  # one at a time: a set may be large
-            counts.update(json.loads(line)["split"] for line in lines)
-    manifest = {
-        "name": name or out.resolve().name,
-        "counts": {split: counts[split] for split in SPLITS},
-        "categories": writers,
-        "prompt_format": prompt_format,
-        "sha256": {path.name: sha256_file(path) for path in paths},
-        "provenance": provenance,
-    }
-    write_json(out / "probe_set.json", manifest)
-
-
-_LOG = logging.getLogger(__name__)
-_FILES = [{"split": split, "path": f"{split}.jsonl"} for split in SPLITS]
-
-
 def write_card(
     out: Path,
-    docs: Sequence[dict[str, Any]],
+    docs: Sequence[Doc],
     writers: dict[str, str],
     prompt_format: str,
     provenance: dict[str, Any],
 ) -> None:
-    """Writes `README.md`, and the figure where the extra `report` is installed."""
+    """Write the dataset card `README.md`, with a figure where the extra `report` is installed."""
     table = length_table(docs, list(writers))
     has_figure = _write_figure(out / FIGURE, table)
     header = {
         "license": provenance["license"],
         "task_categories": ["text-generation"],
         "tags": ["sft-probe", "preference", "synthetic"],
-        "configs": [{"config_name": "default", "data_files": _FILES}],
+        "configs": [{"config_name": "default", "data_files": _DATA_FILES}],
     }
-    counts = {split: sum(doc["split"] == split for doc in docs) for split in SPLITS}
+    counts = Counter(doc.split for doc in docs)
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
         f"# {_text(out.resolve().name)}",
@@ -258,9 +294,11 @@ def write_card(
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
-def length_table(docs: Sequence[dict[str, Any]], categories: Sequence[str]) -> pd.DataFrame:
-    """Words per category: mean, median, 5 % and 95 % quantiles, and the mean ratio to chosen."""
-    words = pd.DataFrame({name: [count_words(doc[name]) for doc in docs] for name in categories})
+def length_table(docs: Sequence[Doc], categories: Sequence[str]) -> pd.DataFrame:
+    """Return words per category: mean, quantiles, and the mean ratio to chosen."""
+    words = pd.DataFrame(
+        {name: [count_words(doc.responses[name]) for doc in docs] for name in categories}
+    )
     ratios = words.div(words["chosen"], axis=0)
     columns = {f"p{round(100 * q):02d}": words.quantile(q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
     return pd.DataFrame({"mean": words.mean(), **columns, "ratio": ratios.mean()}).rename_axis(
@@ -319,7 +357,7 @@ def _sections(provenance: dict[str, Any]) -> list[str]:
 
 
 def _text(value: object) -> str:
-    """Plain text inside Markdown: no HTML, no table cells, no links, no code."""
+    """Escape a value for Markdown: no HTML, table cells, links or code."""
     return (
         html.escape(str(value))
         .replace("|", "&#124;")
@@ -352,7 +390,7 @@ def _write_figure(path: Path, table: pd.DataFrame) -> bool:
 
 
 def describe_probe_set(probe_set: ProbeSet) -> str:
-    """A plain-text account of a probe set."""
+    """Return a plain-text description of a probe set: counts, lengths, duplicates, faults."""
     counts = {split: len(probe_set.of_split(split)) for split in SPLITS}
     lines = [
         f"probe set {probe_set.name} ({probe_set.source}), prompt format {probe_set.prompt_format}",
@@ -389,7 +427,7 @@ def _category_line(probe_set: ProbeSet, category: str) -> str:
 
 
 def _prompt_lines(probe_set: ProbeSet) -> list[str]:
-    """Near-duplicate prompts, and texts that the splits share."""
+    """Describe near-duplicate prompts and the texts that the splits share."""
     docs = probe_set.docs
     pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
     across = [pair for pair in pairs if docs[pair[0]].split != docs[pair[1]].split]

@@ -1,5 +1,4 @@
-"""Where raw preference pairs come from: local files, directories of them, or the Hugging Face
-hub."""
+"""Raw rows from local files, directories or the Hugging Face hub, and the docs they hold."""
 
 import csv
 import gzip
@@ -17,101 +16,86 @@ from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
-from sft_probe.probe_set import is_unicode
-from sft_probe.synth.hh import Pair, RowRejectedError, parse_row
+from sft_probe.probe_set import Doc, LeftOut, Place, is_unicode
+from sft_probe.synth.hh import RowRejectedError, parse_row
+from sft_probe.synth.splits import root_id
 
 _LOG = logging.getLogger(__name__)
-_HH = "Anthropic/hh-rlhf"
+HH = "Anthropic/hh-rlhf"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _TABLE_SUFFIXES = (".csv", *_SUFFIXES)
 _HELD_OUT = "test|heldout|held_out|held-out|valid|validation|val|eval|dev"
 _SPLIT_FILE = re.compile(rf"(train|{_HELD_OUT})(-\d+-of-\d+)?")
 _SPLIT_OF_HUB = re.compile(rf"(train|{_HELD_OUT})(_\w+)?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
+Numbered = Iterator[tuple[int, Any, str | None]]
+"""Line number, value, and why there is no value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a source, with its place."""
+    """One row of a source, or the reason why it cannot be read."""
 
-    file: str
-    line: int
-    """From 1; of Parquet files and the hub, the number of the row."""
+    place: Place
     split: str | None
     """`train` or `heldout` where the source says so."""
     value: Any
     fault: str | None = None
-    """Why there is no value."""
+
+    def columns(self) -> dict[str, Any]:
+        """Return the values by column. Raise `RowRejectedError` where there are none."""
+        if self.fault or not isinstance(self.value, dict):
+            raise RowRejectedError(self.fault or "not a JSON object")
+        return self.value
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourcePair(Pair):
-    """A pair and where it stood."""
+def read_pairs(source: str, left_out: list[LeftOut], revision: str | None = None) -> list[Doc]:
+    """Return every usable preference pair of a source, in its order.
 
-    doc_id: str
-    file: str
-    line: int
-    split: str | None
-
-
-class Rejected:
-    """The rows and docs that were left out, each with its reason: nothing is lost without a
-    word."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, place: Row | SourcePair, reason: str, **detail: str) -> None:
-        """Notes that a row is left out; `detail` says what differs from row to row."""
-        doc_id = {"doc_id": place.doc_id} if isinstance(place, SourcePair) else {}
-        self.rows.append(
-            {"file": place.file, "line": place.line, **doc_id, "reason": reason, **detail}
-        )
-
-    def reasons(self) -> str:
-        """The most common reasons, with how many rows each has cost."""
-        counts = Counter(str(row["reason"]) for row in self.rows)
-        return (
-            "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3)) or "nothing"
-        )
-
-
-def read_pairs(source: str, rejected: Rejected, revision: str | None = None) -> list[SourcePair]:
-    """Every usable pair of a source in its order; all other rows go to `rejected`. `revision` is
-    that of a hub source.
+    Args:
+        source: a file, a directory or a hub data set.
+        left_out: receives the rows that cannot be used.
+        revision: commit of a hub source.
 
     Raises:
-        UserError: there is no such source, or a file of it is damaged.
+        UserError: the source does not exist, or one of its files is damaged.
     """
-    seen: dict[bytes, str] = {}
-    pairs = []
+    seen: dict[bytes, Place] = {}
+    docs = []
     for row in read_rows(source, revision):
         try:
-            if row.fault or not isinstance(row.value, dict):
-                raise RowRejectedError(row.fault or "not a JSON object")
-            pair = parse_row(row.value)
+            messages, responses = parse_row(row.columns())
         except RowRejectedError as error:
-            rejected.add(row, str(error))
+            left_out.append(LeftOut(place=row.place, reason=str(error)))
             continue
-        fields = vars(pair)
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).digest()
+        digest = hashlib.sha256(json.dumps([messages, responses]).encode()).digest()
         if digest in seen:
-            rejected.add(row, "the same as an earlier row", earlier=seen[digest])
+            left_out.append(
+                LeftOut(
+                    place=row.place, reason="the same as an earlier row", detail=str(seen[digest])
+                )
+            )
             continue
-        seen[digest] = f"{row.file}, line {row.line}"
-        doc_id = f"{stem(row.file)}-{row.line:06d}"
-        pairs.append(
-            SourcePair(**fields, doc_id=doc_id, file=row.file, line=row.line, split=row.split)
+        seen[digest] = row.place
+        docs.append(
+            Doc(
+                doc_id=f"{stem(row.place.file)}-{row.place.line:06d}",
+                conversation_id=root_id(messages),
+                split=row.split or "",
+                messages=tuple(messages),
+                responses=responses,
+                place=row.place,
+            )
         )
-    return pairs
+    return docs
 
 
 def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
-    """The rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, of a directory of them, or of a hub
+    """Yield the rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory of them, or a hub
     data set.
 
     Raises:
-        UserError: see `read_pairs`.
+        UserError: the source does not exist, or one of its files is damaged.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -121,15 +105,15 @@ def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
         read = _parquet_rows if file.suffix == ".parquet" else _jsonl_rows
         split = _split_of(_SPLIT_FILE, stem(file.name)) if path.is_dir() else None
         for line, value, fault in read(file):
-            yield Row(file=file.name, line=line, split=split, value=value, fault=fault)
+            yield Row(place=Place(file.name, line), split=split, value=value, fault=fault)
 
 
 def read_table(path: Path) -> Iterator[Row]:
-    """The rows of a `.csv` table, or of a file that can be a source.
+    """Yield the rows of a `.csv`, `.jsonl`, `.jsonl.gz` or `.parquet` table.
 
     Raises:
-        UserError: the file cannot be read, or a row of a `.csv` file has not as many fields as its
-        header.
+        UserError: the file cannot be read, or a row of a `.csv` file has a different number of
+            fields than its header.
     """
     if not path.name.endswith(_TABLE_SUFFIXES):
         raise UserError(f"{path}: a table is a {', '.join(_TABLE_SUFFIXES)} file.")
@@ -139,12 +123,15 @@ def read_table(path: Path) -> Iterator[Row]:
         yield from read_rows(str(path))
         return
     for line, value, fault in _csv_rows(path):
-        yield Row(file=path.name, line=line, split=None, value=value, fault=fault)
+        yield Row(place=Place(path.name, line), split=None, value=value, fault=fault)
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files of a local source, by name. Raises `UserError` where there is none, or two have one
-    name."""
+    """Return the files of a local source, sorted by name.
+
+    Raises:
+        UserError: there are none, or two differ only in their suffix.
+    """
     files = (
         sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
         if path.is_dir()
@@ -156,58 +143,56 @@ def source_files(path: Path) -> list[Path]:
         )
     if len({stem(file.name) for file in files}) < len(files):
         raise UserError(
-            f"{path} holds files that differ in their suffix only, so their rows cannot be told "
-            "apart."
+            f"{path} holds files that differ only in their suffix, so their rows cannot be told "
+            "apart. Rename or remove one."
         )
     return files
 
 
 def source_sha256(source: str) -> dict[str, str]:
-    """File name to hash of a local source; empty for the hub, where the name and revision stand for
-    it."""
+    """Return the hash of each file of a local source; nothing for the hub, whose revision is kept
+    instead."""
     path = Path(source).expanduser()
     return {file.name: sha256_file(file) for file in source_files(path)} if path.exists() else {}
 
 
 def hub_revision(source: str) -> str | None:
-    """The commit that a hub source stands at now; None for a local one, and where the hub cannot be
-    asked."""
+    """Return the current commit of a hub source; None for a local source or without a network."""
     if Path(source).expanduser().exists() or not _HUB_ID.fullmatch(source):
         return None
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(source.partition(":")[0]).sha
-    except (
-        OSError
-    ) as error:  # offline the copy in the cache may do; else reading it says what is wrong
+    except OSError as error:  # offline: the cached copy may do; if not, reading it says so
         _LOG.warning("the revision of %s is not known (%s)", source, type(error).__name__)
         return None
 
 
 def stem(name: str) -> str:
-    """The name of a file without what says how it is read."""
+    """Return a file name without the suffix that says how to read it."""
     for suffix in _TABLE_SUFFIXES:
         name = name.removesuffix(suffix)
     return name
 
 
 def _split_of(pattern: re.Pattern[str], name: str) -> str | None:
-    """The split that a whole name stands for: `train`, `test-00000-of-00002`, but not
-    `testimonials`."""
+    """Return the split that a whole name stands for: `test-00000-of-00002`, not `testimonials`."""
     if (match := pattern.fullmatch(name)) is None:
         return None
     return "train" if match[1] == "train" else "heldout"
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+def _jsonl_rows(path: Path) -> Numbered:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, *_parse_json(line)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path} to its end: {error}. Get the file again.") from error
+        raise UserError(
+            f"cannot read {path} to its end: {error}. Download or copy the file again."
+        ) from error
 
 
 def _parse_json(line: bytes) -> tuple[Any, str | None]:
@@ -217,11 +202,10 @@ def _parse_json(line: bytes) -> tuple[Any, str | None]:
         return None, "not valid JSON in UTF-8"
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    """Rows with the line that each starts in. Bytes that are no UTF-8 are a fault of their row."""
-    csv.field_size_limit(
-        sys.maxsize
-    )  # of the module, for all readers: a text may be longer than its 131,072
+def _csv_rows(path: Path) -> Numbered:
+    """Yield rows with the line that each starts in. A row with bytes that are not UTF-8 is a
+    fault."""
+    csv.field_size_limit(sys.maxsize)  # global to the module; a text may exceed its 131,072
     try:
         # utf-8-sig: Excel writes a byte order mark; surrogates stand for bytes that are not UTF-8
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -231,10 +215,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
             for fields in reader:
                 if len(fields) not in (0, len(header)):
                     raise UserError(
-                        f"{path}, line {line}: {len(fields)} fields, and the header has "
-                        f"{len(header)}. Put a text that "
-                        'holds a comma or a line end in double quotes ("..."), and double the '
-                        "quotes inside it."
+                        f"{path}, line {line}: {len(fields)} fields, but the header has "
+                        f"{len(header)}. Put a text that holds a comma or a line end in double "
+                        'quotes ("..."), and double the quotes inside it.'
                     )
                 if fields:
                     fault = None if is_unicode(fields) else "bytes that are not UTF-8"
@@ -267,7 +250,7 @@ def _checked_header(path: Path, header: list[str]) -> list[str]:
     return header
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+def _parquet_rows(path: Path) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
@@ -285,7 +268,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
 def _batch_rows(batch: Any) -> Iterator[tuple[Any, str | None]]:
     try:
         yield from ((value, None) for value in batch.to_pylist())
-    except UnicodeDecodeError:  # raised before the first row; one of them is at fault, not all
+    except UnicodeDecodeError:  # raised before the first row: find the rows at fault one by one
         for number in range(batch.num_rows):
             try:
                 yield batch.slice(number, 1).to_pylist()[0], None
@@ -298,20 +281,19 @@ def _hub_rows(source: str, revision: str | None) -> Iterator[Row]:
 
     if not _HUB_ID.fullmatch(source):
         raise UserError(
-            f"no source {source!r}: it is no file or directory here, and no data set id of the hub."
+            f"no source {source!r}: not a file or directory here, and not a data set id of the hub."
         )
     name, _, data_dir = source.partition(":")
-    data_dir = data_dir or ("helpful-base" if name == _HH else "")
+    data_dir = data_dir or ("helpful-base" if name == HH else "")
     try:
         splits = datasets.load_dataset(
             name, data_dir=data_dir or None, revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"no source {source!r}: no file here, and the hub did not give it ({error})."
+            f"no source {source!r}: not a file here, and the hub did not return it ({error})."
         ) from error
-    for split, rows in splits.items():
+    for name, rows in splits.items():
+        split = _split_of(_SPLIT_OF_HUB, str(name))
         for line, value in enumerate(rows, start=1):
-            yield Row(
-                file=str(split), line=line, split=_split_of(_SPLIT_OF_HUB, str(split)), value=value
-            )
+            yield Row(place=Place(str(name), line), split=split, value=value)

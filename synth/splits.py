@@ -1,4 +1,5 @@
-"""Train and held-out: disjoint by conversation, by near-duplicate prompts and by response."""
+"""Train and held-out docs, disjoint by conversation, near-duplicate prompt and response; and the
+category `random`."""
 
 import hashlib
 import itertools
@@ -15,58 +16,59 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from sft_probe.errors import UserError
-from sft_probe.probe_set import Doc
-from sft_probe.synth import first_rule
+from sft_probe.probe_set import SPLITS, Doc, LeftOut, common_reasons
 from sft_probe.synth.duplicates import near_duplicates, prompt_text
-from sft_probe.synth.hh import Pair
-from sft_probe.synth.sources import Rejected, SourcePair
 
 DEFAULT_HELDOUT_FRAC = 0.2
-
-
 RULE = 2
-"""Version of the rule by which docs are drawn, split and given topics: by hashes of what they say
-and the seed.
+"""Version of the rule by which docs are drawn, split and given topics.
 
-By rule 1 it was their place that counted (`first_rule`). A set and its store keep the rule that
-they were begun with.
+Rule 2 goes by hashes of a doc's content and the seed. Rule 1, of sft-probe 0.1, went by the place
+of a doc, so that an appended row moved others between the splits and gave them other topics. A
+directory keeps the rule that it was begun with: under another rule its topics would change, and
+texts that are already paid for would be requested again.
 """
 MIN_DOCS = 2
-"""Of a split: `random` needs two."""
-
-
-def conversation_id(doc: Pair | Doc) -> str:
-    """A hash of the conversation's root, its first user turn: HH holds one conversation at several
-    depths."""
-    return root_id(doc.messages)
+"""Fewest docs of a split: `random` needs two."""
+_NUM_DRAWS = 100
 
 
 def root_id(messages: Iterable[dict[str, str]]) -> str:
-    """Return the `conversation_id` of these turns."""
+    """Return a hash of the first user turn, by which HH's copies of one conversation, each cut at
+    another depth, are recognised."""
     root = next(turn["content"] for turn in messages if turn["role"] == "user")
     return hashlib.sha256(root.encode()).hexdigest()[:12]
 
 
 def draw_key(content: dict[str, Any], seed: int) -> bytes:
-    """A place in the order in which docs are drawn, the same wherever a doc stands in its
-    source."""
+    """Return the sort key by which docs are drawn. It does not depend on a doc's place."""
     return hashlib.sha256(json.dumps([seed, content], sort_keys=True).encode()).digest()
 
 
+def draw_order(docs: Sequence[Doc], seed: int) -> list[Doc]:
+    """Return docs in the order in which rule 1 draws them."""
+    return _shuffled(docs, seed)
+
+
+def _shuffled(values: Sequence[Any], seed: int) -> list[Any]:
+    shuffled = list(values)
+    random.Random(seed).shuffle(shuffled)  # noqa: S311 - reproducible, not secret
+    return shuffled
+
+
 def split_of(conversation: str, threshold: float, seed: int) -> str:
-    """`heldout` where the hash of the conversation, a number from 0 to 1, is below the threshold,
+    """Return `heldout` where the hash of the conversation, from 0 to 1, is below the threshold,
     else `train`."""
     return "heldout" if _unit_hash(conversation, seed) < threshold else "train"
 
 
 def choose_threshold(conversations: Sequence[str], heldout: float, seed: int) -> float:
-    """The threshold of `split_of` that holds out as many docs as are asked for.
+    """Return the threshold of `split_of` that holds out as many docs as requested.
 
     Args:
         conversations: the conversation of each doc.
-        heldout: below 1 the threshold itself, which no doc has a part in, moved only where it would
-        leave a split
-            fewer docs than it needs. From 1 on the number of docs, passed where the last
+        heldout: below 1, the threshold itself, whatever the docs; it is moved only where a split
+            would have too few docs. From 1 on, the number of docs, exceeded where the last
             conversation has several.
         seed: of the hashes.
     """
@@ -97,108 +99,140 @@ def _unit_hash(conversation: str, seed: int) -> float:
 
 
 def _shortest_above(value: float, limit: float) -> float:
-    """The number with the fewest digits that is above `value` and not above `limit`."""
+    """Return the number with the fewest digits in the interval (value, limit]."""
     steps = ((math.floor(value * 10**digits) + 1) / 10**digits for digits in range(1, 17))
     return next((step for step in steps if value < step <= limit), limit)
 
 
-def clusters(pairs: Sequence[SourcePair]) -> list[int]:
-    """For each pair the number of its cluster: one conversation, or prompts that are
-    near-duplicates (transitively)."""
+def clusters(docs: Sequence[Doc]) -> list[int]:
+    """Return the cluster number of each doc: docs of one conversation, or with near-duplicate
+    prompts (transitively), share a cluster."""
     first: dict[str, int] = {}  # equal prompts are compared with others once
     edges = [
-        (first.setdefault(prompt_text(pair.messages), number), number)
-        for number, pair in enumerate(pairs)
+        (first.setdefault(prompt_text(doc.messages), number), number)
+        for number, doc in enumerate(docs)
     ]
     numbers = list(first.values())
     edges += [(numbers[i], numbers[j]) for i, j in near_duplicates(list(first))]
     roots: dict[str, int] = {}
     edges += [
-        (roots.setdefault(conversation_id(pair), number), number)
-        for number, pair in enumerate(pairs)
+        (roots.setdefault(doc.conversation_id, number), number) for number, doc in enumerate(docs)
     ]
     rows, columns = np.array(edges).T
-    graph = coo_matrix((np.ones(len(edges)), (rows, columns)), shape=(len(pairs), len(pairs)))
+    graph = coo_matrix((np.ones(len(edges)), (rows, columns)), shape=(len(docs), len(docs)))
     return [int(label) for label in connected_components(graph, directed=False)[1]]
 
 
-def split_pairs(
-    pairs: list[SourcePair],
+def split_docs(
+    docs: list[Doc],
     heldout_frac: float | None,
     seed: int,
-    rejected: Rejected,
+    left_out: list[LeftOut],
     rule: int = RULE,
-) -> list[SourcePair]:
-    """Gives every pair its split; whoever cannot be held out cleanly goes to `rejected`.
+) -> list[Doc]:
+    """Return the docs with their splits, without those that cannot be held out cleanly.
 
     Args:
-        pairs: in the order they are kept in.
-        heldout_frac: share of the conversations held out; `None` takes the source's own splits
-        where it has both, else
-            0.2.
+        docs: in the order to keep.
+        heldout_frac: share of the conversations to hold out. None keeps the source's own splits
+            where it has both, else holds out 0.2.
         seed: of the hashes.
-        rejected: gets the held-out pairs that share a conversation, a near-duplicate prompt or a
-        response with train. rule: version of the rule, see `RULE`.
+        left_out: receives the held-out docs that share a conversation, a near-duplicate prompt or
+            a response with train.
+        rule: version of the rule, see `RULE`.
 
     Raises:
-        UserError: one of the splits is empty.
+        UserError: one of the splits has too few docs.
     """
-    labels = clusters(pairs)
-    own = [pair.split for pair in pairs]
-    if heldout_frac is None and {"train", "heldout"} <= set(own):
-        splits = [split or "train" for split in own]
-    elif rule == 1:
-        held = first_rule.held_clusters(labels, heldout_frac or DEFAULT_HELDOUT_FRAC, seed)
-        splits = ["heldout" if label in held else "train" for label in labels]
-    else:
-        roots = [conversation_id(pair) for pair in pairs]
-        threshold = choose_threshold(roots, heldout_frac or DEFAULT_HELDOUT_FRAC, seed)
-        splits = [split_of(root, threshold, seed) for root in roots]
+    labels = clusters(docs)
+    splits = _draw_splits(docs, labels, heldout_frac, seed, rule)
     trained_clusters = {
         label for label, split in zip(labels, splits, strict=True) if split == "train"
     }
-    trained = [pair for pair, split in zip(pairs, splits, strict=True) if split == "train"]
-    trained_texts = {text for pair in trained for text in (pair.chosen, pair.rejected)}
+    trained = [doc for doc, split in zip(docs, splits, strict=True) if split == "train"]
+    trained_texts = {text for doc in trained for text in doc.responses.values()}
     kept = []
-    for pair, label, split in zip(pairs, labels, splits, strict=True):
+    for doc, label, split in zip(docs, labels, splits, strict=True):
+        reason = ""
         if split == "heldout" and label in trained_clusters:
-            rejected.add(
-                pair, "held out, but its conversation or a near-duplicate of its prompt is in train"
-            )
-        elif split == "heldout" and not trained_texts.isdisjoint((pair.chosen, pair.rejected)):
-            rejected.add(pair, "held out, but a response of it is in train")
+            reason = "held out, but its conversation or a near-duplicate of its prompt is in train"
+        elif split == "heldout" and not trained_texts.isdisjoint(doc.responses.values()):
+            reason = "held out, but one of its responses is in train"
+        if reason:
+            left_out.append(LeftOut(place=doc.place, doc_id=doc.doc_id, reason=reason))
         else:
-            kept.append(replace(pair, split=split))
-    check_sizes([str(pair.split) for pair in kept], rejected)
+            kept.append(replace(doc, split=split))
+    check_sizes(kept, left_out)
     return kept
 
 
-def check_sizes(splits: Sequence[str], rejected: Rejected) -> None:
-    """Raises `UserError` where a split has fewer docs than `random` needs."""
-    for split in ("train", "heldout"):
-        if splits.count(split) < MIN_DOCS:
+def _draw_splits(
+    docs: Sequence[Doc], labels: Sequence[int], heldout_frac: float | None, seed: int, rule: int
+) -> list[str]:
+    own = [doc.split for doc in docs]
+    if heldout_frac is None and {"train", "heldout"} <= set(own):
+        return [split or "train" for split in own]
+    heldout = heldout_frac or DEFAULT_HELDOUT_FRAC
+    if rule == 1:
+        held = _held_clusters(labels, heldout, seed)
+        return ["heldout" if label in held else "train" for label in labels]
+    roots = [doc.conversation_id for doc in docs]
+    threshold = choose_threshold(roots, heldout, seed)
+    return [split_of(root, threshold, seed) for root in roots]
+
+
+def _held_clusters(labels: Sequence[int], heldout_frac: float, seed: int) -> set[int]:
+    """Return the clusters that rule 1 holds out: about this share of docs, and never more."""
+    sizes = Counter(labels)
+    target = round(heldout_frac * len(labels))
+    held: set[int] = set()
+    num_held = 0
+    for label in _shuffled(range(len(sizes)), seed):
+        if num_held + sizes[label] <= target:
+            held.add(label)
+            num_held += sizes[label]
+    return held
+
+
+def check_sizes(docs: Sequence[Doc], left_out: Sequence[LeftOut]) -> None:
+    """Raise `UserError` where a split has fewer docs than `random` needs."""
+    counts = Counter(doc.split for doc in docs)
+    for split in SPLITS:
+        if counts[split] < MIN_DOCS:
             raise UserError(
-                f"the split {split} has {splits.count(split)} usable docs and needs {MIN_DOCS} or "
-                "more. Left out: "
-                f"{rejected.reasons()}. Fix what was left out most, take more rows (--limit), or "
-                "another --heldout-frac or --seed."
+                f"the split {split} has {counts[split]} usable docs but needs {MIN_DOCS} or more. "
+                f"Left out: {common_reasons(left_out)}. Fix the most common reason, take more "
+                "rows (--limit), or choose another --heldout-frac or --seed."
             )
 
 
-_NUM_DRAWS = 100
+def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
+    """Return docs of one split with `random`: the chosen response of another doc, each used once.
+
+    Raises:
+        UserError: one response is more than half of all.
+    """
+    order = derangement([doc.responses["chosen"] for doc in docs], seed)
+    return [
+        replace(
+            doc,
+            responses={**doc.responses, "random": docs[partner].responses["chosen"]},
+            random_doc_id=docs[partner].doc_id,
+        )
+        for doc, partner in zip(docs, order, strict=True)
+    ]
 
 
 def derangement(texts: Sequence[str], seed: int) -> list[int]:
-    """For each text, the index of another one with a different text; a permutation, the same for
-    the same seed.
+    """Return a permutation that gives each text the index of a different text.
 
-    Sattolo's algorithm (doi:10.1016/0020-0190(86)90073-6) draws a uniform cyclic permutation, which
-    has no fixed point; it is drawn again where equal texts would meet. Where that is likely every
-    time, the texts are sorted, equal ones in a random order, and each takes the one that stands
-    further on by the size of the largest group of equal ones.
+    Sattolo's algorithm (doi:10.1016/0020-0190(86)90073-6) draws a uniform cyclic permutation,
+    which has no fixed point. It is drawn again where equal texts would meet. Where that is likely
+    every time, the texts are sorted, equal ones in a random order, and each takes the text that
+    stands further on by the size of the largest group of equal ones.
 
     Raises:
-        UserError: there is no such permutation, because one text is more than half of all.
+        UserError: one text is more than half of all, so that no such permutation exists.
     """
     text, largest = Counter(texts).most_common(1)[0] if texts else ("", 0)
     if len(texts) < 2 or 2 * largest > len(texts):
@@ -209,8 +243,7 @@ def derangement(texts: Sequence[str], seed: int) -> list[int]:
         )
         raise UserError(
             f"`random` cannot be drawn: of the {len(texts)} chosen responses of a split, {why}. No "
-            "response may be "
-            "more than half of its split."
+            "response may be more than half of its split."
         )
     generator = random.Random(seed)  # noqa: S311 - reproducible, not secret
     for _ in range(_NUM_DRAWS):
@@ -224,8 +257,7 @@ def derangement(texts: Sequence[str], seed: int) -> list[int]:
 
 
 def _rotation(texts: Sequence[str], distance: int, generator: random.Random) -> list[int]:
-    """Each index with the one `distance` further in a list where equal texts stand together, in a
-    random order."""
+    """Pair each index with the one `distance` further on in a list that groups equal texts."""
     shuffled = list(range(len(texts)))
     generator.shuffle(shuffled)
     place: dict[str, int] = {}  # of each text, by its first index in the shuffled order
@@ -236,10 +268,3 @@ def _rotation(texts: Sequence[str], distance: int, generator: random.Random) -> 
     for index, partner in zip(grouped, grouped[distance:] + grouped[:distance], strict=True):
         order[index] = partner
     return order
-
-
-def add_random(docs: list[dict[str, Any]], seed: int) -> None:
-    """Gives each doc of one split its `random` response and the `random_doc_id` it comes from."""
-    for doc, partner in zip(docs, derangement([doc["chosen"] for doc in docs], seed), strict=True):
-        doc["random"] = docs[partner]["chosen"]
-        doc["random_doc_id"] = docs[partner]["doc_id"]

@@ -1,32 +1,45 @@
-"""A probe set from a table that the user has: one row per prompt, one column per category."""
+"""A probe set from the user's own table: one row per prompt, one column per category."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.files import make_dir, new_dir, sha256_file, write_jsonl
-from sft_probe.probe_set import CATEGORY_NAME, RESERVED_COLUMNS, SPLITS
+from sft_probe.files import make_dir, new_dir, sha256_file
+from sft_probe.probe_set import (
+    CATEGORY_NAME,
+    RESERVED_COLUMNS,
+    SPLITS,
+    Doc,
+    LeftOut,
+    common_reasons,
+)
 from sft_probe.synth.hh import (
+    Messages,
     RowRejectedError,
+    check_messages,
     check_texts,
     clean_response,
     column_names,
+    join_turns,
     kind_of,
     parse_turns,
+    split_answer,
 )
-from sft_probe.synth.output import write_manifest
+from sft_probe.synth.output import write_docs, write_manifest
 from sft_probe.synth.sources import Row, read_table, stem
 from sft_probe.synth.splits import (
     MIN_DOCS,
     RULE,
-    add_random,
     choose_threshold,
     draw_key,
     root_id,
     split_of,
+    with_random,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -42,45 +55,48 @@ def write_probe_set(
     heldout: float,
     limit: int | None,
     seed: int,
-) -> list[str]:
-    """Writes a probe set from a CSV, JSONL or Parquet table; returns why rows were left out, one
-    line each.
+) -> list[LeftOut]:
+    """Write a probe set from a CSV, JSONL or Parquet table; return the rows that are left out.
 
-    A prompt in HH form (`\\n\\nHuman: ... \\n\\nAssistant:`) becomes its turns, any other one user
-    turn. Responses are stripped. Where `categories` has `chosen` but no `random`, `random` is the
-    seeded derangement within each split. Nothing is written before all is checked.
+    A prompt in HH form (`\\n\\nHuman: ... \\n\\nAssistant:`) or a list of chat messages becomes its
+    turns, any other text one user turn. A response is text, or a list of messages that ends with
+    the assistant's. Where `categories` has `chosen` but no `random`, `random` is drawn within each
+    split. Nothing is written before everything is checked.
 
     Args:
-        table: the file; its suffix says what it is.
+        table: the file. Its suffix says what it is.
         out: directory of the set, new or empty.
         prompt_column: column with the prompts.
         categories: category to column.
         prompt_format: stored in the manifest.
-        heldout: number of docs held out; whole conversations are, so it may be passed by a few. A
-        number below 1 is
-            the share of conversations: with it no doc changes its split when rows are added or
-            taken away.
-        limit: number of docs at most, drawn at random.
-        seed: of the draw, the split and the derangement.
+        heldout: number of docs to hold out, exceeded by a few since whole conversations are held
+            out. Below 1, the share of conversations, with which no doc changes its split when rows
+            are added or removed.
+        limit: largest number of docs, drawn at random.
+        seed: of the draw, the split and `random`.
 
     Raises:
         UserError: the table, a column or a category's name is unusable, too few rows are usable, or
-        `out` is not empty.
+            `out` is not empty.
     """
-    check_new_directory(out)
+    _check_out(out)
     _check_names(categories)
-    left_out: list[str] = []
+    left_out: list[LeftOut] = []
     docs = list(_docs(table, prompt_column, categories, left_out))
     if not docs:
-        raise UserError(f"{table} has no usable row: {_summary(left_out)}.")
+        reasons = common_reasons(left_out) if left_out else "it has no rows"
+        raise UserError(f"{table} has no usable row: {reasons}.")
     docs, threshold = _split(docs, heldout, limit, seed)
     writers = {name: f"column {column!r}" for name, column in categories.items()}
     is_random_drawn = "chosen" in categories and "random" not in categories
     _check_sizes(docs, MIN_DOCS if is_random_drawn else 1, heldout)
     if is_random_drawn:
         writers["random"] = "derangement"
-        for split in SPLITS:
-            add_random([doc for doc in docs if doc["split"] == split], seed)
+        docs = [
+            doc
+            for split in SPLITS
+            for doc in with_random([one for one in docs if one.split == split], seed)
+        ]
     provenance = {
         "source": table.name,
         "source_sha256": sha256_file(table),
@@ -88,11 +104,15 @@ def write_probe_set(
         "left_out": len(left_out),
         "split": {"rule": RULE, "threshold": threshold},
     }
-    _write(out.resolve(), docs, writers, prompt_format, provenance)
-    num_held = sum(doc["split"] == "heldout" for doc in docs)
+    final = out.resolve()
+    make_dir(final.parent)
+    with new_dir(final) as temporary:
+        write_docs(temporary, docs)
+        write_manifest(temporary, docs, writers, prompt_format, provenance, name=final.name)
+    num_held = sum(doc.split == "heldout" for doc in docs)
     _LOG.info(
         "%d of %d docs are held out. --heldout %s keeps each in its split when rows are added or "
-        "taken away.",
+        "removed.",
         num_held,
         len(docs),
         threshold,
@@ -100,40 +120,7 @@ def write_probe_set(
     return left_out
 
 
-def _write(
-    out: Path,
-    docs: list[dict[str, Any]],
-    writers: dict[str, str],
-    prompt_format: str,
-    provenance: dict[str, Any],
-) -> None:
-    """Writes the set under another name and renames it: `out` is complete, or what it was."""
-    make_dir(out.parent)
-    with new_dir(out) as temporary:
-        for split in SPLITS:
-            write_jsonl(
-                temporary / f"{split}.jsonl", [doc for doc in docs if doc["split"] == split]
-            )
-        write_manifest(temporary, writers, prompt_format, provenance, name=out.name)
-
-
-def _summary(left_out: list[str]) -> str:
-    """The most common reasons, with how many rows each has cost and where the first one is."""
-    first: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for line in left_out:
-        place, _, reason = line.partition(": ")
-        first.setdefault(reason, place)
-        counts[reason] += 1
-    common = (
-        f"{reason} ({count} rows, the first in {first[reason]})"
-        for reason, count in counts.most_common(3)
-    )
-    return "; ".join(common) or "it has no rows"
-
-
-def check_new_directory(out: Path) -> None:
-    """Raises `UserError` where `out` holds anything."""
+def _check_out(out: Path) -> None:
     if out.is_dir() and (names := sorted(path.name for path in out.iterdir())):
         raise UserError(
             f"{out} is not empty (it holds {', '.join(names[:3])}). Choose another --out."
@@ -157,24 +144,19 @@ def _check_names(categories: dict[str, str]) -> None:
 
 
 def _docs(
-    table: Path, prompt_column: str, categories: dict[str, str], left_out: list[str]
-) -> Iterator[dict[str, Any]]:
-    """The docs of the usable rows; the others go to `left_out`. Raises `UserError` where no row has
-    a column."""
+    table: Path, prompt_column: str, categories: dict[str, str], left_out: list[LeftOut]
+) -> Iterator[Doc]:
+    """Yield the docs of the usable rows. Raise `UserError` where no row has one of the columns."""
     columns = dict.fromkeys((prompt_column, *categories.values()))
-    seen: dict[str, None] = {}  # as a set that keeps the order of the columns
+    seen: dict[str, None] = {}  # a set that keeps the order of the columns
     for number, row in enumerate(read_table(table), start=1):
         if isinstance(row.value, dict):
             seen.update(dict.fromkeys(row.value))
+        doc_id = f"{stem(table.name)}-{number:05d}"
         try:
-            fields = _doc(row, prompt_column, categories)
+            yield _doc(doc_id, row, prompt_column, categories)
         except RowRejectedError as error:
-            place = (
-                f"row {number}" if table.suffix == ".parquet" else f"line {row.line}, row {number}"
-            )
-            left_out.append(f"{place}: {error}")
-            continue
-        yield {"doc_id": f"{stem(table.name)}-{number:05d}", **fields}
+            left_out.append(LeftOut(place=row.place, doc_id=doc_id, reason=str(error)))
     if seen and (missing := [column for column in columns if column not in seen]):
         raise UserError(
             f"{table} has no column {', '.join(missing)}; it has {column_names(seen)}. Name yours "
@@ -182,61 +164,98 @@ def _docs(
         )
 
 
-def _doc(row: Row, prompt_column: str, categories: dict[str, str]) -> dict[str, Any]:
-    if row.fault or not isinstance(row.value, dict):
-        raise RowRejectedError(row.fault or "not a JSON object")
-    values = {category: row.value.get(column) for category, column in categories.items()}
-    if empty := [
-        name
-        for name, text in values.items()
-        if text is None or (isinstance(text, str) and not text.strip())
-    ]:
+def _doc(doc_id: str, row: Row, prompt_column: str, categories: dict[str, str]) -> Doc:
+    columns = {name: _decode_messages(value) for name, value in row.columns().items()}
+    values = {category: columns.get(column) for category, column in categories.items()}
+    if empty := [name for name, value in values.items() if _is_empty(value)]:
         raise RowRejectedError(f"empty {', '.join(empty)}")
     if faults := [
-        f"{name} is {kind_of(text)}, not text"
-        for name, text in values.items()
-        if not isinstance(text, str)
+        f"{name} is {kind_of(value)}, not text"
+        for name, value in values.items()
+        if not isinstance(value, str | list)
     ]:
         raise RowRejectedError(", ".join(faults))
-    prompt = row.value.get(prompt_column)
-    messages = parse_turns(prompt) if prompt != "" else []
-    texts = {name: clean_response(str(text)) for name, text in values.items()}
-    check_texts(messages, list(texts.values()))
-    return {"conversation_id": root_id(messages), "split": "", "messages": messages, **texts}
+    messages = _prompt(columns.get(prompt_column))
+    responses = {name: _response(name, value, messages) for name, value in values.items()}
+    check_texts(messages, list(responses.values()))
+    return Doc(
+        doc_id=doc_id,
+        conversation_id=root_id(messages),
+        split="",
+        messages=tuple(messages),
+        responses=responses,
+        place=row.place,
+    )
 
 
-def _content(doc: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in doc.items() if name not in ("doc_id", "split")}
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _decode_messages(value: Any) -> Any:
+    """Return the chat messages that a text holds as JSON, as CSV tables do; else `value` itself."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        decoded = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return decoded if all("role" in turn for turn in decoded if isinstance(turn, dict)) else value
+
+
+def _prompt(value: Any) -> Messages:
+    """Return the turns of a prompt. A whole conversation is cut before the assistant's last
+    message."""
+    if value == "":
+        return []
+    messages = parse_turns(value)
+    is_answered = isinstance(value, list) and messages[-1]["role"] == "assistant"
+    return messages[:-1] if is_answered else messages
+
+
+def _response(name: str, value: Any, messages: Messages) -> str:
+    """Return the text of a response: text, or the last message of a conversation that continues the
+    prompt."""
+    if isinstance(value, str):
+        return clean_response(value)
+    turns = check_messages(value)
+    before, text = split_answer(turns)
+    if join_turns(messages, before) != messages:
+        raise RowRejectedError(f"the messages of {name} before its last one are not the prompt's")
+    return text
+
+
+def _content(doc: Doc) -> dict[str, Any]:
+    return {"conversation_id": doc.conversation_id, "messages": doc.messages, **doc.responses}
 
 
 def _split(
-    docs: list[dict[str, Any]], heldout: float, limit: int | None, seed: int
-) -> tuple[list[dict[str, Any]], float]:
-    """The docs that are drawn, in the order of their hashes, each with its split; and the threshold
-    of the split."""
+    docs: list[Doc], heldout: float, limit: int | None, seed: int
+) -> tuple[list[Doc], float]:
+    """Return the docs that are drawn, in the order of their hashes and with their splits, and the
+    threshold of the split."""
     if heldout >= 1 and not heldout < min(len(docs), limit or len(docs)):
         raise UserError(
             f"--heldout {heldout:g} of {min(len(docs), limit or len(docs))} docs leaves one of the "
             "splits empty."
         )
-    threshold = choose_threshold([doc["conversation_id"] for doc in docs], heldout, seed)
-    for doc in docs:
-        doc["split"] = split_of(doc["conversation_id"], threshold, seed)
-    docs = sorted(docs, key=lambda doc: draw_key(_content(doc), seed))
-    if (
-        heldout >= 1
-    ):  # the docs that a limit costs are those of train, so that none changes its split
-        docs.sort(key=lambda doc: doc["split"] == "train")
+    threshold = choose_threshold([doc.conversation_id for doc in docs], heldout, seed)
+    docs = sorted(
+        (replace(doc, split=split_of(doc.conversation_id, threshold, seed)) for doc in docs),
+        key=lambda doc: draw_key(_content(doc), seed),
+    )
+    if heldout >= 1:  # a limit takes docs from train alone, so that no doc changes its split
+        docs.sort(key=lambda doc: doc.split == "train")
     return docs[:limit], threshold
 
 
-def _check_sizes(docs: list[dict[str, Any]], needed: int, heldout: float) -> None:
-    counts = Counter(doc["split"] for doc in docs)
+def _check_sizes(docs: list[Doc], needed: int, heldout: float) -> None:
+    counts = Counter(doc.split for doc in docs)
     if any(counts[split] < needed for split in SPLITS):
-        num_conversations = len({doc["conversation_id"] for doc in docs})
+        num_conversations = len({doc.conversation_id for doc in docs})
         raise UserError(
             f"--heldout {heldout:g} gives {counts['train']} docs for train and "
-            f"{counts['heldout']} held out, and each "
-            f"split needs {needed}. Whole conversations are held out, and the {len(docs)} docs are "
-            f"of {num_conversations}. Give more rows, or another --heldout or --seed."
+            f"{counts['heldout']} held out, and each split needs {needed}. Whole conversations are "
+            f"held out, and the {len(docs)} docs are of {num_conversations}. Give more rows, or "
+            "another --heldout or --seed."
         )

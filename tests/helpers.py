@@ -128,8 +128,8 @@ def user_error(result: "subprocess.CompletedProcess[str]") -> str:
     return result.stderr
 
 
-def blimp_task(folder: Path) -> Path:
-    """lm-eval's own BLiMP definition, its data replaced by local files."""
+def blimp_task(folder: Path, data: Path = SHARED / "data/blimp/adjunct_island.jsonl") -> Path:
+    """lm-eval's own BLiMP definition, its data replaced by a local file."""
     import lm_eval.tasks
 
     stock = Path(lm_eval.tasks.__file__).parent / "blimp/_template_yaml"
@@ -137,7 +137,7 @@ def blimp_task(folder: Path) -> Path:
     path.write_text(
         f"include: {stock}\ntask: blimp_adjunct_island\ndataset_path: json\ndataset_kwargs:\n  "
         "data_files:\n"
-        f"    train: {SHARED}/data/blimp/adjunct_island.jsonl\n"
+        f"    train: {data}\n"
     )
     return path
 

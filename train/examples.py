@@ -5,7 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from sft_probe.prompts import (
     terminator_id,
 )
 from sft_probe.synth.hh import (
-    Pair,
+    Parsed,
     RowRejectedError,
     clean_response,
     column_names,
@@ -32,7 +32,7 @@ from sft_probe.synth.hh import (
     parse_turns,
 )
 from sft_probe.synth.sources import Row, read_rows, source_sha256
-from sft_probe.synth.splits import conversation_id, derangement
+from sft_probe.synth.splits import root_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,26 +132,23 @@ def read_docs(
     held_out: Counter[str] = Counter()
     for row in read_rows(source):
         if row.split == "heldout":
-            held_out[row.file] += 1
+            held_out[row.place.file] += 1
             continue
-        doc_id = f"{row.file}-{row.line:06d}"
+        doc_id = f"{row.place.file}-{row.place.line:06d}"
         try:
-            pair, categories = _parse(row, prompt_column, response_column)
-            responses = {category: getattr(pair, category) for category in categories}
-            earlier = seen.setdefault(json.dumps([pair.messages, responses]), doc_id)
+            messages, responses = _parse(row, prompt_column, response_column)
+            earlier = seen.setdefault(json.dumps([messages, responses]), doc_id)
             if earlier != doc_id:
                 raise RowRejectedError(f"the same as an earlier row, {earlier}")
         except RowRejectedError as error:
-            dropped.append(
-                DroppedDoc(doc_id=doc_id, reason=f"{row.file}, line {row.line}: {error}")
-            )
+            dropped.append(DroppedDoc(doc_id=doc_id, reason=f"{row.place}: {error}"))
             continue
         docs.append(
             Doc(
                 doc_id=doc_id,
-                conversation_id=conversation_id(pair),
+                conversation_id=root_id(messages),
                 split="train",
-                messages=tuple(pair.messages),
+                messages=tuple(messages),
                 responses=responses,
                 random_doc_id=None,
             )
@@ -169,15 +166,13 @@ def read_docs(
     return docs, dropped
 
 
-def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tuple[str, ...]]:
-    """The row as a pair, and which of its responses are the row's own."""
-    value = row.value
-    if row.fault or not isinstance(value, dict):
-        raise RowRejectedError(row.fault or "not a JSON object")
+def _parse(row: Row, prompt_column: str, response_column: str) -> Parsed:
+    """Return the turns of a row, and its one or two responses."""
+    value = row.columns()
     if place := find_lone_surrogate(value):
         raise RowRejectedError(f"`{place}` holds {LONE_SURROGATE}")
     if "chosen" in value and "rejected" in value:
-        return parse_row(value), ("chosen", "rejected")
+        return parse_row(value)
     messages: Any = value.get("messages")
     if messages is None:
         if missing := [
@@ -196,20 +191,7 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> tuple[Pair, tu
             {"role": "assistant", "content": clean_response(response)},
         ]
     turns, response = parse_messages(messages)
-    return Pair(messages=turns, chosen=response, rejected=""), ("chosen",)
-
-
-def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
-    """The docs with the category `random`: the chosen response of another doc, each used once."""
-    order = derangement([doc.responses["chosen"] for doc in docs], seed)
-    return [
-        replace(
-            doc,
-            responses={**doc.responses, "random": docs[partner].responses["chosen"]},
-            random_doc_id=docs[partner].doc_id,
-        )
-        for doc, partner in zip(docs, order, strict=True)
-    ]
+    return Parsed(turns, {"chosen": response})
 
 
 def without_heldout(
@@ -217,7 +199,7 @@ def without_heldout(
 ) -> tuple[list[Doc], list[DroppedDoc]]:
     """Takes out the docs whose conversation, known by its first user turn, is probed as held
     out."""
-    held = {conversation_id(doc): doc.doc_id for doc in heldout}
+    held = {root_id(doc.messages): doc.doc_id for doc in heldout}
     twins = {doc.doc_id: held.get(doc.conversation_id) for doc in docs}
     dropped = [
         DroppedDoc(doc_id=doc_id, reason=f"its conversation is that of the held-out doc {twin}")

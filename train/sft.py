@@ -30,6 +30,7 @@ from sft_probe.prompts import (
     resolve_format,
     terminator_id,
 )
+from sft_probe.synth.splits import with_random
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, as_user_error, parse_arguments
 from sft_probe.train.examples import (
@@ -41,7 +42,6 @@ from sft_probe.train.examples import (
     parse_mixture,
     read_docs,
     sha256_of_source,
-    with_random,
     without_heldout,
 )
 from sft_probe.train.model import PrecisionCallback, load_trained_model, model_version

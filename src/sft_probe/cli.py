@@ -316,6 +316,6 @@ def _probe_set_from_table(options: argparse.Namespace) -> None:
         limit=options.limit,
         seed=options.seed,
     )
-    for line in left_out:
-        logging.getLogger(__name__).warning("left out: %s: %s", options.from_csv, line)
+    for item in left_out:
+        logging.getLogger(__name__).warning("left out: %s", item)
     logging.getLogger(__name__).info("wrote %s; %d rows left out", options.out, len(left_out))

@@ -8,11 +8,12 @@ embedded set, or a data set on the Hugging Face hub. See docs/data.md for the sc
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_object
@@ -28,6 +29,18 @@ LONE_SURROGATE = "half a surrogate pair, which is no Unicode text"
 CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
 
 
+class Place(NamedTuple):
+    """One line of a JSONL or CSV file, or one row of another source."""
+
+    file: str
+    line: int
+    """Counted from 1."""
+
+    def __str__(self) -> str:
+        unit = "line" if self.file.endswith((".jsonl", ".jsonl.gz", ".csv")) else "row"
+        return f"{self.file}, {unit} {self.line}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Doc:
     """One prompt and its responses."""
@@ -35,11 +48,49 @@ class Doc:
     doc_id: str
     conversation_id: str
     split: str
+    """`train` or `heldout`; empty while a set is being made and the split is not drawn yet."""
     messages: tuple[dict[str, str], ...]
     """Chat turns `{"role", "content"}`; the last one is the user's."""
     responses: dict[str, str]
     """Category to text, stripped."""
-    random_doc_id: str | None
+    random_doc_id: str | None = None
+    place: Place | None = None
+    """Where the doc stands in the source that it was read from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A row or doc that is not used, and why."""
+
+    place: Place | None = None
+    doc_id: str | None = None
+    reason: str
+    """The same words for the same fault, so that faults can be counted."""
+    detail: str = ""
+    """What differs from row to row, such as the row that this one repeats."""
+
+    def __str__(self) -> str:
+        where = str(self.place) if self.place else ""
+        if self.doc_id:
+            where = f"{where} ({self.doc_id})" if where else self.doc_id
+        reason = f"{self.reason} ({self.detail})" if self.detail else self.reason
+        return f"{where}: {reason}" if where else reason
+
+
+def common_reasons(left_out: Iterable[LeftOut]) -> str:
+    """Return the three most common reasons, each with its number of rows and its first place."""
+    counts: Counter[str] = Counter()
+    first: dict[str, Place | None] = {}
+    for item in left_out:
+        counts[item.reason] += 1
+        first.setdefault(item.reason, item.place)
+    return (
+        "; ".join(
+            f"{reason} ({count}, first in {first[reason]})"
+            for reason, count in counts.most_common(3)
+        )
+        or "nothing"
+    )
 
     @property
     def sha256(self) -> str:
@@ -263,6 +314,7 @@ def _check_docs(
                 messages=tuple(value["messages"]),
                 responses={name: value[name] for name in categories},
                 random_doc_id=value.get("random_doc_id"),
+                place=Place(row.path, row.line),
             )
         )
     return docs

@@ -17,6 +17,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import Doc, LeftOut
 from sft_probe.synth import duplicates
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.categories import (
@@ -29,13 +30,11 @@ from sft_probe.synth.categories import (
 )
 from sft_probe.synth.checks import fault_of, has_length, is_near_copy
 from sft_probe.synth.duplicates import count_words, near_duplicates, shingles
-from sft_probe.synth.sources import Rejected, SourcePair
 from sft_probe.synth.splits import (
     choose_threshold,
     clusters,
-    conversation_id,
+    split_docs,
     split_of,
-    split_pairs,
 )
 from sft_probe.synth.writers.offline import OfflineWriter
 
@@ -50,15 +49,16 @@ REJECTED = (
 TEMPLATES = load_templates(KINDS, None)
 
 
-def pair(number: int, prompt: str, *, split: str | None = None, **texts: str) -> SourcePair:
-    return SourcePair(
+def pair(number: int, prompt: str, *, split: str = "", **texts: str) -> Doc:
+    return Doc(
         doc_id=f"d{number}",
-        file="raw.jsonl",
-        line=number,
+        conversation_id=prompt,
         split=split,
-        messages=[{"role": "user", "content": prompt}],
-        chosen=texts.get("chosen", f"Chosen answer {number}."),
-        rejected=texts.get("rejected", f"Rejected answer {number}."),
+        messages=({"role": "user", "content": prompt},),
+        responses={
+            side: texts.get(side, f"{side.capitalize()} answer {number}.")
+            for side in ("chosen", "rejected")
+        },
     )
 
 
@@ -283,20 +283,20 @@ def test_the_topic_is_that_of_the_doc_and_hardly_ever_that_of_another(tmp_path: 
         }
     (tmp_path / "topics.yaml").write_text("subjects: [a, b]\nplaces: [c]\nangles: [d, e]\n")
     assert topic_of(read_topics(tmp_path, 4), b"doc") in {"a c d", "a c e", "b c d", "b c e"}
-    with pytest.raises(UserError, match="4 topics and 5 are needed"):
+    with pytest.raises(UserError, match="4 topics but 5 are needed"):
         read_topics(tmp_path, 5)
 
 
 @given(st.text(min_size=1).map(str.strip).filter(bool))
 def test_permuted_keeps_the_words_and_changes_their_order(chosen: str) -> None:
-    shuffled = permuted(pair(1, "Q", chosen=chosen), "0 d1")
+    shuffled = permuted(chosen, "0 d1")
     if len(set(chosen.split())) < 2:
         assert shuffled is None
     else:
         assert shuffled is not None
         assert sorted(shuffled.split()) == sorted(chosen.split())
         assert shuffled.split() != chosen.split()
-        assert shuffled == permuted(pair(1, "Q", chosen=chosen), "0 d1")
+        assert shuffled == permuted(chosen, "0 d1")
 
 
 def test_the_offline_writer_keeps_to_the_length_and_repeats_itself() -> None:
@@ -388,12 +388,12 @@ def test_clusters_join_conversations_and_near_duplicates_transitively() -> None:
         pair(i, prompt)
         for i, prompt in enumerate([first, "Quite another thing", second, third, first])
     ]
-    follow_up = [
+    follow_up = (
         *pairs[1].messages,
         {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "And?"},
-    ]
-    pairs.append(SourcePair(**{**vars(pairs[1]), "doc_id": "d9", "messages": follow_up}))
+    )
+    pairs.append(replace(pairs[1], doc_id="d9", messages=follow_up))
     labels = clusters(pairs)
     assert labels[0] == labels[2] == labels[3] == labels[4] != labels[1] == labels[5]
 
@@ -421,19 +421,19 @@ def test_splits_share_nothing_and_no_pair_is_lost(
         )
         for i, (prompt, chosen, other) in enumerate(numbers)
     ]
-    rejected = Rejected()
+    left_out: list[LeftOut] = []
     try:
-        kept = split_pairs(pairs, heldout_frac, seed, rejected)
+        kept = split_docs(pairs, heldout_frac, seed, left_out)
     except UserError:  # one of them is empty
         reject()
-    assert {p.doc_id for p in kept} | {row["doc_id"] for row in rejected.rows} == {
+    assert {p.doc_id for p in kept} | {item.doc_id for item in left_out} == {
         p.doc_id for p in pairs
     }
-    assert len(kept) + len(rejected.rows) == len(pairs)
+    assert len(kept) + len(left_out) == len(pairs)
     train, heldout = ([p for p in kept if p.split == split] for split in ("train", "heldout"))
-    assert not {conversation_id(p) for p in train} & {conversation_id(p) for p in heldout}
-    assert not {t for p in train for t in (p.chosen, p.rejected)} & {
-        t for p in heldout for t in (p.chosen, p.rejected)
+    assert not {p.conversation_id for p in train} & {p.conversation_id for p in heldout}
+    assert not {t for p in train for t in p.responses.values()} & {
+        t for p in heldout for t in p.responses.values()
     }
 
 
@@ -442,12 +442,12 @@ def test_the_splits_of_the_source_are_kept_unless_a_fraction_is_asked_for() -> N
         pair(i, f"Prompt number {i} about {i * i}?", split="heldout" if i < 6 else "train")
         for i in range(40)
     ]
-    own = split_pairs(pairs, None, 0, Rejected())
+    own = split_docs(pairs, None, 0, [])
     assert [p.doc_id for p in own if p.split == "heldout"] == [f"d{i}" for i in range(6)]
-    drawn = split_pairs(pairs, 0.5, 0, Rejected())
+    drawn = split_docs(pairs, 0.5, 0, [])
     assert 12 <= sum(p.split == "heldout" for p in drawn) <= 28
-    assert [p.split for p in drawn] == [p.split for p in split_pairs(pairs, 0.5, 0, Rejected())]
-    assert [p.split for p in drawn] != [p.split for p in split_pairs(pairs, 0.5, 1, Rejected())]
+    assert [p.split for p in drawn] == [p.split for p in split_docs(pairs, 0.5, 0, [])]
+    assert [p.split for p in drawn] != [p.split for p in split_docs(pairs, 0.5, 1, [])]
 
 
 conversations = st.lists(st.integers(0, 40).map(str), min_size=3, max_size=60)

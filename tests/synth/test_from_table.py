@@ -57,8 +57,8 @@ def test_makes_a_valid_set_of_every_kind_of_table(
         tmp_path / "set",
     )
     assert result.returncode == 0, result.stderr
-    assert "row 4: empty rejected" in result.stderr
-    assert "row 6: the prompt does not end with a user's turn" in result.stderr
+    assert "t-00004): empty rejected" in result.stderr
+    assert "t-00006): the prompt does not end with a user's turn" in result.stderr
     assert "2 rows left out" in result.stderr
     probe_set = load_probe_set(str(tmp_path / "set"))
     assert probe_set.categories == ("chosen", "rejected", "random")
@@ -139,9 +139,9 @@ def csv_rows(num_rows: int = 20) -> list[str]:
 @pytest.mark.parametrize(
     ("place", "row", "message"),
     [
-        (0, "Question, unquoted?,Good.,Bad.", "line 2: 4 fields, and the header has 3"),
-        (7, "Question?,Good.", "line 16: 2 fields, and the header has 3"),
-        (19, "Question?,Good.,Bad.,", "line 40: 4 fields, and the header has 3"),
+        (0, "Question, unquoted?,Good.,Bad.", "line 2: 4 fields, but the header has 3"),
+        (7, "Question?,Good.", "line 16: 2 fields, but the header has 3"),
+        (19, "Question?,Good.,Bad.,", "line 40: 4 fields, but the header has 3"),
         (19, '"Never closed,Good.,Bad.', "not valid CSV"),
         (3, 'A "quote"?,"Good" or not,Bad.', "line 8: not valid CSV"),
     ],
@@ -219,17 +219,17 @@ def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) 
     result = sft_probe("probe-set", *flags, "--out", tmp_path / "set")
     assert result.returncode == 0, result.stderr
     for line, reason in [
-        (4, "row 3: chosen is a number, not text"),
-        (5, "row 4: rejected is true or false, not text"),
-        (6, "row 5: half a surrogate pair"),
-        (7, "row 6: a user's turn still starts with `Human:`"),
-        (8, "row 7: more turns follow inside a text"),
-        (11, "row 10: the prompt is missing"),
-        (12, "row 11: a user's turn still starts with `Human:` or ends with `Assistant:`"),
-        (18, "row 17: not a JSON object"),
-        (19, "row 18: not valid JSON"),
+        (4, "t-00003): chosen is a number, not text"),
+        (5, "t-00004): rejected is true or false, not text"),
+        (6, "t-00005): half a surrogate pair"),
+        (7, "t-00006): a user's turn still starts with `Human:`"),
+        (8, "t-00007): more turns follow inside a text"),
+        (11, "t-00010): the prompt is missing"),
+        (12, "t-00011): a user's turn still starts with `Human:` or ends with `Assistant:`"),
+        (18, "t-00017): not a JSON object"),
+        (19, "t-00018): not valid JSON"),
     ]:
-        assert f"line {line}, {reason}" in result.stderr
+        assert f"line {line} ({reason}" in result.stderr
     docs = {doc.doc_id: doc for doc in load_probe_set(str(tmp_path / "set")).docs}
     assert len(docs) == 9
     assert docs["t-00008"].messages[0]["content"] == "In parts?"
@@ -252,7 +252,7 @@ def test_bytes_that_are_no_utf8_cost_their_row(tmp_path: Path, sft_probe: Run) -
         tmp_path / "set",
     )
     assert result.returncode == 0, result.stderr
-    assert "line 10, row 5: bytes that are not UTF-8" in result.stderr
+    assert "line 10 (t-00005): bytes that are not UTF-8" in result.stderr
     assert len(load_probe_set(str(tmp_path / "set")).docs) == 11
 
 
@@ -370,13 +370,16 @@ def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("t_first_row_extra.csv", "line 2: 5 fields, and the header has 4"),
+        ("t_first_row_extra.csv", "line 2: 5 fields, but the header has 4"),
         ("t_one_conv_plus.csv", "each split needs 2"),
         (
             "t_jsonl_surrogate.jsonl",
-            "half a surrogate pair, which is no Unicode text (20 rows, the first in line 1",
+            "half a surrogate pair, which is no Unicode text (20, first in t_jsonl",
         ),
-        ("t_jsonl_num.jsonl", "chosen is a number, not text (20 rows, the first in line 1"),
+        (
+            "t_jsonl_num.jsonl",
+            "chosen is a number, not text (20, first in t_jsonl_num.jsonl, line 1)",
+        ),
         ("helpsteer.jsonl", "has no column chosen, rejected; it has prompt, response"),
         ("t_jsonl_bom.jsonl", None),
         ("t_crlf_hh.csv", None),

@@ -17,8 +17,8 @@ from synth_fakes import ECHOED, raw_rows, read_rows, write_rows, write_templates
 
 from sft_probe.probe_set import load_probe_set
 from sft_probe.synth.asking.store import request_key
-from sft_probe.synth.build import Plan, Settings, make_plan
-from sft_probe.synth.sources import Rejected, read_pairs
+from sft_probe.synth.build import SetPlan, SetSettings, plan_set
+from sft_probe.synth.sources import read_pairs
 from sft_probe.synth.writers.gemini import GeminiBatchWriter
 from sft_probe.synth.writers.offline import OfflineWriter
 
@@ -275,7 +275,7 @@ def test_a_doc_whose_text_fails_twice_is_left_out_and_named(
     ]
     assert left_out
     assert {row["reason"] for row in left_out} == {"`variant`, written twice: blocked"}
-    usable = {pair.doc_id: pair for pair in read_pairs(str(raw), Rejected())}
+    usable = {pair.doc_id: pair for pair in read_pairs(str(raw), [])}
     assert {row["doc_id"] for row in left_out} == {
         doc_id for doc_id, pair in usable.items() if len(pair.messages[-1]["content"]) > 120
     }
@@ -293,7 +293,7 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
     assert "needs --source, --writer and --out" in user_error(sft_probe("synth"))
     assert "--categories: nonsense cannot be made" in message("--categories", "paraphrase,nonsense")
     assert "no such directory" in message("--templates", tmp_path / "none")
-    assert "usable docs and needs 2 or more" in message("--limit", 3)
+    assert "usable docs but needs 2 or more" in message("--limit", 3)
     assert "no prompt format" in message("--prompt-format", "hhh")
     assert "needs --model" in user_error(
         sft_probe("synth", "--source", raw, "--writer", "openai", "--out", tmp_path / "set")
@@ -307,7 +307,7 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
     (tmp_path / "set" / "other.jsonl").write_text("{}")
     assert "holds other.jsonl" in message()
     nothing = write_rows(tmp_path / "bad.jsonl", [{"a": 1}, 3])
-    assert "no usable row of 2" in user_error(
+    assert "no usable row among 2" in user_error(
         sft_probe("synth", "--source", nothing, "--writer", "offline", "--out", tmp_path / "set2")
     )
 
@@ -422,7 +422,7 @@ def test_the_untrained_model_adds_its_own_answer(tmp_path: Path, sft_probe: Run)
     assert "<|im" not in "".join(answers.values())
 
 
-def plan_of(source: Path, **changes: Any) -> Plan:
+def plan_of(source: Path, **changes: Any) -> SetPlan:
     settings = {
         "source": str(source),
         "kinds": ("paraphrase", "non_response"),
@@ -432,7 +432,7 @@ def plan_of(source: Path, **changes: Any) -> Plan:
         "limit": None,
         "seed": 3,
     }
-    return make_plan(Settings(**(settings | changes)), Rejected())
+    return plan_set(SetSettings(**(settings | changes)), [])
 
 
 def many_rows(first: int, last: int) -> list[dict[str, str]]:
@@ -472,7 +472,7 @@ def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(
             ("more", appended, 150),
         )
     ]
-    splits = [{pair.chosen: pair.split for pair in plan.pairs} for plan in plans]
+    splits = [{pair.responses["chosen"]: pair.split for pair in plan.docs} for plan in plans]
     writer = OfflineWriter()
     asked = [{request_key(writer, request) for request in plan.requests()} for plan in plans]
     for number in range(1, len(plans)):
@@ -494,7 +494,7 @@ def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(
 ) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(24))
     plan = plan_of(source, rule=1, heldout_frac=0.25, limit=20)
-    rows = [(pair.doc_id, pair.split, plan.topics[pair.doc_id]) for pair in plan.pairs]
+    rows = [(pair.doc_id, pair.split, plan.topics[pair.doc_id]) for pair in plan.docs]
     assert rows[0] == ("pairs-000007", "train", "a lighthouse at a crossroads at dawn in winter")
     assert (
         hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "8c7bf3b59282c79f"

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_probe.errors import UserError
+from sft_probe.probe_set import Doc, LeftOut, Place
 from sft_probe.prompts import PromptFormat
-from sft_probe.synth.build import Settings, make_docs, make_plan, write_texts
-from sft_probe.synth.hh import Pair, RowRejectedError, parse_prompt, parse_row, parse_turns
-from sft_probe.synth.sources import Rejected, SourcePair, read_pairs
+from sft_probe.synth.build import SetSettings, finish_docs, plan_set, write_texts
+from sft_probe.synth.hh import Parsed, RowRejectedError, parse_prompt, parse_row, parse_turns
+from sft_probe.synth.sources import read_pairs
 
 text = (
     st.text(st.characters(codec="utf-8"))
@@ -39,9 +40,14 @@ def transcript(texts: list[str], answer: str) -> str:
     return "".join(f"\n\n{names[i % 2]}: {part}" for i, part in enumerate([*texts, answer]))
 
 
-def read(path: Path) -> tuple[list[SourcePair], list[dict[str, Any]]]:
-    rejected = Rejected()
-    return read_pairs(str(path), rejected), rejected.rows
+def read(path: Path) -> tuple[list[Doc], list[LeftOut]]:
+    left_out: list[LeftOut] = []
+    return read_pairs(str(path), left_out), left_out
+
+
+def line_of(item: Doc | LeftOut) -> int:
+    assert item.place is not None
+    return item.place.line
 
 
 def reason(row: dict[str, Any]) -> str:
@@ -63,7 +69,7 @@ def test_a_transcript_comes_back_as_its_turns_and_two_responses(
     assert [turn["role"] for turn in pair.messages] == [
         ("user", "assistant")[i % 2] for i in range(len(texts))
     ]
-    assert (pair.chosen, pair.rejected) == (chosen, rejected)
+    assert pair.responses == {"chosen": chosen, "rejected": rejected}
 
 
 @given(turns, text)
@@ -79,7 +85,7 @@ def test_windows_line_ends_and_a_stripped_start_change_nothing(
     stripped = parse_row({name: side.strip() for name, side in row.items()})
     assert stripped == plain
     assert [turn["role"] for turn in windows.messages] == [turn["role"] for turn in plain.messages]
-    assert windows.chosen.replace("\r\n", "\n") == plain.chosen.replace("\r\n", "\n")
+    assert windows.responses["chosen"].replace("\r\n", "\n") == plain.responses["chosen"]
 
 
 @given(
@@ -93,7 +99,8 @@ def test_any_row_gives_a_usable_pair_or_a_reason(prompt: Any, chosen: str, rejec
     except RowRejectedError:
         return
     assert pair.messages[-1]["role"] == "user"
-    assert pair.chosen == pair.chosen.strip() != pair.rejected == pair.rejected.strip()
+    chosen, rejected = pair.responses.values()
+    assert chosen == chosen.strip() != rejected == rejected.strip()
 
 
 def test_a_side_that_goes_on_with_more_turns_is_no_pair() -> None:
@@ -111,7 +118,7 @@ def test_a_side_that_goes_on_with_more_turns_is_no_pair() -> None:
     pair = parse_row(
         {"chosen": shared + " As in\nHuman: no", "rejected": shared + " Say Assistant: yes"}
     )
-    assert (pair.chosen, pair.rejected) == ("As in\nHuman: no", "Say Assistant: yes")
+    assert list(pair.responses.values()) == ["As in\nHuman: no", "Say Assistant: yes"]
 
 
 def test_hostile_rows_are_named() -> None:
@@ -126,7 +133,7 @@ def test_hostile_rows_are_named() -> None:
     assert "no `prompt`" in reason({"chosen": "a", "rejected": "b"})
     assert reason({"prompt": " ", "chosen": "a", "rejected": "b"}) == "an empty prompt"
     huge = parse_row({"chosen": shared + " \n\nHuma" * 300_000, "rejected": shared + " b"})
-    assert len(huge.chosen) > 2_000_000
+    assert len(huge.responses["chosen"]) > 2_000_000
 
 
 def test_messages_and_columns() -> None:
@@ -134,7 +141,7 @@ def test_messages_and_columns() -> None:
     chosen, rejected = (
         {"role": "assistant", "content": content} for content in ("Because.", "No idea.")
     )
-    expected = Pair(messages=[question], chosen="Because.", rejected="No idea.")
+    expected = Parsed([question], {"chosen": "Because.", "rejected": "No idea."})
     # UltraFeedback: a text prompt beside whole conversations
     assert (
         parse_row(
@@ -256,7 +263,7 @@ def test_messages_are_compared_by_role_and_content() -> None:
         {"role": "user", "content": "Why?"},
     )
     answers = [{"role": "assistant", "content": text} for text in ("Because.", "No idea.")]
-    expected = Pair(messages=[system, question], chosen="Because.", rejected="No idea.")
+    expected = Parsed([system, question], {"chosen": "Because.", "rejected": "No idea."})
     marked = {
         **question,
         "id": 7,
@@ -300,17 +307,17 @@ def test_every_line_of_a_file_is_used_or_named(tmp_path: Path) -> None:
         + lines[3].encode()
     )
     pairs, rejected = read(path)
-    assert [(pair.line, pair.chosen) for pair in pairs] == [
+    assert [(line_of(pair), pair.responses["chosen"]) for pair in pairs] == [
         (i, f"chosen {n}.") for n, i in enumerate((1, 4, 8, 10))
     ]
-    assert [(row["line"], row["reason"]) for row in rejected] == [
+    assert [(line_of(row), row.reason) for row in rejected] == [
         (2, "not valid JSON in UTF-8"),
         (3, "not a JSON object"),
         (6, "the same as an earlier row"),
         (7, "not valid JSON in UTF-8"),
         (9, "not valid JSON in UTF-8"),
     ]
-    assert rejected[2]["earlier"] == "raw.jsonl, line 1"
+    assert rejected[2].detail == "raw.jsonl, line 1"
 
 
 def test_gzip_parquet_and_directories_hold_the_same_rows(tmp_path: Path) -> None:
@@ -335,15 +342,15 @@ def test_gzip_parquet_and_directories_hold_the_same_rows(tmp_path: Path) -> None
         ("heldout", "heldout"),
         ("validation", "heldout"),
         ("test-00000-of-00002", "heldout"),
-        ("testimonials", None),
-        ("evaluations", None),
-        ("trains", None),
-        ("device", None),
-        ("trained_by_hand", None),
-        ("validity", None),
+        ("testimonials", ""),
+        ("evaluations", ""),
+        ("trains", ""),
+        ("device", ""),
+        ("trained_by_hand", ""),
+        ("validity", ""),
     ],
 )
-def test_a_file_is_a_split_by_its_whole_name(name: str, split: str | None, tmp_path: Path) -> None:
+def test_a_file_is_a_split_by_its_whole_name(name: str, split: str, tmp_path: Path) -> None:
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(2)))
     assert {pair.split for pair in read(tmp_path)[0]} == {split}
 
@@ -360,8 +367,9 @@ def test_broken_text_in_parquet_costs_its_row(tmp_path: Path) -> None:
     }
     pyarrow.parquet.write_table(pyarrow.table(arrays), tmp_path / "raw.parquet")
     pairs, rejected = read(tmp_path / "raw.parquet")
-    assert [pair.line for pair in pairs] == [1, 2, 4, 5]
-    assert rejected == [{"file": "raw.parquet", "line": 3, "reason": "bytes that are not UTF-8"}]
+    assert [line_of(pair) for pair in pairs] == [1, 2, 4, 5]
+    assert rejected == [LeftOut(place=Place("raw.parquet", 3), reason="bytes that are not UTF-8")]
+    assert str(rejected[0]) == "raw.parquet, row 3: bytes that are not UTF-8"
 
 
 def test_what_cannot_be_read_is_a_user_error(
@@ -384,7 +392,7 @@ def test_what_cannot_be_read_is_a_user_error(
     ):
         source = name if name == "owner/missing" else str(tmp_path / name)
         with pytest.raises(UserError, match=message):
-            read_pairs(source, Rejected())
+            read_pairs(source, [])
 
 
 @needs_shared
@@ -397,7 +405,7 @@ def test_published_transcripts_come_back_exactly(tmp_path: Path) -> None:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     pairs, rejected = read(path)
-    assert [(row["line"], row["reason"]) for row in rejected] == [
+    assert [(line_of(row), row.reason) for row in rejected] == [
         (248, "an empty response"),
         (366, "the sides part before the last turn: more turns follow in one of them"),
     ]
@@ -405,8 +413,8 @@ def test_published_transcripts_come_back_exactly(tmp_path: Path) -> None:
     rendered = PromptFormat("hh")
     same = 0
     for pair in pairs:
-        row = published[pair.line - 1]
-        assert (pair.chosen, pair.rejected) == (row["chosen"].strip(), row["rejected"].strip())
+        row = published[line_of(pair) - 1]
+        assert pair.responses == {side: row[side].strip() for side in ("chosen", "rejected")}
         same += rendered.render(pair.messages).text == row["prompt"].rstrip()
     assert same >= 478  # the others have stray white space inside a turn, which is stripped
 
@@ -517,14 +525,14 @@ def test_every_row_is_a_doc_or_named_by_an_independent_count(kind: str, tmp_path
         )
     expected = recount(path)
     pairs, rejected = read(path)
-    assert {pair.line for pair in pairs} == {
+    assert {line_of(pair) for pair in pairs} == {
         line for line, what in expected.items() if what == "pair"
     }
-    assert {row["line"] for row in rejected if row["reason"] == "the same as an earlier row"} == {
+    assert {line_of(row) for row in rejected if row.reason == "the same as an earlier row"} == {
         line for line, what in expected.items() if what == "repeated"
     }
-    plan = make_plan(
-        Settings(
+    plan = plan_set(
+        SetSettings(
             source=str(path),
             kinds=("random",),
             templates=None,
@@ -533,14 +541,16 @@ def test_every_row_is_a_doc_or_named_by_an_independent_count(kind: str, tmp_path
             limit=None,
             seed=0,
         ),
-        Rejected(),
+        [],
     )
-    docs = make_docs(plan, write_texts(plan, lambda *_: iter(())))
+    docs = finish_docs(plan, write_texts(plan, lambda *_: iter(())))
     used, left_out = (
-        [doc["meta"]["line"] for doc in docs],
-        [row["line"] for row in plan.rejected.rows],
+        [line_of(doc) for doc in docs],
+        [line_of(item) for item in plan.left_out],
     )
     assert sorted(used + left_out) == sorted(expected)
-    assert all(row["reason"] and row["file"] == "raw.jsonl" for row in plan.rejected.rows)
+    assert all(
+        item.reason and item.place and item.place.file == "raw.jsonl" for item in plan.left_out
+    )
     assert plan.num_rows == len(expected)
     assert len(used) > 0.6 * len(expected)

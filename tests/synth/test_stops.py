@@ -177,7 +177,7 @@ def test_too_few_docs_are_told_with_the_reasons(
                 tmp_path / "set",
             )
         )
-    assert "Left out: `variant`, written twice: blocked (12)" in message
+    assert "Left out: `variant`, written twice: blocked (12, first in " in message
     assert len(read_rows(tmp_path / "set" / "synthesis" / "rejected_rows.jsonl")) == 12
 
 

@@ -74,10 +74,10 @@ def test_own_data_of_any_shape(
     assert result.returncode == 0, result.stderr
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     dropped = {drop["doc_id"]: drop["reason"] for drop in manifest["dropped"]}
-    assert dropped[f"own.{suffix}-000003"].endswith("line 3: an empty response")
+    assert dropped[f"own.{suffix}-000003"].endswith("3: an empty response")
     assert dropped[f"own.{suffix}-000006"] == "its conversation is that of the held-out doc d0"
     assert dropped[f"own.{suffix}-000009"].endswith(
-        f"line 9: the same as an earlier row, own.{suffix}-000004"
+        f"9: the same as an earlier row, own.{suffix}-000004"
     )
     assert len(dropped) == 3
     exposure = rows_of(tmp_path / "run/exposure.jsonl")
