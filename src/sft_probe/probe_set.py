@@ -57,6 +57,12 @@ class Doc:
     place: Place | None = None
     """Where the doc stands in the source that it was read from."""
 
+    @property
+    def sha256(self) -> str:
+        """Short hash of the prompt and all responses: a doc with another hash has other texts."""
+        texts = json.dumps([self.messages, self.responses], sort_keys=True)
+        return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
@@ -91,12 +97,6 @@ def common_reasons(left_out: Iterable[LeftOut]) -> str:
         )
         or "nothing"
     )
-
-    @property
-    def sha256(self) -> str:
-        """Short hash of the prompt and all responses: a doc with another hash has other texts."""
-        texts = json.dumps([self.messages, self.responses], sort_keys=True)
-        return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
