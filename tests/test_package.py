@@ -20,7 +20,7 @@ NEEDED = [
     "sft_probe/train/sft.py",
     "sft_probe/synth/output.py",
     "sft_probe/ds_configs/zero2.json",
-    "sft_probe/data/quickstart.yaml",
+    "sft_probe/recipes/quickstart.yaml",
     "sft_probe/data/helpful-mini/heldout.jsonl",
     "sft_probe/data/helpful-mini/probe_set.json",
 ]

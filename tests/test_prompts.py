@@ -29,8 +29,8 @@ from sft_probe.train.examples import (
     TrainingExamples,
     assign,
     build_examples,
-    parse_mixture,
 )
+from sft_probe.train.options import parse_mixture
 
 MESSAGES = [
     {"role": "user", "content": "Hi "},

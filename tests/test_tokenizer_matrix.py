@@ -36,7 +36,8 @@ from sft_probe.prompts import (
     resolve_format,
     terminator_id,
 )
-from sft_probe.train.examples import IGNORED_LABEL, assign, build_examples, parse_mixture
+from sft_probe.train.examples import IGNORED_LABEL, assign, build_examples
+from sft_probe.train.options import parse_mixture
 
 DOCS = load_probe_set("helpful-mini").docs[::6]
 SLICE = (

@@ -8,20 +8,17 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
 
-from sft_probe import ds_configs
 from sft_probe.errors import UserError
-from sft_probe.models import DTYPES, EMBEDDED_MODEL
-from sft_probe.probe_set import DEFAULT_PROBE_SET
+from sft_probe.models import DTYPES, load_tokenizer
 from sft_probe.train import launch
+from sft_probe.train.options import TrainOptions, expand
 from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 
 log = logging.getLogger(__name__)
@@ -67,93 +64,9 @@ _REQUIRED = {
 must keep."""
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class SftArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for dense, comparable snapshots, and the flags of this
-    program."""
-
-    model_name_or_path: str = _flag(EMBEDDED_MODEL, "Hub id, path, or the embedded model.")
-    dtype: str = _flag("float32", "Dtype of the weights in training: float32, bfloat16 or float16.")
-    probe_set: str = _flag(
-        DEFAULT_PROBE_SET,
-        "Probe set whose train split is trained on: path, hub id or embedded name.",
-    )
-    train_data: str | None = _flag(
-        None,
-        "Train on this instead: .jsonl[.gz] or .parquet, a directory of them, or a hub id "
-        "(docs/training.md).",
-    )
-    prompt_column: str = _flag("prompt", "Of --train_data with prompts and responses.")
-    response_column: str = _flag("response", "Of --train_data with prompts and responses.")
-    train_category: str = _flag(
-        "chosen",
-        "What to train on: chosen, chosen_no_prompt, chosen:0.5,rejected:0.5 (docs/training.md).",
-    )
-    prompt_format: str | None = _flag(
-        None, "hh, chat, plain or a Jinja file. Default: the probe set's own."
-    )
-    max_length: int = _flag(
-        1024, "Tokens of prompt, response and terminator; longer docs are dropped and named."
-    )
-    max_prompt_tokens: int | None = _flag(None, "Longer prompts lose whole turns on the left.")
-    snapshot_steps: str = _flag(
-        "log2",
-        "Steps whose weights are kept, such as 0,1,2,4,...,512,+100,epoch,last "
-        "(docs/training.md); 0 and last always are.",
-    )
-    snapshot_dtype: str | None = _flag(
-        None,
-        "training, or float32 for the masters of 16-bit training. Default: the masters where there "
-        "are any.",
-    )
-    resume_steps: str | None = _flag(
-        "+500", "Steps whose full state is kept to resume from, in the same grammar."
-    )
-    max_wall_time_s: float | None = _flag(
-        None, "After so many seconds: stop with a state and exit code 75."
-    )
-    dry_run: bool = _flag(False, "Print schedule, tokens, padding and disk, and train nothing.")
-
-    attn_implementation: str | None = _flag(None, "sdpa, eager, flash_attention_2, ...")
-    lora_r: int | None = _flag(None, "Rank of a LoRA; default: all weights are trained.")
-    lora_alpha: int = _flag(16, "Scale of the LoRA.")
-    lora_target_modules: str = _flag(
-        "all-linear", "Modules that get a LoRA: names with commas between them."
-    )
-
-    probe_steps: str | None = _flag(
-        None,
-        "Steps at which held-out docs are scored in training, in the same grammar; default: never.",
-    )
-    probe_train: int = _flag(
-        0, "How many docs of the train split are scored with them, always the same."
-    )
-
-    probe_max_tokens: int | None = _flag(
-        None, "Token budget of one forward pass of the probe; default: by device."
-    )
-
-    deepspeed: str | None = _flag(
-        None,
-        f"One of {', '.join(ds_configs.available())}, a JSON file, or none. Default: zero2 with a "
-        "GPU, else cpu.",
-    )
-    output_dir: str | None = _flag(None, "The run directory.")
-    lr_scheduler_type: str = _flag(
-        "constant_with_warmup", "Constant, so that step s of a long run ends a short one."
-    )
-    save_strategy: str = _flag("no", "Leave it: --resume_steps says when a resume state is saved.")
-    save_total_limit: int = _flag(
-        2, "Resume states kept, at least 2: the last one may be half-written."
-    )
-    report_to: str = _flag("none", "none, wandb, tensorboard, trackio.")
-    logging_steps: float = _flag(1, "Steps between two log lines.")
-    logging_nan_inf_filter: bool = _flag(False, "Leave it: what is logged is what the files say.")
-    remove_unused_columns: bool = _flag(False, "The examples hold exactly what the model takes.")
+class SftArguments(TrainOptions, TrainingArguments):
+    """`TrainingArguments` with defaults for dense, comparable snapshots, and our options."""
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -164,8 +77,9 @@ class SftArguments(TrainingArguments):
         if self.dry_run:  # neither needs what the training needs
             self.deepspeed, self.use_cpu = None, not torch.cuda.is_available()
         elif self.deepspeed is not None:
+            load_tokenizer(self.model_name_or_path)  # a typo is found before DeepSpeed compiles
             launch.set_single_process_environment()
-            launch.build_extension()
+            launch.provide_extension()
             if launch.join_ranks_on_cpu(timeout_s=self.ddp_timeout):
                 self.accelerator_config["use_configured_state"] = True
         elif not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -176,7 +90,7 @@ class SftArguments(TrainingArguments):
 
     def _check_values(self) -> None:
         """Raise `UserError` for values that no training here can have."""
-        if self.output_dir is None:
+        if self.output_dir is None and not self.dry_run:
             raise UserError("--output_dir is missing: where shall the run go?")
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
@@ -288,24 +202,18 @@ class SftArguments(TrainingArguments):
 
 
 def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
-    """Parses flags, with `--config recipe.yaml` read as flags that come before all others.
+    """Parse flags, with `--config recipe.yaml` read as flags that come before all others.
 
     Returns the arguments, and the flags as asked (name to text), the later ones winning.
 
     Raises:
-        UserError: the recipe cannot be read, or a value does not fit.
-        SystemExit: an unknown flag (argparse's own message, exit code 2).
+        UserError: an unknown flag, a recipe that cannot be read, or a value that does not fit.
     """
-    flags = [part for argument in argv for part in _split(argument)]
-    if "--config" in flags:
-        index = flags.index("--config")
-        if index + 1 == len(flags):
-            raise UserError("--config needs the path of a recipe.")
-        recipe = recipe_flags(Path(flags[index + 1]))
-        flags = recipe + flags[:index] + flags[index + 2 :]
+    flags = expand(argv)
     parser = HfArgumentParser(
         SftArguments, prog="sft-probe train", conflict_handler="resolve", allow_abbrev=False
     )
+    parser.error = _refuse
     with as_user_error():
         (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     if arguments.hub_token is not None:
@@ -313,6 +221,10 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
             "--hub_token would end up in the manifest; set HF_TOKEN in the environment instead."
         )
     return arguments, _asked(flags)
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message.removeprefix('argument ')} (see sft-probe train --help)")
 
 
 @contextmanager
@@ -329,28 +241,6 @@ def as_user_error() -> Iterator[None]:
         raise UserError(
             f"train: {textwrap.shorten(str(error), 400) or type(error).__name__}"
         ) from error
-
-
-def _split(argument: str) -> list[str]:
-    """`--max-steps=4` as `--max_steps`, `4`: a flag has one spelling, by which it is known in a
-    later attempt."""
-    if argument[:2] != "--":
-        return [argument]
-    name, *value = argument.split("=", 1)
-    return ["--" + name[2:].replace("-", "_"), *value]
-
-
-def recipe_flags(path: Path) -> list[str]:
-    """A recipe as flags. Raises `UserError` where it cannot be read."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"the recipe {path} must map flags to values.")
-    return [part for name, value in recipe.items() for part in (*_split(f"--{name}"), str(value))]
 
 
 def _asked(flags: list[str]) -> dict[str, str]:

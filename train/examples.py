@@ -33,67 +33,10 @@ from sft_probe.synth.hh import (
 )
 from sft_probe.synth.sources import Row, read_rows, source_sha256
 from sft_probe.synth.splits import root_id
+from sft_probe.train.options import Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NO_PROMPT = "_no_prompt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which docs, by their fraction, are trained on with which response."""
-
-    name: str
-    """As written: the category, with `_no_prompt` where the prompt is left out."""
-    category: str
-    with_prompt: bool
-    fraction: float
-
-
-def parse_mixture(text: str, categories: Sequence[str], source: str) -> list[Share]:
-    """Parse the value of `--train_category`.
-
-        mixture  = share {"," share}
-        share    = category [":" fraction]     fraction of the docs; default: all of them
-        category = a category of the set, or one followed by `_no_prompt`: the same response
-                   tokens without the prompt
-
-    Raises:
-        UserError: an unknown category, one that comes twice, or a fraction that is not above 0 and
-        at most 1.
-    """
-    shares = []
-    for item in text.split(","):
-        name, _, fraction = (piece.strip() for piece in item.partition(":"))
-        category = name if name in categories else name.removesuffix(_NO_PROMPT)
-        if category not in categories:
-            raise UserError(
-                f"--train_category {text}: {source} has only {', '.join(categories)}, not {name!r}."
-            )
-        shares.append(
-            Share(
-                name=name,
-                category=category,
-                with_prompt=category == name,
-                fraction=_fraction(fraction, text),
-            )
-        )
-    if len({share.name for share in shares}) < len(shares):
-        raise UserError(f"--train_category {text}: a category comes twice.")
-    return shares
-
-
-def _fraction(text: str, flag: str) -> float:
-    try:
-        value = float(text or 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise UserError(
-            f"--train_category {flag}: a fraction is above 0 and at most 1, not {text!r}."
-        )
-    return value
 
 
 def assign(docs: Sequence[Doc], shares: Sequence[Share], seed: int) -> list[tuple[Doc, Share]]:

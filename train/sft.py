@@ -8,7 +8,6 @@ Run as: sft-probe train --config quickstart --output_dir runs/mine
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,11 +17,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from sft_probe.errors import UserError, exit_on_user_error
+from sft_probe.errors import UserError, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import load_tokenizer
-from sft_probe.probe_set import Doc, ProbeSet, load_probe_set
+from sft_probe.probe_set import Doc, ProbeSet
 from sft_probe.prompts import (
     DroppedDoc,
     PromptFormat,
@@ -39,12 +38,12 @@ from sft_probe.train.examples import (
     assign,
     build_examples,
     describe_first,
-    parse_mixture,
     read_docs,
     sha256_of_source,
     without_heldout,
 )
 from sft_probe.train.model import PrecisionCallback, load_trained_model, model_version
+from sft_probe.train.options import check_inputs, expand, parse_mixture
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.run_dir import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.schedule import parse_steps
@@ -62,19 +61,21 @@ log = logging.getLogger("sft_probe.train")
 Inputs = tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], probe_set: ProbeSet | None = None) -> None:
     """Train as the flags say; do nothing if the run is already complete.
+
+    Args:
+        argv: the flags.
+        probe_set: the one that the flags name, if it is read already.
 
     Raises:
         UserError: bad flags or data, or a run directory that holds something else.
         SystemExit: with `STOPPED_EXIT_CODE` if the run stopped early, with a state.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # DeepSpeed raises thousands of them
+    quiet()
+    if probe_set is None:  # before anything is compiled
+        probe_set = check_inputs(expand(argv))
     arguments, asked = parse_arguments(argv)
-    probe_set = load_probe_set(arguments.probe_set)
     inputs = load_inputs(arguments, probe_set)
     _check_launch(arguments, len(inputs[-1]))
     if arguments.dry_run:

@@ -1,25 +1,24 @@
 """Charts of the tidy change table: changes, levels, and the parts of changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from sft_probe.analysis.figures.figure import (
+    MAX_MARKED_STEPS,
     PART_COLORS,
+    Keys,
     Style,
-    category_color,
-    category_shape,
-    cell_height,
-    cell_width,
+    category_keys,
     colors_of,
-    columns_for,
-    facet,
     key_colors,
-    legend_columns,
+    small_multiples,
     step_axis,
     ticks,
+    zero_rule,
 )
 from sft_probe.analysis.stats.changes import PER_RESPONSE
 
@@ -29,151 +28,108 @@ _PARTS = {"first": "first token", "body": "body", "eos": "terminator"}
 
 
 def curves_of(changes: pd.DataFrame, measure: str, split: str, style: Style) -> pd.DataFrame:
-    """What a figure of changes draws: one measure per response of one split, with `label` and level
-    bands."""
+    """Return what a figure of changes draws: one measure per response of one split, with `label`
+    and bands of levels, which end at log p = 0."""
     table = changes[(changes["split"] == split) & (changes["unit"] == PER_RESPONSE)]
     shown = measure if (table["measure"] == measure).any() else "logprob_with_eos"
     table = table[table["measure"] == shown].copy()
     table["label"] = [style.label(str(name)) for name in table["category"]]
     start = table["level"] - table["change"]
-    table["level_low"], table["level_high"] = start + table["band_low"], start + table["band_high"]
+    table["level_low"] = np.minimum(start + table["band_low"], 0.0)
+    table["level_high"] = np.minimum(start + table["band_high"], 0.0)
     return table.reset_index(drop=True)
 
 
 def changes_chart(
     table: pd.DataFrame, categories: Sequence[str], marks: pd.DataFrame, style: Style, width: float
 ) -> Any:
-    """All categories on one log-step axis; `marks` are `step what`, drawn as vertical rules."""
-    color, shape = category_color(categories, style), category_shape(categories, style)
+    """Return all categories on one log-step axis, in a panel for each run.
+
+    Args:
+        table: from `curves_of`.
+        categories: in their order.
+        marks: `step what`, drawn as vertical rules.
+        style: how it looks.
+        width: width of the content.
+    """
+    keys = category_keys(categories, style)
     panels = list(dict.fromkeys(table["run"]))
-    layers = _layers(
-        table,
-        marks,
-        color,
-        shape,
-        y="change",
-        low="band_low",
-        high="band_high",
-        y_title=CHANGE_TITLE,
-    )
+    most = style.num_ticks(panels=len(panels) > 1)
+    layers = _curves(table, keys, value="change", title=CHANGE_TITLE, marks=marks, most=most)
     if len(panels) == 1:
         return layers.properties(width=width - 5 * style.font_size, height=0.5 * min(width, 600))
-    columns = columns_for(len(panels), style)
-    cell = cell_width(width, columns, style)
-    return facet(
-        layers.properties(width=cell, height=cell),
-        panels,
-        style,
-        columns,
-        column="run",
-        own_scale=False,
-    )
+    return small_multiples(layers, panels, style, width, column="run", ratio=1)
 
 
 def levels_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
-    """Small multiples of the levels, as the forerunner drew them; bands are those of the paired
-    change."""
-    columns = columns_for(len(categories), style)
-    cell = cell_width(width, columns, style)
-    layers = _layers(
-        table,
-        pd.DataFrame(),
-        category_color(categories, style, legend=False),
-        alt.value("circle"),
-        y="level",
-        low="level_low",
-        high="level_high",
-        y_title=PANEL_TITLE,
+    """Return a panel of levels for each category; bands are those of the paired change."""
+    keys = category_keys(categories, style, legend=False)
+    layers = _curves(
+        table, keys, value="level", title=PANEL_TITLE, most=style.num_ticks(panels=True)
     )
-    names = [style.label(name) for name in categories]
-    return facet(
-        layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns
-    )
+    return small_multiples(layers, list(keys.colors), style, width, own_scale=True)
 
 
 def runs_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
-    """Small multiples by category, a line per run, coloured by what tells runs apart."""
-    keys = list(dict.fromkeys(table[style.color].astype(str)))
-    colors = list(colors_of(keys).values()) if style.color == "train_category" else key_colors(keys)
-    color = alt.Color(
-        f"{style.color}:N",
-        scale=alt.Scale(domain=keys, range=colors),
-        sort=None,
-        legend=alt.Legend(
-            title=style.color.replace("_", " "),
-            columns=legend_columns(keys, style),
-            symbolOpacity=1,
-        ),
+    """Return a panel for each category with a line per run, told apart by `style.color`."""
+    names = list(dict.fromkeys(table[style.color].astype(str)))
+    colors = colors_of(names) if style.color == "train_category" else key_colors(names)
+    title = style.color.replace("_", " ")
+    keys = Keys(column=style.color, colors=colors, style=style, title=title)
+    layers = _curves(
+        table, keys, value="change", title=PANEL_TITLE, most=style.num_ticks(panels=True)
     )
-    columns = columns_for(len(categories), style)
-    cell = cell_width(width, columns, style)
-    layers = _layers(
-        table,
-        pd.DataFrame(),
-        color,
-        alt.value("circle"),
-        y="change",
-        low="band_low",
-        high="band_high",
-        y_title=PANEL_TITLE,
-    )
-    names = [style.label(name) for name in categories]
-    return facet(
-        layers.properties(width=cell, height=cell_height(cell, style)), names, style, columns
-    )
+    labels = [style.label(name) for name in categories]
+    return small_multiples(layers, labels, style, width, own_scale=True)
 
 
-def _layers(
+def _curves(
     table: pd.DataFrame,
-    marks: pd.DataFrame,
-    color: Any,
-    shape: Any,
+    keys: Keys,
     *,
-    y: str,
-    low: str,
-    high: str,
-    y_title: str,
+    value: str,
+    title: str,
+    most: int,
+    marks: pd.DataFrame | None = None,
 ) -> Any:
-    """Band, line and points of curves, with a rule at 0 for changes."""
-    unit = str(table["step_unit"].iloc[0])
-    x = step_axis(table["step"].tolist(), f"{unit} (log)")
-    scale = alt.Scale(zero=y == "change")
-    base = alt.Chart(table).encode(x=x, color=color, detail="run:N")
-    opacity = 0.15 if table["label"].nunique() <= 8 else 0.05
-    band = base.mark_area(opacity=opacity).encode(
-        y=alt.Y(f"{low}:Q", scale=scale, title=y_title), y2=f"{high}:Q"
+    """Return bands, lines and markers of curves, with a rule at 0 for changes.
+
+    Args:
+        table: from `curves_of`.
+        keys: what tells the lines apart.
+        value: `change` or `level`.
+        title: title of the y axis.
+        marks: `step what`, drawn as vertical rules.
+        most: most steps that are named on the axis.
+    """
+    low, high = ("band_low", "band_high") if value == "change" else ("level_low", "level_high")
+    steps = table["step"].tolist()
+    scale = alt.Scale(zero=value == "change")
+    x = step_axis(steps, f"{table['step_unit'].iloc[0]} (log)", most)
+    base = alt.Chart(table).encode(x=x, color=keys.color, detail="run:N")
+    y = alt.Y(f"{value}:Q", scale=scale, title=title)
+    line = base.mark_line(strokeWidth=1.6).encode(y=y, strokeDash=keys.dash)
+    numbers = [alt.Tooltip(f"{name}:Q", format=".3f") for name in (value, low, high)]
+    points = base.mark_point(filled=True, size=34, opacity=1).encode(
+        y=y, shape=keys.shape, tooltip=["run:N", "category:N", "step:Q", *numbers]
     )
-    line = base.mark_line(strokeWidth=1.6).encode(y=alt.Y(f"{y}:Q", scale=scale, title=y_title))
-    tooltip = [
-        "run:N",
-        "category:N",
-        "step:Q",
-        *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (y, low, high)),
-    ]
-    size = 34 if table["step"].nunique() <= 24 else 8
-    points = base.mark_point(filled=True, size=size, opacity=1).encode(
-        y=f"{y}:Q", shape=shape, tooltip=tooltip
-    )
-    layers = [band, line, points]
-    if y == "change":
-        layers.insert(0, table_rule(table))
-    if len(marks):
-        layers.insert(0, _marks(marks))
+    if table["step"].nunique() > MAX_MARKED_STEPS:
+        points = points.transform_filter(alt.FieldOneOfPredicate("step", ticks(steps)))
+    layers = [line, points]
+    if table[low].notna().any():
+        opacity = 0.15 if table["label"].nunique() <= 8 else 0.05
+        bounds = alt.Y(f"{low}:Q", scale=scale, title=title)
+        layers.insert(0, base.mark_area(opacity=opacity).encode(y=bounds, y2=f"{high}:Q"))
+    if value == "change":
+        layers.insert(0, zero_rule(table))
+    if marks is not None and len(marks):
+        rule = alt.Chart(marks).mark_rule(color="#bbb", strokeDash=[1, 2])
+        layers.insert(0, rule.encode(x="step:Q", tooltip=["what:N", "step:Q"]))
     return alt.layer(*layers, data=table)
 
 
-def table_rule(table: pd.DataFrame) -> Any:
-    """A rule at no change that facets can repeat: it draws from the same data."""
-    return alt.Chart(table).mark_rule(color="#888", strokeDash=[4, 3]).encode(y=alt.datum(0))
-
-
-def _marks(marks: pd.DataFrame) -> Any:
-    rule = alt.Chart(marks).mark_rule(color="#bbb", strokeDash=[1, 2])
-    return rule.encode(x=alt.X("step:Q"), tooltip=["what:N", "step:Q"])
-
-
 def parts_of(changes: pd.DataFrame, split: str, style: Style) -> pd.DataFrame:
-    """The change of first token, body and terminator at up to 8 steps of one run."""
+    """Return the change of first token, body and terminator at up to 8 steps of one run."""
     table = changes[(changes["split"] == split) & (changes["unit"] == PER_RESPONSE)]
     table = table[table["measure"].isin(_PARTS) & (table["step"] > table["step"].min())]
     table = table[table["step"].isin(ticks(table["step"].tolist()))] if len(table) else table
@@ -185,27 +141,33 @@ def parts_of(changes: pd.DataFrame, split: str, style: Style) -> pd.DataFrame:
     )
 
 
-def parts_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:
-    """Stacked bars of the parts of a change; the dot is their sum."""
-    columns = columns_for(len(categories), style)
-    cell = cell_width(width, columns, style)
-    scale = alt.Scale(domain=list(PART_COLORS), range=list(PART_COLORS.values()))
+def parts_chart(
+    table: pd.DataFrame,
+    categories: Sequence[str],
+    style: Style,
+    width: float,
+    colors: Mapping[str, str] = PART_COLORS,
+) -> Any:
+    """Return stacked bars of the parts of a change for each category; the dot is their sum.
+
+    Args:
+        table: `category label step part part_order change`, a row for each part.
+        categories: in their order.
+        style: how it looks.
+        width: width of the content.
+        colors: part to colour, in the order of the stack.
+    """
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
     x = alt.X("step:O", title="optimizer step", axis=alt.Axis(labelAngle=0))
-    y_title = "nats per response"
-    base = alt.Chart(table)
+    base = alt.Chart(table).encode(x=x)
     bars = base.mark_bar().encode(
-        x=x,
-        y=alt.Y("change:Q", stack="zero", title=y_title),
+        y=alt.Y("change:Q", stack="zero", title=PANEL_TITLE),
         color=alt.Color("part:N", scale=scale, sort=None, legend=alt.Legend(title=None)),
         order=alt.Order("part_order:Q"),
         tooltip=["category:N", "step:O", "part:N", alt.Tooltip("change:Q", format=".2f")],
     )
     total = base.mark_point(filled=True, size=26, color="#D00000", opacity=1).encode(
-        x=x, y="sum(change):Q"
+        y="sum(change):Q"
     )
-    layers = alt.layer(bars, table_rule(table), total, data=table).properties(
-        width=cell, height=cell_height(cell, style)
-    )
-    return facet(
-        layers, [style.label(name) for name in categories], style, columns, own_scale=False
-    )
+    layers = alt.layer(bars, zero_rule(table), total, data=table)
+    return small_multiples(layers, [style.label(name) for name in categories], style, width)

@@ -1,7 +1,7 @@
-"""`sft-probe plot`: every figure from one specification as PNG, SVG, PDF or HTML, and its numbers
-as CSV."""
+"""`sft-probe plot`: every figure from one specification in any format, with its numbers as CSV."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,30 @@ from sft_probe.analysis.figures.categories import (
     parts_of,
     runs_chart,
 )
-from sft_probe.analysis.figures.docs import data_card, doc_lines, length_figure, token_figure
+from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
 from sft_probe.analysis.figures.runs import benchmark_figure, code_length_figure, generation_figure
 from sft_probe.analysis.stats.analyze import Analysis, analyze
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tables import write_tables
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import make_dir
 
+log = logging.getLogger(__name__)
+
 FORMATS = ("png", "svg", "pdf", "html")
-DEFAULT_FORMATS = ("png", "svg", "pdf")
+DEFAULT_FORMATS = ("png", "pdf")
+_OF_A_SPLIT = (
+    "data_card",
+    "trajectory",
+    "changes",
+    "levels",
+    "parts",
+    "docs",
+    "tokens",
+    "length",
+)
+FIGURES = (*_OF_A_SPLIT, "benchmarks", "generations", "code_length")
 _LEVEL_BANDS = (
     "Around levels: the bands of the paired change, which are narrower than those of a level"
 )
@@ -38,97 +51,157 @@ def plot(
     paths: Sequence[Path],
     *,
     style: Style,
+    figures: Sequence[str] | None = None,
     categories: Sequence[str] | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     include_eos: bool = False,
     out: Path | None = None,
 ) -> Iterator[Path]:
-    """Writes all figures of the runs and yields the paths: into RUN/figures for one run, else into
+    """Write figures of runs and yield their paths: into RUN/figures for one run, else into
     `figures`.
 
+    Args:
+        paths: runs, or what else `load_recording` reads.
+        style: how the figures look.
+        figures: of `FIGURES`; default: all that the runs allow.
+        categories: default: all.
+        formats: of `FORMATS`.
+        include_eos: whether sums count the terminator.
+        out: folder of the figures.
+
     Raises:
-        UserError: there is nothing to draw.
+        UserError: there is nothing to draw, or a name is unknown.
     """
-    if unknown := set(formats) - set(FORMATS):
-        raise UserError(f"--format: {', '.join(sorted(unknown))} is none of {', '.join(FORMATS)}.")
+    _check("--format", formats, FORMATS)
+    _check("--figures", figures or (), FIGURES)
     for path in paths:
         if (path / "probe").is_dir():
             write_tables(path)  # training writes no tables
     analysis = analyze(paths, include_eos=include_eos, categories=categories)
     own = paths[0] / "figures" if len(paths) == 1 and paths[0].is_dir() else Path("figures")
     folder = make_dir(out or own)
-    for figure in (*figures_of(analysis, style), *code_length_figure(analysis.recordings, style)):
+    drawn = set()
+    for figure in figures_of(analysis, style, figures):
+        drawn.add(figure.name)
         yield from figure.save(folder, formats, style)
+    missing = [name for name in figures or () if not any(found.startswith(name) for found in drawn)]
+    if missing:
+        log.warning("nothing to draw of these runs: %s", ", ".join(missing))
 
 
-def figures_of(analysis: Analysis, style: Style) -> Iterator[Figure]:
-    """The figures that these tables and rows allow, the data card first; all but
-    `code_length_figure`."""
+def _check(flag: str, names: Collection[str], known: Sequence[str]) -> None:
+    """Raise `UserError` for a name that is not known, with the nearest one."""
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise UserError(f"{flag}: {name} is none of {', '.join(known)}.{hint}")
+
+
+def figures_of(
+    analysis: Analysis, style: Style, wanted: Collection[str] | None = None
+) -> Iterator[Figure]:
+    """Yield the figures that these tables and rows allow, the data card first.
+
+    Args:
+        analysis: the tables of some runs.
+        style: how the figures look.
+        wanted: of `FIGURES`; default: all.
+    """
     recordings = analysis.recordings
     if len(recordings) > 1 or style.color != "category":
-        yield from _of_several(analysis, style)
+        makers = dict(_makers_of_several(analysis, style))
     else:
-        for split in recordings[0].splits:
-            yield from _of_one(analysis, recordings[0], split, style)
-        yield from benchmark_figure(recordings[0], analysis.changes, style)
-        yield from generation_figure(recordings[0], analysis.changes, style)
+        makers = dict(_makers_of_one(analysis, recordings[0], style))
+    makers["code_length", ""] = partial(code_length_figure, recordings, style)
+    for (name, _), make in makers.items():
+        if not wanted or name in wanted:
+            yield from make()
 
 
-def _of_one(analysis: Analysis, recording: Recording, split: str, style: Style) -> Iterator[Figure]:
-    table = curves_of(analysis.changes, analysis.measure, split, style)
-    if table.empty:
-        return
+_Makers = Iterator[tuple[tuple[str, str], Callable[[], Iterable[Figure]]]]
+
+
+def _makers_of_one(analysis: Analysis, recording: Recording, style: Style) -> _Makers:
+    """Yield ((name, split), what makes the figures) of one run; nothing is drawn yet."""
+    changes = analysis.changes
+    for split in recording.splits:
+        table = curves_of(changes, analysis.measure, split, style)
+        if table.empty:
+            continue
+        categories = list(dict.fromkeys(table["category"]))
+        if recording.means is None:
+            arrays = recording.cube(split, categories)
+            yield ("data_card", split), partial(data_card, recording, split, arrays, style)
+        for name in ("trajectory", "changes", "levels"):
+            yield (name, split), partial(_curve_figure, name, recording, split, table, style)
+        yield ("parts", split), partial(_parts_figure, changes, split, categories, style)
+        if recording.means is None:
+            measure = analysis.measure
+            yield ("docs", split), partial(doc_curves, split, arrays, measure, style)
+            yield ("tokens", split), partial(token_figure, recording, split, arrays, style)
+            yield ("length", split), partial(length_figure, split, arrays, measure, style)
+    yield ("benchmarks", ""), partial(benchmark_figure, recording, changes, style)
+    yield ("generations", ""), partial(generation_figure, recording, changes, style)
+
+
+def _curve_figure(
+    name: str, recording: Recording, split: str, table: pd.DataFrame, style: Style
+) -> Iterator[Figure]:
+    """Yield the figure of changes, of levels, or of both (`trajectory`) of one run and split."""
     categories = list(dict.fromkeys(table["category"]))
-    subtitle = _subtitle(recording, split, table)
-    what = f"log p(response | prompt) while fine-tuning on {recording.train_category or '?'}"
     marks = boundaries(recording)
-    arrays = recording.cube(split, categories) if recording.means is None else None
-    if arrays is not None:
-        yield from data_card(recording, split, arrays, style)
+
+    def top(width: float) -> Any:
+        return changes_chart(table, categories, marks, style, width)
+
+    def bottom(width: float) -> Any:
+        return levels_chart(table, categories, style, width)
 
     def both(width: float) -> Any:
-        top = changes_chart(table, categories, marks, style, width)
-        bottom = levels_chart(table, categories, style, width)
-        return alt.vconcat(top, bottom, spacing=24).resolve_scale(
-            color="independent", shape="independent"
+        charts = alt.vconcat(top(width), bottom(width), spacing=24)
+        return charts.resolve_scale(
+            color="independent", shape="independent", strokeDash="independent"
         )
 
-    about_levels = [*subtitle, _LEVEL_BANDS] if table["band_low"].notna().any() else subtitle
+    subtitle = _subtitle(recording, split, table)
+    if name != "changes" and table["band_low"].notna().any():
+        subtitle.append(_LEVEL_BANDS)
+    what = f"log p(response | prompt) while fine-tuning on {recording.train_category or '?'}"
     yield Figure(
-        name=f"trajectory_{split}", title=what, subtitle=about_levels, table=table, build=both
-    )
-    yield Figure(
-        name=f"changes_{split}",
-        title=f"Change of {what}",
+        name=f"{name}_{split}",
+        title=f"Change of {what}" if name == "changes" else what,
         subtitle=subtitle,
         table=table,
-        build=partial(changes_chart, table, categories, marks, style),
+        build={"trajectory": both, "changes": top, "levels": bottom}[name],
     )
-    yield Figure(
-        name=f"levels_{split}",
-        title=what,
-        subtitle=about_levels,
-        table=table,
-        build=partial(levels_chart, table, categories, style),
-    )
-    parts = parts_of(analysis.changes, split, style)
-    if len(parts):
+
+
+def _parts_figure(
+    changes: pd.DataFrame, split: str, categories: Sequence[str], style: Style
+) -> Iterator[Figure]:
+    """Yield the figure of first token, body and terminator, where they are known."""
+    table = parts_of(changes, split, style)
+    if len(table):
         yield Figure(
             name=f"parts_{split}",
             title=f"Where the change comes from, {SPLIT_NAMES[split]}",
             subtitle=[
                 "Stacked: first token, body and terminator; red dot: their sum; means of one run"
             ],
-            table=parts,
-            build=partial(parts_chart, parts, categories, style),
+            table=table,
+            build=partial(parts_chart, table, categories, style),
         )
-    if arrays is not None:
-        yield from doc_lines(split, arrays, analysis.measure, style)
-        yield from token_figure(recording, split, arrays, style)
-        yield from length_figure(split, arrays, analysis.measure, style)
 
 
-def _of_several(analysis: Analysis, style: Style) -> Iterator[Figure]:
+def _makers_of_several(analysis: Analysis, style: Style) -> _Makers:
+    """Yield ((name, split), what makes the figure) of several runs."""
+    for split in dict.fromkeys(str(name) for name in analysis.changes["split"]):
+        yield ("changes", split), partial(_runs_figure, analysis, split, style)
+
+
+def _runs_figure(analysis: Analysis, split: str, style: Style) -> Iterator[Figure]:
+    """Yield the changes of several runs: a panel for each run, or, with `style.color`, for each
+    category."""
     keys = pd.DataFrame(
         [
             {
@@ -140,37 +213,25 @@ def _of_several(analysis: Analysis, style: Style) -> Iterator[Figure]:
             for item in analysis.recordings
         ]
     )
-    for split in dict.fromkeys(analysis.changes["split"]):
-        table = curves_of(analysis.changes, analysis.measure, str(split), style).merge(
-            keys, on="run"
-        )
-        categories = list(dict.fromkeys(table["category"]))
-        title = (
-            f"Change of log p(response | prompt), {SPLIT_NAMES[str(split)]}, "
+    table = curves_of(analysis.changes, analysis.measure, split, style).merge(keys, on="run")
+    categories = list(dict.fromkeys(table["category"]))
+    by_run = style.color == "category"
+    yield Figure(
+        name=f"changes_{split}" if by_run else f"changes_{split}_by_{style.color}",
+        title=(
+            f"Change of log p(response | prompt), {SPLIT_NAMES[split]}, "
             f"{len(analysis.recordings)} runs"
-        )
-        subtitle = [f"{_BANDS} of one run; they say nothing of training noise"]
-        if style.color == "category":
-            yield Figure(
-                name=f"changes_{split}",
-                title=title,
-                subtitle=subtitle,
-                table=table,
-                build=partial(changes_chart, table, categories, pd.DataFrame(), style),
-            )
-        else:
-            yield Figure(
-                name=f"changes_{split}_by_{style.color}",
-                title=title,
-                subtitle=subtitle,
-                table=table,
-                build=partial(runs_chart, table, categories, style),
-            )
+        ),
+        subtitle=[f"{_BANDS} of one run; they say nothing of training noise"],
+        table=table,
+        build=partial(changes_chart, table, categories, pd.DataFrame(), style)
+        if by_run
+        else partial(runs_chart, table, categories, style),
+    )
 
 
 def boundaries(recording: Recording) -> pd.DataFrame:
-    """Steps at which an epoch or the warm-up ends, as `step what`; drawn since curves bend
-    there."""
+    """Return the steps at which an epoch or the warm-up ends, as `step what`: curves bend there."""
     if recording.means is not None or not recording.manifest:
         return pd.DataFrame()
     last = recording.rows.sort_values("step").iloc[-1]
@@ -189,6 +250,7 @@ def boundaries(recording: Recording) -> pd.DataFrame:
 
 
 def _subtitle(recording: Recording, split: str, table: pd.DataFrame) -> list[str]:
+    """Return what a reader must know of the curves of one run."""
     sums = recording.sums(str(table["measure"].iloc[0]))
     docs = f"{int(table['num_docs'].max())} {SPLIT_NAMES[split]}"
     if recording.means is not None:

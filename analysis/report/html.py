@@ -4,6 +4,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from sft_probe.analysis.figures.docs import token_changes
+from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
-from sft_probe.analysis.figures.plot import figures_of
-from sft_probe.analysis.figures.runs import code_length_figure
+from sft_probe.analysis.figures.plot import FIGURES, figures_of
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
@@ -27,6 +27,7 @@ from sft_probe.analysis.stats.analyze import (
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS, Cube
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
+from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
@@ -117,25 +118,22 @@ def html_report(analysis: Analysis) -> str:
     style = Style(width=900, font_size=12)
     specs: dict[str, dict[str, Any]] = {}
     figures: dict[str, list[str]] = {}
-    for number, recording in enumerate(analysis.recordings):
-        one = _of_run(analysis, recording)
-        for figure in figures_of(one, style):
-            if not figure.name.startswith(
-                "trajectory_"
-            ):  # it is changes and levels, which are there
-                name = f"figure-{number}-{figure.name}"
-                specs[name] = figure.spec(style, fit=False)
-                figures.setdefault(recording.name, []).append(name)
-    if len(analysis.recordings) > 1:
-        for color in ("category", "run"):
-            for figure in figures_of(analysis, Style(width=900, font_size=12, color=color)):
-                name = f"figure-all-{color}-{figure.name}"
-                specs[name] = figure.spec(style, fit=False)
-                figures.setdefault("all runs", []).append(name)
-    for figure in code_length_figure(analysis.recordings, style):
-        name = f"figure-all-{figure.name}"
-        specs[name] = figure.spec(style, fit=False)
-        figures.setdefault("all runs", []).append(name)
+    several = len(analysis.recordings) > 1
+    own = set(FIGURES) - ({"trajectory", "code_length"} if several else {"trajectory"})
+    parts = [
+        (recording.name, f"{number}", _of_run(analysis, recording), style, own)
+        for number, recording in enumerate(analysis.recordings)
+    ]
+    if several:
+        shared = {"changes", "code_length"}
+        by_run = replace(style, color="run")
+        parts.append(("all runs", "all-category", analysis, style, shared))
+        parts.append(("all runs", "all-run", analysis, by_run, {"changes"}))
+    for heading, prefix, tables, look, wanted in parts:
+        for figure in figures_of(tables, look, wanted):
+            name = f"figure-{prefix}-{figure.name}"
+            specs[name] = figure.spec(look)
+            figures.setdefault(heading, []).append(name)
     with_docs = [recording for recording in analysis.recordings if recording.means is None]
     docs = [
         browser(recording, analysis.measure, _DOC_BYTES // len(with_docs))
@@ -300,7 +298,7 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in part["rows"]]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
         lines += ["", _md(run["answers"]), ""]
-    for figure in (*figures_of(analysis, style), *code_length_figure(analysis.recordings, style)):
+    for figure in figures_of(analysis, style):
         written += figure.save(figures, ["png"], style)
         lines += [f"![{_md(figure.title)}](report_figures/{figure.name}.png)", ""]
     write_text(target, "\n".join(lines) + "\n")
@@ -351,15 +349,15 @@ def _doc(
     values = arrays.arrays[measure if not np.isnan(arrays.arrays[measure]).all() else "logprob"][
         number
     ]
-    changes = token_changes(
-        recording, split, doc_id, arrays.categories, (arrays.steps[0], arrays.steps[-1])
-    )
+    rows = recording.rows[recording.rows["doc_id"] == doc_id]
+    levels = token_levels(recording, rows[rows["split"] == split])
     tokens = {}
-    for category, own in changes.groupby("category", sort=False) if len(changes) else ():
-        words = [str(word) for word in own["token"]]
-        if any(words) and sum(map(len, words)) <= MAX_CHARACTERS:
-            moved = [round(float(value), 3) for value in own["change"]]
-            tokens[str(category)] = {"texts": words, "changes": moved}
+    for category, own in levels.items():
+        ends = [own.get(arrays.steps[point], []) for point in (0, -1)]
+        words = token_texts(recording, doc_id, category)
+        if words and len(words) == len(ends[0]) == len(ends[1]):
+            moved = [round(last - first, 3) for first, last in zip(*ends, strict=True)]
+            tokens[category] = {"texts": words, "changes": moved}
     return {
         "id": doc_id,
         "prompt": cut(recording.prompts.get(doc_id, "(the prompt is not here)")),

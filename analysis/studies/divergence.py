@@ -17,7 +17,8 @@ from sft_probe.analysis.stats.curves import matched_gain
 from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_run
 from sft_probe.analysis.sweep.identity import check_undamaged, identify
 from sft_probe.analysis.sweep.live_model import LiveModel
-from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, resolve_settings
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.settings import SweepSettings, resolve_settings
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_jsonl
 from sft_probe.prompts import EncodedDoc, terminator_id

@@ -3,13 +3,11 @@ order."""
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, run_command
 from sft_probe.files import make_dir, write_text
 from sft_probe.probe_set import ProbeSet, load_probe_set
 
@@ -28,7 +26,7 @@ def train_rows(
     rows: Sequence[str],
     folder: Path,
     *,
-    recipe: Path,
+    recipe: str | Path,
     num_orders: int,
     shard: tuple[int, int],
     extra: Sequence[str],
@@ -42,7 +40,7 @@ def train_rows(
     Args:
         rows: categories as for `--train_category`, data files as for `--train_data`, `tagged`,
         `half_1`, `half_2`. folder: of all runs.
-        recipe: of `sft-probe train`.
+        recipe: of `sft-probe train`, a file or a name.
         num_orders: how many data orders (`--data_seed 0, 1, ...`) each row is trained in.
         shard: (i, n): every n-th run, from the i-th.
         extra: more flags of `sft-probe train`.
@@ -75,10 +73,7 @@ def train_rows(
         ]
         flags += ["--data_seed", str(order), "--output_dir", str(directory)]
         with (folder / f"{directory.name}.log").open("w") as output:
-            command = [sys.executable, "-m", "sft_probe", "train", *flags]
-            code = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, check=False
-            ).returncode
+            code = run_command(["train", *flags], output)
         if code:
             raise UserError(
                 f"training on {row} ended with code {code}: "
@@ -92,7 +87,7 @@ def _is_file(row: str) -> bool:
     return row.endswith((".jsonl", ".jsonl.gz", ".parquet"))
 
 
-def _data_flags(row: str, folder: Path, recipe: Path, extra: Sequence[str]) -> list[str]:
+def _data_flags(row: str, folder: Path, recipe: str | Path, extra: Sequence[str]) -> list[str]:
     if row == TAGGED or row in HALVES:
         path = folder / f"{row}.jsonl"
         probe_set = load_probe_set(_probe_set_of(recipe, extra))
@@ -106,8 +101,8 @@ def _data_flags(row: str, folder: Path, recipe: Path, extra: Sequence[str]) -> l
     return ["--train_data", row] if _is_file(row) else ["--train_category", row]
 
 
-def _probe_set_of(recipe: Path, extra: Sequence[str]) -> str:
-    from sft_probe.train.arguments import recipe_flags
+def _probe_set_of(recipe: str | Path, extra: Sequence[str]) -> str:
+    from sft_probe.train.options import recipe_flags
 
     flags = [*recipe_flags(recipe), *extra]
     if "--probe_set" not in flags:

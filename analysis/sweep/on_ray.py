@@ -19,7 +19,8 @@ from ray.exceptions import RayActorError
 
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.ownership import StepBusyError
-from sft_probe.analysis.sweep.settings import SweepRequest, fix_settings, resolve_settings
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
 from sft_probe.analysis.sweep.step import Scorer
 from sft_probe.errors import UserError
 

@@ -4,16 +4,16 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock
 
 from sft_probe import __version__
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.live_model import active_part, model_config, tokenizer_of
+from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import check_weights_fit, load_tokenizer, local_folder
@@ -56,44 +56,6 @@ _RUN_MANIFEST_OPTIONAL = {
 }
 _SWEEP_MANIFEST = {"max_tokens": int}
 _SWEEP_MANIFEST_OPTIONAL = {"model": str | None, "run": str, "sources": list, "model_config": dict}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepRequest:
-    """What the user asked for."""
-
-    directory: Path
-    """A run, or where the results of foreign checkpoints go."""
-    checkpoints: list[str] = field(default_factory=list)
-    model: str | None = None
-    revisions: list[str] = field(default_factory=list)
-    probe_set: str | None = None
-    prompt_format: str | None = None
-    max_length: int | None = None
-    splits: tuple[str, ...] = ("heldout",)
-    tasks: tuple[str, ...] = ()
-    """Benchmarks: lm-eval task names, patterns or YAML files."""
-    num_fewshot: int | None = None
-    limit: float | None = None
-    apply_chat_template: bool = False
-    max_tokens: int | None = None
-    """Tokens in one forward pass; default: those of the sweep so far, else by device."""
-    generate: int = 0
-    """Held-out prompts to answer greedily."""
-    batch_size: int = 8
-    """Of what generates."""
-    dtype: str = "float32"
-    device: str | None = None
-    shard: tuple[int, int] = (1, 1)
-    """i of N, from 1: this process scores every N-th step."""
-    engine: str = "local"
-    """`local` or `ray`."""
-    ray_address: str | None = None
-
-    @property
-    def resolved_device(self) -> str:
-        """The device asked for, else a GPU where there is one."""
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,9 @@ from sft_probe.analysis.sweep.ownership import (
     stale_parts,
     step_folder,
 )
+from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.results import benchmark_rows, write_results
-from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, record
+from sft_probe.analysis.sweep.settings import SweepSettings, record
 from sft_probe.errors import UserError
 from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
 from sft_probe.models import check_window

@@ -14,12 +14,8 @@ from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources
-from sft_probe.analysis.sweep.settings import (
-    SweepRequest,
-    SweepSettings,
-    fix_settings,
-    resolve_settings,
-)
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.settings import SweepSettings, fix_settings, resolve_settings
 from sft_probe.analysis.sweep.step import Scorer
 from sft_probe.errors import UserError
 

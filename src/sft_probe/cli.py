@@ -1,321 +1,306 @@
-"""The command line. Nothing heavy is imported before a command runs, so that help comes at once."""
+"""The command line: every command by its name. Nothing heavy is imported before one runs, so that
+help comes at once."""
 
 import argparse
 import logging
-import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from sft_probe import __version__
-from sft_probe.analysis.commands import add_analysis_commands
-from sft_probe.errors import UserError, exit_on_user_error
-from sft_probe.options import heldout, names, positive, shard
-from sft_probe.synth.command import add_synth
+from sft_probe.analysis.commands import Analyze, Plot, Report, Simplicity, Transfer
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.command_line import Parser, read_command
+from sft_probe.errors import UserError, did_you_mean, exit_on_user_error, quiet
+from sft_probe.options import Command, Heldout, OldName, Positional, Positive, about, options_of
+from sft_probe.synth.options import SynthRun, SynthStatus
+from sft_probe.train.options import Train, check_inputs, expand, print_help, train_options
 
+log = logging.getLogger(__name__)
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `sft-probe`. Exit code 2 for what the user can mend, with one message and no
-    traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in (
-        "absl",
-        "filelock",
-        "httpx",
-        "httpx2",
-        "google_genai",
-        "datasets",
-        "fsspec",
-        "urllib3",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = sys.argv[1:] if argv is None else argv
-    with exit_on_user_error():
-        # `train` and `lm-eval` have flags of other programs, so argparse must not see them
-        if arguments[:1] == ["train"]:
-            _train(arguments[1:])
-        elif arguments[:1] == ["lm-eval"]:
-            _lm_eval(arguments[1:])
+@dataclass(frozen=True, kw_only=True)
+class Quickstart(Command):
+    """Train, sweep and plot the embedded demo: minutes on two CPU cores, no download.
+
+    Examples:
+        sft-probe quickstart
+        sft-probe quickstart --output-dir runs/demo
+    """
+
+    output_dir: Annotated[Path, "DIR"] = Path("runs/quickstart")
+    """Directory of the run; what is complete in it is reused."""
+
+    def execute(self) -> None:
+        """Run the three commands of the demo."""
+        from sft_probe.quickstart import quickstart
+
+        quickstart(self.output_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(Command):
+    """Make a set from a table"""
+
+    from_table: Annotated[Path | None, "FILE", OldName("from-csv")] = None
+    """A .csv, .jsonl or .parquet file with a column for each category."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the new set."""
+    prompt: Annotated[str | None, "COLUMN"] = None
+    """Column of the prompts."""
+    category: Annotated[list[str], "NAME=COLUMN"] = field(default_factory=list)
+    """Categories of responses, each with its column."""
+    prompt_format: str = "hh"
+    """hh, chat, plain or a Jinja file."""
+    heldout: Heldout = 100
+    """Docs held out; or a share below 1: then no doc changes its split when rows are added."""
+    limit: Positive | None = None
+    """Largest number of docs; they are drawn at random. Default: all."""
+    seed: int = 0
+    """Seed of the draw, the splits and the category `random`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSet(Table):
+    """Check a probe set and show what it holds, or make one from a table.
+
+    Examples:
+        sft-probe probe-set sets/mine
+        sft-probe probe-set --from-table pairs.csv --prompt question --category chosen=good
+            rejected=bad --out sets/mine
+    """
+
+    source: Positional[Annotated[str | None, "SET"]] = None
+    """A directory, a .jsonl file, a hub id or an embedded set."""
+
+    def execute(self) -> None:
+        """Print what the set holds; a set with faults ends with a `UserError`."""
+        from sft_probe.probe_set import read_probe_set
+        from sft_probe.synth.output import describe_probe_set
+
+        if self.from_table is not None:
+            self._make()
+        elif self.source is None:
+            raise UserError("name a probe set, or a table with --from-table.")
+        source = str(self.out if self.from_table is not None else self.source)
+        probe_set = read_probe_set(source)
+        print(describe_probe_set(probe_set))  # noqa: T201
+        if probe_set.faults:
+            number = len(probe_set.faults)
+            faults = "1 fault" if number == 1 else f"{number} faults"
+            raise UserError(
+                f"{probe_set.name} has {faults} (listed above). Fix these lines, or remove them."
+            )
+
+    def _make(self) -> None:
+        from sft_probe.synth.table import write_probe_set
+
+        pairs = [item.partition("=") for item in self.category]
+        is_whole = all(name and column for name, _, column in pairs)
+        if not self.prompt or not self.out or not self.from_table or not pairs or not is_whole:
+            raise UserError(
+                "--from-table needs --prompt COLUMN, --out DIR and --category NAME=COLUMN, once "
+                "for each."
+            )
+        categories = {name: column for name, _, column in pairs}
+        if len(categories) < len(pairs):
+            raise UserError("--category names a category twice. Give each one column.")
+        left_out = write_probe_set(
+            self.from_table,
+            self.out,
+            prompt_column=self.prompt,
+            categories=categories,
+            prompt_format=self.prompt_format,
+            heldout=self.heldout,
+            limit=self.limit,
+            seed=self.seed,
+        )
+        for item in left_out:
+            log.warning("left out: %s", item)
+        log.info("wrote %s; %d rows left out", self.out, len(left_out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksDir(Command):
+    """Print the directory of the probe tasks, for `lm_eval --include_path`.
+
+    Examples:
+        lm_eval --include_path "$(sft-probe tasks-dir)" --tasks sft_probe_heldout --model hf ...
+        sft-probe tasks-dir --probe-set sets/mine --out tasks/mine
+    """
+
+    probe_set: str | None = None
+    """Write tasks for the categories of this set. Default: those of the embedded set."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Where they are written. Default: in the cache."""
+
+    def execute(self) -> None:
+        """Print the directory, and write it first where a set is named."""
+        from sft_probe.models import cache_dir
+        from sft_probe.probe_set import load_probe_set
+        from sft_probe.tasks.discovery import PACKAGED_TASKS_DIR, write_tasks_dir
+
+        if self.probe_set is None:
+            print(PACKAGED_TASKS_DIR)  # noqa: T201
+            return
+        out = self.out or cache_dir() / "tasks" / load_probe_set(self.probe_set).sha256[:12]
+        print(write_tasks_dir(self.probe_set, out))  # noqa: T201
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkTasks(Command):
+    """Make the probe tasks known to plain `lm_eval`, by stubs in its package.
+
+    Examples:
+        sft-probe link-tasks
+        sft-probe link-tasks --remove
+    """
+
+    remove: bool = False
+    """Remove the stubs."""
+
+    def execute(self) -> None:
+        """Write the stubs, or remove them."""
+        from sft_probe.tasks.discovery import link_tasks, unlink_tasks
+
+        if self.remove:
+            log.info("removed %s", unlink_tasks())
         else:
-            options = _parser().parse_args(arguments)
-            options.command(options)
+            log.info("wrote stubs to %s; now: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sft-probe", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+@dataclass(frozen=True, kw_only=True)
+class LmEval(Command):
+    """Run lm-eval's own command line with the probe tasks on its path.
 
-    command = commands.add_parser("quickstart", help="train, sweep and plot the embedded demo")
-    command.add_argument(
-        "--output_dir", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart"
-    )
-    command.set_defaults(command=_quickstart)
+    All options are those of lm-eval.
 
-    commands.add_parser(
-        "train", help="SFT on one category, with snapshots; takes every flag of TrainingArguments"
-    )
-    _add_sweep(
-        commands.add_parser(
-            "sweep", help="score every checkpoint with lm-eval; writes the trajectory table"
+    Examples:
+        sft-probe lm-eval --model hf --model_args pretrained=gpt2 --tasks sft_probe_heldout
+        sft-probe lm-eval --help
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(Command):
+    """Print a script that completes commands and options in a shell.
+
+    Examples:
+        sft-probe completion bash > ~/.local/share/bash-completion/completions/sft-probe
+        sft-probe completion zsh > ~/.zfunc/_sft-probe
+        sft-probe completion fish > ~/.config/fish/completions/sft-probe.fish
+    """
+
+    shell: Positional[Annotated[Literal["bash", "zsh", "fish"], "SHELL"]]
+    """bash, zsh or fish."""
+
+    def execute(self) -> None:
+        """Print the script."""
+        import shtab
+
+        print(shtab.complete(whole_parser(shtab.FILE), shell=self.shell))  # noqa: T201
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "quickstart": Quickstart,
+    "train": Train,
+    "sweep": SweepRequest,
+    "analyze": Analyze,
+    "plot": Plot,
+    "report": Report,
+    "transfer": Transfer,
+    "simplicity": Simplicity,
+    "synth run": SynthRun,
+    "synth status": SynthStatus,
+    "probe-set": ProbeSet,
+    "tasks-dir": TasksDir,
+    "link-tasks": LinkTasks,
+    "lm-eval": LmEval,
+    "completion": Completion,
+}
+"""Every command by the words that call it, in the order of the help."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `sft-probe`. Exit code 2 for what the user can fix, with one message and no traceback."""
+    with exit_on_user_error():
+        arguments = sys.argv[1:] if argv is None else argv
+        name, rest = _command_of(arguments)
+        if name == "lm-eval":
+            from sft_probe.tasks.discovery import run_lm_eval
+
+            run_lm_eval(rest)
+            return
+        quiet()
+        if name == "train":
+            _train(rest)
+        else:
+            read_command(f"sft-probe {name}", COMMANDS[name], rest).execute()
+
+
+def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
+    """Return the name of the command, and its own arguments.
+
+    Raises:
+        UserError: there is no such command.
+        SystemExit: help or the version was asked for, and printed.
+    """
+    first, second = (*arguments, "", "")[:2]
+    if first in ("-h", "--help", "") or (first == "synth" and second in ("-h", "--help")):
+        print(overview(first if first == "synth" else ""))  # noqa: T201
+        raise SystemExit(0 if first else 2)
+    if first == "--version":
+        print(__version__)  # noqa: T201
+        raise SystemExit(0)
+    if f"{first} {second}" in COMMANDS:
+        return f"{first} {second}", arguments[2:]
+    if first == "synth":  # as it was before there was `synth run`
+        return "synth run", arguments[1:]
+    if first not in COMMANDS:
+        raise UserError(
+            f"there is no command {first!r}.{did_you_mean(first, COMMANDS)} `sft-probe --help` "
+            "lists all."
         )
-    )
-
-    add_analysis_commands(commands)
-
-    command = commands.add_parser(
-        "tasks-dir", help="print the directory for lm_eval --include_path"
-    )
-    command.add_argument(
-        "--probe-set", "--probe_set", help="write tasks for the categories of this set"
-    )
-    command.add_argument("--out", type=Path, help="where to write them; default: in the cache")
-    command.set_defaults(command=_tasks_dir)
-
-    command = commands.add_parser(
-        "link-tasks", help="make the tasks known to plain lm_eval, by stubs in its package"
-    )
-    command.add_argument("--remove", action="store_true", help="take the stubs out again")
-    command.set_defaults(command=_link_tasks)
-
-    commands.add_parser(
-        "lm-eval", help="lm-eval's own command line, with the probe tasks on its path"
-    )
-    add_synth(
-        commands.add_parser(
-            "synth", help="make a probe set from preference pairs, with Gemini or another writer"
-        )
-    )
-    _add_probe_set(
-        commands.add_parser("probe-set", help="check a probe set, or make one from a table")
-    )
-    return parser
+    return first, arguments[1:]
 
 
-def _add_sweep(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "run", type=Path, help="a run, or where the results of foreign checkpoints go"
-    )
-    command.add_argument(
-        "--checkpoints",
-        nargs="+",
-        default=[],
-        metavar="GLOB",
-        help="Hugging Face model directories; PATH=STEP where the name tells no step",
-    )
-    command.add_argument("--model", help="a model on the hub, with --revisions")
-    command.add_argument(
-        "--revisions", type=names, default=(), metavar="A,B", help="e.g. step0,step1000,main=2000"
-    )
-    command.add_argument(
-        "--splits",
-        type=names,
-        default=("heldout",),
-        help="heldout, train or both; default: heldout",
-    )
-    command.add_argument("--probe_set", "--probe-set", help="default: the one of the run")
-    command.add_argument(
-        "--prompt_format", "--prompt-format", help="default: that of the run or probe set"
-    )
-    command.add_argument(
-        "--max_length", type=positive, help="tokens; longer docs are left out; default: the run's"
-    )
-    command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    command.add_argument(
-        "--max_tokens", type=positive, help="tokens in one forward pass; default: by device"
-    )
-    command.add_argument("--device", help="default: cuda where there is one, else cpu")
-    command.add_argument(
-        "--shard",
-        type=shard,
-        default=(1, 1),
-        metavar="i/N",
-        help="score every N-th step, from the i-th",
-    )
-    command.add_argument(
-        "--engine", default="local", choices=("local", "ray"), help="ray: over a cluster's workers"
-    )
-    command.add_argument(
-        "--ray-address", "--ray_address", help="default: RAY_ADDRESS, else Ray is started here"
-    )
-    command.add_argument(
-        "--generate",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="also answer the first N held-out prompts, greedily",
-    )
-    benchmarks = command.add_argument_group("benchmarks beside the probes")
-    benchmarks.add_argument(
-        "--tasks",
-        type=names,
-        default=(),
-        metavar="A,B",
-        help="lm-eval tasks, patterns or YAML files",
-    )
-    benchmarks.add_argument(
-        "--batch_size", type=positive, default=8, help="of what generates; default: 8"
-    )
-    benchmarks.add_argument("--num_fewshot", type=int)
-    benchmarks.add_argument("--limit", type=float)
-    benchmarks.add_argument(
-        "--apply_chat_template", action="store_true", help="to the prompts of --tasks"
-    )
-    command.set_defaults(command=_sweep)
-
-
-def _add_probe_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "source", nargs="?", help="a directory, a .jsonl file, a hub id or an embedded set"
-    )
-    table = command.add_argument_group("make one from a table")
-    table.add_argument(
-        "--from-csv", type=Path, metavar="FILE", help="a .csv, .jsonl or .parquet file"
-    )
-    table.add_argument("--out", type=Path, help="directory of the new set")
-    table.add_argument("--prompt", metavar="COLUMN", help="column of the prompts")
-    table.add_argument(
-        "--category",
-        action="append",
-        default=[],
-        metavar="NAME=COLUMN",
-        help="a category of responses and its column; once for each",
-    )
-    table.add_argument(
-        "--prompt-format", default="hh", help="hh, chat, plain or a Jinja file; default: hh"
-    )
-    table.add_argument(
-        "--heldout",
-        type=heldout,
-        default=100,
-        metavar="N",
-        help="docs held out, or a share "
-        "below 1, with which no doc changes its split when rows are added; default: 100",
-    )
-    table.add_argument("--limit", type=positive, help="docs at most, drawn at random")
-    table.add_argument(
-        "--seed", type=int, default=0, help="of the draw, the splits and `random`; default: 0"
-    )
-    command.set_defaults(command=_probe_set)
-
-
-def _quickstart(options: argparse.Namespace) -> None:
-    from sft_probe.quickstart import quickstart
-
-    quickstart(options.output_dir)
+def overview(prefix: str = "") -> str:
+    """Return the help of the whole program, or of the commands that begin with a word."""
+    shown = {name: about(command)[0] for name, command in COMMANDS.items() if prefix in name}
+    lines = [f"usage: {' '.join(['sft-probe', *prefix.split()])} COMMAND [options]", ""]
+    lines += [_DESCRIPTION, ""] if not prefix else []
+    lines += ["commands:", *(f"  {name:<14}{summary}" for name, summary in shown.items()), ""]
+    return "\n".join([*lines, "`sft-probe COMMAND --help` explains a command, with examples."])
 
 
 def _train(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print_help()
+        return
+    probe_set = check_inputs(expand(arguments))
     try:
         from sft_probe.train.sft import main as train
     except ImportError as error:
         raise UserError(
             f"training needs more packages ({error}). Run:  pip install 'sft-probe[train]'"
         ) from error
-    train(arguments)
+    train(arguments, probe_set)
 
 
-def _lm_eval(arguments: list[str]) -> None:
-    from sft_probe.tasks.discovery import run_lm_eval
-
-    run_lm_eval(arguments)
-
-
-def _sweep(options: argparse.Namespace) -> None:
-    from sft_probe.analysis.sweep.settings import SweepRequest
-    from sft_probe.analysis.sweep.sweep import sweep
-
-    if bool(options.model) != bool(options.revisions):
-        raise UserError("--model and --revisions go together.")
-    if unknown := set(options.splits) - {"heldout", "train"}:
-        raise UserError(
-            f"--splits: {', '.join(sorted(unknown))} is no split; use heldout, train or "
-            "heldout,train."
-        )
-    idle = [
-        name for name in ("num_fewshot", "limit", "apply_chat_template") if getattr(options, name)
-    ]
-    if idle and not options.tasks:
-        raise UserError(
-            f"--{idle[0]} is for benchmarks (--tasks): probe texts are rendered by the prompt "
-            "format alone."
-        )
-    fields = {
-        name: value for name, value in vars(options).items() if name not in ("command", "run")
-    }
-    for path in sweep(SweepRequest(directory=options.run, **fields)):
-        logging.getLogger(__name__).info("wrote %s", path)
-
-
-def _tasks_dir(options: argparse.Namespace) -> None:
-    from sft_probe.models import cache_dir
-    from sft_probe.probe_set import load_probe_set
-    from sft_probe.tasks.discovery import PACKAGED_TASKS_DIR, write_tasks_dir
-
-    if options.probe_set is None:
-        print(PACKAGED_TASKS_DIR)  # noqa: T201
-        return
-    out = options.out or cache_dir() / "tasks" / load_probe_set(options.probe_set).sha256[:12]
-    print(write_tasks_dir(options.probe_set, out))  # noqa: T201
-
-
-def _link_tasks(options: argparse.Namespace) -> None:
-    from sft_probe.tasks.discovery import link_tasks, unlink_tasks
-
-    if options.remove:
-        logging.getLogger(__name__).info("removed %s", unlink_tasks())
-    else:
-        logging.getLogger(__name__).info(
-            "wrote stubs to %s; now: lm_eval --tasks 'sft_probe_*' ...", link_tasks()
-        )
-
-
-def _probe_set(options: argparse.Namespace) -> None:
-    from sft_probe.probe_set import read_probe_set
-    from sft_probe.synth.output import describe_probe_set
-
-    if options.from_csv is not None:
-        _probe_set_from_table(options)
-    elif options.source is None:
-        raise UserError("name a probe set, or a table with --from-csv.")
-    probe_set = read_probe_set(str(options.out) if options.from_csv is not None else options.source)
-    print(describe_probe_set(probe_set))  # noqa: T201
-    if probe_set.faults:
-        faults = "1 fault" if len(probe_set.faults) == 1 else f"{len(probe_set.faults)} faults"
-        raise UserError(
-            f"{probe_set.name} has {faults} (listed above). Fix these lines, or remove them."
-        )
-
-
-def _probe_set_from_table(options: argparse.Namespace) -> None:
-    from sft_probe.synth.table import write_probe_set
-
-    pairs = [item.partition("=") for item in options.category]
-    if (
-        not options.prompt
-        or not options.out
-        or not pairs
-        or not all(name and column for name, _, column in pairs)
-    ):
-        raise UserError(
-            "--from-csv needs --prompt COLUMN, --out DIRECTORY and --category NAME=COLUMN, once "
-            "for each."
-        )
-    categories = {name: column for name, _, column in pairs}
-    if len(categories) < len(pairs):
-        raise UserError("--category names a category twice. Give each one column.")
-    left_out = write_probe_set(
-        options.from_csv,
-        options.out,
-        prompt_column=options.prompt,
-        categories=categories,
-        prompt_format=options.prompt_format,
-        heldout=options.heldout,
-        limit=options.limit,
-        seed=options.seed,
-    )
-    for item in left_out:
-        logging.getLogger(__name__).warning("left out: %s", item)
-    logging.getLogger(__name__).info("wrote %s; %d rows left out", options.out, len(left_out))
+def whole_parser(complete_file: Any) -> argparse.ArgumentParser:
+    """Return one parser with all commands, from which completion is generated."""
+    parser = Parser(prog="sft-probe", description=_DESCRIPTION)
+    found = {"": parser.add_subparsers(metavar="COMMAND")}
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in found:
+            found[group] = found[""].add_parser(group).add_subparsers(metavar="COMMAND")
+        summary = about(command)[0]
+        own = found[group].add_parser(last, help=summary, description=summary)
+        for option in train_options() if command is Train else options_of(command):
+            action = option.add_to(own)
+            if option.read is Path:
+                action.complete = complete_file
+    return parser

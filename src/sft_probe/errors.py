@@ -1,12 +1,21 @@
-"""The one exception that a user is meant to read.
+"""What a user reads where something stops: one line, an exit code, never a traceback.
 
 Everything that a user can get wrong (data, flags, paths, models) raises `UserError`; the command
 line prints its message and exits with code 2. Any other exception is a defect of this program.
 """
 
+import difflib
+import logging
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count it."""
 
 
 class UserError(Exception):
@@ -15,9 +24,58 @@ class UserError(Exception):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError` into its message on stderr and exit code 2."""
+    """Turn a `UserError` into its message and exit code 2, Ctrl-C into one line and code 130."""
     try:
         yield
     except UserError as error:
         print(f"sft-probe: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("sft-probe: interrupted; the same command resumes.", file=sys.stderr)  # noqa: T201
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def quiet() -> None:
+    """Show what this program says and the errors of other libraries, but not their warnings.
+
+    `SFT_PROBE_VERBOSE=1` shows everything.
+    """
+    if os.environ.get("SFT_PROBE_VERBOSE"):
+        logging.basicConfig(level=logging.INFO)
+        return
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("sft_probe").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", append=True)
+
+
+def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:
+    """Run `sft-probe` in a process of its own and return its exit code.
+
+    Ctrl-C reaches that process too, so this one waits until it has stopped in order.
+    """
+    command = [sys.executable, "-m", "sft_probe", *arguments]
+    with subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean X?`, or nothing where no known name is close to the text."""
+    plain = {name.replace("_", "-"): name for name in known}
+    close = difflib.get_close_matches(text.replace("_", "-"), plain, n=1, cutoff=0.6)
+    return f" Did you mean {plain[close[0]]}?" if close else ""
+
+
+def one_of(known: Iterable[str]) -> str:
+    """Return `one of a, b, c`."""
+    return "one of " + ", ".join(known)

@@ -51,7 +51,9 @@ def test_from_rows_to_tables(recipe: Path, sft_probe: Run, tmp_path: Path) -> No
     assert "chosen" in result.stdout
     assert "rejected" in result.stdout
     assert list((tmp_path / "out").glob("*.csv"))
-    assert "--rows needs --recipe" in user_error(sft_probe("transfer", "--rows", "chosen,rejected"))
+    assert "--train-on needs --recipe" in user_error(
+        sft_probe("transfer", "--train-on", "chosen,rejected")
+    )
 
 
 @pytest.mark.slow

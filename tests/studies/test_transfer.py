@@ -59,7 +59,7 @@ def test_transfer_of_known_runs(sft_probe: Run, tmp_path: Path) -> None:
     result = sft_probe("transfer", "--runs", *runs, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     tables = _tables(tmp_path / "out")
-    assert {"transfer.png", "omega.svg", "omega_curve.pdf"} <= {
+    assert {"transfer.png", "omega.png", "omega_curve.pdf"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
     per_token = 0.9 * 8 / (NUM_TOKENS - 1)  # the body gains 0.9 of a curve; the last step is 8

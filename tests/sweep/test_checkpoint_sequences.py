@@ -8,7 +8,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pytest
@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.live_model import LiveModel
-from sft_probe.analysis.sweep.settings import SweepRequest, SweepSettings, resolve_settings
+from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.settings import SweepSettings, resolve_settings
 from sft_probe.errors import UserError
 from sft_probe.tasks.lm import ProbeLM
 
@@ -203,7 +204,9 @@ def checkpoint(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(step=step, model=str(folder), source=str(folder.parent))
 
 
-def sweep_settings(pool: Path, probe_set: Path, dtype: str) -> SweepSettings:
+def sweep_settings(
+    pool: Path, probe_set: Path, dtype: Literal["float32", "bfloat16"]
+) -> SweepSettings:
     request = SweepRequest(
         directory=pool / "out",
         checkpoints=["*"],
@@ -220,7 +223,9 @@ def reference_model(folder: Path, base: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def check_sequence(pool: Path, probe_set: Path, labels: list[str], dtype: str) -> None:
+def check_sequence(
+    pool: Path, probe_set: Path, labels: list[str], dtype: Literal["float32", "bfloat16"]
+) -> None:
     """Load the checkpoints one after another; each is refused, or every tensor is that of a load of
     it alone."""
     settings = sweep_settings(pool, probe_set, dtype)

@@ -15,7 +15,7 @@ from helpers import Run, make_checkpoint, make_docs, user_error
 from transformers import AutoModelForCausalLM
 
 from sft_probe.analysis.sweep.ownership import owned_step
-from sft_probe.analysis.sweep.settings import SweepRequest
+from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.sweep import sweep as sweep_all
 
 STEPS = (10, 20)

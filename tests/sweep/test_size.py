@@ -15,7 +15,7 @@ from helpers import Run, make_docs
 
 from sft_probe.analysis.stats import analyze, trajectory
 from sft_probe.analysis.sweep import sweep
-from sft_probe.analysis.sweep.settings import SweepRequest
+from sft_probe.analysis.sweep.request import SweepRequest
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_makes_a_valid_set_of_every_kind_of_table(
     source = table(tmp_path / f"t.{suffix}")
     result = sft_probe(
         "probe-set",
-        "--from-csv",
+        "--from-table",
         source,
         "--prompt",
         "q",
@@ -71,7 +71,7 @@ def test_makes_a_valid_set_of_every_kind_of_table(
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, sft_probe: Run) -> None:
     source = table(tmp_path / "t.csv")
-    flags = ("--from-csv", source, "--prompt", "q", "--category", "chosen=good", "--heldout", 4)
+    flags = ("--from-table", source, "--prompt", "q", "--category", "chosen=good", "--heldout", 4)
     for name, seed in (("a/set", 1), ("b/set", 1), ("c/set", 2)):
         assert (
             sft_probe("probe-set", *flags, "--seed", seed, "--out", tmp_path / name).returncode == 0
@@ -91,7 +91,7 @@ def test_rows_of_one_conversation_stay_in_one_split(tmp_path: Path, sft_probe: R
     frame.to_csv(tmp_path / "t.csv", index=False)
     result = sft_probe(
         "probe-set",
-        "--from-csv",
+        "--from-table",
         tmp_path / "t.csv",
         "--prompt",
         "q",
@@ -109,15 +109,15 @@ def test_rows_of_one_conversation_stay_in_one_split(tmp_path: Path, sft_probe: R
 
 def test_bad_tables_are_user_errors(tmp_path: Path, sft_probe: Run) -> None:
     source = table(tmp_path / "t.csv")
-    base = ("probe-set", "--from-csv", source, "--out", tmp_path / "set")
+    base = ("probe-set", "--from-table", source, "--out", tmp_path / "set")
     assert "has no column nope" in user_error(
         sft_probe(*base, "--prompt", "nope", "--category", "chosen=good")
     )
-    assert "--from-csv needs" in user_error(sft_probe(*base, "--prompt", "q"))
+    assert "--from-table needs" in user_error(sft_probe(*base, "--prompt", "q"))
     assert "leaves one of the splits empty" in user_error(
         sft_probe(*base, "--prompt", "q", "--category", "chosen=good", "--heldout", 50)
     )
-    missing = ("probe-set", "--from-csv", tmp_path / "no.csv", "--out", tmp_path / "set")
+    missing = ("probe-set", "--from-table", tmp_path / "no.csv", "--out", tmp_path / "set")
     assert "cannot read the table" in user_error(
         sft_probe(*missing, "--prompt", "q", "--category", "chosen=good")
     )
@@ -154,7 +154,7 @@ def test_a_row_with_other_fields_than_the_header_is_refused(
     rows = csv_rows()
     rows[place] = row
     flags = (
-        "--from-csv",
+        "--from-table",
         write_csv(tmp_path / "t.csv", rows),
         "--prompt",
         "prompt",
@@ -185,7 +185,7 @@ def test_a_table_of_another_encoding_or_separator_is_named_as_such(
     (tmp_path / "t.csv").write_bytes("\n".join(rows).encode(encoding))
     result = sft_probe(
         "probe-set",
-        "--from-csv",
+        "--from-table",
         tmp_path / "t.csv",
         "--prompt",
         "prompt",
@@ -215,7 +215,7 @@ def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) 
     rows[10]["prompt"] = "Question: who?\n\nAssistant:"
     text = "\ufeff" + "\n".join(json.dumps(row) for row in rows)
     (tmp_path / "t.jsonl").write_text(text.replace("\n", "\n\n", 1) + "\n[1]\n{\n", "utf-8")
-    flags = ("--from-csv", tmp_path / "t.jsonl", "--prompt", "prompt", *SIDES, "--heldout", 3)
+    flags = ("--from-table", tmp_path / "t.jsonl", "--prompt", "prompt", *SIDES, "--heldout", 3)
     result = sft_probe("probe-set", *flags, "--out", tmp_path / "set")
     assert result.returncode == 0, result.stderr
     for line, reason in [
@@ -241,7 +241,7 @@ def test_bytes_that_are_no_utf8_cost_their_row(tmp_path: Path, sft_probe: Run) -
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"Bad 4", b"Bad \xe9"))
     result = sft_probe(
         "probe-set",
-        "--from-csv",
+        "--from-table",
         path,
         "--prompt",
         "prompt",
@@ -273,7 +273,7 @@ def test_names_that_a_set_cannot_have_are_refused(
 ) -> None:
     named = [flag for category in categories for flag in ("--category", category)]
     flags = (
-        "--from-csv",
+        "--from-table",
         write_csv(tmp_path / "t.csv", csv_rows()),
         "--prompt",
         "prompt",
@@ -289,7 +289,7 @@ def test_out_is_new(tmp_path: Path, sft_probe: Run) -> None:
     """A finished set, somebody's files and a file are left as they are; an empty directory will
     do."""
     flags = (
-        "--from-csv",
+        "--from-table",
         write_csv(tmp_path / "t.csv", csv_rows()),
         "--prompt",
         "prompt",
@@ -312,7 +312,7 @@ def test_out_is_new(tmp_path: Path, sft_probe: Run) -> None:
 def test_a_table_of_one_conversation_is_refused(tmp_path: Path, sft_probe: Run) -> None:
     rows = [f"same prompt,good {i},bad {i}" for i in range(20)] + ["another,good,bad"]
     flags = (
-        "--from-csv",
+        "--from-table",
         write_csv(tmp_path / "t.csv", rows),
         "--prompt",
         "prompt",
@@ -336,7 +336,7 @@ def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(
         path = write_csv(tmp_path / f"{name}.csv", rows)
         result = sft_probe(
             "probe-set",
-            "--from-csv",
+            "--from-table",
             path,
             "--prompt",
             "prompt",
@@ -392,7 +392,7 @@ def test_tables_that_were_read_wrongly(
 ) -> None:
     result = sft_probe(
         "probe-set",
-        "--from-csv",
+        "--from-table",
         CASES / name,
         "--prompt",
         "prompt",

@@ -290,7 +290,7 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
             )
         )
 
-    assert "needs --source, --writer and --out" in user_error(sft_probe("synth"))
+    assert "--source, --out, --writer are missing" in user_error(sft_probe("synth"))
     assert "--categories: nonsense cannot be made" in message("--categories", "paraphrase,nonsense")
     assert "no such directory" in message("--templates", tmp_path / "none")
     assert "usable docs but needs 2 or more" in message("--limit", 3)

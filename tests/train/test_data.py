@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.errors import UserError
 from sft_probe.probe_set import Doc
-from sft_probe.train.examples import assign, parse_mixture
+from sft_probe.train.examples import assign
+from sft_probe.train.options import parse_mixture
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -51,7 +51,7 @@ def test_a_token_on_the_command_line_is_refused(
         name + "hf_secret" * (not token),
         *token,
     ]
-    assert ("not used" if name == "--hub_tok" else "HF_TOKEN") in user_error(
+    assert ("Did you mean --hub_token?" if name == "--hub_tok" else "HF_TOKEN") in user_error(
         sft_probe("train", *flags)
     )
     assert not list(tmp_path.rglob("*.json"))
@@ -141,12 +141,16 @@ def test_bad_flags_are_user_errors(
     assert words in message
 
 
-def test_no_compiler_is_said_plainly(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_without_a_compiler_one_process_trains_with_deepspeed_and_two_are_refused(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = [*tiny_flags, "--deepspeed", "cpu", "--output_dir", str(tmp_path / "run")]
-    message = user_error(
-        sft_probe("train", *flags, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path))
-    )
-    assert "--deepspeed none" in message
+    result = sft_probe("train", *flags, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--deepspeed none"):
+        launch.provide_extension()
 
 
 def test_another_model_or_format_under_the_same_name_is_refused(

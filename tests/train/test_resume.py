@@ -236,7 +236,7 @@ def test_a_signal_stops_with_a_state(
     assert process.returncode == (1 if ranks else 75), err  # torchrun has an exit code of its own
     assert f"stopped by {name} at step" in err
     assert "To resume, run the same command again." in err
-    assert "Traceback" not in err
+    assert ranks or "Traceback" not in err  # torchrun prints one
     assert len(list(run.glob("checkpoint-*/sft_probe_state.json"))) == 1
     assert not (run / "manifest.json").exists()
     assert "resumes from checkpoint-" in finish(launch, quiet, run)

@@ -1,1 +1,1 @@
-"""Embedded data: the probe set `helpful-mini` and the recipe of the demo."""
+"""Embedded data: the probe set `helpful-mini`."""

@@ -1,0 +1,104 @@
+"""The command `sweep`: what a sweep scores, and how. Imports nothing heavy before it runs."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from sft_probe.errors import UserError
+from sft_probe.options import Names, Positional, Positive, Replayable, Shard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmarks:
+    """Benchmarks beside the probes"""
+
+    tasks: Names = ()
+    """lm-eval tasks, patterns or YAML files."""
+    batch_size: Positive = 8
+    """Batch size of generation (--generate and generative benchmarks)."""
+    num_fewshot: int | None = None
+    """Examples in each prompt of --tasks. Default: what the task says."""
+    limit: Annotated[float | None, "N|X"] = None
+    """Docs of each task: a number, or a share below 1. Default: all."""
+    apply_chat_template: bool = False
+    """Put the prompts of --tasks into the model's chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest(Benchmarks, Replayable):
+    """Score every checkpoint of a run, or of foreign checkpoints, and write the trajectory table.
+
+    Each checkpoint scores every response of the probe set; lm-eval benchmarks and generations can
+    be added. What is scored already is skipped, so the same command resumes.
+
+    Examples:
+        sft-probe sweep runs/mine
+        sft-probe sweep runs/mine --tasks arc_easy,blimp --generate 16
+        sft-probe sweep out/pythia --model EleutherAI/pythia-70m --revisions step0,main=143000
+        sft-probe sweep out/theirs --checkpoints 'ckpts/step-*' --probe-set sets/mine
+    """
+
+    directory: Positional[Annotated[Path, "RUN"]]
+    """A finished run, or the directory for the results of foreign checkpoints."""
+    checkpoints: Annotated[list[str], "GLOB"] = field(default_factory=list)
+    """Model directories of Hugging Face form; PATH=STEP where the name tells no step."""
+    model: str | None = None
+    """A model on the hub, whose --revisions are scored."""
+    revisions: Names = ()
+    """Revisions of --model, such as step0,step1000,main=2000."""
+    splits: Names = ("heldout",)
+    """Splits of the probe set: heldout, train, or both."""
+    probe_set: str | None = None
+    """Probe set: path, hub id or embedded name. Default: the run's."""
+    prompt_format: str | None = None
+    """hh, chat, plain or a Jinja file. Default: the run's, or the probe set's."""
+    max_length: Positive | None = None
+    """Tokens of a doc; longer docs are left out. Default: the run's, or 1024."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the weights."""
+    max_tokens: Positive | None = None
+    """Tokens in one forward pass. Default: those of the sweep so far, or what suits the device."""
+    device: str | None = None
+    """Device, such as cuda:1. Default: a GPU where there is one, else the CPU."""
+    shard: Shard = (1, 1)
+    """Score every N-th step, starting with the i-th."""
+    engine: Literal["local", "ray"] = "local"
+    """Score in this process, or on the workers of a Ray cluster."""
+    ray_address: str | None = None
+    """Address of the Ray cluster. Default: RAY_ADDRESS, else Ray is started here."""
+    generate: Positive = 0
+    """Also write greedy answers to the first N held-out prompts."""
+
+    @property
+    def resolved_device(self) -> str:
+        """The device asked for, else a GPU where there is one."""
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def execute(self) -> None:
+        """Check what contradicts itself, score, and write `config.yaml` into `RUN/sweep`."""
+        self._check()
+        from sft_probe.analysis.sweep.sweep import sweep
+
+        for path in sweep(self):
+            log.info("wrote %s", path)
+
+    def _check(self) -> None:
+        if bool(self.model) != bool(self.revisions):
+            raise UserError("--model and --revisions go together.")
+        if unknown := set(self.splits) - {"heldout", "train"}:
+            raise UserError(
+                f"--splits: {', '.join(sorted(unknown))} is no split; use heldout, train or "
+                "heldout,train."
+            )
+        names = ("num_fewshot", "limit", "apply_chat_template")
+        idle = [name for name in names if getattr(self, name)]
+        if idle and not self.tasks:
+            raise UserError(
+                f"--{idle[0].replace('_', '-')} is for benchmarks (--tasks): probe texts are "
+                "rendered by the prompt format alone."
+            )
