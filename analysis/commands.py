@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.options import (
     Command,
@@ -53,25 +54,31 @@ class Analyze(Selection):
 
     Examples:
         sft-probe analyze runs/mine
-        sft-probe analyze runs/a runs/b --categories chosen,rejected --out tables
+        sft-probe analyze runs/a runs/b --categories chosen,rejected --format latex
     """
 
     runs: Positional[Annotated[list[Path], "RUN|FILE"]]
     """Runs, files of score rows, lm-eval outputs, or CSVs of means."""
     out: Annotated[Path | None, "DIR"] = None
-    """Directory of the tables. Default: RUN/analysis for one run, none for several."""
+    """Directory of the tables. Default: RUN/analysis for one run, ./tables for several."""
+    format: Literal["text", "md", "latex", "csv"] = "text"
+    """Form of what is printed; all but text are the tables alone, as a paper needs them."""
 
     def execute(self) -> None:
         """Print the verdict and write the tables."""
         from sft_probe.analysis.stats.analyze import (
             analyze,
             default_folder,
+            verdict_tables,
             verdict_text,
             write_analysis,
         )
 
         analysis = analyze(self.runs, include_eos=self.include_eos, categories=self.categories)
-        print(verdict_text(analysis))  # noqa: T201
+        shown = verdict_text(analysis)
+        if self.format != "text":
+            shown = verdict_tables(analysis, self.format)
+        print(shown)  # noqa: T201
         if folder := self.out or default_folder(self.runs):
             for path in write_analysis(analysis, folder):
                 log.info("wrote %s", path)
@@ -265,6 +272,7 @@ class Transfer(Training):
             raise _needs_report(error) from error
         for path in [*written, *plot_transfer(found, self.out)]:
             log.info("wrote %s", path)
+        write_config(self.out / "config.yaml", "sft-probe transfer", config_of(self))
 
     def _train(self) -> list[str]:
         from sft_probe.analysis.studies.training_runs import train_rows
@@ -279,3 +287,73 @@ class Transfer(Training):
             shard=self.shard,
             extra=shlex.split(self.train_flags),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(Command):
+    """Say in which words the change of a run lies: by class, by literal, by sequence of words.
+
+    The change of every response between two steps is divided among its words, numbers, marks and
+    blanks; the classes add up to the whole. Intervals are over docs, in clusters.
+
+    Examples:
+        sft-probe words runs/mine
+        sft-probe words runs/mine --categories chosen --step 16 --top 30
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run that is swept, or that scored itself in training."""
+    categories: Names | None = None
+    """Categories to read. Default: all."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Which prompts."""
+    step: int | None = None
+    """Last step of the change, which counts from the first. Default: the last one scored."""
+    top: Positive = 10
+    """Words and sequences to print per category; the tables hold all."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the tables. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the classes and the words that gained most, and write the tables."""
+        from sft_probe.analysis.report.studies_text import words_text
+        from sft_probe.analysis.stats.runs import load_recording
+        from sft_probe.analysis.studies.words import words, write_words
+
+        found = words(load_recording(self.run), self.split, self.step, self.categories)
+        print(words_text(found, self.top))  # noqa: T201
+        for path in write_words(found, self.out or self.run / "analysis"):
+            log.info("wrote %s", path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Command):
+    """Say where the weights of a run moved: how far, in how many directions, by layer and kind.
+
+    Reads the snapshots alone, full or LoRA.
+
+    Examples:
+        sft-probe weights runs/mine
+        sft-probe weights runs/mine --out tables
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run with snapshots of two steps or more."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of tables and figure. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the last step by layer and kind, and write tables and a figure."""
+        from sft_probe.analysis.report.studies_text import weights_text
+        from sft_probe.analysis.studies.weight_changes import weight_changes, write_weight_changes
+
+        changes = weight_changes(self.run)
+        print(weights_text(changes))  # noqa: T201
+        folder = self.out or self.run / "analysis"
+        written = write_weight_changes(changes, folder)
+        try:
+            from sft_probe.analysis.figures.weight_maps import plot_weights
+        except ImportError as error:
+            raise _needs_report(error) from error
+        for path in [*written, *plot_weights(changes, folder)]:
+            log.info("wrote %s", path)

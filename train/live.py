@@ -25,7 +25,7 @@ from sft_probe.prompts import (
     terminator_id,
 )
 from sft_probe.scores import score_row
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
 from sft_probe.train.model import (
     inner_model,
@@ -220,7 +220,8 @@ class EncodedProbe:
     ) -> None:
         self.doc_id = encoded.doc.doc_id
         self.items = [
-            Item(encoded.prompt_ids, ids, end_id) for ids in encoded.continuation_ids.values()
+            Continuation(encoded.prompt_ids, ids, end_id)
+            for ids in encoded.continuation_ids.values()
         ]
         self._columns = [
             {

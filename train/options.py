@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from sft_probe import ds_configs, recipes
 from sft_probe.command_line import check_known, parser_of, read_config
@@ -302,8 +302,11 @@ def recipe_flags(name: str | Path) -> list[str]:
     return flags
 
 
-def given_options(flags: Sequence[str]) -> dict[str, str | list[str]]:
-    """Return each flag with its values, the later ones winning: what `config.yaml` holds."""
+def given_options(flags: Sequence[str]) -> dict[str, Any]:
+    """Return each flag with its values, the later ones winning: what `config.yaml` holds.
+
+    Read as a recipe, each value is the same text again, so that a run counts as the same run.
+    """
     found: dict[str, list[str]] = {}
     name = ""
     for part in flags:
@@ -313,9 +316,17 @@ def given_options(flags: Sequence[str]) -> dict[str, str | list[str]]:
         elif name:
             found[name].append(part)
     return {
-        name: values if len(values) > 1 else "".join(values) or "true"
+        name: values if len(values) > 1 else _plain("".join(values) or "true")
         for name, values in found.items()
     }
+
+
+def _plain(text: str) -> Any:
+    """Return a number where YAML would give the same text back, so that it needs no quotes."""
+    if not re.fullmatch(r"-?\d+(\.\d+)?", text):
+        return text
+    value = float(text) if "." in text else int(text)
+    return value if str(value) == text else text
 
 
 def check_inputs(flags: Sequence[str]) -> ProbeSet:

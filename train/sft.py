@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from sft_probe.command_line import write_config
 from sft_probe.errors import UserError, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
@@ -43,7 +44,7 @@ from sft_probe.train.examples import (
     without_heldout,
 )
 from sft_probe.train.model import PrecisionCallback, load_trained_model, model_version
-from sft_probe.train.options import check_inputs, expand, parse_mixture
+from sft_probe.train.options import PROG, check_inputs, expand, given_options, parse_mixture
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.run_dir import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.schedule import parse_steps
@@ -85,7 +86,8 @@ def main(argv: list[str], probe_set: ProbeSet | None = None) -> None:
         return
     folder = make_dir(Path(str(arguments.output_dir)))
     with run_dir.lock_run(folder) if arguments.should_save else nullcontext():
-        stopped = _train_unless_complete(arguments, asked, probe_set, inputs, folder)
+        config = given_options(expand(argv))
+        stopped = _train_unless_complete(arguments, asked, probe_set, inputs, folder, config=config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if stopped:
@@ -160,8 +162,13 @@ def _train_unless_complete(
     probe_set: ProbeSet,
     inputs: Inputs,
     folder: Path,
+    *,
+    config: dict[str, Any],
 ) -> bool:
-    """Return whether the run stopped early. Only the first rank looks at earlier attempts."""
+    """Train what is not complete, and return whether it stopped early.
+
+    The first rank alone looks at what an earlier attempt has left, and writes `config.yaml`.
+    """
     tokenizer, prompt_format, examples = inputs
     request: dict[str, Any] = {}
     if arguments.should_save:
@@ -178,6 +185,8 @@ def _train_unless_complete(
     (is_complete,) = broadcast_object_list(
         [arguments.should_save and run_dir.is_complete(folder, request)]
     )
+    if arguments.should_save:
+        write_config(folder / "config.yaml", PROG, config)
     if arguments.should_save and not is_complete:
         for drop in plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length):
             log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.rows import SCHEMA
 from sft_probe.analysis.stats.steps import STEP, find_step
 from sft_probe.errors import UserError
 from sft_probe.files import find, jsonl_lines, read_object
+from sft_probe.scores import SCHEMA
 
 _STEP_COLUMNS = {
     "step": "optimizer step",

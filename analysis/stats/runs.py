@@ -10,17 +10,15 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet
 
 from sft_probe.analysis.stats.imports import read_lm_eval, read_means, read_metrics
 from sft_probe.analysis.stats.measures import Cube, add_measures, cube
-from sft_probe.analysis.stats.rows import SCHEMA, read_rows
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
+from sft_probe.scores import KEY, read_scores, read_scores_parquet
 
-_KEY = ["run", "source", "step", "split", "category", "doc_id"]
 _KINDS = {
     "model": str | None,
     "train_category": str | None,
@@ -177,12 +175,12 @@ def load_recording(path: Path) -> Recording:
             notes=notes,
         )
     if path.is_file():
-        return _of_rows(path, path.parent, _read_parquet(path))
+        return _of_rows(path, path.parent, read_scores_parquet(path))
     rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
     if rows:
-        return _of_rows(path, path, read_rows(rows))
+        return _of_rows(path, path, read_scores(rows))
     if (path / "scores.parquet").is_file():
-        return _of_rows(path, path, _read_parquet(path / "scores.parquet"))
+        return _of_rows(path, path, read_scores_parquet(path / "scores.parquet"))
     if find(path, "**/results_*.json"):
         table, texts, prompts, notes = read_lm_eval(path)
         return Recording(
@@ -205,16 +203,6 @@ def recording_of_rows(directory: Path, table: pa.Table) -> Recording:
     return _of_rows(directory, directory, table)
 
 
-def _read_parquet(path: Path) -> pa.Table:
-    try:
-        table = pyarrow.parquet.read_table(path)
-        return table.select(SCHEMA.names).cast(SCHEMA)
-    except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise UserError(
-            f"{path} is no parquet file of score rows ({error}); docs/data.md lists their columns."
-        ) from error
-
-
 def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
     if not table.num_rows:
         raise UserError(f"{path} holds no score rows.")
@@ -224,11 +212,11 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
             raise UserError(
                 f"{path}: the {name} {min(unknown)!r} is none of {', '.join(sorted(known))}."
             )
-    repeated = frame.duplicated(_KEY)
+    repeated = frame.duplicated(list(KEY))
     if repeated.any():
         first = frame[repeated].iloc[0]
         raise UserError(
-            f"{path}: two score rows of {', '.join(f'{name} {first[name]}' for name in _KEY)}."
+            f"{path}: two score rows of {', '.join(f'{name} {first[name]}' for name in KEY)}."
         )
     if frame["run"].nunique() > 1:
         raise UserError(
@@ -344,7 +332,7 @@ def _disagreement(swept: pd.DataFrame, live: list[Path]) -> list[str]:
     keys = ["step", "split", "category", "doc_id"]
     columns = [*keys, "logprob"]
     both = swept[columns].merge(
-        read_rows(live).select(columns).to_pandas(), on=keys, suffixes=("", "_live")
+        read_scores(live).select(columns).to_pandas(), on=keys, suffixes=("", "_live")
     )
     largest = float((both["logprob"] - both["logprob_live"]).abs().max()) if len(both) else math.nan
     if not largest > _DISAGREEMENT_NATS:

@@ -8,10 +8,10 @@ import pyarrow.compute
 from filelock import FileLock
 
 from sft_probe.analysis.stats.generations import read_generations
-from sft_probe.analysis.stats.rows import read_rows, write_parquet
 from sft_probe.analysis.stats.runs import recording_of_rows
 from sft_probe.analysis.stats.trajectory import trajectory
 from sft_probe.files import find, read_jsonl, write_text
+from sft_probe.scores import read_scores, write_parquet
 
 
 def tables_lock(directory: Path) -> FileLock:
@@ -31,7 +31,7 @@ def write_tables(directory: Path) -> list[Path]:
     with tables_lock(directory):
         paths = find(directory, "probe/step_*.jsonl") + find(directory, "sweep/step_*/*/rows.jsonl")
         if paths:
-            scores = read_rows(paths)
+            scores = read_scores(paths)
             write_parquet(directory / "scores.parquet", scores)
             write_text(
                 directory / "trajectory.csv", _trajectories(directory, scores).to_csv(index=False)

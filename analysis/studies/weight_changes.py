@@ -17,8 +17,9 @@ from safetensors import safe_open
 from scipy.sparse.linalg import eigsh
 
 from sft_probe.adapters import load_adapter
-from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_run
+from sft_probe.analysis.sweep.checkpoints import Checkpoint, snapshots_of_run
 from sft_probe.errors import UserError
+from sft_probe.files import make_dir, write_text
 from sft_probe.weights import ADAPTER_CONFIG, weight_files
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
@@ -62,7 +63,7 @@ def weight_changes(run: Path) -> pd.DataFrame:
         UserError: the run has fewer than two snapshots that can be read, or they do not hold the
             same parameters.
     """
-    checkpoints, problems = of_run(run)
+    checkpoints, problems = snapshots_of_run(run)
     if len(checkpoints) < 2:
         raise UserError(
             f"{run} has {len(checkpoints)} snapshots that can be read; two are needed. "
@@ -193,3 +194,12 @@ def _merged(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _ratio(part: pd.Series, whole: pd.Series) -> pd.Series:
     return part / whole.where(whole > 0)
+
+
+def write_weight_changes(changes: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write `weights.csv` and `weights_by_layer.csv`; return the paths."""
+    make_dir(folder)
+    tables = {"weights": changes, "weights_by_layer": by_layer(changes)}
+    for name, table in tables.items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    return [folder / f"{name}.csv" for name in tables]

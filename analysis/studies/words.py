@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from sft_probe.analysis.stats.runs import Recording
 from sft_probe.analysis.stats.tokens import token_ends
 from sft_probe.analysis.studies.lexicon import CLASSES, pieces, spread
 from sft_probe.errors import UserError
+from sft_probe.files import make_dir, write_text
 
 MIN_DOCS = 10
 """A literal in fewer docs has no interval worth printing."""
@@ -19,7 +21,7 @@ LENGTHS_OF_SEQUENCES = (2, 3, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class WordChanges:
     """Changes between two steps of one run and split, in nats, with 95 % intervals over docs."""
 
     first_step: int
@@ -39,7 +41,7 @@ def words(
     split: str = "heldout",
     step: int | None = None,
     categories: Sequence[str] | None = None,
-) -> Words:
+) -> WordChanges:
     """Divide the change of every response among its words.
 
     Args:
@@ -69,7 +71,7 @@ def words(
     table = pd.DataFrame(_pieces(recording, rows, names, first, last))
     if table.empty:
         raise UserError(f"{recording.name}: no response was scored at steps {first} and {last}.")
-    return Words(
+    return WordChanges(
         first_step=first,
         last_step=last,
         pieces=table,
@@ -203,3 +205,14 @@ def _sequences(table: pd.DataFrame) -> pd.DataFrame:
 
 def _clusters(frame: pd.DataFrame) -> Ints:
     return cluster_ids(frame.index.get_level_values("cluster").tolist())
+
+
+def write_words(found: WordChanges, folder: Path) -> list[Path]:
+    """Write `words_classes`, `words_literals` and `words_sequences` as CSV; return the paths."""
+    make_dir(folder)
+    tables = {"classes": found.classes, "literals": found.literals, "sequences": found.sequences}
+    paths = []
+    for name, table in tables.items():
+        paths.append(folder / f"words_{name}.csv")
+        write_text(paths[-1], table.to_csv(index=False))
+    return paths

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.ownership import StepBusyError
 from sft_probe.analysis.sweep.request import SweepRequest
@@ -31,7 +32,7 @@ _CONNECT_TIMEOUT_S = 10
 
 
 def connect(request: SweepRequest) -> SweepRequest:
-    """Connects to `request.ray_address`, else to RAY_ADDRESS, else starts Ray here; chooses the
+    """Connect to `request.ray_address`, else to RAY_ADDRESS, else start Ray here; choose the
     workers' device.
 
     Raises:
@@ -54,7 +55,7 @@ def connect(request: SweepRequest) -> SweepRequest:
 def score_on_ray(
     request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
 ) -> list[str]:
-    """Scores the checkpoints on the cluster that `connect` reached; returns what went wrong."""
+    """Score the checkpoints on the cluster that `connect` reached; return what went wrong."""
     num_workers, start = _plan(request, decided_by, checkpoints)
     log.info("%d workers on %s", num_workers, request.device)
     idle = [start() for _ in range(num_workers)]
@@ -91,8 +92,8 @@ def score_on_ray(
 def _plan(
     request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
 ) -> tuple[int, Callable[[], Any]]:
-    """How many workers, and what starts one: a GPU each, else as many CPU slots each as there are
-    enough of."""
+    """Return how many workers there are, and what starts one: a GPU each, else as many CPU slots
+    each as there are enough of."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kind = "CPU" if request.device == "cpu" else "GPU"
     slots = [int(node.get(kind, 0)) for node in nodes]
@@ -123,7 +124,9 @@ class StepWorker:
         try:
             if self.scorer is None:  # not in `__init__`, where an error would be a dead worker
                 settings = resolve_settings(self.request, [self.decided_by])
-                self.scorer = Scorer(self.request, settings, fix_settings(settings, self.request))
+                max_tokens = fix_settings(settings, self.request)
+                benchmarks = BenchmarkTasks(self.request.tasks)
+                self.scorer = Scorer(self.request, settings, max_tokens, benchmarks)
             return self.scorer.score(checkpoint, wait=wait)
         except StepBusyError:
             return None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.options import Names, Positional, Positive, Replayable, Shard
 
@@ -16,7 +17,7 @@ class Benchmarks:
     """Benchmarks beside the probes"""
 
     tasks: Names = ()
-    """lm-eval tasks, patterns or YAML files."""
+    """lm-eval tasks, patterns, YAML files, or names given by `sft-probe benchmarks add`."""
     batch_size: Positive = 8
     """Batch size of generation (--generate and generative benchmarks)."""
     num_fewshot: int | None = None
@@ -38,7 +39,7 @@ class SweepRequest(Benchmarks, Replayable):
         sft-probe sweep runs/mine
         sft-probe sweep runs/mine --tasks arc_easy,blimp --generate 16
         sft-probe sweep out/pythia --model EleutherAI/pythia-70m --revisions step0,main=143000
-        sft-probe sweep out/theirs --checkpoints 'ckpts/step-*' --probe-set sets/mine
+        sft-probe sweep out/theirs --checkpoints base=0 'out/step-*' --probe-set my-set --dry-run
     """
 
     directory: Positional[Annotated[Path, "RUN"]]
@@ -72,6 +73,9 @@ class SweepRequest(Benchmarks, Replayable):
     generate: Positive = 0
     """Also write greedy answers to the first N held-out prompts."""
 
+    dry_run: bool = False
+    """List the checkpoints with step, size and what is scored already, and end."""
+
     @property
     def resolved_device(self) -> str:
         """The device asked for, else a GPU where there is one."""
@@ -80,12 +84,16 @@ class SweepRequest(Benchmarks, Replayable):
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def execute(self) -> None:
-        """Check what contradicts itself, score, and write `config.yaml` into `RUN/sweep`."""
+        """Score what is not scored yet, and write `RUN/sweep/config.yaml`."""
         self._check()
-        from sft_probe.analysis.sweep.sweep import sweep
+        from sft_probe.analysis.sweep.sweep import plan, sweep
 
+        if self.dry_run:
+            print(plan(self))  # noqa: T201
+            return
         for path in sweep(self):
             log.info("wrote %s", path)
+        write_config(self.directory / "sweep/config.yaml", "sft-probe sweep", config_of(self))
 
     def _check(self) -> None:
         if bool(self.model) != bool(self.revisions):

@@ -1,6 +1,7 @@
 """Scores the parts of one checkpoint: a split of the probe set or a benchmark, each written whole
 or not at all."""
 
+import datetime
 import logging
 import textwrap
 import traceback
@@ -12,9 +13,11 @@ from typing import Any
 
 import lm_eval.api.task
 from lm_eval.evaluator import evaluate, simple_evaluate
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks, benchmark_rows, slug
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.generate import generate_answers, generation_docs, max_new_tokens
 from sft_probe.analysis.sweep.identity import (
@@ -34,7 +37,6 @@ from sft_probe.analysis.sweep.ownership import (
     step_folder,
 )
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.analysis.sweep.results import benchmark_rows, write_results
 from sft_probe.analysis.sweep.settings import SweepSettings, record
 from sft_probe.errors import UserError
 from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
@@ -60,9 +62,16 @@ class Scorer:
         settings: what all steps share.
         max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory
         runs out.
+        benchmarks: those of the request.
     """
 
-    def __init__(self, request: SweepRequest, settings: SweepSettings, max_tokens: int) -> None:
+    def __init__(
+        self,
+        request: SweepRequest,
+        settings: SweepSettings,
+        max_tokens: int,
+        benchmarks: BenchmarkTasks,
+    ) -> None:
         self.request = request
         self.settings = settings
         self.max_tokens = max_tokens
@@ -70,7 +79,7 @@ class Scorer:
         """Of the checkpoint that is being scored."""
         self._reset()
         self.probe_tasks: dict[str, Any] = {}
-        self.benchmarks: dict[str, list[Any]] = {}
+        self.benchmarks = benchmarks
         self.first_visible = {
             (doc.doc.doc_id, category): first_visible(settings.tokenizer, ids)
             for doc in settings.docs
@@ -113,12 +122,7 @@ class Scorer:
 
     def _score_owned(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
         request = self.request
-        parts = {split: folder / split for split in request.splits}
-        parts |= {
-            spec: folder / f"benchmark_{_slug(spec)}{self._suffix()}" for spec in request.tasks
-        }
-        if request.generate:
-            parts[_ANSWERS] = folder / f"generate_{request.generate}"
+        parts = parts_asked_for(request, folder)
         missing = self._prepare(checkpoint, folder, parts)
         problems = []
         for name in missing:
@@ -263,11 +267,11 @@ class Scorer:
             )
 
     def _score_benchmark(self, checkpoint: Checkpoint, spec: str, folder: Path) -> None:
-        if spec not in self.benchmarks:
-            self.benchmarks[spec] = _load_benchmark(spec)
+        with _quiet("lm_eval"):
+            tasks = self.benchmarks.load(spec)
         results = simple_evaluate(
             model=self.lm,
-            tasks=self.benchmarks[spec],
+            tasks=tasks,
             num_fewshot=self.request.num_fewshot,
             limit=self.request.limit,
             apply_chat_template=self.request.apply_chat_template,
@@ -303,16 +307,6 @@ class Scorer:
             self.max_tokens = self.lm.scorer.max_tokens
             record(self.request.directory, max_tokens=self.max_tokens)
 
-    def _suffix(self) -> str:
-        """What makes the results of one benchmark differ."""
-        request = self.request
-        names = (
-            f"{request.num_fewshot}shot" if request.num_fewshot is not None else "",
-            f"limit{request.limit:g}" if request.limit is not None else "",
-            "chat" if request.apply_chat_template else "",
-        )
-        return "".join(f"-{name}" for name in names if name)
-
     def _write_results(self, folder: Path, results: dict[str, Any], checkpoint: Checkpoint) -> None:
         arguments = {
             "pretrained": checkpoint.model,
@@ -322,7 +316,21 @@ class Scorer:
             "max_tokens": self.max_tokens,
         }
         with _quiet("lm_eval"):
-            write_results(folder, results, arguments)
+            _write_lm_eval_files(folder, results, arguments)
+
+
+def parts_asked_for(request: SweepRequest, folder: Path) -> dict[str, Path]:
+    """Return the directory of each part of a step that a request asks for, by what is scored."""
+    options = (
+        f"-{request.num_fewshot}shot" if request.num_fewshot is not None else "",
+        f"-limit{request.limit:g}" if request.limit is not None else "",
+        "-chat" if request.apply_chat_template else "",
+    )
+    parts = {split: folder / split for split in request.splits}
+    parts |= {spec: folder / f"benchmark_{slug(spec)}{''.join(options)}" for spec in request.tasks}
+    if request.generate:
+        parts[_ANSWERS] = folder / f"generate_{request.generate}"
+    return parts
 
 
 def _write_error_log(folder: Path) -> str:
@@ -343,7 +351,8 @@ def _fault(doc: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _faults(folder: Path) -> list[str]:
-    """One message about the responses of a part that have no log-prob; none where all have one."""
+    """Return one message about the responses of a part that have no log-prob; none where all have
+    one."""
     path = folder / "faults.jsonl"
     if not path.exists():
         return []
@@ -356,30 +365,31 @@ def _faults(folder: Path) -> list[str]:
     ]
 
 
-def _load_benchmark(spec: str) -> list[Any]:
-    is_file = spec.endswith((".yaml", ".yml"))
-    with _quiet("lm_eval"):
-        manager = TaskManager(include_defaults=not is_file)
-        names = [spec] if is_file else manager.match_tasks([spec])
-        if not names or (is_file and not Path(spec).is_file()):
-            raise UserError(
-                f"--tasks: lm-eval knows no task {spec!r}; `lm_eval ls tasks` lists them."
-            )
-        if (
-            len(names) > 1
-        ):  # a pattern may match a group and its tasks, which lm-eval refuses as duplicates
-            names = [name for name in names if name in manager.all_subtasks]
-        loaded = manager.load(names)
-    return [*loaded["groups"].values()] or [*loaded["tasks"].values()]
+def _write_lm_eval_files(
+    directory: Path, results: dict[str, Any], model_args: dict[str, Any]
+) -> None:
+    """Write `results_*.json` and one `samples_*.jsonl` per task with lm-eval's own writer.
 
-
-def _slug(spec: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in Path(spec).name.removesuffix(".yaml"))
+    Raises:
+        UserError: a file is missing afterwards; lm-eval only warns where it cannot write.
+    """
+    samples = results.pop("samples")
+    results.setdefault("config", {"model": "sft_probe", "model_args": model_args})
+    results.setdefault("date", datetime.datetime.now(datetime.UTC).timestamp())
+    tracker = EvaluationTracker(output_path=str(directory / "results.json"))
+    tracker.general_config_tracker.log_experiment_args("sft_probe", model_args, None, None, False)
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, task_samples in samples.items():
+        tracker.save_results_samples(task_name=task, samples=task_samples)
+    if len(list(directory.glob("results_*.json"))) != 1 or len(
+        list(directory.glob("samples_*.jsonl"))
+    ) != len(samples):
+        raise UserError(f"lm-eval could not write its results to {directory}; is the disk full?")
 
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Errors only from these loggers, and no bar per task, for the length of a block."""
+    """Let only errors of these loggers through, and no bar per task, for the length of a block."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

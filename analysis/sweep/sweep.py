@@ -11,19 +11,25 @@ from types import ModuleType
 
 from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
-from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
+from sft_probe.analysis.sweep.checkpoints import (
+    Checkpoint,
+    checkpoints_matching,
+    hub_revisions,
+    snapshots_of_run,
+)
 from sft_probe.analysis.sweep.generate import generation_docs
-from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources
+from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.analysis.sweep.settings import SweepSettings, fix_settings, resolve_settings
-from sft_probe.analysis.sweep.step import Scorer
+from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
+from sft_probe.analysis.sweep.step import Scorer, parts_asked_for
 from sft_probe.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def sweep(request: SweepRequest) -> list[Path]:
-    """Scores what is not scored yet and writes the tables; returns their paths.
+    """Score what is not scored yet and writes the tables; return their paths.
 
     Raises:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
@@ -32,6 +38,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     checkpoints, problems = _find(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+    benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
         log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)
     if request.engine == "ray":
@@ -57,7 +64,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     if request.engine == "ray" and mine:
         problems += _on_ray().score_on_ray(request, settings.decided_by, mine)
     else:
-        problems += _score_here(request, settings, max_tokens, mine)
+        problems += _score_here(Scorer(request, settings, max_tokens, benchmarks), mine)
     tables = write_tables(request.directory)
     if problems:
         done = f"the others are in {request.directory}" if tables else "nothing was scored"
@@ -67,6 +74,37 @@ def sweep(request: SweepRequest) -> list[Path]:
             )
         )
     return tables
+
+
+def plan(request: SweepRequest) -> str:
+    """Return what a sweep would score: step, name and size of each checkpoint, and what is done.
+
+    Nothing is loaded or written, and no benchmark is looked up.
+
+    Raises:
+        UserError: no checkpoint is found, or the step of one is not clear.
+    """
+    checkpoints, problems = _find(request)
+    index, num_shards = request.shard
+    lines = [f"{'step':>8}  {'size':>9}  {'done':<30} checkpoint"]
+    for checkpoint in checkpoints[index - 1 :: num_shards]:
+        parts = parts_asked_for(request, step_folder(request.directory, checkpoint.step))
+        done = [name for name, path in parts.items() if path.exists()]
+        text = "all" if len(done) == len(parts) else ", ".join(done) or "-"
+        size = _size_bytes(checkpoint)
+        size_text = "on hub" if size is None else f"{size / 1e6:,.0f} MB"
+        lines.append(f"{checkpoint.step:>8}  {size_text:>9}  {text:<30} {checkpoint.name}")
+    asked = ", ".join(parts_asked_for(request, request.directory))
+    lines.append(f"asked for: {asked}")
+    return "\n".join([*lines, *(f"cannot be scored: {problem}" for problem in problems)])
+
+
+def _size_bytes(checkpoint: Checkpoint) -> int | None:
+    """Return the size of a checkpoint's weights; `None` where they are not on this disk."""
+    folder = Path(checkpoint.model)
+    if not folder.is_dir():
+        return None
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _on_ray() -> ModuleType:
@@ -79,12 +117,9 @@ def _on_ray() -> ModuleType:
     return on_ray
 
 
-def _score_here(
-    request: SweepRequest, settings: SweepSettings, max_tokens: int, checkpoints: list[Checkpoint]
-) -> list[str]:
-    """Scores one after the other, last those that another process is scoring now; returns what went
+def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
+    """Score one after the other, last those that another process is scoring now; return what went
     wrong."""
-    scorer = Scorer(request, settings, max_tokens)
     problems = []
     waiting = deque((checkpoint, False) for checkpoint in checkpoints)
     while waiting:
@@ -105,7 +140,7 @@ def _score_here(
 
 def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
     if request.checkpoints:
-        return of_patterns(request.checkpoints)
+        return checkpoints_matching(request.checkpoints)
     if request.model:
-        return of_revisions(request.model, request.revisions), []
-    return of_run(request.directory)
+        return hub_revisions(request.model, request.revisions), []
+    return snapshots_of_run(request.directory)

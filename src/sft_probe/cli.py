@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from sft_probe import __version__
-from sft_probe.analysis.commands import Analyze, Plot, Report, Simplicity, Transfer
+from sft_probe.analysis.commands import (
+    Analyze,
+    Plot,
+    Report,
+    Simplicity,
+    Transfer,
+    Weights,
+    Words,
+)
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.command_line import Parser, read_command
 from sft_probe.errors import UserError, did_you_mean, exit_on_user_error, quiet
@@ -123,6 +131,32 @@ class ProbeSet(Table):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchmarksAdd(Command):
+    """Make benchmarks of JSONL files, which `sft-probe sweep --tasks` then finds by name.
+
+    A file has one item per line: query, choices and gold (the number of the right choice, from
+    0); context_options, continuation and gold; context and continuation; or context and answer.
+    Each becomes a task of lm-eval with the bits per byte of the right answer beside its accuracy.
+
+    Examples:
+        sft-probe benchmarks add arc_easy.jsonl copa.jsonl
+        sft-probe benchmarks add mine.jsonl --out tasks && lm_eval --include_path tasks --tasks mine
+    """
+
+    files: Positional[Annotated[list[Path], "FILE"]]
+    """JSONL files; each gives the task its name."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Where tasks and copies of the items are written. Default: in the cache, for `sweep`."""
+
+    def execute(self) -> None:
+        """Write the tasks and say what each file was taken for."""
+        from sft_probe.tasks.benchmark_files import add_benchmarks
+
+        for name, layout, num_items in add_benchmarks(self.files, self.out):
+            print(f"{name}: {num_items} items, {layout}")  # noqa: T201
+
+
+@dataclass(frozen=True, kw_only=True)
 class TasksDir(Command):
     """Print the directory of the probe tasks, for `lm_eval --include_path`.
 
@@ -212,9 +246,12 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "transfer": Transfer,
     "simplicity": Simplicity,
+    "words": Words,
+    "weights": Weights,
     "synth run": SynthRun,
     "synth status": SynthStatus,
     "probe-set": ProbeSet,
+    "benchmarks add": BenchmarksAdd,
     "tasks-dir": TasksDir,
     "link-tasks": LinkTasks,
     "lm-eval": LmEval,
@@ -248,9 +285,11 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
         SystemExit: help or the version was asked for, and printed.
     """
     first, second = (*arguments, "", "")[:2]
-    if first in ("-h", "--help", "") or (first == "synth" and second in ("-h", "--help")):
-        print(overview(first if first == "synth" else ""))  # noqa: T201
-        raise SystemExit(0 if first else 2)
+    is_group = any(name.startswith(f"{first} ") for name in COMMANDS)
+    word = second if first and is_group else first
+    if word in ("-h", "--help") or (not word and first != "synth"):
+        print(overview(first if is_group else ""))  # noqa: T201
+        raise SystemExit(0 if word else 2)
     if first == "--version":
         print(__version__)  # noqa: T201
         raise SystemExit(0)
@@ -259,19 +298,23 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
     if first == "synth":  # as it was before there was `synth run`
         return "synth run", arguments[1:]
     if first not in COMMANDS:
+        name = f"{first} {second}" if is_group else first
         raise UserError(
-            f"there is no command {first!r}.{did_you_mean(first, COMMANDS)} `sft-probe --help` "
-            "lists all."
+            f"there is no command {name!r}.{did_you_mean(name, COMMANDS)} `sft-probe --help` lists "
+            "all."
         )
     return first, arguments[1:]
 
 
 def overview(prefix: str = "") -> str:
     """Return the help of the whole program, or of the commands that begin with a word."""
-    shown = {name: about(command)[0] for name, command in COMMANDS.items() if prefix in name}
+    shown = {
+        name: about(command)[0] for name, command in COMMANDS.items() if name.startswith(prefix)
+    }
+    width = max(map(len, shown)) + 2
     lines = [f"usage: {' '.join(['sft-probe', *prefix.split()])} COMMAND [options]", ""]
     lines += [_DESCRIPTION, ""] if not prefix else []
-    lines += ["commands:", *(f"  {name:<14}{summary}" for name, summary in shown.items()), ""]
+    lines += ["commands:", *(f"  {name:<{width}}{summary}" for name, summary in shown.items()), ""]
     return "\n".join([*lines, "`sft-probe COMMAND --help` explains a command, with examples."])
 
 
@@ -296,7 +339,8 @@ def whole_parser(complete_file: Any) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         if group not in found:
-            found[group] = found[""].add_parser(group).add_subparsers(metavar="COMMAND")
+            group_parser = found[""].add_parser(group, help=f"Commands of {group}.")
+            found[group] = group_parser.add_subparsers(metavar="COMMAND")
         summary = about(command)[0]
         own = found[group].add_parser(last, help=summary, description=summary)
         for option in train_options() if command is Train else options_of(command):

@@ -199,4 +199,4 @@ def write_config(path: Path, prog: str, values: Mapping[str, Any]) -> None:
     import yaml
 
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10_000)
-    write_text(path, f"# Run again with: {prog} --config {path.name}\n{text}")
+    write_text(path, f"# Run again with: {prog} --config {path}\n{text}")

@@ -31,7 +31,7 @@ def exit_on_user_error() -> Iterator[None]:
         print(f"sft-probe: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("sft-probe: interrupted; the same command resumes.", file=sys.stderr)  # noqa: T201
+        print("sft-probe: interrupted; what is complete is kept.", file=sys.stderr)  # noqa: T201
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,6 +48,8 @@ def quiet() -> None:
         return
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("sft_probe").setLevel(logging.INFO)
+    # DeepSpeed sets the level of its logger when it is imported; a filter stays
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

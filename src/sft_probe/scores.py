@@ -1,35 +1,48 @@
-"""Score rows, the one table that everything else is made from: one per run, step, split, category,
-doc and source."""
+"""Score rows, the one table that everything else is made from: one row per run, step, split,
+category, doc and source."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-COLUMNS = {
-    "run": "string",
-    "model": "string",
-    "train_category": "string",
-    "order_seed": "int64",
-    "step": "int64",
-    "examples_seen": "int64",
-    "tokens_seen": "int64",
-    "epoch": "float64",
-    "category": "string",
-    "split": "string",
-    "doc_id": "string",
-    "conversation_id": "string",
-    "prompt_format": "string",
-    "num_tokens": "int64",
-    "num_bytes": "int64",
-    "logprob": "float64",
-    "logprob_first": "float64",
-    "logprob_eos": "float64",
-    "token_logprobs": "list<float32>",
-    "is_greedy": "bool",
-    "weights_dtype": "string",
-    "compute_dtype": "string",
-    "source": "string",
-}
-"""Name to type, in order."""
-DOC_COLUMNS = ("category", "split", "doc_id", "conversation_id", "prompt_format", "num_bytes")
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet
+
+from sft_probe.errors import UserError
+from sft_probe.files import new_file
+
+SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("model", pa.string()),
+        ("train_category", pa.string()),
+        ("order_seed", pa.int64()),
+        ("step", pa.int64()),
+        ("examples_seen", pa.int64()),
+        ("tokens_seen", pa.int64()),
+        ("epoch", pa.float64()),
+        ("category", pa.string()),
+        ("split", pa.string()),
+        ("doc_id", pa.string()),
+        ("conversation_id", pa.string()),
+        ("prompt_format", pa.string()),
+        ("num_tokens", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("logprob", pa.float64()),
+        ("logprob_first", pa.float64()),
+        ("logprob_eos", pa.float64()),
+        ("token_logprobs", pa.list_(pa.float32())),
+        ("is_greedy", pa.bool_()),
+        ("weights_dtype", pa.string()),
+        ("compute_dtype", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+"""Columns of a score row in order. `docs/data.md` says what each means."""
+KEY = ("run", "source", "step", "split", "category", "doc_id")
+"""Columns that no two score rows have in common."""
+_OF_DOC = ("category", "split", "doc_id", "conversation_id", "prompt_format", "num_bytes")
 
 
 def score_row(
@@ -42,20 +55,20 @@ def score_row(
     logprob_eos: float | None,
     is_greedy: bool,
 ) -> dict[str, Any]:
-    """One row; log-probs in nats.
+    """Build one score row; log-probs are in nats.
 
     Args:
-        columns: those of the run, the step and the source.
-        doc: has at least `DOC_COLUMNS`.
+        columns: the columns of the run, the step and the source.
+        doc: category, split, ids, prompt format and size of the response.
         logprob: sum over the response without the terminator.
         token_logprobs: [num_tokens]
         first: index of the first token that holds more than white space.
-        logprob_eos: of the terminator after the response.
-        is_greedy: greedy decoding would write the response.
+        logprob_eos: log-prob of the terminator after the response.
+        is_greedy: whether greedy decoding would write the response.
     """
     row = {
         **columns,
-        **{name: doc[name] for name in DOC_COLUMNS},
+        **{name: doc[name] for name in _OF_DOC},
         "num_tokens": len(token_logprobs),
         "logprob": logprob,
         "logprob_first": token_logprobs[first],
@@ -63,4 +76,46 @@ def score_row(
         "token_logprobs": token_logprobs,
         "is_greedy": is_greedy,
     }
-    return {name: row[name] for name in COLUMNS}
+    return {name: row[name] for name in SCHEMA.names}
+
+
+def read_scores(paths: Sequence[Path]) -> pa.Table:
+    """Read the score rows of JSONL files, some of which may be empty, into one table in the order
+    of the files.
+
+    Raises:
+        UserError: a file is damaged or was written by another version.
+    """
+    options = pyarrow.json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="error")
+    tables = [SCHEMA.empty_table()]
+    for path in paths:
+        try:
+            if path.stat().st_size:
+                table = pyarrow.json.read_json(path, parse_options=options).select(SCHEMA.names)
+                tables.append(table)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}.") from error
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path} holds no score rows of this version: {error}") from error
+        if missing := [name for name in KEY if tables[-1][name].null_count]:
+            raise UserError(
+                f"{path} holds no score rows of this version: {', '.join(missing)} is missing in "
+                "a row."
+            )
+    return pa.concat_tables(tables)
+
+
+def read_scores_parquet(path: Path) -> pa.Table:
+    """Read a parquet file of score rows. Raises `UserError` where it holds anything else."""
+    try:
+        return pyarrow.parquet.read_table(path).select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
+        raise UserError(
+            f"{path} is no parquet file of score rows ({error}); docs/data.md lists their columns."
+        ) from error
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a parquet file atomically."""
+    with new_file(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)

@@ -124,3 +124,16 @@ def test_runs_without_two_like_snapshots_are_refused(tiny_run: Path, tmp_path: P
 def test_the_table_has_one_row_per_step_and_parameter(tiny_run: Path) -> None:
     table: pd.DataFrame = weight_changes(tiny_run)
     assert not table.duplicated(["step", "parameter"]).any()
+
+
+def test_the_command_names_the_layer_that_moved_most_and_draws(
+    tiny_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
+    result = sft_probe("weights", tiny_run, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "moved most: " in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "weights.csv",
+        "weights_by_layer.csv",
+        "weights_by_layer.pdf",
+    }

@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
+from helpers import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +55,7 @@ def test_a_token_across_two_pieces_is_divided_by_its_characters() -> None:
         ("我 你好", "first|content word|content word"),
     ],
 )
-def test_the_class_of_each_piece(text: str, kinds: str) -> None:
+def test_each_piece_of_a_text_has_its_class_of_word(text: str, kinds: str) -> None:
     assert "|".join(part.kind for part in pieces(text)) == kinds
 
 
@@ -137,3 +139,15 @@ def test_runs_without_what_is_needed_are_refused(recording: Recording) -> None:
         words(recording, step=3)
     with pytest.raises(UserError, match="probe set or manifest is not here"):
         words(replace(recording, probe_set=None))
+
+
+def test_the_command_prints_classes_and_writes_tables(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
+    result = sft_probe("words", swept_run, "--categories", "chosen", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "chosen: +" in result.stdout
+    assert "content word" in result.stdout
+    classes = pd.read_csv(tmp_path / "words_classes.csv")
+    assert set(classes["category"]) == {"chosen"}
+    assert (tmp_path / "words_literals.csv").exists()

@@ -1,11 +1,8 @@
 """The sweep: right numbers, nothing lost, nothing mixed."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import resources
@@ -16,10 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from helpers import Run, blimp_task, make_docs, needs_shared, reads_task_index, user_error
+from processes import Forked, run_forked, run_lm_eval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_probe.analysis.stats.rows import SCHEMA
+from sft_probe.analysis.sweep.live_model import LiveModel
+from sft_probe.files import write_jsonl
 from sft_probe.probe_set import CATEGORIES, load_probe_set
+from sft_probe.scores import SCHEMA
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -46,7 +46,7 @@ def hh(messages: tuple[dict[str, str], ...]) -> str:
     )
 
 
-def test_rows_say_where_they_come_from(swept_run: Path) -> None:
+def test_score_rows_say_their_run_step_doc_category_and_tokens(swept_run: Path) -> None:
     frame = scores(swept_run)
     assert list(frame.columns) == SCHEMA.names
     assert len(frame) == 3 * 6 * 32
@@ -90,7 +90,7 @@ def test_scores_equal_a_float64_reference(swept_run: Path) -> None:
             assert row["num_bytes"] == len(doc.responses[category].encode())
 
 
-def test_trajectory_is_the_mean_of_the_rows(swept_run: Path) -> None:
+def test_the_trajectory_is_the_mean_of_the_score_rows(swept_run: Path) -> None:
     table = pd.read_csv(swept_run / "trajectory.csv")
     required = [
         "step",
@@ -115,7 +115,7 @@ def test_trajectory_is_the_mean_of_the_rows(swept_run: Path) -> None:
     assert (table.query("step == 4 and category == 'chosen'")["delta"] > 0).all()
 
 
-def test_stock_results_stand_beside_the_rows(swept_run: Path) -> None:
+def test_lm_evals_own_results_stand_beside_the_score_rows(swept_run: Path) -> None:
     (path,) = (swept_run / "sweep/step_000004/heldout").glob("results_*.json")
     results = json.loads(path.read_text())
     frame = scores(swept_run).query("step == 4")
@@ -148,16 +148,13 @@ def test_a_complete_sweep_scores_nothing_again(
 
 
 @pytest.mark.slow
-def test_kill_and_the_same_command_again(
+def test_a_killed_sweep_is_finished_by_the_same_command(
     swept_run: Path, tiny_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     run = copy(tiny_run, tmp_path)
-    command = [sys.executable, "-m", "sft_probe", "sweep", str(run)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "sweep/step_000000/heldout").exists() and time.monotonic() < deadline:
+    process = Forked(["sweep", run], log=tmp_path / "log")
+    while not (run / "sweep/step_000000/heldout").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -199,7 +196,9 @@ def test_shards_make_the_same_table(
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_train_split_is_added_beside(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_the_train_split_is_added_to_a_finished_sweep(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(swept_run, tmp_path)
     result = sft_probe("sweep", run, "--splits", "train")
     assert result.returncode == 0, result.stderr
@@ -221,7 +220,7 @@ def foreign(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_foreign_checkpoints(
+def test_checkpoints_of_any_trainer_are_swept(
     foreign: Path, swept_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     result = sft_probe("sweep", tmp_path / "theirs", "--checkpoints", foreign / "checkpoint-*")
@@ -237,7 +236,9 @@ def test_foreign_checkpoints(
     pd.testing.assert_series_equal(theirs, mine, atol=2e-4, rtol=0)
 
 
-def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_revisions_of_a_hub_model_are_swept(
+    tiny_model: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     """A local path stands for the hub, which is out of reach here: every revision is the same
     model."""
     result = sft_probe(
@@ -251,12 +252,11 @@ def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
 
 @needs_shared
 @pytest.mark.slow
-def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_benchmarks_are_swept_beside_the_probe_set(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(swept_run, tmp_path)
-    cache = str(tmp_path / "cache")
-    result = sft_probe(
-        "sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40, HF_DATASETS_CACHE=cache
-    )
+    result = sft_probe("sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40)
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(run / "benchmarks.csv")
     assert list(table.columns) == [
@@ -278,10 +278,54 @@ def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path:
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_an_unknown_benchmark(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_an_unknown_benchmark_is_refused_before_any_model_loads(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = copy(swept_run, tmp_path)
-    assert "lm-eval knows no task" in user_error(
-        sft_probe("sweep", run, "--tasks", tmp_path / "no.yaml")
+    monkeypatch.setenv("SFT_PROBE_CACHE", str(tmp_path / "cache"))
+    write_jsonl(tmp_path / "capitals.jsonl", [{"context": "France:", "answer": "Paris"}])
+    assert sft_probe("benchmarks", "add", tmp_path / "capitals.jsonl").returncode == 0
+    monkeypatch.setattr(LiveModel, "load", lambda *_: pytest.fail("a model was loaded"))
+    for task, reason in {
+        str(tmp_path / "no.yaml"): "is missing",
+        "capitols": "Did you mean capitals",
+    }.items():
+        assert reason in user_error(sft_probe("sweep", run, "--tasks", task))
+
+
+def test_a_benchmark_of_ones_own_is_found_by_its_name(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy(swept_run, tmp_path)
+    monkeypatch.setenv("SFT_PROBE_CACHE", str(tmp_path / "cache"))
+    items = [{"query": "2 + 2 =", "choices": ["4", "5"], "gold": 0}] * 3
+    write_jsonl(tmp_path / "sums.jsonl", items)
+    added = sft_probe("benchmarks", "add", tmp_path / "sums.jsonl")
+    assert added.stdout == "sums: 3 items, a question with choices\n"
+    assert sft_probe("sweep", run, "--tasks", "sums").returncode == 0
+    table = pd.read_csv(run / "benchmarks.csv")
+    assert set(table["metric"]) == {"acc", "acc_norm", "bits_per_byte"}
+    assert sorted(table["step"].unique()) == [0, 1, 4]
+
+
+def test_a_dry_run_lists_checkpoints_and_what_is_done(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
+    run = copy(swept_run, tmp_path)
+    shutil.rmtree(run / "sweep/step_000004")
+    before = sorted(run.rglob("*"))
+    result = sft_probe("sweep", run, "--splits", "heldout,train", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [(line[0], line[3]) for line in lines[1:4]] == [
+        ("0", "heldout"),
+        ("1", "heldout"),
+        ("4", "-"),
+    ]
+    assert lines[-1] == ["asked", "for:", "heldout,", "train"]
+    assert sorted(run.rglob("*")) == before
+    assert "no directory matches" in user_error(
+        sft_probe("sweep", tmp_path / "x", "--checkpoints", "nothing-*", "--dry-run")
     )
 
 
@@ -311,7 +355,9 @@ def test_another_probe_set_format_or_dtype_is_refused(
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_bad_directories(tiny_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_directories_that_cannot_be_swept_are_refused_with_the_reason(
+    tiny_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     assert "holds no snapshots" in user_error(sft_probe("sweep", tmp_path))
     run = copy(tiny_run, tmp_path)
     (run / "manifest.json").unlink()
@@ -349,7 +395,7 @@ def test_an_over_long_response_never_kills_a_sweep(
 
 @reads_task_index
 @pytest.mark.slow
-@pytest.mark.parametrize("num_docs", [4, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_docs", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_real_model_agrees_with_stock_lm_eval_and_with_float64(
     num_docs: int, sft_probe: Run, tmp_path: Path
 ) -> None:
@@ -369,31 +415,26 @@ def test_real_model_agrees_with_stock_lm_eval_and_with_float64(
     assert result.returncode == 0, result.stderr
     swept = scores(tmp_path / "run").set_index(["category", "doc_id"])["logprob"]
     assert len(swept) == 6 * num_docs
-    stock = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("lm_eval")),
-            "run",
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={model_dir},dtype=float32,softmax_dtype=float32",
-            "--tasks",
-            "sft_probe",
-            "--batch_size",
-            "4",
-            "--device",
-            "cpu",
-            "--include_path",
-            sft_probe("tasks-dir").stdout.strip(),
-            "--log_samples",
-            "--metadata",
-            json.dumps({"probe_set": str(path)}),
-            "--output_path",
-            str(tmp_path / "stock"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    stock = run_forked(
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model_dir},dtype=float32,softmax_dtype=float32",
+        "--tasks",
+        "sft_probe",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--include_path",
+        sft_probe("tasks-dir").stdout.strip(),
+        "--log_samples",
+        "--metadata",
+        json.dumps({"probe_set": str(path)}),
+        "--output_path",
+        str(tmp_path / "stock"),
+        target=run_lm_eval,
     )
     assert stock.returncode == 0, stock.stderr
     samples = [

@@ -38,7 +38,7 @@ def probed_run(
     return run
 
 
-def test_training_does_not_notice(probed_run: Path, tiny_run: Path) -> None:
+def test_the_live_probe_does_not_change_the_training(probed_run: Path, tiny_run: Path) -> None:
     for step in (1, 4):
         one, other = (
             load_file(run / f"weights/step_{step:06d}/model.safetensors")
@@ -47,7 +47,7 @@ def test_training_does_not_notice(probed_run: Path, tiny_run: Path) -> None:
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_live_numbers_are_those_of_the_sweep(
+def test_live_scores_equal_those_of_the_sweep(
     probed_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     run = tmp_path / "tiny"
@@ -84,15 +84,17 @@ def test_live_numbers_are_those_of_the_sweep(
     assert not table.duplicated(["source", "step", "split", "category"]).any()
 
 
-def test_a_run_that_was_only_probed_is_drawn(
+def test_a_run_with_live_scores_alone_is_drawn(
     probed_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     shutil.copytree(probed_run, tmp_path / "tiny")
-    assert sft_probe("plot", tmp_path / "tiny").returncode == 0
+    assert sft_probe("plot", tmp_path / "tiny", "--format", "svg").returncode == 0
     assert "32 held-out prompts" in (tmp_path / "tiny/figures/trajectory_heldout.svg").read_text()
 
 
-def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+def test_the_callback_probes_a_lora_in_any_trainer(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
@@ -151,7 +153,7 @@ def test_under_mixed_precision_the_probe_computes_in_the_dtype_of_the_weights(
         )
 
 
-def test_eval_mode_is_taken_back_module_by_module(
+def test_each_module_is_in_its_former_mode_after_a_probe(
     tiny_model: Path, write_set: WriteSet, tmp_path: Path
 ) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
@@ -289,7 +291,7 @@ def test_in_a_loop_of_plain_pytorch(tiny_model: Path, write_set: WriteSet, tmp_p
     assert load_recording(run).splits == ["heldout"]
 
 
-def test_fsdp_is_refused(
+def test_the_live_probe_refuses_fsdp(
     tiny_model: Path, write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run")
@@ -302,7 +304,9 @@ def test_fsdp_is_refused(
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
-def test_bad_steps_are_told(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_unreadable_probe_steps_are_reported(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     flags = ("--probe_steps", "never", "--output_dir", tmp_path / "run")
     message = user_error(sft_probe("train", *tiny_flags, *flags))
     assert "--probe_steps 'never': 'never' is neither a step" in message
