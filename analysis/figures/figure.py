@@ -400,7 +400,7 @@ def _styled(chart: Any, title: str, subtitle: Sequence[str], style: Style) -> An
             labelLimit=min(180.0, 0.3 * style.width),
             titleFontWeight="normal",
         )
-        .configure_axisQuantitative(tickCount=5)
+        .configure_axisYQuantitative(tickCount=5)
         .configure_legend(
             orient="bottom",
             labelFontSize=size,
