@@ -51,7 +51,9 @@ def _open(page: Path, script: str, folder: Path, width: int = 1400) -> tuple[str
 
 
 @needs_chromium
-def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+def test_a_report_opens_in_a_browser_without_errors_or_requests(
+    sft_probe: Run, swept_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     assert sft_probe("sweep", run, "--generate", 4).returncode == 0
@@ -152,7 +154,7 @@ def test_docs_are_searched_sorted_and_stepped_through(sft_probe: Run, tmp_path: 
 
 
 @needs_chromium
-def test_hostile_texts_stay_texts(sft_probe: Run, tmp_path: Path) -> None:
+def test_html_in_responses_is_shown_as_text(sft_probe: Run, tmp_path: Path) -> None:
     texts = dict.fromkeys(CURVES, HOSTILE) | {"rejected": "x" * 1_000_000}
     run = write_run(
         tmp_path / "<b>run", texts=texts, prompt=HOSTILE, num_docs=5, model="<i>&model</script>"
@@ -176,7 +178,7 @@ def test_hostile_texts_stay_texts(sft_probe: Run, tmp_path: Path) -> None:
     assert "[cut: 1000002 characters]" in dom
 
 
-def test_markdown(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_markdown_report_has_its_figures_beside_it(sft_probe: Run, tmp_path: Path) -> None:
     source = tmp_path / "a|b <i>.csv"
     source.write_text("step,category,logprob\n0,chosen,-100\n8,chosen,-88\n")
     result = sft_probe("report", source, "--format", "md", "--out", tmp_path / "report.md")
@@ -199,7 +201,7 @@ def test_markdown(sft_probe: Run, tmp_path: Path) -> None:
     )
 
 
-def test_one_step_is_refused(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_report_of_a_run_with_one_step_is_refused(sft_probe: Run, tmp_path: Path) -> None:
     assert "one step only" in user_error(
         sft_probe("report", write_run(tmp_path / "short", steps=[0]))
     )
