@@ -71,7 +71,7 @@ class Style:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Read a YAML file that maps categories to labels, as in `chosen: y^+` or `random: y_{rand}`.
+    """Read a YAML file that maps categories to labels, as in `chosen: y^+` or `random: y_{r}`.
 
     Raises:
         UserError: it is no such file, or a character has no raised or lowered form.
