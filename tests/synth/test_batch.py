@@ -209,7 +209,7 @@ def test_a_batch_keeps_its_budget_and_goes_on_with_more(
 ) -> None:
     runs, server = batch
     with pytest.raises(
-        UserError, match=r"15 requests were not asked.*\$0\.0550.*raise --max-cost-usd"
+        UserError, match=r"15 requests were not sent.*\$0\.0550.*raise --max-cost-usd"
     ):
         runs.run(max_cost_usd=0.055)
     assert sum(server.calls.values()) == 5
