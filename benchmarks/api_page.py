@@ -60,7 +60,7 @@ def _signature(name: str, thing: Any) -> str:
 def _type(annotation: Any) -> str:
     """Return an annotation as it is written in the source."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    modules = r"pathlib\.|collections\.abc\.|typing\.|sft_probe\.[\w.]+\.|pandas\.(?:core\.frame\.)?"
+    modules = r"(pathlib|collections\.abc|typing|sft_probe\.[\w.]+|pandas(\.core\.frame)?)\."
     return re.sub(modules, "", text.replace("'", ""))
 
 
