@@ -290,6 +290,42 @@ class Transfer(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ledger(Command):
+    """Split each category's gain by the prompt that it shows under: none, any, near or its own.
+
+    The parts (text, register, topic, prompt) add up to the gain, for the first token, the body and
+    the terminator apart. Needs `sft-probe sweep RUN --contexts own,near,far,none`.
+
+    Examples:
+        sft-probe ledger runs/mine
+        sft-probe ledger runs/mine --categories chosen --out tables
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run that was swept with --contexts."""
+    categories: Names | None = None
+    """Categories to split. Default: all."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of table and figure. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the parts, and write table and figure."""
+        from sft_probe.analysis.report.studies_text import ledger_text
+        from sft_probe.analysis.studies.ledger import ledger, write_ledger
+
+        found = ledger(self.run, self.categories)
+        print(ledger_text(found))  # noqa: T201
+        folder = self.out or self.run / "analysis"
+        written = write_ledger(found, folder)
+        try:
+            from sft_probe.analysis.figures.ledger import plot_ledger
+        except ImportError as error:
+            raise _needs_report(error) from error
+        for path in [*written, *plot_ledger(found, folder)]:
+            log.info("wrote %s", path)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Words(Command):
     """Say in which words the change of a run lies: by class, by literal, by sequence of words.
 

@@ -18,6 +18,7 @@ from sft_probe.analysis.sweep.checkpoints import (
     hub_revisions,
     snapshots_of_run,
 )
+from sft_probe.analysis.sweep.contexts import check_contexts
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.request import SweepRequest
@@ -38,6 +39,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     checkpoints, problems = _find(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+    check_contexts(request.contexts)
     benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
         log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)

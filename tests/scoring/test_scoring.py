@@ -127,7 +127,9 @@ COMBINATIONS.remove(("gemma2", "sdpa"))
 
 
 @pytest.mark.parametrize(("name", "attention"), COMBINATIONS)
-def test_shared_prefixes_equal_plain_float64(name: str, attention: str) -> None:
+def test_scores_with_shared_prefixes_equal_a_plain_float64_forward(
+    name: str, attention: str
+) -> None:
     model = make_model(name, attention)
     mode = choose_mode(model, longest=80)
     assert mode.shared
@@ -142,7 +144,7 @@ def test_shared_prefixes_equal_plain_float64(name: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN_ONLY)
-def test_what_cannot_share_takes_the_plain_way(name: str) -> None:
+def test_models_that_cannot_share_prefixes_are_scored_without(name: str) -> None:
     model = make_model(name)
     mode = choose_mode(model, longest=80)
     assert mode == PLAIN
@@ -153,7 +155,7 @@ def test_what_cannot_share_takes_the_plain_way(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "attention"), [("mistral", "sdpa"), ("gemma3_text", "sdpa"), ("llama", "eager")]
 )
-def test_the_check_finds_a_wrong_mask(
+def test_the_check_of_a_model_finds_a_wrong_attention_mask(
     name: str, attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window that the mask does not know of, or a bool mask where it is added: both are silent in
@@ -173,7 +175,7 @@ def test_the_check_finds_a_wrong_mask(
     assert choose_mode(model, longest=80) == PLAIN
 
 
-def test_an_unknown_attention_takes_the_plain_way() -> None:
+def test_an_unknown_attention_is_scored_without_shared_prefixes() -> None:
     model = make_model("llama", "sdpa")
     model.config._attn_implementation = "flex_attention"
     assert choose_mode(model, longest=80) == PLAIN
@@ -181,7 +183,7 @@ def test_an_unknown_attention_takes_the_plain_way() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_16_bits_share_too(name: str, dtype: torch.dtype) -> None:
+def test_16_bit_models_share_prefixes_too(name: str, dtype: torch.dtype) -> None:
     model = make_model(name, "sdpa")
     model.to(dtype)
     mode = choose_mode(model, longest=80)
@@ -193,7 +195,7 @@ def test_16_bits_share_too(name: str, dtype: torch.dtype) -> None:
     assert found[0].token_logprobs.dtype == np.float32
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_scoring_leaves_the_model_as_it_was() -> None:
     model = make_model("llama", "sdpa")
     next(
         score(model, make_items(), max_tokens=64, mode=ForwardMode(shared=True, blocks=True))
@@ -244,7 +246,9 @@ LLAMA = make_model("llama", "sdpa")
 
 @settings(deadline=None, max_examples=25)
 @given(items=drawn_items, max_tokens=st.integers(1, 60), blocks=st.booleans())
-def test_any_items_in_any_budget(items: list[Continuation], max_tokens: int, blocks: bool) -> None:
+def test_any_items_are_scored_within_any_token_budget(
+    items: list[Continuation], max_tokens: int, blocks: bool
+) -> None:
     check(LLAMA, items, ForwardMode(shared=True, blocks=blocks), max_tokens)
 
 

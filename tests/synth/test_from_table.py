@@ -38,7 +38,7 @@ def table(path: Path, num_rows: int = 12) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_makes_a_valid_set_of_every_kind_of_table(
+def test_every_kind_of_table_becomes_a_valid_probe_set(
     suffix: str, tmp_path: Path, sft_probe: Run
 ) -> None:
     source = table(tmp_path / f"t.{suffix}")
@@ -199,7 +199,7 @@ def test_a_table_of_another_encoding_or_separator_is_named_as_such(
     assert not (tmp_path / "set").exists()
 
 
-def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) -> None:
+def test_cells_without_text_are_named_with_their_line(tmp_path: Path, sft_probe: Run) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": f"Q {i}?", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(16)
     ]
@@ -334,7 +334,7 @@ def test_a_response_to_another_prompt_is_left_out(tmp_path: Path) -> None:
     ]
 
 
-def test_bytes_that_are_no_utf8_cost_their_row(tmp_path: Path, sft_probe: Run) -> None:
+def test_bytes_that_are_not_utf8_leave_out_their_row(tmp_path: Path, sft_probe: Run) -> None:
     path = write_csv(tmp_path / "t.csv", csv_rows(12))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"Bad 4", b"Bad \xe9"))
     result = sft_probe(
@@ -383,7 +383,7 @@ def test_names_that_a_set_cannot_have_are_refused(
     assert not (tmp_path / "set").exists()
 
 
-def test_out_is_new(tmp_path: Path, sft_probe: Run) -> None:
+def test_an_output_directory_that_exists_is_refused(tmp_path: Path, sft_probe: Run) -> None:
     """A finished set, somebody's files and a file are left as they are; an empty directory will
     do."""
     flags = (
@@ -485,7 +485,7 @@ def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(
         ("resp_label.jsonl", None),
     ],
 )
-def test_tables_that_were_read_wrongly(
+def test_tables_that_an_earlier_version_read_wrongly_are_read_right_or_refused(
     name: str, message: str | None, tmp_path: Path, sft_probe: Run
 ) -> None:
     result = sft_probe(

@@ -58,7 +58,7 @@ def ask(writer: Any, path: Path, prompt: str = "Say it") -> Answer:
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_the_environment_leads_the_key_nowhere_else(
+def test_no_environment_variable_sends_the_key_elsewhere(
     name: str, thief: GeminiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thief.seen.clear()
@@ -78,7 +78,7 @@ def test_the_environment_leads_the_key_nowhere_else(
     assert not (tmp_path / "replays").exists()
 
 
-def test_an_sdk_that_goes_elsewhere_is_stopped(thief: GeminiServer, tmp_path: Path) -> None:
+def test_an_sdk_that_calls_another_server_is_stopped(thief: GeminiServer, tmp_path: Path) -> None:
     thief.seen.clear()
     with GeminiServer() as server:
         for writer in (
@@ -113,7 +113,7 @@ def test_what_cannot_be_a_key_is_refused_without_showing_it(
 
 
 @pytest.mark.parametrize("url", ["no address", "ftp://host", "http://", "//host", "http://host:x"])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_an_invalid_server_address_is_refused(url: str) -> None:
     for make in (GeminiWriter, LegacyGeminiWriter, GeminiBatchWriter, OpenAIWriter):
         with pytest.raises(UserError, match="is not the address of a server"):
             make("m", base_url=url)
@@ -233,7 +233,9 @@ def test_a_model_that_thinks_is_told_to_think_least(
     assert bool(least_thinking("gemini-legacy", model).num_tokens) == (config is not None)
 
 
-def test_thoughts_get_room_and_it_is_said(tmp_path: Path, sft_probe: Run) -> None:
+def test_thinking_tokens_are_added_to_the_output_limit_with_a_message(
+    tmp_path: Path, sft_probe: Run
+) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(12))
     base = (
         "synth",

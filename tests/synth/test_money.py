@@ -166,7 +166,7 @@ def test_a_spent_budget_stops_with_what_was_paid_stored(store: Store) -> None:
     assert sum(writer.calls.values()) == 10
 
 
-def test_money_of_a_call_that_never_came_back_counts_in_later_runs(
+def test_the_cost_of_a_call_without_an_answer_counts_in_later_runs(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = FakeWriter(lambda prompt, _: ConnectionResetError() if prompt == "p1" else None)
@@ -180,7 +180,7 @@ def test_money_of_a_call_that_never_came_back_counts_in_later_runs(
 
 
 @pytest.mark.parametrize("error", [UserError("bad key"), RuntimeError("a defect")])
-def test_who_waits_for_money_does_not_wait_for_a_run_that_failed(
+def test_a_call_that_waits_for_budget_ends_when_the_run_fails(
     store: Store, error: Exception
 ) -> None:
     with pytest.raises(type(error), match=str(error)):
@@ -204,7 +204,7 @@ def test_a_budget_without_a_price_is_refused_before_any_call(store: Store) -> No
     assert not writer.calls
 
 
-def test_money_is_not_forgotten_where_one_run_knew_the_price_and_another_did_not(
+def test_spent_money_counts_also_where_only_one_run_knew_the_price(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = {"status": "error", "text": None}
@@ -217,7 +217,7 @@ def test_money_is_not_forgotten_where_one_run_knew_the_price_and_another_did_not
     assert "1 answers of earlier runs were requested without --price" in caplog.text
 
 
-def test_a_full_disk_ends_the_run_for_those_who_wait_for_money(
+def test_a_full_disk_ends_calls_that_wait_for_budget(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def full(*_: object) -> int:
@@ -252,7 +252,7 @@ def test_an_estimate_counts_what_the_store_lacks(store: Store) -> None:
     assert (unknown.calls, unknown.cost_usd, unknown.max_cost_usd) == (1, None, None)
 
 
-def test_prices() -> None:
+def test_prices_are_known_by_model_and_halved_for_batches() -> None:
     batch, full = FakeWriter(), FakeWriter()
     batch.name, batch.model = "gemini-batch", "models/gemini-2.5-flash"
     full.name, full.model = "gemini", "gemini-2.5-flash"

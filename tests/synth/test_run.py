@@ -66,13 +66,13 @@ def test_the_same_prompt_is_asked_for_once_though_both_are_in_flight(store: Stor
     assert writer.calls == {"p": 1, "q": 1}
 
 
-def test_what_fails_in_passing_is_asked_again(store: Store) -> None:
+def test_requests_that_fail_for_a_moment_are_retried(store: Store) -> None:
     writer = FakeWriter(lambda _, call: RetryLater("HTTP 503") if call < 3 else None)
     assert all(answer.status == "ok" for _, answer in ask_all(prompts(5), writer, store, FAST))
     assert set(writer.calls.values()) == {3}
 
 
-def test_what_keeps_failing_is_an_error_with_its_reason_and_asked_again_by_the_next_run(
+def test_requests_that_keep_failing_are_errors_and_retried_by_the_next_run(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -92,7 +92,7 @@ def test_what_keeps_failing_is_an_error_with_its_reason_and_asked_again_by_the_n
 
 
 @pytest.mark.parametrize("status", ["blocked", "truncated", "refused", "invalid"])
-def test_what_would_fail_again_is_not_asked_again(store: Store, status: str) -> None:
+def test_requests_that_would_fail_again_are_not_retried(store: Store, status: str) -> None:
     writer = FakeWriter(lambda *_: {"status": status, "text": None, "reason": "why"})
     for _ in range(2):
         assert [(a.status, a.reason) for _, a in ask_all(prompts(2), writer, store, FAST)] == [
@@ -101,7 +101,7 @@ def test_what_would_fail_again_is_not_asked_again(store: Store, status: str) -> 
     assert set(writer.calls.values()) == {1}
 
 
-def test_nobody_asks_before_the_server_said_so(store: Store) -> None:
+def test_no_call_is_made_before_the_time_the_server_names(store: Store) -> None:
     writer = FakeWriter(
         lambda prompt, call: RetryLater("HTTP 429", 0.4) if prompt == "p0" and call == 1 else None
     )
@@ -110,7 +110,7 @@ def test_nobody_asks_before_the_server_said_so(store: Store) -> None:
     assert sum(gap > 0.35 for gap in gaps) == 1
 
 
-def test_nor_do_those_who_had_a_place_already(store: Store) -> None:
+def test_calls_that_were_already_scheduled_wait_for_the_time_the_server_names(store: Store) -> None:
     def plan(prompt: str, call: int) -> Exception | None:
         return RetryLater("HTTP 429", 0.5) if prompt == "p0" and call == 1 else None
 
@@ -121,14 +121,14 @@ def test_nor_do_those_who_had_a_place_already(store: Store) -> None:
     assert writer.times[1] - writer.times[0] > 0.45
 
 
-def test_a_wait_for_the_quota_of_the_day_is_told_not_slept_through(store: Store) -> None:
+def test_a_wait_for_a_daily_quota_ends_the_run_with_a_message(store: Store) -> None:
     writer = FakeWriter(lambda *_: RetryLater("HTTP 429: quota of the day", 40_000))
     with pytest.raises(UserError, match=r"asks to wait 40000 s \(HTTP 429: quota of the day\)"):
         list(ask_all(prompts(100), writer, store, Limits(price=CENT)))
     assert store.cost_usd() == 0
 
 
-def test_requests_per_minute_hold(store: Store) -> None:
+def test_the_limit_of_requests_per_minute_holds(store: Store) -> None:
     writer = FakeWriter()
     list(ask_all(prompts(11), writer, store, Limits(concurrency=8, requests_per_minute=1200)))
     assert 0.5 <= writer.times[-1] - writer.times[0] < 5
@@ -169,7 +169,7 @@ def test_another_version_of_the_model_stops_the_run(store: Store) -> None:
     assert [answer.status for _, answer in ask_all(prompts(10), writer, store, FAST)] == ["ok"] * 10
 
 
-def test_a_server_that_fails_at_everything_is_not_asked_for_everything(store: Store) -> None:
+def test_a_run_ends_early_where_every_call_fails(store: Store) -> None:
     writer = FakeWriter(lambda *_: RetryLater("connection failed"))
     with pytest.raises(
         UserError, match="20 requests in a row failed, the last with: connection failed"
@@ -188,7 +188,7 @@ def test_a_run_begins_with_one_call_and_grows_with_what_ends_well(store: Store) 
     assert stops.calls.total() == 1
 
 
-def test_what_a_server_turned_down_is_asked_again_and_counted_once(store: Store) -> None:
+def test_requests_that_a_server_turned_down_are_retried_and_counted_once(store: Store) -> None:
     def turn_down(*_: object) -> dict[str, Any]:
         return {"status": "invalid", "text": None, "num_prompt_tokens": 0, "num_output_tokens": 0}
 
@@ -210,7 +210,7 @@ def test_what_a_server_turned_down_is_asked_again_and_counted_once(store: Store)
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.014])
-def test_a_wait_of_nothing_backs_off_as_usual(
+def test_a_retry_after_of_zero_backs_off_as_usual(
     store: Store, wait_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts: list[int] = []
@@ -245,7 +245,7 @@ def test_an_error_of_the_data_reaches_the_caller(store: Store) -> None:
         list(ask_all(broken(), FakeWriter(), store, FAST))
 
 
-def test_a_caller_that_leaves_early_loses_no_paid_answer(store: Store) -> None:
+def test_leaving_a_run_early_loses_no_paid_answer(store: Store) -> None:
     writer = FakeWriter()
     answers = ask_all(prompts(100), writer, store, FAST)
     next(answers)
@@ -253,7 +253,7 @@ def test_a_caller_that_leaves_early_loses_no_paid_answer(store: Store) -> None:
     assert sum(count.num_answers for count in store.counts()) == sum(writer.calls.values()) < 100
 
 
-def test_a_call_without_an_answer_is_given_up_and_counts_as_paid(store: Store) -> None:
+def test_a_call_without_an_answer_times_out_and_counts_as_paid(store: Store) -> None:
     class Silent(FakeWriter):
         async def write(self, _: Request) -> Answer:
             await asyncio.sleep(60)

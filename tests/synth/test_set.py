@@ -44,7 +44,7 @@ def offline_set(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run, raw: P
     return out
 
 
-def test_the_set_keeps_the_contract_and_accounts_for_every_row(
+def test_a_written_set_keeps_the_category_contract_and_accounts_for_every_row(
     offline_set: Path, sft_probe: Run
 ) -> None:
     probe_set = load_probe_set(str(offline_set))
@@ -149,7 +149,7 @@ def test_the_card_has_a_header_and_escapes_what_it_shows(
     assert (tmp_path / "set" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_status_and_dry_run(
+def test_status_and_dry_run_tell_what_is_left_and_what_it_costs(
     offline_set: Path, raw: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status = sft_probe("synth", "status", offline_set).stdout
@@ -188,7 +188,7 @@ def templates(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("writer", ["gemini", "gemini-batch", "openai"])
-def test_a_server_writes_a_set_once(  # noqa: PLR0917 - fixtures
+def test_a_set_written_by_a_server_is_not_asked_for_twice(  # noqa: PLR0917 - fixtures
     writer: str,
     raw: Path,
     templates: Path,
@@ -334,7 +334,7 @@ def test_system_turns_need_another_format(tmp_path: Path, sft_probe: Run) -> Non
 
 
 @pytest.mark.slow
-def test_from_raw_pairs_to_a_figure(
+def test_raw_pairs_become_a_set_a_run_and_a_figure(
     raw: Path, tiny_model: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     out, run = tmp_path / "set", tmp_path / "run"
@@ -454,7 +454,7 @@ def many_rows(first: int, last: int) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("frac", [None, 0.3])
-def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(
+def test_appended_moved_or_removed_rows_move_no_doc_and_ask_for_nothing_twice(
     frac: float | None, tmp_path: Path
 ) -> None:
     rows = many_rows(0, 400)
@@ -489,7 +489,7 @@ def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(
     assert abs(share - (frac or 0.2)) < 0.09
 
 
-def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(
+def test_a_directory_begun_under_the_first_split_rule_keeps_it(
     raw: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(24))
