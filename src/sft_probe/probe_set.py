@@ -59,6 +59,12 @@ class Doc:
     place: Place | None = None
     """Where the doc stands in the source that it was read from."""
 
+    @property
+    def sha256(self) -> str:
+        """Short hash of the prompt and all responses: a doc with another hash has other texts."""
+        texts = json.dumps([self.messages, self.responses], sort_keys=True)
+        return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:

@@ -132,7 +132,7 @@ def test_a_loss_that_is_nan_stops_the_run_before_the_update(
     for _ in range(2):  # the second time it resumes, and stops at the same place
         result = sft_probe("train", *FLAGS, *flags, "--output_dir", tmp_path / "run")
         check_stopped(tmp_path / "run", broken, user_error(result))
-    assert f"goes on from checkpoint-{broken.step - 1}" in result.stderr
+    assert f"resumes from checkpoint-{broken.step - 1}" in result.stderr
     state = load_file(tmp_path / f"run/checkpoint-{broken.step - 1}/model.safetensors")
     assert sum(int(tensor.isnan().sum()) for tensor in state.values()) == 32, (
         "more than the one row is NaN"
@@ -165,7 +165,7 @@ def test_a_loss_that_is_nan_on_one_rank_stops_all_ranks(
         )
         assert result.returncode == 1  # torchrun has an exit code of its own
         assert "Traceback" not in result.stderr.partition("sft-probe:")[0], result.stderr
-        assert ("goes on from checkpoint-" in result.stderr) == (attempt == 1)
+        assert ("resumes from checkpoint-" in result.stderr) == (attempt == 1)
         check_stopped(tmp_path / "run", broken, result.stderr)
 
 

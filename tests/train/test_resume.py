@@ -2,10 +2,12 @@
 clean stops."""
 
 import json
+import os
 import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,7 +16,9 @@ import torch
 from helpers import Run, user_error
 from processes import Forked, run_command, train_on_two_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
+
+from sft_probe.train.run_dir import ResumeCallback
 
 STEPS = 12
 NAMES = ("none", "zero3-2", "zero1-2", "zero2-2", "none-2")  # a number: that many ranks
@@ -173,7 +177,7 @@ def test_a_killed_training_resumes_to_the_same_results(
     seed = random.randrange(10**6)
     print("seed", seed)  # to try a failure again
     log = kill_and_go_on(launch, flags, tmp_path / "run", random.Random(seed))
-    assert "was cut off; training" in log
+    assert "was interrupted; training" in log
     assert results(tmp_path / "run") == results(whole(launch, flags, tmp_path_factory))
 
 
@@ -208,29 +212,35 @@ def test_half_written_states_and_snapshots_are_redone(
     with (run / "losses.jsonl").open("a") as file:
         file.write('{"run": "ru')
     log = finish("none", flags, run)
-    assert f"goes on from checkpoint-{newest - 2}" in log or newest <= 2
+    assert f"resumes from checkpoint-{newest - 2}" in log or newest <= 2
     assert results(run) == results(whole("none", flags, tmp_path_factory))
     assert not (run / "weights/.step_000008.tmp").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [LAUNCHES["none"], LAUNCHES["zero3-2"]])
-def test_sigterm_stops_all_ranks_with_a_state_to_resume_from(
+def test_a_signal_stops_all_ranks_with_a_state_to_resume_from(
     launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    number, name = {
+        "none": (signal.SIGINT, "Ctrl-C"),
+        "zero3-2": (signal.SIGTERM, "SIGTERM"),
+    }[launch]
     run = tmp_path / "run"
     quiet = [*flags, "--resume_steps", "last"]  # no state but that of the stop
     process = start(launch, quiet, run)
     wait_for_step(run, 1, process)
     ranks = psutil.Process(process.pid).children() if "-" in launch else []
-    (ranks[-1] if ranks else process).send_signal(signal.SIGTERM)  # to one rank: all stop
+    (ranks[-1] if ranks else process).send_signal(number)  # to one rank: all stop
     process.wait()
     err = log_of(run).read_text()
     assert process.returncode == (1 if ranks else 75), err  # torchrun has an exit code of its own
-    assert "stopped by SIGTERM at step" in err
+    assert f"stopped by {name} at step" in err
+    assert "To resume, run the same command again." in err
+    assert ranks or "Traceback" not in err  # torchrun prints one
     assert len(list(run.glob("checkpoint-*/sft_probe_state.json"))) == 1
     assert not (run / "manifest.json").exists()
-    assert "goes on from checkpoint-" in finish(launch, quiet, run)
+    assert "resumes from checkpoint-" in finish(launch, quiet, run)
     assert results(run) == results(whole(launch, flags, tmp_path_factory))
 
 
@@ -256,6 +266,21 @@ def test_a_training_cut_by_wall_time_resumes_to_the_same_results(
         sum(meta["save_s"] for meta in metas), abs=2e-3
     )
     assert results(tmp_path / "run") == results(whole("none", flags, tmp_path_factory))
+
+
+def test_the_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    child = os.fork()  # so that the signals do not reach the tests
+    if not child:
+        losses: Any = SimpleNamespace(run_dir=tmp_path)
+        callback = ResumeCallback(losses, None, resume_steps=None, max_wall_time_s=None)
+        callback.on_train_begin(TrainingArguments(str(tmp_path)), TrainerState())
+        signal.raise_signal(signal.SIGINT)
+        (tmp_path / "first").touch()
+        signal.raise_signal(signal.SIGINT)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert (tmp_path / "first").exists()
+    assert os.WTERMSIG(status) == signal.SIGINT
 
 
 def test_another_launch_of_a_run_that_stopped_is_refused(
