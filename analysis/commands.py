@@ -54,25 +54,31 @@ class Analyze(Selection):
 
     Examples:
         sft-probe analyze runs/mine
-        sft-probe analyze runs/a runs/b --categories chosen,rejected --out tables
+        sft-probe analyze runs/a runs/b --categories chosen,rejected --format latex
     """
 
     runs: Positional[Annotated[list[Path], "RUN|FILE"]]
     """Runs, files of score rows, lm-eval outputs, or CSVs of means."""
     out: Annotated[Path | None, "DIR"] = None
-    """Directory of the tables. Default: RUN/analysis for one run, none for several."""
+    """Directory of the tables. Default: RUN/analysis for one run, ./tables for several."""
+    format: Literal["text", "md", "latex", "csv"] = "text"
+    """Form of what is printed; all but text are the tables alone, as a paper needs them."""
 
     def execute(self) -> None:
         """Print the verdict and write the tables."""
         from sft_probe.analysis.stats.analyze import (
             analyze,
             default_folder,
+            verdict_tables,
             verdict_text,
             write_analysis,
         )
 
         analysis = analyze(self.runs, include_eos=self.include_eos, categories=self.categories)
-        print(verdict_text(analysis))  # noqa: T201
+        shown = verdict_text(analysis)
+        if self.format != "text":
+            shown = verdict_tables(analysis, self.format)
+        print(shown)  # noqa: T201
         if folder := self.out or default_folder(self.runs):
             for path in write_analysis(analysis, folder):
                 log.info("wrote %s", path)
@@ -284,6 +290,42 @@ class Transfer(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ledger(Command):
+    """Split each category's gain by the prompt that it shows under: none, any, near or its own.
+
+    The parts (text, register, topic, prompt) add up to the gain, for the first token, the body and
+    the terminator apart. Needs `sft-probe sweep RUN --contexts own,near,far,none`.
+
+    Examples:
+        sft-probe ledger runs/mine
+        sft-probe ledger runs/mine --categories chosen --out tables
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """A run that was swept with --contexts."""
+    categories: Names | None = None
+    """Categories to split. Default: all."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of table and figure. Default: RUN/analysis."""
+
+    def execute(self) -> None:
+        """Print the parts, and write table and figure."""
+        from sft_probe.analysis.report.studies_text import ledger_text
+        from sft_probe.analysis.studies.ledger import ledger, write_ledger
+
+        found = ledger(self.run, self.categories)
+        print(ledger_text(found))  # noqa: T201
+        folder = self.out or self.run / "analysis"
+        written = write_ledger(found, folder)
+        try:
+            from sft_probe.analysis.figures.ledger import plot_ledger
+        except ImportError as error:
+            raise _needs_report(error) from error
+        for path in [*written, *plot_ledger(found, folder)]:
+            log.info("wrote %s", path)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Words(Command):
     """Say in which words the change of a run lies: by class, by literal, by sequence of words.
 
@@ -346,7 +388,7 @@ class Weights(Command):
         folder = self.out or self.run / "analysis"
         written = write_weight_changes(changes, folder)
         try:
-            from sft_probe.analysis.figures.weights import plot_weights
+            from sft_probe.analysis.figures.weight_maps import plot_weights
         except ImportError as error:
             raise _needs_report(error) from error
         for path in [*written, *plot_weights(changes, folder)]:

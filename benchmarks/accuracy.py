@@ -17,12 +17,12 @@ from torch.nn import functional
 
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 
 Sums = npt.NDArray[np.float64]
 
 
-def truth(model: Any, items: list[Item]) -> Sums:
+def truth(model: Any, items: list[Continuation]) -> Sums:
     """Sums by one plain float64 forward per item."""
     model = model.double()
     sums = []

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from sft_probe.files import jsonl_lines
 from sft_probe.probe_set import Doc
 from sft_probe.prompts import EncodedDoc, PromptFormat, encode_doc, terminator_id
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 from sft_probe.synth.hh import parse_prompt
 from sft_probe.tasks.lm import ProbeLM
 
@@ -86,10 +86,14 @@ def instances(docs: Sequence[EncodedDoc]) -> list[Instance]:
     ]
 
 
-def items_of(docs: Sequence[EncodedDoc], tokenizer: Any) -> list[Item]:
+def items_of(docs: Sequence[EncodedDoc], tokenizer: Any) -> list[Continuation]:
     """The token ids of `instances`, with the terminator."""
     end = terminator_id("hh", tokenizer)
-    return [Item(doc.prompt_ids, ids, end) for doc in docs for ids in doc.continuation_ids.values()]
+    return [
+        Continuation(doc.prompt_ids, ids, end)
+        for doc in docs
+        for ids in doc.continuation_ids.values()
+    ]
 
 
 def hflm(model: Any, tokenizer: Any, batch_size: int, **options: Any) -> HFLM:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from common import timed
 
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 
 
 def _rate(call: Callable[[], Any], flops: float, device: str, repeats: int) -> float:
@@ -52,7 +52,7 @@ def own_shape_rate(model: Any, rows: int = 1024) -> float:
         )
 
 
-def floor_flops(model: Any, items: Iterable[Item]) -> float:
+def floor_flops(model: Any, items: Iterable[Continuation]) -> float:
     """The fewest FLOPs: every distinct prefix through every layer once, every distinct predicting
     row through the head.
 

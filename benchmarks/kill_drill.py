@@ -23,7 +23,7 @@ from typing import Any
 
 from sft_probe.files import write_jsonl
 from sft_probe.synth.asking.budget import BudgetSpentError, Limits, Price
-from sft_probe.synth.asking.live import obtain
+from sft_probe.synth.asking.live import ask_all
 from sft_probe.synth.asking.protocol import Request
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers.gemini import GeminiWriter
@@ -62,7 +62,7 @@ def run(folder: Path, url: str, args: Any) -> None:
         try:
             rows = [
                 {"doc_id": request.doc_id, "status": answer.status, "text": answer.text}
-                for request, answer in obtain(
+                for request, answer in ask_all(
                     requests(args.number), GeminiWriter("m", base_url=url), store, limits
                 )
             ]

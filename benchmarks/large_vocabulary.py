@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import EMBEDDED_MODEL, load_tokenizer
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 
 VOCAB_SIZE = 151936
 NUM_CONTINUATIONS = 7
@@ -110,7 +110,7 @@ def report(
     results: dict[str, list[Any]],
 ) -> None:
     """Prints the table and what is needed to read it."""
-    floor = floor_flops(model, [Item(prompt, ids) for _, prompt, ids in requests])
+    floor = floor_flops(model, [Continuation(prompt, ids) for _, prompt, ids in requests])
     square, own = matmul_rate(model.dtype, args.device), own_shape_rate(model)
     best = min((name for name in seconds if name != "sft_probe"), key=lambda name: seconds[name])
     print(

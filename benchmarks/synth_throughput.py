@@ -1,4 +1,4 @@
-"""Measures how fast `obtain` asks a server that answers in a fixed time, and what it costs this
+"""Measures how fast `ask_all` asks a server that answers in a fixed time, and what it costs this
 machine.
 
 The server (tests/gemini_server.py) and the asking side are processes of their own. `sleep` is a
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.synth.asking.budget import Limits, Price
-from sft_probe.synth.asking.live import obtain
+from sft_probe.synth.asking.live import ask_all
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.asking.store import Store
 
@@ -93,11 +93,11 @@ def measure(args: Any) -> dict[str, Any]:
         cpu_s, start_s = time.process_time(), time.perf_counter()
         number = sum(
             answer.status == "ok"
-            for _, answer in obtain(requests(args.number), writer, store, limits)
+            for _, answer in ask_all(requests(args.number), writer, store, limits)
         )
         spent_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_s
         start_s = time.perf_counter()
-        again = sum(1 for _ in obtain(requests(args.number), writer, store, limits))
+        again = sum(1 for _ in ask_all(requests(args.number), writer, store, limits))
         again_s = time.perf_counter() - start_s
         store.close()
     assert number == again == args.number, (number, again)

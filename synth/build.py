@@ -16,6 +16,7 @@ from sft_probe.prompts import PromptFormat
 from sft_probe.synth.asking.budget import Trial
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.categories import (
+    SOURCE_OF,
     Template,
     load_templates,
     make_requests,
@@ -58,6 +59,11 @@ class SetSettings:
     """Whether the writer is asked about each text that passes the checks."""
     rule: int = RULE
     """Version of the rule by which docs are drawn, split and given topics."""
+
+    @property
+    def written_kinds(self) -> list[str]:
+        """Categories that need a writer."""
+        return [kind for kind in self.kinds if kind in SOURCE_OF]
 
 
 @dataclass(frozen=True, kw_only=True)

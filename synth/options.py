@@ -82,8 +82,9 @@ class SynthRun(Contents, Budget, Replayable):
     on the hub (Anthropic/hh-rlhf is read as its helpful-base)."""
     out: Annotated[Path, "DIR"]
     """Directory of the set; the same one resumes."""
-    writer: WriterName
-    """Who writes the texts. Keys come from GEMINI_API_KEY or OPENAI_API_KEY."""
+    writer: WriterName | None = None
+    """Who writes the texts. Keys come from GEMINI_API_KEY or OPENAI_API_KEY. Not needed where
+    --categories has only random, permuted or untrained."""
     model: str | None = None
     """Model of the writer. Default: gemini-3.5-flash-lite; for hf the embedded model."""
     base_url: Annotated[str | None, "URL"] = None

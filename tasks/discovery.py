@@ -17,8 +17,8 @@ PACKAGED_TASKS_DIR = Path(__file__).resolve().parent
 
 
 def write_tasks_dir(probe_set_source: str, out: Path) -> Path:
-    """Writes one YAML per category and split of a user's own probe set, and their group; returns
-    the directory.
+    """Write one YAML per category and split of a user's own probe set, and their group; return the
+    directory.
 
     lm-eval indexes task names before it reads any data, so a set's own categories need files of
     their own.
@@ -48,8 +48,8 @@ def write_tasks_dir(probe_set_source: str, out: Path) -> Path:
 
 
 def task_name(category: str, split: str) -> str:
-    """`sft_probe_<category>` scores held-out prompts, `sft_probe_train_<category>` the prompts
-    trained on."""
+    """Return the name of the task of a category: `sft_probe_<category>` on held-out prompts,
+    `sft_probe_train_<category>` on the prompts trained on."""
     return f"sft_probe_train_{category}" if split == "train" else f"sft_probe_{category}"
 
 
@@ -60,7 +60,7 @@ def _stub_dir() -> Path:
 
 
 def link_tasks() -> Path:
-    """Writes stubs into the installed lm-eval, so that plain `lm_eval --tasks 'sft_probe_*'` works.
+    """Write stubs into the installed lm-eval, so that plain `lm_eval --tasks 'sft_probe_*'` works.
 
     Each stub is one `include:` line with an absolute path. Returns their directory.
 
@@ -74,14 +74,14 @@ def link_tasks() -> Path:
 
 
 def unlink_tasks() -> Path:
-    """Removes what `link_tasks` wrote; returns the directory that held it."""
+    """Remove what `link_tasks` wrote; return the directory that held it."""
     folder = _stub_dir()
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 
 
 def run_lm_eval(arguments: list[str]) -> None:
-    """lm-eval's own command line with our tasks on its include path and our model, `--model
+    """Run lm-eval's own command line with our tasks on its include path and our model, `--model
     sft_probe`.
 
     Raises:
@@ -131,5 +131,5 @@ def _refuse_use_cache() -> None:
 
 
 def _takes_include_path(arguments: list[str]) -> bool:
-    """True where lm-eval would load tasks: not for its help."""
+    """Return whether lm-eval would load tasks: not for its help."""
     return bool(arguments) and not {"-h", "--help"} & set(arguments)

@@ -37,7 +37,7 @@ def load_docs(
     max_length: int | None = None,
     **_: Any,
 ) -> "dict[str, datasets.Dataset]":
-    """The docs of one category and split, for lm-eval's `custom_dataset`.
+    """Return the docs of one category and split, for lm-eval's `custom_dataset`.
 
     Everything but `category` and `split` comes from `--metadata`, into which lm-eval merges the
     model's arguments. Where these name a tokenizer or a model, docs that do not fit `max_length`
@@ -124,8 +124,8 @@ def _usable_docs(
     revision: str,
     max_length: int | None,
 ) -> tuple[PromptFormat, list[tuple[Doc, Prompt, dict[str, list[int]]]], list[DroppedDoc]]:
-    """Docs with prompts and, where the tokenizer is known, the ids of their responses; and what is
-    left out."""
+    """Return the docs with prompts and, where the tokenizer is known, the ids of their responses;
+    and what is left out."""
     if tokenizer_name is None:
         log.warning("no tokenizer is known, so the length of the docs is not checked")
         prompt_format = PromptFormat(format_name)
@@ -153,8 +153,8 @@ def _window(model_name: str, revision: str) -> int:
 
 
 def process_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
-    """Metrics of one doc: `logprob` in nats, summed over separator and response, without the
-    terminator."""
+    """Return the metrics of one doc: `logprob` in nats, summed over separator and response, without
+    the terminator."""
     logprob = results[0][0]
     metrics = {
         "logprob": logprob,

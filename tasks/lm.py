@@ -17,7 +17,7 @@ from sft_probe.errors import UserError
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import code_refused, local_folder, needs_code
 from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
 from sft_probe.tasks.cache import bind_cache
 
@@ -41,7 +41,7 @@ class ProbeScore(tuple[float, bool]):
 
     @classmethod
     def of(cls, score: Score) -> "ProbeScore":
-        """What lm-eval is given for a score."""
+        """Return what lm-eval is given for a score."""
         result = cls((score.logprob, score.is_greedy))
         result.num_tokens = len(score.token_logprobs)
         result.token_logprobs = score.token_logprobs.tolist()
@@ -148,14 +148,16 @@ class ProbeLM(HFLM):
         modules = _module_types(model)
         # another adapter's layers may not take the masks, and weights with NaN in them fail the
         # check for all others
-        if modules != self._modules or (self.scorer.way is not None and not self.scorer.way.shared):
-            self.scorer.way = None
+        if modules != self._modules or (
+            self.scorer.mode is not None and not self.scorer.mode.shared
+        ):
+            self.scorer.mode = None
         self._modules = modules
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[ProbeScore]:
-        """Scores all requests, in one go.
+        """Score all requests, in one go.
 
         Raises:
             UserError: a continuation is empty or longer than the window; nothing is scored.
@@ -191,7 +193,7 @@ class ProbeLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,  # noqa: ARG002 - the token budget counts
     ) -> list[ProbeScore]:
-        """What `loglikelihood_rolling` calls, with windows of token ids."""
+        """Score windows of token ids, which is what `loglikelihood_rolling` calls."""
         results = dict(
             self._score(
                 [self._fit(context, ids, None) for _, context, ids in requests], disable_tqdm
@@ -200,8 +202,8 @@ class ProbeLM(HFLM):
         return [results[i] for i in range(len(requests))]
 
     def _encode(self, request: Instance) -> tuple[list[int], list[int]]:
-        """Ids of context and continuation: those of the format's join rule for probe tasks, else as
-        in `hf`."""
+        """Return the ids of context and continuation: those of the format's join rule for probe
+        tasks, else as in `hf`."""
         context, continuation = request.args
         rule = str(request.doc["prompt_format"]) if _is_probe(request) else ""
         key = (context, continuation, rule)
@@ -219,8 +221,8 @@ class ProbeLM(HFLM):
     def _join(
         self, context: str, continuation: str, format_name: str
     ) -> tuple[list[int], list[int]]:
-        """Ids under the rule that training and live probe have; no continuation where it finds no
-        split."""
+        """Return ids under the rule that training and live probe have; no continuation where it
+        finds no split."""
         text, response = context.rstrip(), continuation.lstrip()
         separator = context[len(text) :] + continuation[: len(continuation) - len(response)]
         prompt = Prompt(text, separator)
@@ -263,12 +265,14 @@ class ProbeLM(HFLM):
                 f"{len(faults)} of {len(requests)} requests cannot be scored:\n{_join(faults)}"
             )
 
-    def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Item:
-        """Cuts the context on the left where the window is too short, as `hf` does."""
-        return Item(context_ids[-(self.max_length + (end is None) - len(ids)) :], ids, end)
+    def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Continuation:
+        """Cut the context on the left where the window is too short, as `hf` does."""
+        return Continuation(context_ids[-(self.max_length + (end is None) - len(ids)) :], ids, end)
 
-    def _score(self, items: list[Item], disable_tqdm: bool) -> Iterator[tuple[int, ProbeScore]]:
-        """Scores of `items` by index."""
+    def _score(
+        self, items: list[Continuation], disable_tqdm: bool
+    ) -> Iterator[tuple[int, ProbeScore]]:
+        """Return the scores of `items` by index."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         scores = self.scorer.score(model, items)
         for index, result in tqdm(
@@ -307,7 +311,7 @@ def _name(request: Instance) -> str:
 
 
 def _join(lines: Any) -> str:
-    """At most ten of them, and how many there are."""
+    """Join at most ten names, and say how many there are."""
     all_lines = list(lines)
     more = [f"and {len(all_lines) - _MAX_NAMED} more"] if len(all_lines) > _MAX_NAMED else []
     return "\n".join([*all_lines[:_MAX_NAMED], *more])

@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sft_probe.errors import UserError
 from sft_probe.scoring.head import no_cache
-from sft_probe.scoring.packing import Item
-from sft_probe.scoring.score import Score, choose_way, score
+from sft_probe.scoring.packing import Continuation
+from sft_probe.scoring.score import Score, choose_mode, score
 from sft_probe.train.examples import Example, PadRight
 from sft_probe.train.model import disable_dropout
 from sft_probe.train.trainer import SftTrainer
@@ -231,7 +231,7 @@ def make_model(model_type: str, attention: str | None = None, **changes: Any) ->
 
 
 @cache
-def make_items() -> list[Item]:
+def make_items() -> list[Continuation]:
     """Docs longer than a window, with continuations that share a start, repeat, or are one
     token."""
     random = np.random.default_rng(1)
@@ -240,7 +240,7 @@ def make_items() -> list[Item]:
         prefix = random.integers(10, VOCAB - 1, size=length).tolist()
         stem = random.integers(10, VOCAB - 1, size=4).tolist()
         conts = [stem + random.integers(10, VOCAB - 1, size=n).tolist() for n in (1, 30, 7)]
-        items += [Item(prefix, cont, TERMINATOR) for cont in [*conts, stem[:1], conts[0]]]
+        items += [Continuation(prefix, cont, TERMINATOR) for cont in [*conts, stem[:1], conts[0]]]
     return items
 
 
@@ -290,8 +290,8 @@ def _row(model_type: str, name: str, attention: str | None) -> Row:
         exact = copy.deepcopy(model)
         notes.append("held against transformers' own float32 pass, as its code knows no float64")
     try:
-        way = choose_way(model, LONGEST)
-        found = dict(score(model, make_items(), max_tokens=256, way=way))
+        mode = choose_mode(model, LONGEST)
+        found = dict(score(model, make_items(), max_tokens=256, mode=mode))
     except UserError as refusal:
         return Row(model_type=model_type, class_name=name, result="refused", note=str(refusal))
     errors, own_errors = zip(
@@ -312,7 +312,9 @@ def _row(model_type: str, name: str, attention: str | None) -> Row:
             )
     except UserError as refusal:
         notes.append(f"training refused: {refusal}")
-    kind = "right" if way.shared else "right (one at a time)" if way.alone else "right (plain way)"
+    kind = (
+        "right" if mode.shared else "right (one at a time)" if mode.alone else "right (plain way)"
+    )
     is_right = max(errors) <= LARGEST_ERROR and loss_error <= LARGEST_LOSS_ERROR
     return Row(
         model_type=model_type,
@@ -331,7 +333,7 @@ def float64(model: Any) -> Any:
     return exact
 
 
-def item_errors(model: Any, exact: Any, item: Item, found: Score) -> tuple[float, float]:
+def item_errors(model: Any, exact: Any, item: Continuation, found: Score) -> tuple[float, float]:
     """Of the scorer and of transformers' own float32 pass, summed, against float64.
 
     Where the second is off, experts or keys were chosen by rounding, and the scorer is held against

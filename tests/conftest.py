@@ -14,6 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import Run, make_tokenizer, run_here
+from processes import TIMEOUT_S, run_forked
 from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -50,10 +51,19 @@ def task_index() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let `datasets` keep what it prepares for these tests out of the user's cache."""
+    folder = str(tmp_path_factory.mktemp("datasets"))
+    os.environ["HF_DATASETS_CACHE"] = folder
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = folder
+
+
 @pytest.fixture(scope="session")
 def sft_probe() -> Run:
-    """Runs `sft-probe ARGS...`; with `process=True` or an environment in a process of its own,
-    which takes longer."""
+    """Runs `sft-probe ARGS...` in this process; with `process=True` or an environment in a forked
+    one, and with `HF_*` in the environment in a new one, which takes ten seconds longer."""
 
     def run(
         *arguments: object, process: bool = False, **environment: str
@@ -61,12 +71,14 @@ def sft_probe() -> Run:
         command = [str(argument) for argument in arguments]
         if not process and not environment:
             return run_here(command)
+        if not any(name.startswith("HF_") for name in environment):
+            return run_forked(*command, environment=environment)
         return subprocess.run(
             [sys.executable, "-m", "sft_probe", *command],
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=TIMEOUT_S,
             env={**os.environ, **environment},
         )
 

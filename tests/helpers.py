@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import TIMEOUT_S
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -99,25 +100,16 @@ def make_docs(num_docs: int = 6) -> list[dict[str, Any]]:
     ]
 
 
-def torchrun_command(*arguments: object) -> list[str]:
-    """Training on two ranks."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-    ]
-    return [*launcher, "-m", "sft_probe.train.sft", *map(str, arguments)]
-
-
 def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Runs training on two ranks."""
-    command = torchrun_command(*arguments)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Trains on two ranks, each started as a user starts it, which takes half a minute."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+        [sys.executable, *launcher, "-m", "sft_probe.train.sft", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -152,11 +144,3 @@ def make_checkpoint(folder: Path, tiny_model: Path, seed: int) -> Path:
             parameter.add_(seed * 0.01 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
-
-
-def command_to_file(command: list[str], path: str) -> None:
-    """Runs the command line with its output in a file; for processes of their own."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    main(command)

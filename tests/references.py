@@ -43,17 +43,17 @@ def make_trainer(
         {"input_ids": (ids := tokenizer.encode(doc["chosen"])), "labels": ids}
         for doc in make_docs(8)
     ]
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=5,
-        per_device_train_batch_size=2,
-        report_to="none",
-        use_cpu=True,
-        save_strategy="no",
-        learning_rate=1e-2,
-        logging_steps=1,
-        **flags,
-    )
+    defaults = {
+        "output_dir": str(out),
+        "max_steps": 5,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
+    arguments = TrainingArguments(**{**defaults, **flags})
     data: Any = rows
     return Trainer(
         model=model,

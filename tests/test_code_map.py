@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_file_map_is_complete() -> None:
+def test_contributing_maps_every_file_of_the_product() -> None:
     code_map = runpy.run_path(str(ROOT / "benchmarks/code_map.py"))
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     missing = [

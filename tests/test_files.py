@@ -38,7 +38,7 @@ NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
         lambda path: pyarrow.json.read_json(path).to_pylist(),
     ],
 )
-def test_a_row_of_any_text_is_one_line(
+def test_a_jsonl_row_of_any_text_is_written_as_one_line(
     tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     same = {
@@ -59,11 +59,11 @@ def test_a_row_of_any_text_is_one_line(
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\n"))))
-def test_lines_come_back(lines: list[str]) -> None:
+def test_jsonl_lines_that_were_written_are_read_back(lines: list[str]) -> None:
     assert jsonl_lines("".join(f"{line}\n" for line in lines)) == lines
 
 
-def test_what_is_half_written_is_nobodys_data(tmp_path: Path) -> None:
+def test_a_half_written_file_or_directory_is_never_read_as_data(tmp_path: Path) -> None:
     """Readers leave it out, two writers do not meet, and the owner of a folder cleans what the dead
     left."""
     with new_dir(tmp_path / "part") as one, new_dir(tmp_path / "part") as other:
@@ -95,7 +95,7 @@ def fail_in(block: Any, name: str) -> None:
         raise ZeroDivisionError
 
 
-def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_block_that_fails_while_writing_leaves_no_file(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "old")
     for block, name in ((new_file(tmp_path / "file"), ""), (new_dir(tmp_path / "folder"), "rows")):
         with pytest.raises(ZeroDivisionError):
@@ -120,7 +120,9 @@ FITS: dict[Any, list[Any]] = {
 
 @pytest.mark.parametrize("kind", FITS, ids=str)
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_an_object_has_the_types_it_should(tmp_path: Path, kind: Any, value: Any) -> None:
+def test_json_of_another_shape_is_refused_with_the_field(
+    tmp_path: Path, kind: Any, value: Any
+) -> None:
     path = tmp_path / "object.json"
     write_json(path, {"key": value})
     if any(value is fit or (value == fit and type(value) is type(fit)) for fit in FITS[kind]):

@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_rule_is_one_for_all_docs_of_a_run(tmp_path: Path) -> None:
+def test_one_join_rule_holds_for_all_docs_of_a_run(tmp_path: Path) -> None:
     """A doc that alone would have the ordinary split gets the rule of the others."""
     tokenizer = SPANNING.make()
     probe_set = load_probe_set(str(write_mixed_set(tmp_path / "set.jsonl")))
@@ -59,7 +59,7 @@ def test_the_rule_is_one_for_all_docs_of_a_run(tmp_path: Path) -> None:
         assert str(tokenizer.decode(item.prompt_ids)).endswith("\n\n")
 
 
-def test_a_recorded_format_is_not_chosen_again(tmp_path: Path) -> None:
+def test_a_prompt_format_that_the_run_recorded_is_not_chosen_again(tmp_path: Path) -> None:
     tokenizer = SPANNING.make()
     docs = load_probe_set(str(write_mixed_set(tmp_path / "set.jsonl"))).docs
     assert resolve_format("plain", tokenizer, docs, "plain").name == "plain"
@@ -74,7 +74,7 @@ def test_a_recorded_format_is_not_chosen_again(tmp_path: Path) -> None:
     )
 
 
-def test_runs_of_before_are_swept_as_they_were_trained(
+def test_runs_of_earlier_versions_are_swept_in_the_format_they_were_trained_in(
     sft_probe: Run, tiny_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -87,7 +87,7 @@ def test_runs_of_before_are_swept_as_they_were_trained(
     assert set(pd.read_parquet(run / "scores.parquet")["prompt_format"]) == {"hh"}
 
 
-def test_a_run_of_before_that_left_docs_out_is_swept_under_its_rule(
+def test_a_run_of_an_earlier_version_that_left_docs_out_is_swept_under_its_own_rule(
     sft_probe: Run, tmp_path: Path
 ) -> None:
     model, out = save_model(SPANNING.make(), tmp_path / "model"), tmp_path / "run"
@@ -109,7 +109,9 @@ def test_a_run_of_before_that_left_docs_out_is_swept_under_its_rule(
     assert "d3" in result.stderr
 
 
-def test_a_clock_is_that_of_the_first_rendering(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_template_that_shows_the_time_shows_that_of_the_first_rendering_in_all_docs(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     """Through a stop, its resume, and two sweeps; the template shows the time to the
     microsecond."""
     model, out = model_with_template(CLOCK, tmp_path / "model"), tmp_path / "run"
@@ -138,7 +140,9 @@ def test_a_clock_is_that_of_the_first_rendering(sft_probe: Run, tmp_path: Path) 
     assert (both["live"] - both["lm_eval"]).abs().max() < 1e-3
 
 
-def test_a_sweep_of_foreign_checkpoints_keeps_its_clock(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_resumed_sweep_of_foreign_checkpoints_keeps_the_time_its_template_shows(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     model_with_template(CLOCK, tmp_path / "models/checkpoint-1")
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)))
@@ -162,7 +166,7 @@ def test_a_sweep_of_foreign_checkpoints_keeps_its_clock(sft_probe: Run, tmp_path
     assert len(both) == 2 * len(first)
 
 
-def test_a_clock_is_recorded_no_finer_than_it_is_shown(tmp_path: Path) -> None:
+def test_a_time_is_recorded_no_finer_than_the_template_shows_it(tmp_path: Path) -> None:
     docs = load_probe_set("helpful-mini").docs[:2]
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
@@ -186,7 +190,7 @@ def with_refused_docs(docs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return docs
 
 
-def test_refused_docs_are_left_out_and_named(
+def test_docs_that_the_template_refuses_are_left_out_and_named(
     sft_probe: Run, write_set: WriteSet, tmp_path: Path
 ) -> None:
     model, out = model_with_template(ALTERNATING, tmp_path / "model"), tmp_path / "run"
@@ -217,7 +221,7 @@ def test_refused_docs_are_left_out_and_named(
     )
 
 
-def test_refused_training_data_is_left_out_and_named(
+def test_training_data_that_the_template_refuses_is_left_out_and_named(
     sft_probe: Run, write_set: WriteSet, tmp_path: Path
 ) -> None:
     model, out = model_with_template(ALTERNATING, tmp_path / "model"), tmp_path / "run"
@@ -244,7 +248,7 @@ def test_refused_training_data_is_left_out_and_named(
     assert read(out / "manifest.json")["num_examples"] == 4
 
 
-def test_where_all_docs_are_refused_there_is_one_message(
+def test_one_message_where_the_template_refuses_all_docs(
     sft_probe: Run, write_set: WriteSet, tmp_path: Path
 ) -> None:
     model = model_with_template("{{ raise_exception('not today') }}", tmp_path / "checkpoint-1")
@@ -302,7 +306,7 @@ def test_half_a_surrogate_pair_is_a_fault_with_its_line(
     assert sft_probe("sweep", tmp_path / "run").returncode == 0
 
 
-def test_where_half_a_surrogate_pair_stands() -> None:
+def test_half_a_surrogate_pair_is_found_in_any_field() -> None:
     assert find_lone_surrogate({"a": ["ok", {"b": "\ud83d"}]}) == "a[1].b"
     assert find_lone_surrogate({"a": "\U0001f600", "n": 1, "x": None}) is None
     assert find_lone_surrogate("\udfff") == ""
@@ -323,14 +327,14 @@ def test_a_template_that_leaves_the_question_out_is_refused() -> None:
 
 
 @pytest.mark.parametrize("spec", ["hh@2026-01-01", "plain+full_render"])
-def test_only_a_chat_has_a_time(spec: str) -> None:
+def test_a_time_may_be_given_for_chat_formats_only(spec: str) -> None:
     with pytest.raises(UserError, match="only chat takes a time"):
         PromptFormat(spec)
 
 
 @needs_shared
 @pytest.mark.parametrize(("template", "expected"), [("think", -160.4847), ("channel", -141.3956)])
-def test_an_answer_is_scored_where_it_stands(
+def test_the_prompt_is_what_stands_before_the_answer_in_a_full_rendering(
     template: str, expected: float, sft_probe: Run, tmp_path: Path
 ) -> None:
     """Not inside the thought, or without the channel, that the template's generation prompt leads
@@ -363,7 +367,9 @@ def test_an_answer_is_scored_where_it_stands(
 @pytest.mark.parametrize("name", ["set", "mix"])
 @pytest.mark.parametrize("spec", ["chat", "plain", "hh", "alpaca.j2"])
 @pytest.mark.parametrize("model", ["ck", "eos_bos"])
-def test_no_shared_case_loses_a_doc_to_its_join(model: str, spec: str, name: str) -> None:
+def test_no_doc_is_left_out_because_a_token_spans_prompt_and_response(
+    model: str, spec: str, name: str
+) -> None:
     from transformers import AutoTokenizer
 
     case = SHARED / "cases/token_spans_the_join"
@@ -381,7 +387,7 @@ def test_no_shared_case_loses_a_doc_to_its_join(model: str, spec: str, name: str
 
 
 @needs_shared
-def test_the_terminator_needs_no_registration_as_extra() -> None:
+def test_the_terminator_is_found_however_the_tokenizer_registers_it() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "cases/end_of_turn_not_extra_special/model")
@@ -389,14 +395,14 @@ def test_the_terminator_needs_no_registration_as_extra() -> None:
     assert terminator_id("hh", tokenizer) == 0
 
 
-def test_what_a_tokenizer_puts_after_a_text_is_eos_or_named() -> None:
+def test_a_token_that_a_tokenizer_appends_is_eos_or_refused_by_name() -> None:
     docs = load_probe_set("helpful-mini").docs[:2]
     tokenizer = make("llama3", eos="</s>", adds="<s> A <sep>")
     with pytest.raises(UserError, match="the tokenizer puts '<sep>' after every text"):
         resolve_format("hh", tokenizer, docs)
 
 
-def test_a_chat_template_is_no_prompt_format(tmp_path: Path) -> None:
+def test_a_chat_template_given_as_prompt_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text(CHATML)
     with pytest.raises(UserError, match="is a chat template"):

@@ -7,7 +7,7 @@ from scipy import stats
 from sft_probe.analysis.stats.generations import generations_text
 
 
-def test_changes_of_answers_have_intervals_and_repetition_is_of_docs_that_have_both() -> None:
+def test_changes_of_answers_have_intervals_and_repetition_counts_docs_with_both_answers() -> None:
     generator = np.random.default_rng(0)
     before, after = generator.integers(180, 256, size=16), generator.integers(20, 90, size=16)
     table = pd.DataFrame(

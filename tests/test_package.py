@@ -27,7 +27,7 @@ NEEDED = [
 
 
 @pytest.mark.slow
-def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
+def test_wheel_and_sdist_hold_all_code_data_and_recipes(tmp_path: Path) -> None:
     files = subprocess.run(
         ["git", "ls-files"],  # noqa: S607
         cwd=ROOT,
@@ -62,7 +62,9 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
     ]
 
 
-def test_scoring_needs_no_deepspeed(swept_run: Path, tmp_path: Path) -> None:
+def test_a_sweep_works_without_deepspeed_and_altair_installed(
+    swept_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     shutil.rmtree(run / "sweep")

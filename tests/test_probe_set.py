@@ -19,7 +19,7 @@ from sft_probe.synth.splits import derangement
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
 
-def test_embedded_set_has_the_promised_shape() -> None:
+def test_the_embedded_set_has_64_train_and_32_held_out_docs_in_6_categories() -> None:
     probe_set = load_probe_set("helpful-mini")
     assert not probe_set.faults
     assert probe_set.categories == CATEGORIES
@@ -33,7 +33,7 @@ def test_embedded_set_has_the_promised_shape() -> None:
 @pytest.mark.parametrize(
     "length", [lambda text: len(text.split()), lambda text: len(text.encode())]
 )
-def test_embedded_categories_are_of_like_length(length: Callable[[str], int]) -> None:
+def test_the_embedded_categories_have_similar_lengths(length: Callable[[str], int]) -> None:
     docs = load_probe_set("helpful-mini").docs
     means = [sum(length(doc.responses[name]) for doc in docs) / len(docs) for name in CATEGORIES]
     assert max(means) / min(means) < 1.15
@@ -62,7 +62,7 @@ def test_embedded_splits_have_disjoint_topics() -> None:
     assert not topics["train"] & topics["heldout"]
 
 
-def test_embedded_random_is_the_seeded_derangement() -> None:
+def test_random_of_the_embedded_set_is_the_seeded_derangement_of_chosen() -> None:
     probe_set = load_probe_set("helpful-mini")
     for split in ("train", "heldout"):
         docs = probe_set.of_split(split)
@@ -76,7 +76,9 @@ def test_embedded_random_is_the_seeded_derangement() -> None:
 
 
 @given(st.lists(st.sampled_from("aaaabcdefgh"), max_size=40), st.integers(0, 2**31))
-def test_a_derangement_exists_where_no_text_is_over_half(texts: list[str], seed: int) -> None:
+def test_random_pairs_no_doc_with_its_own_text_unless_one_text_is_over_half(
+    texts: list[str], seed: int
+) -> None:
     if len(texts) < 2 or max(map(texts.count, texts)) * 2 > len(texts):
         with pytest.raises(UserError, match="cannot be drawn"):
             derangement(texts, seed)
@@ -88,7 +90,7 @@ def test_a_derangement_exists_where_no_text_is_over_half(texts: list[str], seed:
 
 
 @pytest.mark.parametrize("num_equal", [0, 60, 100])
-def test_a_derangement_is_random(num_equal: int) -> None:
+def test_random_pairs_each_doc_with_every_other_about_as_often(num_equal: int) -> None:
     """Over seeds, a doc gets each of the others about as often, also where equal texts leave few to
     choose from."""
     texts = ["same"] * num_equal + [f"text {i}" for i in range(200 - num_equal)]
@@ -100,7 +102,7 @@ def test_a_derangement_is_random(num_equal: int) -> None:
         assert max(partners.values()) < 20
 
 
-def test_finds_a_planted_near_duplicate() -> None:
+def test_a_planted_near_duplicate_is_found() -> None:
     texts = [
         "one two three four five six seven eight nine ten",
         "a wholly different text that shares no words at all",
@@ -108,18 +110,20 @@ def test_finds_a_planted_near_duplicate() -> None:
     assert near_duplicates([*texts, texts[0] + " eleven"]) == [(0, 2)]
 
 
-def test_a_sound_set_is_reported(sft_probe: Run) -> None:
+def test_a_valid_set_is_reported_with_its_counts(sft_probe: Run) -> None:
     result = sft_probe("probe-set", "helpful-mini")
     assert result.returncode == 0
     assert "64 train, 32 heldout; 20 with several turns" in result.stdout
     assert "no faults" in result.stdout
 
 
-def test_own_categories_are_the_text_columns(write_set: WriteSet) -> None:
+def test_all_text_columns_of_a_bare_jsonl_file_become_categories(write_set: WriteSet) -> None:
     assert load_probe_set(str(write_set(make_docs()))).categories == ("chosen", "other")
 
 
-def test_each_fault_is_named_with_its_line(write_set: WriteSet, sft_probe: Run) -> None:
+def test_each_fault_of_a_probe_set_is_reported_with_its_line(
+    write_set: WriteSet, sft_probe: Run
+) -> None:
     docs = make_docs(12)
     del docs[2]["other"]
     docs[4]["doc_id"] = "d0"
@@ -146,7 +150,7 @@ def test_each_fault_is_named_with_its_line(write_set: WriteSet, sft_probe: Run) 
         ), (line, words)
 
 
-def test_random_must_be_the_chosen_response_of_its_partner(write_set: WriteSet) -> None:
+def test_random_must_be_the_chosen_response_of_the_doc_it_names(write_set: WriteSet) -> None:
     docs = make_docs(4)
     for doc, partner in zip(docs, (2, 3, 0, 1), strict=True):
         doc["random"], doc["random_doc_id"] = docs[partner]["chosen"], f"d{partner}"
@@ -163,7 +167,7 @@ def test_random_must_be_the_chosen_response_of_its_partner(write_set: WriteSet) 
     assert "names no doc" in messages[2]
 
 
-def test_an_empty_response_costs_the_doc_not_the_set(write_set: WriteSet) -> None:
+def test_an_empty_response_leaves_out_its_doc_and_keeps_the_set(write_set: WriteSet) -> None:
     docs = make_docs()
     docs[3]["other"] = "  "
     probe_set = load_probe_set(str(write_set(docs)))
@@ -172,13 +176,15 @@ def test_an_empty_response_costs_the_doc_not_the_set(write_set: WriteSet) -> Non
 
 
 @pytest.mark.parametrize("name", ["train_chosen", "Chosen", "a-b"])
-def test_a_category_that_cannot_be_a_task_is_refused(name: str, write_set: WriteSet) -> None:
+def test_a_category_name_that_no_lm_eval_task_can_have_is_refused(
+    name: str, write_set: WriteSet
+) -> None:
     docs = [doc | {name: "text"} for doc in make_docs()]
     with pytest.raises(UserError, match="cannot name a category"):
         load_probe_set(str(write_set(docs)))
 
 
-def test_no_such_set(sft_probe: Run, tmp_path: Path) -> None:
+def test_an_unknown_probe_set_is_a_user_error(sft_probe: Run, tmp_path: Path) -> None:
     assert "no probe set" in user_error(sft_probe("probe-set", tmp_path / "missing"))
     assert "helpful-mini" in user_error(sft_probe("probe-set", "no-such-set"))
     assert "the hub did not give it" in user_error(sft_probe("probe-set", "nobody/no-such-set"))

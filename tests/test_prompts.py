@@ -98,7 +98,7 @@ def harness(tokenizer: PreTrainedTokenizerBase, tiny_model: Path) -> HFLM:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_ids_are_those_of_lm_eval(bos: bool, tiny_model: Path) -> None:
+def test_prompt_and_response_are_tokenized_as_lm_eval_does(bos: bool, tiny_model: Path) -> None:
     tokenizer = make_tokenizer(bos=bos)
     lm = harness(tokenizer, tiny_model)
 
@@ -120,7 +120,7 @@ def test_chat_prompts_get_no_second_bos(tiny_model: Path) -> None:
     assert pair == harness(tokenizer, tiny_model)._encode_pair("<|bos|>Hello", " there")
 
 
-def test_a_token_that_spans_the_join_is_found() -> None:
+def test_a_token_that_spans_prompt_and_response_is_found() -> None:
     tokenizer = make_tokenizer()
     (whole,) = tokenizer.encode(" water")
     assert encode_pair(tokenizer, Prompt("some wa", ""), "ter") is None
@@ -130,7 +130,7 @@ def test_a_token_that_spans_the_join_is_found() -> None:
     )
 
 
-def test_what_a_tokenizer_adds_is_added_once() -> None:
+def test_special_tokens_that_a_tokenizer_adds_are_added_once() -> None:
     """As GLM-4's `[gMASK]<sop>`, which its template writes too; and EOS after a text is no part of
     a prompt."""
     tokenizer = make("llama3", bos=None, eos="</s>", adds="[gMASK] <sop> A </s>")

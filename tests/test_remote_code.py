@@ -137,7 +137,7 @@ def command(name: str, folder: Path, out: Path) -> list[object]:
 
 @pytest.mark.parametrize("kind", ["config", "model", "tokenizer"])
 @pytest.mark.parametrize("name", ["sweep", "train"])
-def test_code_beside_the_weights_is_not_run(
+def test_loading_never_runs_code_beside_the_weights(
     *,
     name: str,
     kind: str,
@@ -164,7 +164,7 @@ def test_code_beside_the_weights_is_not_run(
 
 
 @pytest.mark.parametrize("kind", ["config", "model", "tokenizer"])
-def test_lm_evals_model_runs_no_code(
+def test_the_sft_probe_model_of_lm_eval_runs_no_code_of_a_checkpoint(
     kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = tmp_path / "marker"
@@ -182,7 +182,7 @@ def test_lm_evals_model_runs_no_code(
 @pytest.mark.parametrize(
     "name", ["sweep", "train", "lm-eval", "lm-eval that trusts", "lm-eval with the flag"]
 )
-def test_code_is_not_run_by_the_whole_program(
+def test_no_command_runs_code_that_comes_with_a_checkpoint(
     name: str, kind: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"

@@ -56,7 +56,7 @@ slice_of_members = pytest.mark.parametrize(
 )
 
 
-def test_the_matrix_is_wide_enough() -> None:
+def test_the_matrix_holds_at_least_25_different_tokenizers() -> None:
     assert len(MEMBERS) >= 25
     assert len({member.name for member in MEMBERS}) == len(MEMBERS)
     assert set(SLICE) <= {member.name for member in MEMBERS}
@@ -105,7 +105,7 @@ def check_against_template(encoded: EncodedDoc, tokenizer: Any, terminator: int)
 
 
 @all_members
-def test_member(member: Member, tmp_path: Path) -> None:
+def test_ids_and_terminator_of_each_tokenizer_are_right(member: Member, tmp_path: Path) -> None:
     tokenizer = member.make()
     prompt_format = resolve_format(spec_of(member, tmp_path), tokenizer, DOCS)
     name = re.sub(r"^jinja:\w+\.j2@\w+|^[a-z]+", "", prompt_format.name)
@@ -127,7 +127,9 @@ TEXTS = st.text(LETTERS, min_size=1, max_size=40).map(str.strip).filter(bool)
 
 
 @slice_of_members
-def test_any_text(member: Member, tmp_path: Path) -> None:
+def test_any_prompt_and_response_have_the_right_ids_under_each_tokenizer(
+    member: Member, tmp_path: Path
+) -> None:
     tokenizer = member.make()
     spec = spec_of(member, tmp_path)
 
@@ -242,7 +244,7 @@ def test_live_probe_sweep_and_training_agree(
 
 
 @pytest.mark.full
-def test_every_row_for_the_docs_is_right() -> None:
+def test_every_tokenizer_in_the_table_of_the_docs_is_right() -> None:
     rows = tokenizer_rows()
     assert [result for _, result, _ in rows] == ["right"] * len(MEMBERS)
 
@@ -282,7 +284,7 @@ OWN_TEMPLATES = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("format_name", ["plain", "hh", "chat", "alpaca"])
-def test_real_tokenizers(
+def test_tokenizers_of_published_models_give_the_expected_result(
     format_name: str, real_tokenizer: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     name = request.node.callspec.params["real_tokenizer"]

@@ -26,7 +26,7 @@ from sft_probe.models import (
     model_without_weights,
     resolve_model,
 )
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.score import FittingScorer, Score
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def num_virtual_tokens(model: Any) -> int:
 
 
 def score_adapted(
-    scorer: FittingScorer, model: Any, items: Sequence[Item]
+    scorer: FittingScorer, model: Any, items: Sequence[Continuation]
 ) -> Iterator[tuple[int, Score]]:
     """Score items as `scorer.score` does, through the adapter if the model has one.
 
@@ -193,7 +193,7 @@ def _is_in_layers(model: Any) -> bool:
     return config.peft_type.value in _IN_LAYERS and not acts_outside
 
 
-def _score_whole(model: Any, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+def _score_whole(model: Any, items: Sequence[Continuation]) -> Iterator[tuple[int, Score]]:
     """Yield the score of each item from a forward pass of its own through the whole adapted
     model."""
     with torch.no_grad():

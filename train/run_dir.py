@@ -8,6 +8,7 @@ half-written.
 import hashlib
 import importlib.metadata
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -29,17 +30,21 @@ from sft_probe.train.trainer import LOG_NAMES, LossLog
 
 log = logging.getLogger(__name__)
 
+STOPPED_EXIT_CODE = 75
+"""Exit code of a run that stopped early and can be resumed: EX_TEMPFAIL of sysexits.h."""
 _MAY_DIFFER = ("max_wall_time_s", "dry_run", "local_rank")
-"""Flags that another attempt at the same run may give differently; the last is what `deepspeed`
-tells each rank."""
+"""Flags that may change from one attempt at a run to the next; `deepspeed` sets the last one."""
+_MARKER = "sft_probe_state.json"
+_COUNTS = {"times_shown": dict, "tokens_seen": int, "lr_since_snapshot": float}
+_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 @contextmanager
 def lock_run(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes out of a run directory; the system lets go of it also after `kill -9`.
+    """Keep other processes out of a run directory; the lock ends with the process, however it ends.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     try:
         lock = FileLock(run_dir / ".lock", timeout=0).acquire()
@@ -53,8 +58,13 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
 
 def request_of(flags: dict[str, str], world_size: int, **contents: str | None) -> dict[str, Any]:
-    """What makes two attempts the same run: flags as asked, number of processes, content of what
-    they name."""
+    """Return what makes two attempts the same run: flags, number of processes, and contents.
+
+    Args:
+        flags: as given, names to texts.
+        world_size: the number of processes.
+        contents: hashes of the files that the flags name.
+    """
     return {
         "flags": {name: value for name, value in flags.items() if name not in _MAY_DIFFER},
         "world_size": world_size,
@@ -63,77 +73,74 @@ def request_of(flags: dict[str, str], world_size: int, **contents: str | None) -
 
 
 def sha256_text(path: str | None) -> str | None:
-    """Of a small file; `None` for none."""
+    """Return the SHA-256 of a small file; `None` for no path."""
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def _recorded_request(run_dir: Path) -> dict[str, Any] | None:
+    """Return the request of an earlier attempt in this directory, finished or not."""
+    if (run_dir / "manifest.json").exists():
+        request: dict[str, Any] = read_object(run_dir / "manifest.json", {"request": dict})
+        return dict(request["request"])
+    started = run_dir / "started.json"
+    return read_object(started) if started.exists() else None
+
+
 def is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
-    """True for a finished run of the same request.
+    """Return whether the directory holds a finished run of this request.
 
     Raises:
-        UserError: the directory holds a run of another request (the difference is named), or
-        weights of nobody's.
+        UserError: it holds a run of another request (the difference is named), or weights that no
+        request is recorded for.
     """
-    for name in ("manifest.json", "started.json"):
-        if not (run_dir / name).exists():
-            continue
-        is_manifest = name == "manifest.json"
-        earlier = read_object(run_dir / name, {"request": dict} if is_manifest else {})
-        earlier = earlier["request"] if is_manifest else earlier
-        if earlier != request:
+    earlier = _recorded_request(run_dir)
+    if earlier is None:
+        if (run_dir / "weights").exists() or list(run_dir.glob("checkpoint-*")):
             raise UserError(
-                f"{run_dir} holds another run ({_difference(earlier, request)}). Choose another "
-                "--output_dir."
+                f"{run_dir} holds weights of another origin. Choose another --output_dir."
             )
-        if name == "manifest.json":
-            return True
-    if (run_dir / "started.json").exists():
         return False
-    if (run_dir / "weights").exists() or list(run_dir.glob("checkpoint-*")):
-        raise UserError(f"{run_dir} holds weights of another origin. Choose another --output_dir.")
-    return False
+    if earlier != request:
+        raise UserError(
+            f"{run_dir} holds another run ({_difference(earlier, request)}). Choose another "
+            "--output_dir."
+        )
+    return (run_dir / "manifest.json").exists()
 
 
 def recorded_format(run_dir: Path) -> str | None:
-    """The prompt format of an earlier attempt in this directory, finished or not; `None` where
-    there was none."""
-    for name in ("manifest.json", "started.json"):
-        if (run_dir / name).exists():
-            earlier = read_object(run_dir / name)
-            found: str | None = (
-                earlier.get("request", {}) if name == "manifest.json" else earlier
-            ).get("prompt_format")
-            return found
-    return None
+    """Return the prompt format of an earlier attempt in this directory, if there was one."""
+    found: str | None = (_recorded_request(run_dir) or {}).get("prompt_format")
+    return found
 
 
 def begin_run(run_dir: Path, request: dict[str, Any]) -> str | None:
-    """Notes the request once all of it is known to be sound, and clears what a cut-off attempt will
-    write again.
+    """Record the request, and remove what an interrupted attempt will write again.
 
-    Returns how an earlier attempt is taken up, `None` where there was none.
+    Returns:
+        How an earlier attempt is resumed; `None` if there was none.
     """
     if not (run_dir / "started.json").exists():
         write_json(run_dir / "started.json", request)
         return None
     state = latest_state(run_dir)
     remove_after(run_dir, state)
-    return f"an earlier attempt in {run_dir} was cut off; training " + (
-        "starts again" if state is None else f"goes on from {state.name}"
+    return f"an earlier attempt in {run_dir} was interrupted; training " + (
+        "starts again" if state is None else f"resumes from {state.name}"
     )
 
 
 def abandon_run(run_dir: Path) -> None:
-    """Forget a request for which nothing was made, so that the directory is free for other
-    flags."""
+    """Remove the request if nothing was made for it, so that other flags can use the directory."""
     if latest_state(run_dir) is None and not (run_dir / "weights").exists():
         (run_dir / "started.json").unlink(missing_ok=True)
 
 
 def finish_run(run_dir: Path) -> None:
-    """Takes out of a complete run what only an attempt that goes on would need."""
+    """Remove what only a resumed attempt would need from a complete run."""
     (run_dir / "started.json").unlink(missing_ok=True)
-    remove_states(run_dir)
+    for path in run_dir.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def _difference(earlier: dict[str, Any], request: dict[str, Any]) -> str:
@@ -153,7 +160,7 @@ def _difference(earlier: dict[str, Any], request: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that decide what a run computes; `None` for what is not installed."""
+    """Return the versions of the packages that decide what a run computes; `None` if absent."""
 
     def version(name: str) -> str | None:
         try:
@@ -166,7 +173,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_revision() -> str | None:
-    """Of the directory that the command was given in."""
+    """Return the commit of the working directory; `None` outside a repository."""
     if shutil.which("git") is None:
         return None
     result = subprocess.run(
@@ -178,26 +185,20 @@ def git_revision() -> str | None:
     return result.stdout.strip() or None
 
 
-STOPPED_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again. Of a run that stopped early with a state."""
-_MARKER = "sft_probe_state.json"
-_COUNTS = {"times_shown": dict, "tokens_seen": int, "lr_since_snapshot": float}
-
-
 def latest_state(run_dir: Path) -> Path | None:
-    """The whole state with the highest step."""
+    """Return the complete state with the highest step."""
     states = [path.parent for path in run_dir.glob(f"checkpoint-*/{_MARKER}")]
     return max(states, key=_step_of, default=None)
 
 
 def remove_after(run_dir: Path, state: Path | None) -> None:
-    """Removes all other states, of which some may be half-written or half-removed, and what will be
-    written again."""
+    """Remove all states but this one, and every file that a run from there writes again."""
     for path in run_dir.glob("checkpoint-*"):
         if path != state:
             shutil.rmtree(path)
     if state is None:
-        shutil.rmtree(run_dir / "weights", ignore_errors=True)
+        for name in ("weights", "probe"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in LOG_NAMES:
             (run_dir / name).unlink(missing_ok=True)
         return
@@ -206,22 +207,16 @@ def remove_after(run_dir: Path, state: Path | None) -> None:
             shutil.rmtree(path)
 
 
-def remove_states(run_dir: Path) -> None:
-    """Of a complete run."""
-    for path in run_dir.glob("checkpoint-*"):
-        shutil.rmtree(path)
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.replace("_", "-").rpartition("-")[2])
 
 
 class ResumeCallback(TrainerCallback):
-    """Saves states at the given steps, takes one up, and stops early where asked to.
+    """Saves states at the given steps, resumes from one, and stops early with one.
 
-    SIGTERM to any rank, or `max_wall_time_s` since this object was made (by the clock of the first
-    rank), stops all ranks after the same step, with a state. Must stand after the callbacks that
-    write at the end of a step.
+    SIGTERM or Ctrl-C to any rank, or `max_wall_time_s` since this object was made (by the clock of
+    the first rank), stops all ranks after the same step, with a state. A second Ctrl-C ends the
+    process at once. Must stand after the callbacks that write at the end of a step.
     """
 
     def __init__(
@@ -237,15 +232,17 @@ class ResumeCallback(TrainerCallback):
         self.resumed = resumed
         self.resume_steps = resume_steps
         self.deadline = None if max_wall_time_s is None else time.monotonic() + max_wall_time_s
-        self.was_told = False
+        self.steps: list[int] = []
+        self.is_main = True
+        self.signal = 0
+        """Number of the signal that this process received; 0 for none."""
         self.stopped: str | None = None
         """Why the run stopped before its last step."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
     ) -> None:
-        """Takes the counts of the state up."""
-        self.steps: list[int] = []
+        """Restore the counts of the state, and handle signals from now on."""
         if self.resume_steps is not None:
             self.steps = resolve_steps(
                 self.resume_steps,
@@ -257,15 +254,24 @@ class ResumeCallback(TrainerCallback):
         if self.resumed is not None:
             ours = read_object(self.resumed / _MARKER, _COUNTS)
             self.losses.restore(ours, state.global_step)
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self.is_main = state.is_world_process_zero
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        self.was_told = True
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one ends at once
+        if self.is_main:
+            text = (
+                f"\n{_SIGNALS[signal.Signals(number)]}: stopping after this step, with a state to "
+                "resume from. Ctrl-C ends at once.\n"
+            )
+            os.write(2, text.encode())  # a handler may not use the buffers of `print` or `logging`
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Asks for a state at its steps and before an early stop; the last step needs none."""
+        """Request a state at its steps and before an early stop; the last step needs none."""
         if state.global_step >= state.max_steps:
             return control
         if state.global_step in self.steps:
@@ -276,21 +282,22 @@ class ResumeCallback(TrainerCallback):
         return control
 
     def _reason(self, args: TrainingArguments) -> str | None:
-        """The same on every rank: each one's view is added up."""
+        """Return why the run has to stop now: the same on every rank."""
         is_late = (
             self.deadline is not None
             and args.process_index == 0
             and time.monotonic() > self.deadline
         )
-        flags = torch.tensor([self.was_told, is_late], dtype=torch.int32, device=args.device)
+        found = torch.tensor([self.signal, is_late], dtype=torch.int32, device=args.device)
         if args.world_size > 1:
-            torch.distributed.all_reduce(flags)
-        told, late = flags.tolist()
-        return "SIGTERM" if told else "--max_wall_time_s" if late else None
+            torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        number, late = found.tolist()
+        if number:
+            return _SIGNALS[signal.Signals(number)]
+        return "--max_wall_time_s" if late else None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Marks the state as whole, once all ranks have written their parts and all of it is on
-        disk."""
+        """Mark the state as complete, once all ranks have written and all of it is on disk."""
         _wait_for_all(args)
         if state.is_world_process_zero:
             folder = self.run_dir / f"checkpoint-{state.global_step}"
@@ -298,13 +305,12 @@ class ResumeCallback(TrainerCallback):
                 fsync_path(path)
             write_json(folder / _MARKER, {"step": state.global_step, **self.losses.state()})
             log.info("state of step %d saved", state.global_step)
-        _wait_for_all(
-            args
-        )  # a launcher ends all ranks soon after the first one that ends, of an early stop with 75
+        _wait_for_all(args)  # a launcher kills all ranks soon after the first one ends with 75
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """SIGTERM is what it was."""
-        signal.signal(signal.SIGTERM, self._before)
+        """Restore the previous signal handlers."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
 
 def _wait_for_all(args: TrainingArguments) -> None:

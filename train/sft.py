@@ -1,9 +1,8 @@
 """Supervised fine-tuning on one category or a mixture, with snapshots, live probe and exact resume.
 
 Run as: sft-probe train --config quickstart --output_dir runs/mine
-    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config quickstart
-    --output_dir runs/two or: deepspeed --module sft_probe.train.sft --config
-    quickstart --output_dir runs/all-gpus
+    or: torchrun --nproc_per_node 2 -m sft_probe.train.sft --config quickstart --output_dir runs/two
+    or: deepspeed --module sft_probe.train.sft --config quickstart --output_dir runs/all-gpus
 """
 
 import logging
@@ -64,15 +63,15 @@ Inputs = tuple[PreTrainedTokenizerBase, PromptFormat, TrainingExamples]
 
 
 def main(argv: list[str], probe_set: ProbeSet | None = None) -> None:
-    """Train as the flags say; do nothing where the run is already complete.
+    """Train as the flags say; do nothing if the run is already complete.
 
     Args:
         argv: the flags.
-        probe_set: the one that the flags name, where it is read already.
+        probe_set: the one that the flags name, if it is read already.
 
     Raises:
         UserError: bad flags or data, or a run directory that holds something else.
-        SystemExit: with `STOPPED_EXIT_CODE` where the run stopped early, with a state.
+        SystemExit: with `STOPPED_EXIT_CODE` if the run stopped early, with a state.
     """
     quiet()
     if probe_set is None:  # before anything is compiled
@@ -88,7 +87,7 @@ def main(argv: list[str], probe_set: ProbeSet | None = None) -> None:
     folder = make_dir(Path(str(arguments.output_dir)))
     with run_dir.lock_run(folder) if arguments.should_save else nullcontext():
         config = given_options(expand(argv))
-        stopped = _train_or_leave(arguments, asked, probe_set, inputs, folder, config=config)
+        stopped = _train_unless_complete(arguments, asked, probe_set, inputs, folder, config=config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if stopped:
@@ -96,7 +95,11 @@ def main(argv: list[str], probe_set: ProbeSet | None = None) -> None:
 
 
 def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
-    """Everything that needs no weights, so that a fault is told before they are loaded."""
+    """Return all inputs that need no weights: their faults are found before the model loads.
+
+    Raises:
+        UserError: steps, tokenizer, data, mixture or prompt format are unusable.
+    """
     for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
         parse_steps(
             getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1
@@ -104,11 +107,11 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     docs, categories, dropped = _train_docs(arguments, probe_set)
     prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
-    parts = parse_mixture(
+    shares = parse_mixture(
         arguments.train_category, categories, arguments.train_data or arguments.probe_set
     )
     examples = build_examples(
-        assign(docs, parts, arguments.seed),
+        assign(docs, shares, arguments.seed),
         prompt_format,
         tokenizer,
         max_length=arguments.max_length,
@@ -124,7 +127,7 @@ def _resolve_format(
     probe_set: ProbeSet,
     docs: Sequence[Doc],
 ) -> PromptFormat:
-    """The format that all ranks, and every further attempt at this run, share."""
+    """Return the prompt format that all ranks, and every further attempt at this run, share."""
     given = arguments.prompt_format or probe_set.prompt_format
     recorded = run_dir.recorded_format(Path(str(arguments.output_dir)))
     found = resolve_format(given, tokenizer, [*probe_set.docs, *docs], recorded)
@@ -135,7 +138,7 @@ def _resolve_format(
 def _train_docs(
     arguments: SftArguments, probe_set: ProbeSet
 ) -> tuple[list[Doc], Sequence[str], list[DroppedDoc]]:
-    """The docs to train on, their categories, and what was left out."""
+    """Return the docs to train on, their categories, and the docs left out."""
     if arguments.train_data is None:
         return probe_set.of_split("train"), probe_set.categories, dropped_by_faults(probe_set)
     docs, faulty = read_docs(
@@ -153,7 +156,7 @@ def _train_docs(
     return docs, tuple(docs[0].responses), [*faulty, *twins]
 
 
-def _train_or_leave(
+def _train_unless_complete(
     arguments: SftArguments,
     asked: dict[str, str],
     probe_set: ProbeSet,
@@ -207,7 +210,7 @@ def train(
     folder: Path,
     request: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """Runs the training and returns the manifest's content; `None` where it stopped early."""
+    """Run the training and return the manifest's content; `None` if it stopped early."""
     with as_user_error():
         set_seed(arguments.seed)
     if not torch.cuda.is_available():
@@ -240,13 +243,13 @@ def train(
         _log_plan(arguments, examples, run_dir.begin_run(folder, request))
     try:
         _run(trainer, losses, precision, state)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         if arguments.should_save:
             run_dir.abandon_run(folder)
         raise
     if resume.stopped:
         log.warning(
-            "stopped by %s at step %d; the same command goes on",
+            "stopped by %s at step %d. To resume, run the same command again.",
             resume.stopped,
             trainer.state.global_step,
         )
@@ -274,8 +277,11 @@ def train(
 def _make_trainer(
     arguments: SftArguments, examples: TrainingExamples, end_id: int
 ) -> tuple[FiniteTrainer, PrecisionCallback]:
-    """Load the model and return its trainer. Raises `UserError` where the Trainer or the launcher
-    refuses the flags."""
+    """Load the model and return its trainer.
+
+    Raises:
+        UserError: the Trainer or the launcher refuses the flags.
+    """
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
     with as_user_error():
         trainer = FiniteTrainer(
@@ -296,7 +302,7 @@ def _run(
     """Train to the end or to an early stop.
 
     Raises:
-        UserError: the Trainer cannot be set up with these flags; or a loss or a weight is no longer
+        UserError: the Trainer cannot be set up with these flags, or a loss or weight is no longer
         finite.
     """
     started_finite = weights_are_finite(trainer.model, trainer.args.device)
@@ -312,8 +318,7 @@ def _run(
     if started_finite and not weights_are_finite(trainer.model, trainer.args.device):
         raise UserError(
             f"after step {trainer.state.global_step} some weights are NaN or infinite: the last "
-            "update diverged. Lower "
-            "--learning_rate."
+            "update diverged. Lower --learning_rate."
         )
 
 
@@ -366,8 +371,8 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
     world_size = arguments.world_size
     if world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(
-            f"the launcher asked for {os.environ['WORLD_SIZE']} processes, but {world_size} take "
-            "part."
+            f"the launcher was asked for {os.environ['WORLD_SIZE']} processes, but {world_size} "
+            "take part."
         )
     rows = world_size * arguments.per_device_train_batch_size
     if arguments.dataloader_drop_last and num_examples < rows:
@@ -378,8 +383,8 @@ def _check_launch(arguments: SftArguments, num_examples: int) -> None:
     if world_size > 1 and num_examples % rows and not arguments.dataloader_drop_last:
         raise UserError(
             f"{num_examples} examples do not fill batches of {rows} ({world_size} processes), so "
-            "some would be shown "
-            "twice. Choose another --per_device_train_batch_size or --dataloader_drop_last true."
+            "some would be shown twice. Choose another --per_device_train_batch_size or "
+            "--dataloader_drop_last true."
         )
 
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from sft_probe.errors import UserError
 from sft_probe.files import to_json, write_jsonl
 from sft_probe.scoring.head import HeadRows
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.trials import (
     check_language_model,
     is_close,
@@ -127,7 +127,7 @@ class SftTrainer(Trainer):
                 self.noise_nats,
             )
 
-    def _noise(self, items: list[Item]) -> float:
+    def _noise(self, items: list[Continuation]) -> float:
         """The largest difference, in nats, among a few training passes; the random state stays as
         it was."""
         model = inner_model(self.model)
@@ -136,7 +136,7 @@ class SftTrainer(Trainer):
             passes = np.stack([self._losses_of(items) for _ in range(_NOISE_PASSES)])
         return float(np.nan_to_num(np.ptp(passes, axis=0).max()))
 
-    def _losses_of(self, items: list[Item]) -> npt.NDArray[np.float32]:
+    def _losses_of(self, items: list[Continuation]) -> npt.NDArray[np.float32]:
         """Losses of the continuations, as in training: one padded batch."""
         model = inner_model(self.model)
         batch = PadRight(0)([(0, _example(item)) for item in items])
@@ -176,7 +176,7 @@ def _predicting_rows(labels: torch.Tensor) -> torch.Tensor:
     return torch.nonzero(targets.flatten() != IGNORED_LABEL)[:, 0]
 
 
-def _example(item: Item) -> Example:
+def _example(item: Continuation) -> Example:
     ids = [*item.prefix_ids, *item.continuation_ids]
     labels = [*[IGNORED_LABEL] * len(item.prefix_ids), *item.continuation_ids]
     return Example(input_ids=ids, labels=labels, doc_id="", category="", num_bytes=0)

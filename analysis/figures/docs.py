@@ -26,6 +26,7 @@ from sft_probe.analysis.stats.tokens import token_texts
 
 _MAX_LINES = 60
 _MAX_TOKENS = 48
+_WORD_EMS = 4
 _LENGTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CHANGES = (0.1, 0.5, 0.9)
 
@@ -38,7 +39,7 @@ def data_card(recording: Recording, split: str, arrays: Cube, style: Style) -> I
 
     def build(width: float) -> Any:
         height = 2.2 * style.font_size * len(order)
-        ems = {"repeated": 5.0, "leading space": 7.5, "writer": 20.0}
+        ems = {"repeated": 5.0, "leading space": 6.5, "writer": 20.0}
         if style.width < 400:
             del ems["writer"]
         left = width - style.font_size * (sum(ems.values()) + 6)
@@ -70,7 +71,9 @@ def _length_boxes(table: pd.DataFrame, color: alt.Color, order: list[str], style
     """Return a box of lengths for each category."""
     y = alt.Y("label:N", sort=order, title=None)
     base = alt.Chart(table).encode(y=y)
-    x = alt.X("q05:Q", title="tokens per response", scale=alt.Scale(zero=False))
+    x = alt.X(
+        "q05:Q", title="tokens per response", scale=alt.Scale(zero=False, nice=True, padding=4)
+    )
     whisker = base.mark_rule(strokeWidth=1).encode(x=x, x2="q95:Q", color=color)
     box = base.mark_bar(height=style.font_size).encode(x="q25:Q", x2="q75:Q", color=color)
     median = base.mark_tick(color="white", thickness=2, height=style.font_size).encode(x="q50:Q")
@@ -140,7 +143,9 @@ def doc_curves(split: str, arrays: Cube, measure: str, style: Style) -> Iterator
         single = base.transform_filter("!isValid(datum.quantile)").mark_line(
             strokeWidth=0.6, opacity=0.35
         )
-        quantiles = base.transform_filter("isValid(datum.quantile)").mark_line(color="black")
+        quantiles = base.transform_filter("isValid(datum.quantile)").mark_line(
+            color="black", strokeWidth=1.4
+        )
         scale = alt.Scale(domain=_CHANGES, range=[[3, 2], [1, 0], [3, 2]])
         layers = alt.layer(
             zero_rule(table),
@@ -284,8 +289,11 @@ def _token_chart(table: pd.DataFrame, names: Sequence[str], style: Style, width:
     legend = alt.Legend(title="change (nats)", gradientLength=min(200.0, width / 2))
     axis = alt.Axis(labelAngle=0, values=[1, *range(5, _MAX_TOKENS + 1, 5)])
     base = alt.Chart(table).encode(x=alt.X("position:O", title="token of the response", axis=axis))
+    low, high = min(float(table["change"].min()), 0.0), float(table["top"].max())
+    room = (high - low) * _WORD_EMS / 5  # for words above the highest bar
+    y = alt.Y("change:Q", title="nats", scale=alt.Scale(domain=[low, high + room], nice=False))
     bars = base.mark_bar().encode(
-        y=alt.Y("change:Q", title="nats"),
+        y=y,
         color=alt.Color("change:Q", scale=scale, legend=legend),
         tooltip=["token:N", "position:O", "change:Q"],
     )
@@ -293,15 +301,14 @@ def _token_chart(table: pd.DataFrame, names: Sequence[str], style: Style, width:
     words = base.mark_text(
         angle=270,
         align="left",
+        baseline="middle",
         dx=3,
         fontSize=min(style.font_size * 0.75, space),
-        baseline="middle",
+        limit=_WORD_EMS * style.font_size,
     ).encode(y="top:Q", text="token:N")
     layers = alt.layer(zero_rule(table), bars, words, data=table)
-    height = 8 * style.font_size
-    return small_multiples(
-        layers, names, style, width, max_columns=1, height=height, own_scale=True
-    )
+    height = (_WORD_EMS + 5) * style.font_size
+    return small_multiples(layers, names, style, width, max_columns=1, height=height)
 
 
 def token_levels(recording: Recording, rows: pd.DataFrame) -> dict[str, dict[int, list[float]]]:

@@ -138,6 +138,8 @@ class Keys:
     style: Style
     title: str | None = None
     legend: bool = True
+    markers: bool = True
+    """Whether the legend shows the markers; else it shows the line styles."""
 
     @functools.cached_property
     def _legend(self) -> alt.Legend | None:
@@ -191,7 +193,7 @@ def step_axis(steps: Sequence[int], title: str | None, most: int = MAX_TICKS) ->
     )
     axis = alt.Axis(
         values=ticks(steps, most),
-        format="~s" if max(steps) >= 10_000 else "d",
+        labelExpr="format(datum.value, datum.value < 10000 ? 'd' : '~s')",
         grid=False,
         labelFlush=False,
     )
@@ -237,13 +239,14 @@ def small_multiples(
     cell = panel_width(width, columns, style)
     tall = height or max(min(ratio * cell, 300.0), 8.5 * style.font_size)
     # a header of the facet would stand higher where the uppermost label of an axis overhangs
+    fitting = (cell + 2 * style.font_size) / (0.65 * max(len(name) for name in names))
     title = alt.Chart().mark_text(
         align="left",
         baseline="bottom",
         dy=-0.5 * style.font_size,
-        fontSize=style.font_size,
+        fontSize=max(0.75 * style.font_size, min(style.font_size, fitting)),
         fontWeight="bold",
-        limit=cell + 4 * style.font_size,
+        limit=cell + 2 * style.font_size,
     )
     title = title.transform_aggregate(panel=f"min({column})").encode(
         x=alt.value(0), y=alt.value(0), text="panel:N"
@@ -397,6 +400,7 @@ def _styled(chart: Any, title: str, subtitle: Sequence[str], style: Style) -> An
             labelLimit=min(180.0, 0.3 * style.width),
             titleFontWeight="normal",
         )
+        .configure_axisQuantitative(tickCount=5)
         .configure_legend(
             orient="bottom",
             labelFontSize=size,

@@ -41,6 +41,7 @@ _OF_A_SPLIT = (
     "length",
 )
 FIGURES = (*_OF_A_SPLIT, "benchmarks", "generations", "code_length")
+_MAX_EPOCHS = 12
 _LEVEL_BANDS = (
     "Around levels: the bands of the paired change, which are narrower than those of a level"
 )
@@ -231,12 +232,15 @@ def _runs_figure(analysis: Analysis, split: str, style: Style) -> Iterator[Figur
 
 
 def boundaries(recording: Recording) -> pd.DataFrame:
-    """Return the steps at which an epoch or the warm-up ends, as `step what`: curves bend there."""
+    """Return the steps at which an epoch or the warm-up ends, as `step what`: curves bend there.
+
+    Of over 12 epochs none is marked, since the rules would hide the curves.
+    """
     if recording.means is not None or not recording.manifest:
         return pd.DataFrame()
     last = recording.rows.sort_values("step").iloc[-1]
     marks = []
-    if last["epoch"] and last["epoch"] > 0 and last["step"]:
+    if last["step"] and 0 < (last["epoch"] or 0) <= _MAX_EPOCHS:
         per_epoch = last["step"] / last["epoch"]
         marks += [
             (per_epoch * number, f"end of epoch {number}")

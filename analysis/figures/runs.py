@@ -36,7 +36,7 @@ _HATCH = "M-1,-.5L-.5,-1M-1,0L0,-1M-1,.5L.5,-1M-1,1L1,-1M-.5,1L1,-.5M0,1L1,0M.5,
 _ANSWERS = {
     "num_tokens": "length (tokens)",
     "ended": "share that ended",
-    "repetition": "share of repeated 4-grams",
+    "repetition": "repeated 4-grams",
 }
 _RANKED = {
     "start_bits_per_byte": ("bits per byte", "before training"),
@@ -192,7 +192,8 @@ def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterato
         return
     table = pd.concat(tables, ignore_index=True)[["run", "example", "kind", "bits"]]
     names = list(dict.fromkeys(table["run"]))
-    keys = Keys(column="run", colors=key_colors(names), style=style, legend=len(names) > 1)
+    colors = key_colors(names)
+    keys = Keys(column="run", colors=colors, style=style, legend=len(names) > 1, markers=False)
 
     def build(width: float) -> Any:
         y = alt.Y("bits:Q", title="bits per byte", scale=alt.Scale(zero=False))
@@ -224,7 +225,7 @@ def _code_lengths(losses: pd.DataFrame) -> pd.DataFrame:
     nats, size = losses["loss_sum"], losses["num_bytes"]
     kinds = {
         "running mean": nats.rolling(window).sum() / size.rolling(window).sum(),
-        "all so far (prequential)": nats.cumsum() / size.cumsum(),
+        "prequential, so far": nats.cumsum() / size.cumsum(),
     }
     table = pd.DataFrame({"example": np.arange(1, len(losses) + 1), **kinds})
     long = table.iloc[np.unique(kept)].melt("example", var_name="kind", value_name="bits").dropna()

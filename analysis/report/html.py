@@ -3,11 +3,12 @@
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -25,7 +26,8 @@ from sft_probe.analysis.stats.analyze import (
     sentences_of,
 )
 from sft_probe.analysis.stats.generations import generations_text
-from sft_probe.analysis.stats.measures import PARTS, Cube
+from sft_probe.analysis.stats.intervals import Floats
+from sft_probe.analysis.stats.measures import PARTS
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
@@ -34,22 +36,23 @@ from sft_probe.files import make_dir, write_text
 
 MAX_BYTES = 8_000_000
 _DOC_BYTES = 3_500_000
-_HEADER = (
-    "category",
-    "docs",
-    "start",
-    "change",
-    "95 % interval",
-    "sign",
-    "p (Holm)",
-    "body",
-    "peak",
-    "at step",
-    "half at",
-    "first / body / EOS",
-    "rank",
-    "SE",
-)
+_COLUMNS = {
+    "category": True,
+    "docs": True,
+    "start": False,
+    "change": True,
+    "95 % interval": True,
+    "sign": True,
+    "p (Holm)": True,
+    "body": False,
+    "peak": False,
+    "at step": False,
+    "half at": True,
+    "first / body / EOS": False,
+    "rank": False,
+    "SE": False,
+}
+"""Columns of the table, and whether a narrow window shows them too."""
 _MANIFEST = (
     "run",
     "model",
@@ -93,8 +96,8 @@ def report(
     categories: Sequence[str] | None = None,
     out: Path | None = None,
 ) -> list[Path]:
-    """Writes `report.html` or `report.md` with its figures; into the run for one run, else here.
-    Returns the paths.
+    """Write `report.html` or `report.md` with its figures, into the run for one run, else here;
+    return the paths.
 
     Raises:
         UserError: there is nothing to report, or the file would be over 8 MB.
@@ -113,47 +116,32 @@ def report(
 
 
 def html_report(analysis: Analysis) -> str:
-    """The report as HTML; all text from data or models is escaped, and the page may load
+    """Return the report as HTML. All text from data or models is escaped, and the page may load
     nothing."""
-    style = Style(width=900, font_size=12)
-    specs: dict[str, dict[str, Any]] = {}
-    figures: dict[str, list[str]] = {}
-    several = len(analysis.recordings) > 1
-    own = set(FIGURES) - ({"trajectory", "code_length"} if several else {"trajectory"})
-    parts = [
-        (recording.name, f"{number}", _of_run(analysis, recording), style, own)
-        for number, recording in enumerate(analysis.recordings)
-    ]
-    if several:
-        shared = {"changes", "code_length"}
-        by_run = replace(style, color="run")
-        parts.append(("all runs", "all-category", analysis, style, shared))
-        parts.append(("all runs", "all-run", analysis, by_run, {"changes"}))
-    for heading, prefix, tables, look, wanted in parts:
-        for figure in figures_of(tables, look, wanted):
-            name = f"figure-{prefix}-{figure.name}"
-            specs[name] = figure.spec(look)
-            figures.setdefault(heading, []).append(name)
+    sections = _figure_sections(analysis)
+    specs = {figure["id"]: figure["spec"] for section in sections for figure in section["figures"]}
     with_docs = [recording for recording in analysis.recordings if recording.means is None]
     docs = [
         browser(recording, analysis.measure, _DOC_BYTES // len(with_docs))
         for recording in with_docs
     ]
+    names = list(dict.fromkeys(str(name) for name in analysis.verdict["category"]))
     folder = resources.files("sft_probe.analysis.report")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(folder.joinpath("report.html.jinja").read_text("utf-8"))
     return template.render(
         title="What the model learned: "
         + ", ".join(recording.name for recording in analysis.recordings),
         runs=[_run(analysis, recording) for recording in analysis.recordings],
-        header=_HEADER,
+        columns=_COLUMNS,
         over_runs=over_runs_text(analysis.over_runs),
         sums=", ".join(
             dict.fromkeys(recording.sums(analysis.measure) for recording in analysis.recordings)
         ),
-        figures=figures,
+        sections=sections,
+        categories=colors_of(names),
         has_docs=bool(docs),
         vega=_in_script(
             f"(() => {{{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"
@@ -163,19 +151,61 @@ def html_report(analysis: Analysis) -> str:
     )
 
 
+def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return `title figures` for each run, then for all of them; a figure is `id title spec`."""
+    style = Style(width=780, font_size=12)
+    several = len(analysis.recordings) > 1
+    own = set(FIGURES) - ({"trajectory", "code_length"} if several else {"trajectory"})
+    parts = [
+        (recording.name, f"{number}", _of_run(analysis, recording), style, own)
+        for number, recording in enumerate(analysis.recordings)
+    ]
+    if several:
+        by_run = replace(style, color="run")
+        parts.append(("all runs", "all", analysis, style, {"changes", "code_length"}))
+        parts.append(("all runs", "all", analysis, by_run, {"changes"}))
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for title, prefix, tables, look, wanted in parts:
+        for figure in figures_of(tables, look, wanted):
+            spec = _isolating(figure.spec(look))
+            shown = {"id": f"figure-{prefix}-{figure.name}", "title": figure.title, "spec": spec}
+            sections.setdefault(title, []).append(shown)
+    return [{"title": title, "figures": figures} for title, figures in sections.items()]
+
+
+def _isolating(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a figure with a parameter `only`: a category that is shown alone."""
+    datasets = spec.get("datasets", {})
+
+    def visit(node: Any) -> None:
+        if isinstance(node, list):
+            for item in node:
+                visit(item)
+        elif isinstance(node, dict):
+            rows = datasets.get(node.get("data", {}).get("name"), [])
+            if rows and "category" in rows[0]:
+                one = {"filter": "!only || datum.category === only"}
+                node["transform"] = [one, *node.get("transform", [])]
+            for name in ("layer", "vconcat", "hconcat", "concat", "spec"):
+                visit(node.get(name))
+
+    visit(spec)
+    return {**spec, "params": [*spec.get("params", []), {"name": "only", "value": ""}]}
+
+
 def json_in_html(value: Any) -> str:
-    """JSON that can stand in a script element: ASCII, and no character that HTML reads."""
+    """Return JSON that can stand in a script element: ASCII, and no character that HTML reads."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _in_script(code: str) -> str:
-    """Our own code, or the libraries', which may hold the end tag in a string."""
+    """Return code, ours or of libraries, whose strings hold no end tag of a script."""
     return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _of_run(analysis: Analysis, recording: Recording) -> Analysis:
-    """The same tables, of one run."""
+    """Return the tables of one of the runs."""
     return Analysis(
         recordings=[recording],
         measure=analysis.measure,
@@ -198,6 +228,9 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         }
         for split, rows in own.groupby("split", sort=False)
     ]
+    texts = []  # what else is said of a run, as (title, text)
+    if recording.generations is not None:
+        texts.append(("Greedy answers", generations_text(recording.generations)))
     return {
         "name": recording.name,
         "model": recording.model,
@@ -205,7 +238,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
-        "answers": "" if recording.generations is None else generations_text(recording.generations),
+        "texts": texts,
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
 
@@ -226,15 +259,15 @@ def _change_text(row: "pd.Series[Any]") -> str:
 
 
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
-    """What rose, what fell and what did not, in one sentence, from the verdict on held-out prompts
-    if there are any."""
+    """Return what rose, fell and did not move in one sentence, from held-out prompts if there are
+    any."""
     split = str(verdict["split"].iloc[0])
     rows = verdict[verdict["split"] == split]
     parts = []
     for verb, chosen in (
         ("rose", rows[rows["moved"] & (rows["change"] > 0)]),
         ("fell", rows[rows["moved"] & (rows["change"] < 0)]),
-        ("did not move for certain", rows[~rows["moved"] & rows["change"].notna()]),
+        ("did not change clearly", rows[~rows["moved"] & rows["change"].notna()]),
         ("lacks a score at an end", rows[rows["change"].isna()]),
     ):
         if len(chosen):
@@ -276,37 +309,36 @@ def _cells(row: "pd.Series[Any]") -> list[str]:
 
 
 def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
-    figures = make_dir(target.parent / "report_figures")
+    """Write the report as Markdown, its figures into NAME_figures beside it; return the paths."""
+    figures = make_dir(target.parent / f"{target.stem}_figures")
     style = Style()
-    lines = [
-        f"# What the model learned: {_md(', '.join(item.name for item in analysis.recordings))}",
-        "",
-    ]
+    names = ", ".join(recording.name for recording in analysis.recordings)
+    lines = [f"# What the model learned: {_md(names)}", ""]
     written = []
     for recording in analysis.recordings:
         run = _run(analysis, recording)
         lines += [_md(run["summary"]), "", f"## {_md(recording.name)}", ""]
         lines += [f"- {_md(note)}" for note in run["notes"]]
         for part in run["splits"]:
-            lines += [
-                "",
-                f"### {_md(part['title'])}",
-                "",
-                "| " + " | ".join(_HEADER) + " |",
-                "|---" * len(_HEADER) + "|",
-            ]
-            lines += ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in part["rows"]]
+            lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
+            lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
-        lines += ["", _md(run["answers"]), ""]
+        for title, text in run["texts"]:
+            lines += ["", f"### {_md(title)}", "", _md(text)]
+        lines.append("")
     for figure in figures_of(analysis, style):
         written += figure.save(figures, ["png"], style)
-        lines += [f"![{_md(figure.title)}](report_figures/{figure.name}.png)", ""]
+        lines += [f"![{_md(figure.title)}]({quote(figures.name)}/{figure.name}.png)", ""]
     write_text(target, "\n".join(lines) + "\n")
     return [*written, target]
 
 
+def _md_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_md(cell) for cell in cells) + " |"
+
+
 def _md(text: str) -> str:
-    """Text that Markdown and HTML read as text."""
+    """Return text that Markdown and HTML read as text."""
     escaped = html.escape(" ".join(str(text).split()))
     return "".join(f"\\{c}" if c in "\\`*_[]|~" else c for c in escaped)
 
@@ -315,17 +347,22 @@ MAX_CHARACTERS = 4000
 
 
 def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any]:
-    """One run's docs for the browser, as many as fit into `max_bytes` of JSON; `omitted` counts the
-    others.
+    """Return one run's docs for the browser, as many as fit into `max_bytes` of JSON; `omitted`
+    counts the others.
 
-    `curves` are levels of `measure` in nats; texts are cut at 4,000 characters.
+    `curves` are levels of `measure` in nats, at `steps`; `tokens` hold the change of each token in
+    hundredths of a nat, at each of `ticks`. Texts are cut at 4,000 characters.
     """
     split = recording.splits[0]
     arrays = recording.cube(split)
-    categories = arrays.categories
+    if np.isnan(arrays.arrays[measure]).all():
+        measure = "logprob"
+    by_doc = dict(list(recording.rows[recording.rows["split"] == split].groupby("doc_id")))
     docs: list[dict[str, Any]] = []
-    for number in range(len(arrays.doc_ids)):
-        doc = _doc(recording, split, arrays, number, measure)
+    for number, doc_id in enumerate(arrays.doc_ids):
+        tokens = _tokens(recording, by_doc[doc_id], doc_id, ticks(arrays.steps))
+        doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][number])
+        doc["tokens"] = {name: tokens[name] for name in arrays.categories if name in tokens}
         max_bytes -= len(json.dumps(doc))
         if max_bytes < 0 and docs:
             break
@@ -334,45 +371,52 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
         "name": recording.name,
         "steps": arrays.steps,
         "ticks": ticks(arrays.steps),
-        "categories": categories,
-        "colors": colors_of(categories),
+        "unit": recording.step_unit,
+        "categories": arrays.categories,
+        "colors": colors_of(arrays.categories),
         "docs": docs,
         "omitted": len(arrays.doc_ids) - len(docs),
     }
 
 
 def _doc(
-    recording: Recording, split: str, arrays: Cube, number: int, measure: str
+    recording: Recording, doc_id: str, categories: Sequence[str], values: Floats
 ) -> dict[str, Any]:
-    doc_id = arrays.doc_ids[number]
     texts = recording.texts.get(doc_id, {})
-    values = arrays.arrays[measure if not np.isnan(arrays.arrays[measure]).all() else "logprob"][
-        number
-    ]
-    rows = recording.rows[recording.rows["doc_id"] == doc_id]
-    levels = token_levels(recording, rows[rows["split"] == split])
-    tokens = {}
-    for category, own in levels.items():
-        ends = [own.get(arrays.steps[point], []) for point in (0, -1)]
-        words = token_texts(recording, doc_id, category)
-        if words and len(words) == len(ends[0]) == len(ends[1]):
-            moved = [round(last - first, 3) for first, last in zip(*ends, strict=True)]
-            tokens[category] = {"texts": words, "changes": moved}
     return {
         "id": doc_id,
         "prompt": cut(recording.prompts.get(doc_id, "(the prompt is not here)")),
-        "responses": {name: cut(text) for name, text in texts.items() if name in arrays.categories},
+        "responses": {name: cut(text) for name, text in texts.items() if name in categories},
         "curves": {
             name: [None if math.isnan(value) else round(float(value), 3) for value in values[place]]
-            for place, name in enumerate(arrays.categories)
+            for place, name in enumerate(categories)
         },
-        "tokens": tokens,
         "answers": _answers(recording, doc_id),
     }
 
 
+def _tokens(
+    recording: Recording, rows: pd.DataFrame, doc_id: str, steps: Sequence[int]
+) -> dict[str, Any]:
+    """Return the tokens of each category of a doc, with their changes from the first step."""
+    found = {}
+    for category, levels in token_levels(recording, rows).items():
+        start = levels.get(steps[0], [])
+        words = token_texts(recording, doc_id, category)
+        if not words or len(words) != len(start) or sum(map(len, words)) > MAX_CHARACTERS:
+            continue
+        changes = [
+            [round(100 * (after - before)) for before, after in zip(start, own, strict=True)]
+            if len(own := levels.get(step, [])) == len(start)
+            else []
+            for step in steps
+        ]
+        found[category] = {"texts": words, "changes": changes}
+    return found
+
+
 def _answers(recording: Recording, doc_id: str) -> list[dict[str, Any]]:
-    """Greedy answers to this prompt by step, where the sweep made some."""
+    """Return the greedy answers to this prompt by step, where the sweep made some."""
     if recording.generations is None:
         return []
     own = recording.generations[recording.generations["doc_id"] == doc_id].sort_values("step")
@@ -388,7 +432,7 @@ def _answers(recording: Recording, doc_id: str) -> list[dict[str, Any]]:
 
 
 def cut(text: str) -> str:
-    """The text, or its start and how much is missing."""
+    """Return the text, or its start and how long it is."""
     if len(text) <= MAX_CHARACTERS:
         return text
     return f"{text[:MAX_CHARACTERS]} [cut: {len(text)} characters]"

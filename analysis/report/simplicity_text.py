@@ -3,24 +3,31 @@
 import math
 
 from sft_probe.analysis.studies.simplicity import Simplicity
+from sft_probe.text_table import number, text_table
+
+_COLUMNS = (
+    *("run", "trained on", "order", "examples", "bits/byte: start", "prequential", "nats"),
+    *("learned bits", "half gain in"),
+)
 
 
 def simplicity_text(found: Simplicity) -> str:
-    """What `sft-probe simplicity` prints."""
-    head = (
-        f"{'run':<22}{'trained on':<18}{'order':>6}{'examples':>9}"
-        f"{'bits/byte: start':>18}{'prequential':>12}"
-        f"{'nats':>10}{'learned bits':>14}{'half gain in':>14}"
-    )
-    lines = [head]
-    for _, row in found.runs.iterrows():
-        lines.append(
-            f"{str(row['run'])[:21]:<22}{str(row['train_category'])[:17]:<18}{row['order_seed']:>6}"
-            f"{row['num_examples']:>9}{_number(row['start_bits_per_byte'], '.3f'):>18}"
-            f"{row['bits_per_byte']:>12.3f}"
-            f"{row['code_length']:>10.0f}{_number(row['learned_bits'], '.0f'):>14}"
-            f"{_bracket(row['half_gain_after_examples'], row['half_gain_by_examples']):>14}"
-        )
+    """Return what `sft-probe simplicity` prints."""
+    rows = [
+        [
+            row["run"],
+            row["train_category"],
+            row["order_seed"],
+            row["num_examples"],
+            number(row["start_bits_per_byte"], ".3f"),
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['code_length']:.0f}",
+            number(row["learned_bits"], ".0f"),
+            _bracket(row["half_gain_after_examples"], row["half_gain_by_examples"]),
+        ]
+        for _, row in found.runs.iterrows()
+    ]
+    lines = [text_table(_COLUMNS, rows, left=2)]
     lines.append("")
     for _, row in found.runs.iterrows():
         if row["num_at_start"] < row["num_examples"] and not str(row["train_category"]).endswith(
@@ -56,7 +63,3 @@ def simplicity_text(found: Simplicity) -> str:
 def _bracket(after: float, by: float) -> str:
     """Return "16-64", the probed numbers of examples between which half of the gain was reached."""
     return "-" if math.isnan(by) else f"{after:.0f}-{by:.0f}"
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)

@@ -1,9 +1,12 @@
-"""What `sft-probe words` and `sft-probe weights` print."""
+"""What `sft-probe ledger`, `sft-probe words` and `sft-probe weights` print."""
+
+from typing import Any
 
 import pandas as pd
 
+from sft_probe.analysis.studies.ledger import MEASURES, WHOLE, Ledger
 from sft_probe.analysis.studies.weight_changes import by_layer
-from sft_probe.analysis.studies.words import MIN_DOCS, Words
+from sft_probe.analysis.studies.words import MIN_DOCS, WordChanges
 
 _CLASS_COLUMNS = {
     "kind": "class",
@@ -25,7 +28,58 @@ _LITERAL_COLUMNS = {
 }
 
 
-def words_text(found: Words, top: int) -> str:
+_MEANINGS = {
+    "text": "shows without any prompt",
+    "register": "with any prompt at all",
+    "topic": "with a prompt on a near topic",
+    "prompt": "only with its own prompt",
+}
+
+
+def ledger_text(found: Ledger) -> str:
+    """Return the parts of the last step, a sentence for each category, and what they do not say."""
+    last = found.parts["step"].max()
+    blocks = [
+        f"change of log p by step {last}, nats per response, by the prompt that it shows under; "
+        "95 % intervals over docs; one run"
+    ]
+    for category, own in found.parts[found.parts["step"] == last].groupby("category", sort=False):
+        table = own.pivot(index="part", columns="measure", values="change")
+        table = table.loc[list(dict.fromkeys(own["part"])), list(MEASURES)]
+        whole = own[own["measure"] == MEASURES[0]].set_index("part")
+        table.insert(1, "95 % interval", [_interval(whole.loc[part]) for part in table.index])
+        table = table.rename(columns={MEASURES[0]: "total"})
+        shown: str = table.reset_index().to_string(index=False, float_format="{:+.2f}".format)
+        name = str(category)
+        blocks.append(f"{name}\n{shown}\n- {_ledger_sentence(name, whole)}")
+    if len(found.preference):
+        row = found.preference.iloc[-1]
+        blocks.append(
+            f"preference: chosen gained {row['change']:+.2f} [{row['low']:+.2f}, "
+            f"{row['high']:+.2f}] nats more than rejected"
+        )
+    blocks.append(
+        "This says where the gain shows, not what in the training data caused it: training under "
+        "other prompts (`sft-probe transfer`) is another question with another answer."
+    )
+    return "\n\n".join(blocks)
+
+
+def _interval(row: pd.Series) -> str:
+    return f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+
+
+def _ledger_sentence(category: str, whole: pd.DataFrame) -> str:
+    parts = [
+        f"{row['change']:+.1f} {' or '.join(_MEANINGS[name] for name in str(part).split(' + '))}"
+        for part, row in whole.iterrows()
+        if part != WHOLE
+    ]
+    gain: Any = whole.loc[WHOLE, "change"]
+    return f"of {category}'s {gain:+.1f} nats: {'; '.join(parts)}"
+
+
+def words_text(found: WordChanges, top: int) -> str:
     """Return the classes, and the words and sequences that gained most, of each category."""
     head = (
         f"change of log p from step {found.first_step} to {found.last_step}; 95 % intervals over "

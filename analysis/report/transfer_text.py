@@ -5,29 +5,32 @@ import math
 import pandas as pd
 
 from sft_probe.analysis.studies.transfer import Transfer
+from sft_probe.text_table import text_table
 
 
 def transfer_text(found: Transfer) -> str:
-    """What `sft-probe transfer` prints."""
+    """Return what `sft-probe transfer` prints."""
     categories = list(dict.fromkeys(found.matrix["category"]))
-    lines = [
-        f"transfer at step {found.step} on {found.num_docs} held-out prompts in {found.clusters}: "
-        "change of body log-prob, nats per body token (. : the interval holds 0; ? : no interval)",
-        f"{'trained on':<20}{'seeds':>6}"
-        + "".join(f"{name[:13]:>14}" for name in categories)
-        + "  selectivity",
-    ]
     selective = {
         row["row"]: _range(row, "selectivity")
         if len(categories) > 1
         else "not defined (one category)"
         for _, row in found.selectivity.iterrows()
     }
-    for name, part in found.matrix.groupby("row", sort=False):
-        cells = [f"{row['transfer']:>+13.3f}{_mark(row)}" for _, row in part.iterrows()]
-        lines.append(
-            f"{str(name)[:19]:<20}{part['seeds'].iloc[0]:>6}{''.join(cells)}  {selective[name]}"
-        )
+    rows = [
+        [
+            name,
+            part["seeds"].iloc[0],
+            *(f"{row['transfer']:+.3f}{_mark(row)}" for _, row in part.iterrows()),
+            selective[name],
+        ]
+        for name, part in found.matrix.groupby("row", sort=False)
+    ]
+    lines = [
+        f"transfer at step {found.step} on {found.num_docs} held-out prompts in {found.clusters}: "
+        "change of body log-prob, nats per body token (. : the interval holds 0; ? : no interval)",
+        text_table(["trained on", "seeds", *categories, "selectivity"], rows),
+    ]
     lines.append("")
     for _, row in found.omega.iterrows():
         if row["is_null"]:

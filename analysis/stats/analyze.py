@@ -1,15 +1,16 @@
 """`sft-probe analyze`: the verdict table, printed, and tidy tables beside it."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.stats.changes import change_table, groups_of_runs, table_over_runs
 from sft_probe.analysis.stats.clusters import count_text
+from sft_probe.analysis.stats.comparison import Comparison, compare_recordings, comparison_text
 from sft_probe.analysis.stats.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
@@ -19,13 +20,15 @@ from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import make_dir, write_text
 from sft_probe.probe_set import SPLITS
 from sft_probe.scores import write_parquet
+from sft_probe.text_table import Form, interval, number, p_value, text_table
 
-_HEAD = (
-    f"{'category':<22}{'start':>8}{'change':>8}  "
-    f"{'95 % interval':<16}{'sign':>4}{'p (Holm)':>10}{'body':>8}"
-    f"{'peak':>8} {'at':<7}{'half at':>8}{'first/body/EOS':>24}{'rank':>5}{'SE':>7}"
+_COLUMNS = (
+    *("category", "start", "change", "95 % interval", "sign", "p (Holm)", "body", "peak", "at"),
+    *("half at", "first/body/EOS", "rank", "SE"),
 )
 
+_ONE_RUN = "intervals hold for other prompts; this is one run, so they leave out training noise"
+_TABLES = ("changes", "contrasts", "over_runs", "verdict")
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
 """At worst, where the variance between runs is 10 to 30 times that over prompts: docs/claims.md"""
 
@@ -41,6 +44,8 @@ class Analysis:
     verdict: pd.DataFrame
     contrasts: pd.DataFrame
     over_runs: pd.DataFrame
+    comparison: Comparison | None = None
+    """The first run less the second one, where there are two."""
 
 
 def analyze(
@@ -88,6 +93,9 @@ def analyze(
         verdict=verdict_table(changes, measure),
         contrasts=pd.concat(contrasts, ignore_index=True),
         over_runs=pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(),
+        comparison=compare_recordings(recordings[0], recordings[1], measure, categories)
+        if len(recordings) == 2
+        else None,
     )
 
 
@@ -102,12 +110,19 @@ def _check_categories(recordings: Sequence[Recording], categories: Sequence[str]
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
-    """Writes `changes`, `verdict`, `contrasts` and, with several runs, `over_runs`, as CSV and
-    parquet."""
+    """Write every table that is not empty as CSV and parquet; return the paths.
+
+    They are `changes`, `contrasts`, `verdict`, with repeats of a run `over_runs`, and for two runs
+    `comparison`, `comparison_benchmarks` and `comparison_settings`.
+    """
     make_dir(folder)
+    tables = {name: getattr(analysis, name) for name in _TABLES}
+    if (found := analysis.comparison) is not None:
+        tables["comparison"] = found.table
+        tables["comparison_benchmarks"] = found.benchmarks
+        tables["comparison_settings"] = found.settings
     written = []
-    for name in ("changes", "contrasts", "over_runs", "verdict"):
-        table: pd.DataFrame = getattr(analysis, name)
+    for name, table in tables.items():
         if table.empty:
             continue
         write_parquet(folder / f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False))
@@ -117,22 +132,40 @@ def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def default_folder(paths: Sequence[Path]) -> Path | None:
-    """`RUN/analysis` for one run directory; else nothing is written unless it is asked for."""
-    return paths[0] / "analysis" if len(paths) == 1 and paths[0].is_dir() else None
+    """Return where the tables go: `RUN/analysis` for one run, `tables` for several, and nowhere for
+    one file."""
+    if len(paths) > 1:
+        return Path("tables")
+    return paths[0] / "analysis" if paths[0].is_dir() else None
 
 
-def verdict_text(analysis: Analysis) -> str:
-    """What `sft-probe analyze` prints."""
+def verdict_text(analysis: Analysis, form: Form = "text") -> str:
+    """Return what `sft-probe analyze` prints: tables in that form, sentences and notes."""
     blocks = []
     for recording in analysis.recordings:
         own = analysis.verdict[analysis.verdict["run"] == recording.name]
         for split, rows in own.groupby("split", sort=False):
-            blocks.append(_block(recording, str(split), rows, analysis))
+            blocks.append(_block(recording, str(split), rows, analysis, form))
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
-        blocks.append("\n".join(f"! {note}" for note in notes_of(recording, own)))
-    blocks.append(over_runs_text(analysis.over_runs))
+        blocks.append("\n".join(f"! {note}" for note in (*recording.notes, *_scope(recording))))
+    blocks.append(over_runs_text(analysis.over_runs, form))
+    if analysis.comparison is not None:
+        blocks.append(comparison_text(analysis.comparison, form))
     return "\n\n".join(block for block in blocks if block)
+
+
+def verdict_tables(analysis: Analysis, form: Form) -> str:
+    """Return the tables alone in a form for a paper or a spreadsheet, one after the other."""
+    tables = []
+    for _, rows in analysis.verdict.groupby(["run", "split"], sort=False):
+        tables.append(text_table(_COLUMNS, [_cells(row) for _, row in rows.iterrows()], form))
+    return "\n\n".join(tables)
+
+
+def _scope(recording: Recording) -> list[str]:
+    """Return what the intervals of one run hold for; nothing where only means are known."""
+    return [] if recording.means is not None else [_ONE_RUN]
 
 
 def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
@@ -149,8 +182,7 @@ def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
         for split, rows in verdict.groupby("split", sort=False)
         for warning in cluster_warnings(rows)
     ]
-    alone = "intervals hold for other prompts; one run says nothing of training noise"
-    return [*recording.notes, *warnings, alone]
+    return [*recording.notes, *warnings, *_scope(recording)]
 
 
 def sentences_of(rows: pd.DataFrame, contrasts: pd.DataFrame) -> list[str]:
@@ -162,10 +194,13 @@ def sentences_of(rows: pd.DataFrame, contrasts: pd.DataFrame) -> list[str]:
         contrasts: from `contrast_table`.
     """
     pmi = pmi_sentence(contrasts, str(rows["run"].iloc[0]), str(rows["split"].iloc[0]))
-    return [*rows["sentence"], *([f"{pmi}; prompts only"] if pmi else [])]
+    return [*rows["sentence"], *([f"{pmi}; intervals over prompts; one run"] if pmi else [])]
 
 
-def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analysis) -> str:
+def _block(
+    recording: Recording, split: str, rows: pd.DataFrame, analysis: Analysis, form: Form
+) -> str:
+    """Return head, warnings, table and sentences of one run and split."""
     first = rows.iloc[0]
     docs = count_text(rows["num_docs"].to_numpy(), SPLIT_NAMES[split])
     docs += f" in {count_text(rows['num_clusters'].to_numpy())}"
@@ -177,42 +212,37 @@ def _block(recording: Recording, split: str, rows: pd.DataFrame, analysis: Analy
             f"{recording.train_category or '?'}; {docs}",
             f"change of log p(response | prompt) from {recording.step_unit} {first['first_step']} "
             f"to {first['last_step']}, nats per response {recording.sums(analysis.measure)}",
+            *(f"! {warning}" for warning in cluster_warnings(rows)),
             "",
-            _HEAD,
-            *(_line(row) for _, row in rows.iterrows()),
+            text_table(_COLUMNS, [_cells(row) for _, row in rows.iterrows()], form),
             "",
             *(f"- {sentence}" for sentence in sentences_of(rows, analysis.contrasts)),
         ]
     )
 
 
-def _line(row: pd.Series) -> str:
-    interval = "-" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
+def _cells(row: "pd.Series[Any]") -> list[str]:
+    """Return a row of the verdict as it is printed, by `_COLUMNS`."""
     shares = [share_text(row, part) for part in PARTS]
-    split = "-" if "-" in shares else "/".join(shares) + " %"
-    numbers = {name: _number(row[name], "+.1f") for name in ("change", "body", "peak")}
-    p_holm = (
-        "-"
-        if math.isnan(row["p_holm"])
-        else f"{row['p_holm']:.1g}"
-        if row["p_holm"] >= 1e-4
-        else "<0.0001"
-    )
-    return (
-        f"{row['category'][:21]:<22}{row['start']:>8.1f}{numbers['change']:>8}  "
-        f"{interval:<16}{row['sign']:>4}"
-        f"{p_holm:>10}{numbers['body']:>8}{numbers['peak']:>8} {row['peak_step']:<7}"
-        f"{_number(row['half_step'], '.1f'):>8}{split:>24}"
-        f"{row['rank']:>5.0f}{_number(row['stderr'], '.2f'):>7}"
-    )
+    return [
+        str(row["category"]),
+        f"{row['start']:.1f}",
+        number(row["change"], "+.1f"),
+        interval(row["low"], row["high"]),
+        row["sign"],
+        p_value(row["p_holm"]),
+        number(row["body"], "+.1f"),
+        number(row["peak"], "+.1f"),
+        str(row["peak_step"]),
+        number(row["half_step"], ".1f"),
+        "-" if "-" in shares else "/".join(shares) + " %",
+        f"{row['rank']:.0f}",
+        number(row["stderr"], ".2f"),
+    ]
 
 
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
-
-
-def over_runs_text(table: pd.DataFrame) -> str:
-    """The last step of the means over runs; empty without."""
+def over_runs_text(table: pd.DataFrame, form: Form = "text") -> str:
+    """Return the last step of the means over runs; empty without."""
     if table.empty:
         return ""
     blocks = []
@@ -221,21 +251,24 @@ def over_runs_text(table: pd.DataFrame) -> str:
         first = last.iloc[0]
         head = (
             f"mean of {first['num_runs']} runs of {first['model']} on {first['train_category']} "
-            "that differ in their "
-            f"order seed alone ({first['order_seeds']}): {runs}\n"
+            f"that differ in their order seed alone ({first['order_seeds']}): {runs}\n"
             f"{SPLIT_NAMES[str(split)]} that all runs scored at steps {part['step'].min()} and "
-            f"{first['step']}\n"
-            f"{'category':<22}{'docs':>6}{'change':>8}  {'other runs':<20}other runs and prompts"
+            f"{first['step']}"
         )
-        lines = [
-            f"{str(row['category'])[:21]:<22}{row['num_docs']:>6}"
-            f"{_number(row['change'], '+.1f'):>8}  "
-            f"{_interval(row['low'], row['high']):<20}"
-            f"{_interval(row['both_low'], row['both_high'])}"
+        rows = [
+            [
+                row["category"],
+                row["num_docs"],
+                number(row["change"], "+.1f"),
+                interval(row["low"], row["high"]),
+                interval(row["both_low"], row["both_high"]),
+            ]
             for _, row in last.iterrows()
         ]
+        columns = ["category", "docs", "change", "other runs", "other runs and prompts"]
         notes = [*cluster_warnings(last), *few_runs_note(int(first["num_runs"]))]
-        blocks.append("\n".join([head, *lines, *(f"! {note}" for note in notes)]))
+        lines = [head, *(f"! {note}" for note in notes), text_table(columns, rows, form)]
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
@@ -249,7 +282,3 @@ def few_runs_note(num_runs: int) -> list[str]:
         f"{FEW_RUNS_COVERAGE[num_runs]:.0%} of "
         "cases, not in 95 %, where runs vary much more than prompts"
     ]
-
-
-def _interval(low: float, high: float) -> str:
-    return "-" if math.isnan(low) else f"[{low:+.1f}, {high:+.1f}]"

@@ -38,7 +38,7 @@ def generations_text(table: pd.DataFrame) -> str:
         f"{steps[-1]}: "
         f"{_moved(table, 'num_tokens', 1)} tokens (at most {table['max_new_tokens'].max()}), "
         f"ended by themselves {_moved(table, 'ended', 100)} %, repeated 4-grams "
-        f"{_moved(table, 'repetition', 100)} %; changes with 95 % intervals, prompts only"
+        f"{_moved(table, 'repetition', 100)} %; changes with 95 % intervals over prompts"
     )
 
 

@@ -28,6 +28,7 @@ _KINDS = {
     "step_unit": str,
     "probe_set": str | None,
     "probe_set_sha256": str | None,
+    "doc_sha256": dict,
 }
 _MAX_NAMED = 5
 _SETTING = (
@@ -226,7 +227,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
     probe = _json_of(directory / ("sweep" if source == "lm_eval" else "probe") / "manifest.json")
     probe.setdefault("model", frame["model"].iloc[0])
     probe.setdefault("train_category", frame["train_category"].iloc[0])
-    probe_set, set_notes = _probe_set_of(manifest, probe)
+    probe_set, set_notes = _probe_set_of(directory, manifest, probe)
     benchmarks, generations = directory / "benchmarks.csv", directory / "generations.parquet"
     rows = frame[frame["source"] == source]
     return Recording(
@@ -257,18 +258,24 @@ def _prompt_text(messages: Sequence[dict[str, str]]) -> str:
 
 
 def _probe_set_of(
-    manifest: dict[str, Any], probe: dict[str, Any]
+    directory: Path, manifest: dict[str, Any], probe: dict[str, Any]
 ) -> tuple[ProbeSet | None, list[str]]:
-    """The texts behind the rows, where they are still there and the same."""
-    for source in (
-        manifest.get("probe_set"),
-        probe.get("probe_set_source"),
-        probe.get("probe_set"),
-    ):
-        if isinstance(source, str) and (source in EMBEDDED_PROBE_SETS or Path(source).exists()):
-            probe_set = load_probe_set(source)
-            if probe_set.sha256 == probe.get("probe_set_sha256", probe_set.sha256):
-                return probe_set, []
+    """Return the probe set of the rows, or its docs that still have the same texts."""
+    sources = [manifest.get("probe_set"), probe.get("probe_set_source"), probe.get("probe_set")]
+    found = [source for source in sources if isinstance(source, str)]
+    found += [str(directory / Path(source).name) for source in found]  # moved with the run
+    hashes = probe.get("doc_sha256", {})
+    for source in dict.fromkeys(found):
+        if source not in EMBEDDED_PROBE_SETS and not Path(source).exists():
+            continue
+        probe_set = load_probe_set(source)
+        if probe_set.sha256 == probe.get("probe_set_sha256", probe_set.sha256):
+            return probe_set, []
+        same = tuple(doc for doc in probe_set.docs if hashes.get(doc.doc_id) == doc.sha256)
+        if same:
+            changed = len(hashes) - len(same)
+            note = f"{source} has changed: {changed} of {len(hashes)} docs have no texts here"
+            return replace(probe_set, docs=same), [note] * (changed > 0)
     return None, [
         "the probe set is not here or has changed: no texts are shown, and clusters are "
         "conversations alone"

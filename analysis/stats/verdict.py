@@ -137,7 +137,8 @@ def share_text(row: pd.Series, part: str) -> str:
 
 
 def sentence(curve: pd.DataFrame, sign: str) -> str:
-    """What the curve of one category did, in one sentence; "prompts only" since it is one run.
+    """Return what the curve of one category did, in one sentence that says what its interval holds
+    for.
 
     `sign` is that of the last change, as in `verdict_table`; where it is ?, a tenth of the curve's
     range counts as moved.
@@ -148,7 +149,7 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
         return f"{name} was scored at one step only"
     x, y = curve["step"].to_numpy(), curve["change"].to_numpy(float)
     by = _BY[curve["step_unit"].iloc[0]]
-    scope = "prompts only"
+    scope = "intervals over prompts; one run"
     if curve["stderr"].isna().all():
         scope = "too few prompts for an interval" if curve["num_docs"].any() else "means only"
     certain = has_moved(curve, sign)
@@ -160,7 +161,7 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
             f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
         )
     if not certain:
-        return f"{name} did not move for certain ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
+        return f"{name} did not change clearly ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
     _, half = half_bracket(x.tolist(), y.tolist())
     moved = f"{name} {'rose' if y[-1] > 0 else 'fell'} {abs(y[-1]):.1f} nats {by} {x[-1]}"
     return f"{moved}, half of it {by} {half:.0f}; {scope}"

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from sft_probe.analysis.stats.curves import matched_gain
-from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_run
+from sft_probe.analysis.sweep.checkpoints import Checkpoint, snapshots_of_run
 from sft_probe.analysis.sweep.identity import check_undamaged, identify
 from sft_probe.analysis.sweep.live_model import LiveModel
 from sft_probe.analysis.sweep.request import SweepRequest
@@ -40,7 +40,7 @@ def divergences(run: Path) -> pd.DataFrame:
     Raises:
         UserError: a snapshot is damaged, or there is none of step 0.
     """
-    checkpoints, problems = of_run(run)
+    checkpoints, problems = snapshots_of_run(run)
     if problems or checkpoints[0].step != 0:
         raise UserError(
             "\n".join([f"{run}: the KL needs every snapshot, and that of step 0.", *problems])

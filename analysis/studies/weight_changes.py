@@ -17,7 +17,7 @@ from safetensors import safe_open
 from scipy.sparse.linalg import eigsh
 
 from sft_probe.adapters import load_adapter
-from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_run
+from sft_probe.analysis.sweep.checkpoints import Checkpoint, snapshots_of_run
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
 from sft_probe.weights import ADAPTER_CONFIG, weight_files
@@ -63,7 +63,7 @@ def weight_changes(run: Path) -> pd.DataFrame:
         UserError: the run has fewer than two snapshots that can be read, or they do not hold the
             same parameters.
     """
-    checkpoints, problems = of_run(run)
+    checkpoints, problems = snapshots_of_run(run)
     if len(checkpoints) < 2:
         raise UserError(
             f"{run} has {len(checkpoints)} snapshots that can be read; two are needed. "

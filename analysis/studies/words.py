@@ -21,7 +21,7 @@ LENGTHS_OF_SEQUENCES = (2, 3, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class WordChanges:
     """Changes between two steps of one run and split, in nats, with 95 % intervals over docs."""
 
     first_step: int
@@ -41,7 +41,7 @@ def words(
     split: str = "heldout",
     step: int | None = None,
     categories: Sequence[str] | None = None,
-) -> Words:
+) -> WordChanges:
     """Divide the change of every response among its words.
 
     Args:
@@ -71,7 +71,7 @@ def words(
     table = pd.DataFrame(_pieces(recording, rows, names, first, last))
     if table.empty:
         raise UserError(f"{recording.name}: no response was scored at steps {first} and {last}.")
-    return Words(
+    return WordChanges(
         first_step=first,
         last_step=last,
         pieces=table,
@@ -207,7 +207,7 @@ def _clusters(frame: pd.DataFrame) -> Ints:
     return cluster_ids(frame.index.get_level_values("cluster").tolist())
 
 
-def write_words(found: Words, folder: Path) -> list[Path]:
+def write_words(found: WordChanges, folder: Path) -> list[Path]:
     """Write `words_classes`, `words_literals` and `words_sequences` as CSV; return the paths."""
     make_dir(folder)
     tables = {"classes": found.classes, "literals": found.literals, "sequences": found.sequences}

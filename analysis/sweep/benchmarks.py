@@ -76,7 +76,7 @@ def slug(spec: str) -> str:
 
 
 def benchmark_rows(results: dict[str, Any], run: str, step: int) -> list[dict[str, Any]]:
-    """Rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's
+    """Return rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's
     results."""
     rows = []
     for task, metrics in results["results"].items():

@@ -61,8 +61,8 @@ class Checkpoint:
         return self.model if self.revision == "main" else f"{self.model}@{self.revision}"
 
 
-def of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Snapshots of a run, by step, and what is wrong with those that cannot be used.
+def snapshots_of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
+    """Return the snapshots of a run, by step, and what is wrong with those that cannot be used.
 
     Raises:
         UserError: the directory holds no snapshots.
@@ -101,8 +101,9 @@ def _of_snapshot(folder: Path) -> Checkpoint:
     )
 
 
-def of_patterns(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
-    """Hugging Face model directories, by step, and what is wrong with those that cannot be used.
+def checkpoints_matching(patterns: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
+    """Return Hugging Face model directories, by step, and what is wrong with those that cannot be
+    used.
 
     The step is the one of `PATH=STEP`, else that of `trainer_state.json`, else the one in the name.
 
@@ -155,9 +156,9 @@ def _matches(pattern: str) -> dict[Path, int | None]:
     return dict.fromkeys(folders, step)
 
 
-def of_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
-    """Revisions of a hub model, as Pythia's `step1000`; `NAME=STEP` says the step of one whose name
-    does not.
+def hub_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
+    """Return revisions of a hub model, such as Pythia's `step1000`; `NAME=STEP` says the step of
+    one whose name does not.
 
     Raises:
         UserError: a name tells no step or several, two tell the same, or steps are mixed with

@@ -21,7 +21,7 @@ _NGRAM = 4
 
 
 def generation_docs(docs: Sequence[EncodedDoc], num_docs: int, max_length: int) -> list[EncodedDoc]:
-    """The first `num_docs` held-out docs whose prompts leave room for an answer of
+    """Return the first `num_docs` held-out docs whose prompts leave room for an answer of
     `max_new_tokens(max_length)`.
 
     Raises:
@@ -39,7 +39,7 @@ def generation_docs(docs: Sequence[EncodedDoc], num_docs: int, max_length: int) 
 
 
 def max_new_tokens(max_length: int) -> int:
-    """Tokens an answer may have: 256, or half of a shorter `max_length`."""
+    """Return the most tokens that an answer may have: 256, or half of a shorter `max_length`."""
     return min(MAX_NEW_TOKENS, max_length // 2)
 
 
@@ -52,8 +52,8 @@ def generate_answers(
     limit: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """A row per doc: `doc_id conversation_id split text num_tokens num_bytes ended repetition
-    max_new_tokens`.
+    """Return a row per doc: `doc_id conversation_id split text num_tokens num_bytes ended
+    repetition max_new_tokens`.
 
     `num_tokens` does not count the terminator; `ended` says whether one of `ends` came within
     `limit` tokens. The text stands as it was decoded, special tokens included.
@@ -75,8 +75,8 @@ def generate_answers(
 
 @contextmanager
 def _greedy(model: Any, ends: Sequence[int], limit: int) -> Iterator[None]:
-    """Lends the model a config of ours: its own may ask for sampling or penalties, and fills what
-    calls leave open."""
+    """Lend the model a generation config of ours: its own may ask for sampling or penalties, and
+    fills what calls leave open."""
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -94,7 +94,7 @@ def _greedy(model: Any, ends: Sequence[int], limit: int) -> Iterator[None]:
 
 
 def _continue(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int]]:
-    """What the model writes after each prompt, padded on the right."""
+    """Return what the model writes after each prompt, padded on the right."""
     width = max(len(ids) for ids in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -138,8 +138,8 @@ def _row(
 
 
 def repetition(ids: Sequence[int]) -> float | None:
-    """Share of 4-grams of tokens that stood there before: seq-rep-4 of Welleck et al. 2020 (arXiv
-    1908.04319).
+    """Return the share of 4-grams of tokens that stood there before: seq-rep-4 of Welleck et al.
+    2020 (arXiv 1908.04319).
 
     `None` for fewer than 4 tokens.
     """

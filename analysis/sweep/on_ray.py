@@ -32,7 +32,7 @@ _CONNECT_TIMEOUT_S = 10
 
 
 def connect(request: SweepRequest) -> SweepRequest:
-    """Connects to `request.ray_address`, else to RAY_ADDRESS, else starts Ray here; chooses the
+    """Connect to `request.ray_address`, else to RAY_ADDRESS, else start Ray here; choose the
     workers' device.
 
     Raises:
@@ -55,7 +55,7 @@ def connect(request: SweepRequest) -> SweepRequest:
 def score_on_ray(
     request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
 ) -> list[str]:
-    """Scores the checkpoints on the cluster that `connect` reached; returns what went wrong."""
+    """Score the checkpoints on the cluster that `connect` reached; return what went wrong."""
     num_workers, start = _plan(request, decided_by, checkpoints)
     log.info("%d workers on %s", num_workers, request.device)
     idle = [start() for _ in range(num_workers)]
@@ -92,8 +92,8 @@ def score_on_ray(
 def _plan(
     request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
 ) -> tuple[int, Callable[[], Any]]:
-    """How many workers, and what starts one: a GPU each, else as many CPU slots each as there are
-    enough of."""
+    """Return how many workers there are, and what starts one: a GPU each, else as many CPU slots
+    each as there are enough of."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kind = "CPU" if request.device == "cpu" else "GPU"
     slots = [int(node.get(kind, 0)) for node in nodes]

@@ -73,6 +73,9 @@ class SweepRequest(Benchmarks, Replayable):
     generate: Positive = 0
     """Also write greedy answers to the first N held-out prompts."""
 
+    contexts: Annotated[Names, "A,B"] = ()
+    """Also score the held-out responses under other prompts, for `sft-probe ledger`:
+    own,near,far,none."""
     dry_run: bool = False
     """List the checkpoints with step, size and what is scored already, and end."""
 

@@ -171,8 +171,8 @@ def _first_readable(checkpoints: Sequence[Checkpoint]) -> _Readable:
 
 
 def _recorded_format(directory: Path) -> str | None:
-    """The format of an earlier sweep into this directory, so that a clock or a rule in it stays
-    what it was."""
+    """Return the format of an earlier sweep into this directory, so that a clock or a rule in it
+    stays what it was."""
     earlier = sweep_manifest(directory) or {}
     return earlier.get("prompt_format_source") or earlier.get("prompt_format")
 
@@ -222,7 +222,7 @@ def _check_against_run(
 
 
 def fix_settings(settings: SweepSettings, request: SweepRequest) -> int:
-    """Writes `sweep/manifest.json` at first use; later sweeps must agree with it. Returns the token
+    """Write `sweep/manifest.json` at first use; later sweeps must agree with it. Returns the token
     budget.
 
     Raises:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks, benchmark_rows, slug
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
+from sft_probe.analysis.sweep.contexts import PLAN, context_plan, score_contexts
 from sft_probe.analysis.sweep.generate import generate_answers, generation_docs, max_new_tokens
 from sft_probe.analysis.sweep.identity import (
     RECORD,
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 ERROR_LOG = "error.log"
 _ANSWERS = "--generate"
+_CONTEXTS = "--contexts"
 _MAX_NAMED = 5
 
 
@@ -131,6 +133,8 @@ class Scorer:
                     self._score_probes(checkpoint, name, parts[name])
                 elif name == _ANSWERS:
                     self._generate(checkpoint, parts[name])
+                elif name == _CONTEXTS:
+                    self._score_contexts(checkpoint, parts[name])
                 else:
                     self._score_benchmark(checkpoint, name, parts[name])
             except (NonFiniteError, FloatingPointError) as error:
@@ -302,6 +306,34 @@ class Scorer:
         with self._new_part(folder) as temporary:
             write_jsonl(temporary / "generations.jsonl", [{**columns, **row} for row in rows])
 
+    def _score_contexts(self, checkpoint: Checkpoint, folder: Path) -> None:
+        settings = self.settings
+        lm: Any = self.lm
+        docs = [doc for doc in settings.docs if doc.doc.split == "heldout"]
+        path = self.request.directory / "sweep" / PLAN
+        if not path.exists() and checkpoint != settings.decided_by:
+            context_plan(path, docs, self.live.load(settings.decided_by))
+            self._load(checkpoint)
+        plan = context_plan(path, docs, self.live.model)
+        start = settings.tokenizer.bos_token_id
+        rows = score_contexts(
+            lm.scorer,
+            self.live.model,
+            docs,
+            plan,
+            contexts=self.request.contexts,
+            start_id=settings.tokenizer.eos_token_id if start is None else start,
+            terminator_id=terminator_id(settings.format_name, settings.tokenizer),
+            max_length=settings.max_length,
+            first_visible=self.first_visible,
+        )
+        self._keep_max_tokens()
+        if num_left_out := len(docs) - len({row["doc_id"] for row in rows}):
+            log.warning("%d docs left out: too long under another prompt", num_left_out)
+        columns = {**settings.run_columns, "step": checkpoint.step}
+        with self._new_part(folder) as temporary:
+            write_jsonl(temporary / "contexts.jsonl", [{**columns, **row} for row in rows])
+
     def _keep_max_tokens(self) -> None:
         if self.lm is not None and self.lm.scorer.max_tokens != self.max_tokens:
             self.max_tokens = self.lm.scorer.max_tokens
@@ -330,6 +362,8 @@ def parts_asked_for(request: SweepRequest, folder: Path) -> dict[str, Path]:
     parts |= {spec: folder / f"benchmark_{slug(spec)}{''.join(options)}" for spec in request.tasks}
     if request.generate:
         parts[_ANSWERS] = folder / f"generate_{request.generate}"
+    if request.contexts:
+        parts[_CONTEXTS] = folder / f"contexts_{'_'.join(sorted(request.contexts))}"
     return parts
 
 
@@ -351,7 +385,8 @@ def _fault(doc: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _faults(folder: Path) -> list[str]:
-    """One message about the responses of a part that have no log-prob; none where all have one."""
+    """Return one message about the responses of a part that have no log-prob; none where all have
+    one."""
     path = folder / "faults.jsonl"
     if not path.exists():
         return []
@@ -388,7 +423,7 @@ def _write_lm_eval_files(
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Errors only from these loggers, and no bar per task, for the length of a block."""
+    """Let only errors of these loggers through, and no bar per task, for the length of a block."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -12,7 +12,13 @@ from types import ModuleType
 from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
-from sft_probe.analysis.sweep.checkpoints import Checkpoint, of_patterns, of_revisions, of_run
+from sft_probe.analysis.sweep.checkpoints import (
+    Checkpoint,
+    checkpoints_matching,
+    hub_revisions,
+    snapshots_of_run,
+)
+from sft_probe.analysis.sweep.contexts import check_contexts
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.request import SweepRequest
@@ -24,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep(request: SweepRequest) -> list[Path]:
-    """Scores what is not scored yet and writes the tables; returns their paths.
+    """Score what is not scored yet and writes the tables; return their paths.
 
     Raises:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
@@ -33,6 +39,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     checkpoints, problems = _find(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+    check_contexts(request.contexts)
     benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
         log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)
@@ -113,7 +120,7 @@ def _on_ray() -> ModuleType:
 
 
 def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
-    """Scores one after the other, last those that another process is scoring now; returns what went
+    """Score one after the other, last those that another process is scoring now; return what went
     wrong."""
     problems = []
     waiting = deque((checkpoint, False) for checkpoint in checkpoints)
@@ -135,7 +142,7 @@ def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
 
 def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
     if request.checkpoints:
-        return of_patterns(request.checkpoints)
+        return checkpoints_matching(request.checkpoints)
     if request.model:
-        return of_revisions(request.model, request.revisions), []
-    return of_run(request.directory)
+        return hub_revisions(request.model, request.revisions), []
+    return snapshots_of_run(request.directory)

@@ -10,7 +10,7 @@ __all__ = ["ProbeCallback"]
 
 
 def __getattr__(name: str) -> Any:
-    """`ProbeCallback`, imported at first use: it needs torch and the extra `train`."""
+    """Import `ProbeCallback` at its first use: it needs torch and the extra `train`."""
     if name != "ProbeCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sft_probe.train.probe import ProbeCallback

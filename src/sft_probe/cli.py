@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from sft_probe import __version__
 from sft_probe.analysis.commands import (
     Analyze,
+    Ledger,
     Plot,
     Report,
     Simplicity,
@@ -246,6 +247,7 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "transfer": Transfer,
     "simplicity": Simplicity,
+    "ledger": Ledger,
     "words": Words,
     "weights": Weights,
     "synth run": SynthRun,

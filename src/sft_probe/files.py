@@ -21,13 +21,13 @@ from sft_probe.errors import UserError
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:
-    """Flushes a file or a directory entry to disk."""
+    """Flush a file or a directory entry to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def fsync_path(path: Path) -> None:
 
 
 def make_dir(path: Path) -> Path:
-    """Creates `path` and its parents. Raises `UserError` where it cannot be written."""
+    """Create `path` and its parents. Raises `UserError` where it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -94,7 +94,7 @@ def _temporary(final: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file atomically: readers see the old file or the new one, never a part."""
+    """Write a UTF-8 file atomically: readers see the old file or the new one, never a part."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -112,12 +112,12 @@ def write_parts(path: Path, parts: Iterable[str]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically."""
     write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object per line, atomically."""
+    """Write one JSON object per line, atomically."""
     write_parts(path, (to_json(row) + "\n" for row in rows))
 
 
@@ -138,7 +138,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def jsonl_lines(text: str) -> list[str]:
-    """The lines of a JSONL file: only `\\n` ends one.
+    """Return the lines of a JSONL file: only `\\n` ends one.
 
     `str.splitlines` also cuts at U+2028, U+0085 and others, which may stand inside a text.
     """
@@ -146,7 +146,7 @@ def jsonl_lines(text: str) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises `UserError` naming the file and line of a fault."""
+    """Read a JSON file. Raises `UserError` naming the file and line of a fault."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

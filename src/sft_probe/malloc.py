@@ -7,7 +7,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> None:
-    """Keeps large freed blocks in the process; does nothing where the C library is not glibc.
+    """Keep large freed blocks in the process, and do nothing where the C library is not glibc.
 
     glibc gives every large block back to the kernel and page-faults it in again at the next forward
     pass, which costs 15-20 % of the time on 2 cores (docs/benchmarks.md).

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def cache_dir() -> Path:
-    """Where derived files live: $SFT_PROBE_CACHE, else `sft-probe` in the user's cache
+    """Return where derived files live: $SFT_PROBE_CACHE, else `sft-probe` in the user's cache
     directory."""
     if path := os.environ.get("SFT_PROBE_CACHE"):
         return Path(path).expanduser()
@@ -222,7 +222,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
 
 
 def check_window(max_length: int, model: "PreTrainedModel") -> None:
-    """Raises `UserError` where `max_length` tokens do not fit the model's window."""
+    """Raise `UserError` where `max_length` tokens do not fit the model's window."""
     from lm_eval.models.utils import resolve_max_length
 
     window = resolve_max_length(model.config)
@@ -294,7 +294,7 @@ def _embedded_model_dir() -> Path:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
-    """Writes a GGUF file as float32 safetensors.
+    """Write a GGUF file as float32 safetensors.
 
     transformers refuses to save a model that it loaded from GGUF, so a plain one is rebuilt from
     config and state dict.

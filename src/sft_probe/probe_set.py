@@ -25,6 +25,8 @@ DEFAULT_PROBE_SET = "helpful-mini"
 DEFAULT_PROMPT_FORMAT = "hh"
 RESERVED_COLUMNS = ("doc_id", "conversation_id", "split", "messages", "random_doc_id", "meta")
 _MANIFEST = {"name": str, "prompt_format": str, "categories": dict}
+_PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input", "messages")
+_RESPONSE_COLUMNS = ("chosen", "response", "completion", "answer", "output", "messages")
 LONE_SURROGATE = "half a surrogate pair, which is no Unicode text"
 CATEGORY_NAME = re.compile(r"(?!train_)[a-z0-9_]+")
 
@@ -56,6 +58,12 @@ class Doc:
     random_doc_id: str | None = None
     place: Place | None = None
     """Where the doc stands in the source that it was read from."""
+
+    @property
+    def sha256(self) -> str:
+        """Short hash of the prompt and all responses: a doc with another hash has other texts."""
+        texts = json.dumps([self.messages, self.responses], sort_keys=True)
+        return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +132,7 @@ class ProbeSet:
     manifest: dict[str, Any]
 
     def of_split(self, split: str) -> list[Doc]:
-        """The docs of `train` or `heldout`, in file order."""
+        """Return the docs of `train` or `heldout`, in file order."""
         return [doc for doc in self.docs if doc.split == split]
 
     @property
@@ -137,7 +145,7 @@ class ProbeSet:
 
 
 def load_probe_set(source: str) -> ProbeSet:
-    """Reads and validates a probe set.
+    """Read and validates a probe set.
 
     Docs with an empty response or half a surrogate pair are left out and stay listed in `faults`.
 
@@ -160,7 +168,7 @@ def load_probe_set(source: str) -> ProbeSet:
 
 
 def read_probe_set(source: str) -> ProbeSet:
-    """Reads a probe set and collects every fault instead of stopping at the first one.
+    """Read a probe set and collects every fault instead of stopping at the first one.
 
     Raises:
         UserError: there is nothing to read at `source`, or its `probe_set.json` is unusable.
@@ -172,6 +180,8 @@ def read_probe_set(source: str) -> ProbeSet:
         raise UserError(f"{manifest_path}: `{place}` holds {LONE_SURROGATE}.")
     faults: list[Fault] = []
     rows = list(_parse_lines(files, faults))
+    if not manifest:
+        _check_kind(source, rows)
     categories = _categories(manifest, manifest_path, rows)
     docs = _check_docs(rows, categories, faults)
     faults += _check_links(rows)
@@ -184,6 +194,33 @@ def read_probe_set(source: str) -> ProbeSet:
         sha256=_sha256_of(files),
         faults=tuple(faults),
         manifest=manifest,
+    )
+
+
+def _check_kind(source: str, rows: list["_Row"]) -> None:
+    """Raise `UserError` where rows are data of another kind, saying how to make a set of them."""
+    columns = dict.fromkeys(name for row in rows[:100] for name in row.value)
+    if not columns or any({"doc_id", "split"} & row.value.keys() for row in rows):
+        return
+    out = Path("sets", Path(source).name.partition(".")[0] or "mine")
+    if {"chosen", "rejected"} <= columns.keys():
+        what = "preference pairs, in"
+        commands = f"""sft-probe synth run --source {source} --categories random --out {out}
+      (chosen, rejected and random; needs no model and no key)
+  sft-probe synth run --source {source} --writer gemini --out {out}
+      (also paraphrase, variant and non_response)"""
+    else:
+        what = "a table of"
+        prompt = next((name for name in _PROMPT_COLUMNS if name in columns), "COLUMN")
+        response = next((name for name in _RESPONSE_COLUMNS if name in columns), "COLUMN")
+        commands = (
+            f"sft-probe probe-set --from-table {source} --prompt {prompt} "
+            f"--category chosen={response} --out {out}"
+        )
+    raise UserError(
+        f"{source} is not a probe set: no row has a `doc_id` or a `split`. It holds {what} "
+        f"{len(rows)} rows with the columns {', '.join(map(_printable, list(columns)[:20]))}. Make "
+        f"a probe set of it with\n  {commands}"
     )
 
 
@@ -212,8 +249,12 @@ def _files_of(source: str) -> list[Path]:
     if not path.exists():
         path = _hub_snapshot(source)
     files = find(path, "*.jsonl") if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path} holds no .jsonl file, so it is no probe set.")
+    if not files or not all(file.suffix == ".jsonl" for file in files):
+        raise UserError(
+            f"{source} is not a probe set, which is a directory with .jsonl files or one such "
+            "file. To make a probe set of a table or of preference pairs, see `sft-probe probe-set "
+            "--help` (--from-table) and `sft-probe synth --help` (--source)."
+        )
     return files
 
 
@@ -265,8 +306,8 @@ def _parse_lines(files: list[Path], faults: list[Fault]) -> Iterator[_Row]:
 
 
 def _categories(manifest: dict[str, Any], manifest_path: Path, rows: list[_Row]) -> tuple[str, ...]:
-    """From `probe_set.json`; without one, every text column that the first line has is a
-    category."""
+    """Return the categories that `probe_set.json` names; without one, every text column of the
+    first line."""
     if manifest:
         if not isinstance(manifest.get("categories"), dict) or not manifest["categories"]:
             raise UserError(
@@ -346,7 +387,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def _printable(text: str) -> str:
-    """The text, with `\\ud83d` for what is half of a surrogate pair."""
+    """Return the text with `\\ud83d` for what is half of a surrogate pair."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -394,8 +435,8 @@ def _valid_messages(messages: Any) -> bool:
 
 
 def _check_links(rows: list[_Row]) -> Iterator[Fault]:
-    """Faults between rows: repeated ids, conversations in both splits, `random` that is not its
-    partner's chosen."""
+    """Return faults between rows: repeated ids, conversations in both splits, a `random` that is
+    not its partner's chosen."""
     by_id: dict[str, _Row] = {}
     split_of: dict[str, str] = {}
     for row in rows:

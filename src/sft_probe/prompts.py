@@ -37,8 +37,8 @@ class Prompt(NamedTuple):
     separator: str
 
     def context(self, *, in_use: bool) -> str:
-        """What the join rule takes as the context: the separator belongs to it by the rule
-        `+in_use` alone."""
+        """Return what the join rule takes as the context: only by the rule `+in_use` does the
+        separator belong to it."""
         return self.text + self.separator if in_use else self.text
 
 
@@ -85,7 +85,7 @@ class PromptFormat:
         """What gives this very format again."""
 
     def render(self, messages: Messages) -> Prompt:
-        """Renders chat turns. Raises `UserError` where the format has no place for a turn."""
+        """Render chat turns. Raises `UserError` where the format has no place for a turn."""
         if self.chat is not None:
             text = (
                 self.chat.answer_prompt(messages)
@@ -111,8 +111,8 @@ def resolve_format(
     docs: Sequence[Doc],
     recorded: str | None = None,
 ) -> PromptFormat:
-    """The format with what is chosen once for a whole run, by a test on all docs and responses; see
-    `PromptFormat`.
+    """Return the format with all that is chosen once for a whole run, by a test on all docs and
+    responses; see `PromptFormat`.
 
     Args:
         given: what the user or the probe set names; what it leaves open is chosen.
@@ -154,26 +154,28 @@ def resolve_format(
 
 
 def same_format(recorded: str, name: str) -> bool:
-    """True for equal names, and where the recorded one is of a time when the clock of a template
-    was not recorded."""
+    """Return whether two names mean one format: they are equal, or the recorded one is older than
+    the record of a template's clock."""
     old, new = _parse(recorded), _parse(name)
     return recorded == name or (not old[1] and (old[0], *old[2:]) == (new[0], *new[2:]))
 
 
 def joins_in_use(name: str) -> bool:
-    """True where the rule in a format's name is `+in_use`."""
+    """Return whether the join rule in a format's name is `+in_use`."""
     return _parse(name)[3] == "+in_use"
 
 
 def _parse(spec: str) -> tuple[str, str, str, str]:
-    """Base, time, `+full_render` and join rule; empty where the spec leaves them open."""
+    """Split a format's name into base, time, `+full_render` and join rule; what it leaves open is
+    empty."""
     match = _SPEC.fullmatch(spec)
     base, time, full, rule = match.groups(default="") if match else (spec, "", "", "")
     return base, time, full, rule
 
 
 def _recorded_spec(given: str, recorded: str | None) -> str | None:
-    """What was recorded, as a full spec, where what is given does not contradict it; else `None`.
+    """Return what was recorded, as a full name, where what is given does not contradict it; else
+    `None`.
 
     A recorded format without a rule is of the ordinary one; a time that is given fills in one that
     was not recorded.
@@ -205,14 +207,14 @@ def _render_or_none(prompt_format: PromptFormat, doc: Doc) -> Prompt | None:
 
 
 def _splits(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, doc: Doc) -> bool:
-    """True where the prompt's ids are a prefix of the joint ids with every response."""
+    """Return whether the prompt's ids are a prefix of the joint ids with every response."""
     ids = encode(tokenizer, prompt.text)
     joint = (encode(tokenizer, "".join(prompt) + response) for response in doc.responses.values())
     return all(found[: len(ids)] == ids for found in joint)
 
 
 def _check_suffix(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises `UserError` where the tokenizer puts something after every text that is not EOS."""
+    """Raise `UserError` where the tokenizer puts something after every text that is not EOS."""
     ids, plain = encode(tokenizer, "a"), list(tokenizer.encode("a", add_special_tokens=False))
     if ids[len(ids) - len(plain) :] != plain:
         after = tokenizer.decode(ids[-1:])
@@ -224,7 +226,8 @@ def _check_suffix(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def terminator_id(format_name: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id that ends a response: the token with which the chat template ends an answer, else EOS.
+    """Return the id that ends a response: the token with which the chat template ends an answer,
+    else EOS.
 
     Raises:
         UserError: the tokenizer has no EOS token.
@@ -281,8 +284,8 @@ def _render_hh(messages: Messages) -> str:
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids under the BOS rule of lm-eval's `hf`: the tokenizer's own, but no second BOS, and
-    no EOS at the end."""
+    """Return the token ids of a text under the BOS rule of lm-eval's `hf`: the tokenizer's own, but
+    no second BOS, and no EOS at the end."""
     prefix_id = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
@@ -301,7 +304,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 def encode_pair(
     tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str, *, in_use: bool = False
 ) -> tuple[list[int], list[int]] | None:
-    """Ids of the context and of the continuation that is trained on and scored.
+    """Return the ids of the context, and those of the continuation that is trained on and scored.
 
     Returns `None` where the ordinary rule finds no split, since the prompt's ids are not a prefix
     of the joint ids, and where no id is left on one side.
@@ -316,7 +319,7 @@ def encode_pair(
 
 
 def no_pair_reason(in_use: bool) -> str:
-    """Why `encode_pair` has found none."""
+    """Say why `encode_pair` has found no pair."""
     if in_use:
         return "no token is left of the prompt or of the response"
     return (
@@ -326,8 +329,8 @@ def no_pair_reason(in_use: bool) -> str:
 
 
 def encode_after(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Ids of a text that follows others: without the space that SentencePiece puts before a
-    text."""
+    """Return the ids of a text that follows another: without the space that SentencePiece puts
+    before a text."""
     line_end = list(tokenizer.encode("\n", add_special_tokens=False))
     ids = list(tokenizer.encode("\n" + text, add_special_tokens=False))
     is_split = ids[: len(line_end)] == line_end
@@ -337,7 +340,7 @@ def encode_after(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 
 def first_visible(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> int:
-    """Index of the first token that holds a character other than white space."""
+    """Return the index of the first token that holds a character other than white space."""
     return next(
         (i for i, token_id in enumerate(ids) if str(tokenizer.decode([token_id])).strip()), 0
     )
@@ -367,7 +370,7 @@ def encode_probe_set(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
 ) -> tuple[list[EncodedDoc], list[DroppedDoc]]:
-    """Encodes every doc; one that the format refuses, or with one response that does not fit, is
+    """Encode every doc; one that the format refuses, or with one response that does not fit, is
     dropped and named.
 
     `max_length` is in tokens and counts prompt, response and terminator.
@@ -380,12 +383,12 @@ def encode_probe_set(
 
 
 def dropped_by_faults(probe_set: ProbeSet) -> list[DroppedDoc]:
-    """The docs that were left out when the set was read."""
+    """Return the docs that were left out when the set was read."""
     return [DroppedDoc(doc_id=fault.doc_id or "?", reason=str(fault)) for fault in probe_set.faults]
 
 
 def refused_docs(prompt_format: PromptFormat, docs: Sequence[Doc]) -> list[DroppedDoc]:
-    """The docs whose turns the format cannot render, with the template's own words."""
+    """Return the docs whose turns the format cannot render, with the template's own words."""
     refused = []
     for doc in docs:
         try:
@@ -398,7 +401,7 @@ def refused_docs(prompt_format: PromptFormat, docs: Sequence[Doc]) -> list[Dropp
 def encode_doc(
     doc: Doc, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> EncodedDoc | DroppedDoc:
-    """Encodes one doc, or says why it cannot be scored. `max_length` as in `encode_probe_set`."""
+    """Encode one doc, or say why it cannot be scored. `max_length` as in `encode_probe_set`."""
     try:
         prompt = prompt_format.render(doc.messages)
     except UserError as error:

@@ -44,8 +44,8 @@ class ChatTemplate:
         """The formats in which the template has read the clock so far."""
 
     def pinned_time(self) -> str | None:
-        """The time in ISO 8601: a date where all renderings so far show no more; `None` where none
-        read the clock."""
+        """Return the time that all renderings showed, in ISO 8601: a date where they showed no
+        more; `None` where none read the clock."""
         day = self._time.replace(hour=0, minute=0, second=0)
         if not self.times_read:
             return None
@@ -57,7 +57,7 @@ class ChatTemplate:
         )
 
     def generation_prompt(self, messages: Messages) -> str:
-        """What the template gives to a model that is to answer.
+        """Return what the template gives to a model that is to answer.
 
         Raises:
             UserError: the template refuses the messages, or leaves the question out, as one does
@@ -69,7 +69,7 @@ class ChatTemplate:
         return text
 
     def answer_prompt(self, messages: Messages) -> str:
-        """What stands before an answer in a conversation that holds it.
+        """Return what stands before an answer in a conversation that holds it.
 
         It differs from the generation prompt where that one opens a thought or a channel that
         answers are not in, or leaves to the model what every answer begins with. The last question
@@ -88,7 +88,7 @@ class ChatTemplate:
         return given.removesuffix(opening) + before_answer
 
     def answer_end(self) -> str:
-        """What ends an answer, without white space around it; empty where nothing does.
+        """Return what ends an answer, without white space around it; empty where nothing does.
 
         Some templates end only turns that another one follows: there it is what comes before the
         next turn's opening.
@@ -104,7 +104,7 @@ class ChatTemplate:
         return between[: len(between) - len(shared)].strip()
 
     def _try_render(self, messages: Messages, **options: bool) -> str:
-        """The rendering, or nothing where the template refuses the messages."""
+        """Return the rendering, or nothing where the template refuses the messages."""
         try:
             return self._render(messages, **options)
         except UserError:
@@ -137,7 +137,7 @@ class ChatTemplate:
 
 
 def refusal(format_name: str, messages: Messages, reason: Exception | str) -> UserError:
-    """What is told of messages that a format cannot render, in the template's own words."""
+    """Say why a format cannot render some messages, in the template's own words."""
     roles = ", ".join(turn["role"] for turn in messages)
     return UserError(
         f"the prompt format {format_name} refuses the turns {roles} ({reason}); use hh, plain or a "
@@ -146,8 +146,8 @@ def refusal(format_name: str, messages: Messages, reason: Exception | str) -> Us
 
 
 def _between(text: str, start: str, end: str) -> str | None:
-    """What stands between the last `start` before `end`, and `end`; `None` where one of them is
-    missing."""
+    """Return what stands between the last `start` before `end`, and `end`; `None` where one of them
+    is missing."""
     before, found_end, _ = text.rpartition(end)
     _, found_start, between = before.rpartition(start)
     return between if found_start and found_end else None

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, backoff_s, price_within, useless
 from sft_probe.synth.asking.call import VersionPin
-from sft_probe.synth.asking.protocol import Answer, Request, Wait, error_answer
+from sft_probe.synth.asking.protocol import Answer, Request, RetryLater, failed_answer
 from sft_probe.synth.asking.store import Job, Store, request_key
 
 _LOG = logging.getLogger(__name__)
@@ -30,8 +30,10 @@ class JobFailedError(Exception):
 
 @runtime_checkable
 class BatchWriter(Protocol):
-    """A writer that is asked in jobs. All methods raise `Wait` for what may pass and `UserError`
-    for what cannot."""
+    """A writer that is asked in jobs.
+
+    All methods raise `RetryLater` for calls that may succeed later, `UserError` for others.
+    """
 
     name: str
     model: str
@@ -56,14 +58,14 @@ class BatchWriter(Protocol):
         ...
 
 
-def obtain_batch(
+def ask_batch(
     requests: Iterable[Request], writer: BatchWriter, store: Store, limits: Limits
 ) -> Iterator[tuple[Request, Answer]]:
-    """`obtain` for a batch writer: makes jobs of what the store lacks, waits for them, gives
+    """`ask_all` for a batch writer: makes jobs of what the store lacks, waits for them, gives
     everything in order.
 
     Jobs of a run that was stopped are found in the store and read, not made again. Holds all
-    requests in memory. Raises the same errors as `obtain`; of those that a budget did not reach,
+    requests in memory. Raises the same errors as `ask_all`; of those that a budget did not reach,
     none is asked.
     """
     everything = list(requests)
@@ -209,7 +211,7 @@ class _BatchRun:
         for attempt in range(1, self._limits.max_attempts + 1):
             try:
                 return await call()
-            except Wait as wait:
+            except RetryLater as wait:
                 if attempt == self._limits.max_attempts:
                     raise UserError(
                         f"the server does not answer: {wait}. Run the same command later."
@@ -229,12 +231,12 @@ class _BatchRun:
                 job.name,
                 error,
             )
-            await self._save_answers(keys, dict.fromkeys(keys, error_answer(f"job: {error}")))
+            await self._save_answers(keys, dict.fromkeys(keys, failed_answer(f"job: {error}")))
             await self._store.close_job(job)
             return
         # a line that is missing may be paid for; the name of the job tells the loss from that of an
         # earlier job
-        missing = replace(error_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
+        missing = replace(failed_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
         await self._save_answers(keys, {key: answers.get(key, missing) for key in keys})
         others = tuple(key for key in job.keys if key not in self._requests)
         if others:

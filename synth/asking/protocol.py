@@ -1,17 +1,16 @@
-"""What a writer is asked, and what comes back: the one protocol of all writers, remote, local and
-offline."""
+"""Requests, answers, and the one protocol of all writers, remote, local and offline."""
 
 import json
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 STATUSES = ("ok", "blocked", "truncated", "refused", "invalid", "error")
-"""Of an answer. No status but `ok` carries a text that may enter a set; see `Answer.is_final`."""
+"""Statuses of an answer. Only `ok` carries a text that may enter a set; see `Answer.is_final`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One text to be written."""
+    """One text to write."""
 
     doc_id: str
     category: str
@@ -19,12 +18,11 @@ class Request:
     """Name of the prompt template, such as `paraphrase@1`."""
     template_sha256: str
     prompt: str
-    """The rendered template: all that a remote writer sees."""
+    """The rendered template, all that a remote writer sees."""
     source_text: str
-    """What the text is made from: rejected response, user turn or topic. Only the offline writer
-    reads it."""
+    """The text to start from: rejected response, user turn or topic. Used by the checks."""
     num_words: int
-    """Length aimed at, in words: that of the chosen response."""
+    """Target length in words, that of the chosen response."""
     sample_index: int = 0
     """0, or 1 for the one retry of a text that failed a check."""
     temperature: float = 0.7
@@ -33,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a writer gave back."""
+    """What a writer returned."""
 
     status: str
     """One of `STATUSES`."""
@@ -44,41 +42,40 @@ class Answer:
     """Why the status is not `ok`, in the writer's words (finish reason, HTTP status)."""
     model_version: str | None = None
     num_prompt_tokens: int | None = None
-    """None where the server does not say, or says what cannot be; the worst case then counts as
-    spent."""
+    """None where the server reports no count, or an impossible one. The worst case is then counted
+    as spent."""
     num_output_tokens: int | None = None
 
     @property
     def is_turned_down(self) -> bool:
-        """Whether the server did not take the request as it is (HTTP 400); that cost nothing."""
+        """Whether the server did not accept the request (HTTP 400), which cost nothing."""
         return self.status == "invalid" and self.num_prompt_tokens == 0
 
     @property
     def is_final(self) -> bool:
-        """Whether a model has answered. Anything else may change when a server is repaired, so it
-        is asked again."""
+        """Whether a model has answered. Other answers are requested again by the next run."""
         return self.status != "error" and not self.is_turned_down
 
 
-def error_answer(reason: str, raw: str | None = None) -> Answer:
-    """Return what stands for a request without an answer. The next run asks it again; it cost
-    nothing (more)."""
+def failed_answer(reason: str, raw: str | None = None) -> Answer:
+    """Record that a request failed and why, at no (further) cost. The next run asks it again."""
     raw = json.dumps({"error": reason}) if raw is None else raw
     return Answer(status="error", raw=raw, reason=reason, num_prompt_tokens=0, num_output_tokens=0)
 
 
-def turned_down(reason: str) -> Answer:
-    """Return what stands for a request that the server does not take as it is. The next run asks it
-    again."""
-    return replace(error_answer(reason), status="invalid")
+def invalid_answer(reason: str) -> Answer:
+    """Record that the server does not accept a request. The next run asks it again."""
+    return replace(failed_answer(reason), status="invalid")
 
 
-class Wait(Exception):  # noqa: N818 - an instruction, not a fault
-    """Raised by a writer for an answer worth asking again: after `wait_s` seconds where the server
-    said how long.
+class RetryLater(Exception):  # noqa: N818 - an instruction, not a fault
+    """Raised by a writer for a call that may succeed later.
 
-    `maybe_billed` where the call may have been paid for all the same (cut off, timed out,
-    unreadable); `raw` is what the server sent, if anything.
+    Args:
+        reason: why the call failed.
+        wait_s: seconds to wait, where the server named them.
+        maybe_billed: whether the call may have been paid for (cut off, timed out, unreadable).
+        raw: what the server sent, if anything.
     """
 
     def __init__(
@@ -95,27 +92,40 @@ class Wait(Exception):  # noqa: N818 - an instruction, not a fault
         self.raw = raw
 
 
-class Named(Protocol):
+class WriterId(Protocol):
     """What identifies a writer."""
 
-    name: str
-    model: str
-    api_version: str
+    @property
+    def name(self) -> str:
+        """Name of the writer, as `--writer` takes it."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        ...
+
+    @property
+    def api_version(self) -> str:
+        """Version of the API, with whatever else changes the texts."""
+        ...
 
 
-class Writer(Named, Protocol):
-    """Writes texts. Everything about retries, rates, money and storage is done around it."""
+class Writer(WriterId, Protocol):
+    """Writes texts. Retries, rates, money and storage are handled by the caller."""
 
     async def write(self, request: Request) -> Answer:
-        """One call. Raises `Wait` where the call failed in passing (429, 5xx, a cut connection, a
-        time-out).
+        """Make one call.
 
-        A status of `error` is final for this run and asked again in the next. Raises `UserError`
-        where no call can succeed (a wrong key or model).
+        An answer with the status `error` is final for this run and requested again by the next.
+
+        Raises:
+            RetryLater: the call failed for now (429, 5xx, a cut connection, a time-out).
+            UserError: no call can succeed (a wrong key or model).
         """
         ...
 
     async def close(self) -> None:
-        """Frees connections. Called at the end of each run, in its event loop; the writer may be
-        used again after."""
+        """Close connections, at the end of a run, in its event loop. The writer may be used again
+        afterwards."""
         ...

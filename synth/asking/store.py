@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir
-from sft_probe.synth.asking.protocol import STATUSES, Answer, Named, Request
+from sft_probe.synth.asking.protocol import STATUSES, Answer, Request, WriterId
 
 _SCHEMA_VERSION = 1
 _NUM_COPIES = 10
@@ -67,8 +67,7 @@ class Job:
     """Its worst case, counted as spent until the job is read."""
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """The answers of one category and status."""
 
     category: str
@@ -79,7 +78,7 @@ class Count:
     cost_usd: float
 
 
-def request_key(writer: Named, request: Request) -> str:
+def request_key(writer: WriterId, request: Request) -> str:
     """Return the hex SHA-256 of all that an answer depends on; neither the doc nor the category is
     part of it."""
     parts = [
@@ -145,7 +144,7 @@ class Store:
         finally:
             lock.release()
 
-    def get(self, writer: Named, request: Request) -> Answer | None:
+    def get(self, writer: WriterId, request: Request) -> Answer | None:
         """Return the stored answer, of any status."""
         return self.get_key(request_key(writer, request))
 
@@ -156,7 +155,7 @@ class Store:
             Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), rows[0], strict=True))) if rows else None
         )
 
-    def set_status(self, writer: Named, request: Request, status: str, reason: str) -> None:
+    def set_status(self, writer: WriterId, request: Request, status: str, reason: str) -> None:
         """Change the status of a stored answer, for example to `refused` after a look at its
         text."""
         if status not in STATUSES:
@@ -165,7 +164,7 @@ class Store:
         statements: list[Statement] = [(sql, (status, reason, request_key(writer, request)))]
         self._executor.submit(self._commit, [statements]).result()
 
-    def forget_without_text(self, writer: Named, category: str | None) -> None:
+    def forget_without_text(self, writer: WriterId, category: str | None) -> None:
         """Make an `error` of every answer of a writer without a text, of one category or all: it is
         asked again."""
         sql = (
@@ -211,7 +210,7 @@ class Store:
         sql = f"SELECT count(*) FROM answers WHERE cost_usd IS NULL AND {is_paid}"  # noqa: S608
         return int(self._read(sql)[0][0])
 
-    def model_version(self, writer: Named) -> str | None:
+    def model_version(self, writer: WriterId) -> str | None:
         """Return the version that answered so far for this writer and model."""
         rows = self._read(
             "SELECT model_version FROM answers WHERE writer = ? AND model = ? AND api_version = ? "
@@ -220,7 +219,7 @@ class Store:
         )
         return rows[0][0] if rows else None
 
-    def has_text(self, writer: Named) -> bool:
+    def has_text(self, writer: WriterId) -> bool:
         """Return whether this writer and model have given any text."""
         sql = (
             "SELECT 1 FROM answers WHERE writer = ? AND model = ? AND api_version = ? AND status = "
@@ -228,7 +227,7 @@ class Store:
         )
         return bool(self._read(sql, writer.name, writer.model, writer.api_version))
 
-    def jobs(self, writer: Named) -> list[Job]:
+    def jobs(self, writer: WriterId) -> list[Job]:
         """Return the batch jobs of this writer and model that are not read yet."""
         sql = (
             "SELECT display_name, name, keys, cost_usd FROM jobs WHERE writer = ? AND model = ? "
@@ -258,7 +257,7 @@ class Store:
 
     async def save(
         self,
-        writer: Named,
+        writer: WriterId,
         request: Request,
         answer: Answer,
         *,
@@ -297,7 +296,7 @@ class Store:
             ]
         )
 
-    async def save_job(self, writer: Named, job: Job) -> None:
+    async def save_job(self, writer: WriterId, job: Job) -> None:
         """Store a batch job, or the name that the server gave to it."""
         values = (
             job.display_name,

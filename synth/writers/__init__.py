@@ -1,13 +1,33 @@
-"""Writers of texts, one module each; `sft_probe.synth.asking.protocol.Writer` is their protocol."""
+"""Writers of texts: which there are, how each is made, and how little its model may think."""
 
 import asyncio
 import contextlib
+import logging
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from sft_probe.errors import UserError
+from sft_probe.synth.options import SynthRun
+
+if TYPE_CHECKING:
+    from sft_probe.synth.asking.batch import BatchWriter
+    from sft_probe.synth.asking.protocol import Writer, WriterId
+
+    AnyWriter = Writer | BatchWriter
+
+_LOG = logging.getLogger(__name__)
+EMBEDDED_WRITER = "smollm2-135m-instruct-q4_1"
+_GEMINI = "gemini-3.5-flash-lite"
+_MODELS = {
+    "hf": EMBEDDED_WRITER,
+    "gemini": _GEMINI,
+    "gemini-legacy": _GEMINI,
+    "gemini-batch": _GEMINI,
+    "offline": "helpful-mini",
+}
 _FLASH_LITE = re.compile(r"gemini-(?:[3-9]|\d\d)[\d.]*-flash-lite")
 _LEAST: tuple[tuple[str, dict[str, int | str], int], ...] = (
     (r"gemini-2\.5-flash(?!-lite)", {"thinkingBudget": 0}, 0),
@@ -16,54 +36,128 @@ _LEAST: tuple[tuple[str, dict[str, int | str], int], ...] = (
     (r"gemini-(?:[3-9]|\d\d)[\d.]*-flash", {"thinkingLevel": "minimal"}, 256),
 )
 _UNLIMITED_TOKENS = 2048
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Thinking:
-    """What a model is told about thoughts, and the room that is left to them."""
+    """Limits of a model's thoughts, which are billed as output and leave less room for the text."""
 
     config: dict[str, int | str]
-    """`thinkingConfig` of the API; empty where nothing is said."""
+    """`thinkingConfig` of the API; empty for the model's own default."""
     num_tokens: int
-    """Added to the output limit of each text."""
+    """Tokens to add to the output limit of each text."""
 
 
 NO_THINKING = Thinking({}, 0)
 
 
+@dataclass(frozen=True)
+class _RemoteWriterId:
+    """A remote writer that is not connected, for an estimate."""
+
+    name: str
+    model: str
+    api_version: str
+
+
+def make_writer(options: SynthRun) -> "AnyWriter":
+    """Return the writer that the options name.
+
+    Raises:
+        UserError: its package, key or model is missing.
+    """
+    name = str(options.writer)
+    try:
+        return _make_writer(name, model_of(options), options.base_url)
+    except ImportError as error:
+        extra = name.replace("gemini-batch", "gemini")
+        raise UserError(
+            f"--writer {name} needs more packages ({error}). Run:  pip install 'sft-probe[{extra}]'"
+        ) from error
+
+
+def _make_writer(name: str, model: str, base_url: str | None) -> "AnyWriter":
+    if name == "offline":
+        from sft_probe.synth.writers.offline import OfflineWriter
+
+        return OfflineWriter()
+    if name == "hf":
+        from sft_probe.synth.writers.hf import HfWriter
+
+        return HfWriter(model)
+    if name == "openai":
+        from sft_probe.synth.writers.openai import OpenAIWriter
+
+        return OpenAIWriter(model, base_url=base_url)
+    if name == "gemini-legacy":
+        from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
+
+        return LegacyGeminiWriter(model, base_url=base_url)
+    from sft_probe.synth.writers.gemini import GeminiBatchWriter, GeminiWriter
+
+    return (GeminiBatchWriter if name == "gemini-batch" else GeminiWriter)(model, base_url=base_url)
+
+
+def name_writer(options: SynthRun) -> "WriterId":
+    """Return what identifies a writer, without its key or package."""
+    name = str(options.writer)
+    if name in ("hf", "offline"):
+        return make_writer(options)
+    model = model_of(options)
+    api_version = "v1" if name == "openai" else "v1beta"
+    return _RemoteWriterId(name, model, key_version(api_version, name, model))
+
+
+def model_of(options: SynthRun) -> str:
+    """Return the model of a writer. Raise `UserError` where it must be given and is not."""
+    model = options.model or _MODELS.get(str(options.writer))
+    if model is None:
+        raise UserError(f"--writer {options.writer} needs --model.")
+    return model
+
+
+def thinking_tokens(options: SynthRun) -> int:
+    """Return the room for thoughts, and log what is requested of a model that thinks."""
+    model = model_of(options)
+    thinking = least_thinking(str(options.writer), model)
+    num_tokens = int(options.thinking_tokens or thinking.num_tokens)
+    if thinking.config or num_tokens:
+        parts = [f"{name} {value}" for name, value in thinking.config.items()]
+        parts += [f"{num_tokens} more tokens in the output limit"] if num_tokens else []
+        _LOG.info("%s thinks before it writes; requests have %s", model, ", ".join(parts))
+    return num_tokens
+
+
 def least_thinking(writer: str, model: str) -> Thinking:
-    """Return the least thinking that the API allows for a model of Gemini; nothing for all
-    others."""
+    """Return the least thinking that the API allows for a Gemini model; nothing for all others."""
     name = model.removeprefix("models/")
-    if not writer.startswith("gemini") or _FLASH_LITE.match(
-        name
-    ):  # flash-lite thinks least by itself
+    if not writer.startswith("gemini") or _FLASH_LITE.match(name):  # flash-lite's default is least
         return NO_THINKING
     for pattern, config, num_tokens in _LEAST:
         if re.match(pattern, name):
-            if writer == "gemini-legacy":  # its package knows nothing of thoughts
+            if writer == "gemini-legacy":  # its package cannot limit thoughts
                 return Thinking({}, _UNLIMITED_TOKENS)
             return Thinking(config, num_tokens)
     return NO_THINKING
 
 
 def key_version(api_version: str, writer: str, model: str) -> str:
-    """Return what stands for the API in the key of an answer: thoughts change what is written."""
+    """Return the API version for the key of an answer, with the thinking, which changes texts."""
     config = least_thinking(writer, model).config
     return ", ".join([api_version, *(f"{name} {value}" for name, value in config.items())])
 
 
-_T = TypeVar("_T")
-
-
 async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Await a call in a thread of its own. A thread of an executor would be joined at exit, for
-    ever if it hangs."""
+    """Await a blocking call in a thread of its own, which may outlive the process's end.
+
+    A thread of an executor would be joined at exit, forever if it hangs.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
     def settle(result: _T | None, error: BaseException | None) -> None:
-        if future.done():  # cancelled: nobody waits any more
+        if future.done():  # cancelled
             return
         if error is None:
             future.set_result(result)  # type: ignore[arg-type]
@@ -74,7 +168,7 @@ async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
         result, caught = None, None
         try:
             result = function(*arguments)
-        except BaseException as error:  # it belongs to the caller
+        except BaseException as error:  # raised again where the call is awaited
             caught = error
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle, result, caught)

@@ -16,7 +16,13 @@ from google.genai.client import DebugConfig
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.batch import JobFailedError
-from sft_probe.synth.asking.protocol import Answer, Request, Wait, error_answer, turned_down
+from sft_probe.synth.asking.protocol import (
+    Answer,
+    Request,
+    RetryLater,
+    failed_answer,
+    invalid_answer,
+)
 from sft_probe.synth.writers import key_version, least_thinking
 from sft_probe.synth.writers.http import Connection, guarded_client
 from sft_probe.synth.writers.keys import read_key
@@ -296,7 +302,7 @@ class GeminiBatchWriter:
         try:
             job = await self._call(self._sdk.client().batches.get(name=job_name))
             if self._checked_name(job) != job_name:
-                raise Wait("the server answers with another job")
+                raise RetryLater("the server answers with another job")
             if not job.done:
                 return None
             if job.dest is None or job.dest.file_name is None:
@@ -325,12 +331,12 @@ class GeminiBatchWriter:
         }
 
     async def _call(self, awaitable: Awaitable[_T], max_body_bytes: int = _MAX_CALL_BYTES) -> _T:
-        """Await a call of the SDK. Raise `Wait` for what may pass, else `UserError`."""
+        """Await a call of the SDK. Raise `RetryLater` for what may pass, else `UserError`."""
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 called = await self._connection.call(awaitable, max_body_bytes)
         except TimeoutError:
-            raise Wait(f"no answer in {_TIMEOUT_S:g} s", maybe_billed=True) from None
+            raise RetryLater(f"no answer in {_TIMEOUT_S:g} s", maybe_billed=True) from None
         reply = called.reply
         if reply.status == 404:
             raise _GoneError(
@@ -340,15 +346,18 @@ class GeminiBatchWriter:
             answer = answer_for_http_error(self._connection, reply, reply.json())
             raise UserError(f"the server refuses a batch job: {answer.reason}.")
         if called.error is not None:
-            raise Wait(f"the answer is unreadable ({called.error})", maybe_billed=True)
+            raise RetryLater(f"the answer is unreadable ({called.error})", maybe_billed=True)
         return called.value  # type: ignore[return-value]  # there was no error
 
     def _checked_name(self, job: types.BatchJob) -> str:
-        """Return the name of a job, which is stored and shown. Raise `Wait` where it cannot be
-        one."""
+        """Return the name of a job, which is stored and shown.
+
+        Raises:
+            RetryLater: it cannot be a name.
+        """
         name = str(job.name)
         if not _JOB_NAME.fullmatch(name) or self._connection.key.redact(name) != name:
-            raise Wait("the server answers without the name of a job", maybe_billed=True)
+            raise RetryLater("the server answers without the name of a job", maybe_billed=True)
         return name
 
 
@@ -359,7 +368,7 @@ class _GoneError(UserError):
 def _answer(line: bytes, connection: Connection) -> tuple[str, Answer]:
     """Return key and answer of one line; a line without a readable answer is an `error` that may be
     paid for."""
-    unreadable = replace(error_answer("a line of the job is unreadable"), num_prompt_tokens=None)
+    unreadable = replace(failed_answer("a line of the job is unreadable"), num_prompt_tokens=None)
     try:
         value: Any = json.loads(line.decode("utf-8"))
         key, response = str(value["key"]), value.get("response")
@@ -370,12 +379,12 @@ def _answer(line: bytes, connection: Connection) -> tuple[str, Answer]:
             return key, answer_in(
                 connection, response, connection.key.redact(json.dumps(response)), read_answer
             )
-        except Wait as wait:
-            return key, replace(error_answer(str(wait), wait.raw), num_prompt_tokens=None)
+        except RetryLater as wait:
+            return key, replace(failed_answer(str(wait), wait.raw), num_prompt_tokens=None)
     error = value.get("error")
     if not isinstance(error, dict):
         return key, unreadable
     is_turned_down = error.get("code") in _INVALID_ARGUMENT
-    return key, (turned_down if is_turned_down else error_answer)(
+    return key, (invalid_answer if is_turned_down else failed_answer)(
         f"job: {connection.clean(json.dumps(error))}"
     )

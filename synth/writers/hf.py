@@ -17,7 +17,7 @@ from sft_probe.synth.writers import in_thread
 
 BATCH_SIZE = 16
 CONCURRENCY = 4 * BATCH_SIZE
-"""To give to `obtain`: enough to make batches of texts of like length."""
+"""To give to `ask_all`: enough to make batches of texts of like length."""
 _GATHER_S = 0.05
 _NEXT_TURNS = ("\n\nHuman:", "\n\nAssistant:")
 _SENTENCES = re.compile(r"[\s\S]*[.!?][\"')\]]*(?=\s)")

@@ -12,7 +12,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx2
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.protocol import Wait
+from sft_probe.synth.asking.protocol import RetryLater
 from sft_probe.synth.writers.keys import Secret
 
 _MAX_BODY_BYTES = 5_000_000  # of one answer; a text of 1,000 tokens takes a thousandth of it
@@ -147,7 +147,7 @@ class Connection:
             max_body_bytes: of an answer; more is not read.
 
         Raises:
-            Wait: there is no reply.
+            RetryLater: there is no reply.
             UserError: the call leads to another origin.
         """
         exchange, value, problem = _begin_exchange(max_body_bytes), None, None
@@ -170,7 +170,7 @@ class Connection:
         if exchange.refused_url is not None:
             raise self.refusal(f"a call would go to {self.show_url(exchange.refused_url)}")
         if exchange.reply is None:
-            raise Wait(
+            raise RetryLater(
                 exchange.problem or f"connection failed ({error or 'no reply'})",
                 maybe_billed=exchange.is_sent,
             )

@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.protocol import Answer, Wait, error_answer, turned_down
+from sft_probe.synth.asking.protocol import Answer, RetryLater, failed_answer, invalid_answer
 from sft_probe.synth.writers.http import Connection, Reply
 
 _RETRIED = (408, 409, 425, 429)
@@ -30,7 +30,7 @@ def read_reply(
         read_value: makes an answer of a JSON object and its text.
 
     Raises:
-        Wait: the call failed and may be repeated.
+        RetryLater: the call failed and may be repeated.
         UserError: no call can succeed.
     """
     raw = connection.key.redact(reply.body.decode("utf-8", "replace"))
@@ -38,7 +38,7 @@ def read_reply(
     if not 200 <= reply.status < 300:
         return answer_for_http_error(connection, reply, value, raw)
     if value is None:
-        raise Wait("the answer is no JSON object in UTF-8", maybe_billed=True, raw=raw)
+        raise RetryLater("the answer is no JSON object in UTF-8", maybe_billed=True, raw=raw)
     return answer_in(connection, value, raw, read_value, reply)
 
 
@@ -70,7 +70,7 @@ def answer_for_http_error(
     it as it is.
 
     Raises:
-        Wait: for what may pass (429, 5xx).
+        RetryLater: for what may pass (429, 5xx).
         UserError: for what no request can get past (a redirect, a wrong key, a daily quota, an
         unserved region).
     """
@@ -84,14 +84,14 @@ def answer_for_http_error(
             "are stored; run the same command when the quota is renewed."
         )
     if reply.status in _RETRIED or reply.status >= 500:
-        raise Wait(reason, wait_s(value, reply.headers), raw=raw)
+        raise RetryLater(reason, wait_s(value, reply.headers), raw=raw)
     if reply.status in _HOPELESS or _is_hopeless(value):
         raise UserError(
             f"the server takes no request: {reason}. Check the key and its rights, the name of "
             "the model, the "
             "address and whether your region is served. All answers so far are stored."
         )
-    return replace(turned_down(reason), raw=raw or "")
+    return replace(invalid_answer(reason), raw=raw or "")
 
 
 def _answer_for_error_with_200(
@@ -105,8 +105,8 @@ def _answer_for_error_with_200(
         f"{connection.clean(message_of(value) or 'no reason given')}"
     )
     if isinstance(code, int) and (code in _RETRIED or 500 <= code < 600):
-        raise Wait(reason, wait_s(value, reply.headers), maybe_billed=True, raw=raw)
-    return replace(error_answer(reason), raw=raw, num_prompt_tokens=None, num_output_tokens=None)
+        raise RetryLater(reason, wait_s(value, reply.headers), maybe_billed=True, raw=raw)
+    return replace(failed_answer(reason), raw=raw, num_prompt_tokens=None, num_output_tokens=None)
 
 
 def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:

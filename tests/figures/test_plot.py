@@ -19,7 +19,9 @@ from sft_probe.probe_set import CATEGORIES
 NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", "trajectory")
 
 
-def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     tasks = [
@@ -74,13 +76,15 @@ def test_all_figures_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -
     card = pd.read_csv(figures / "data_card_heldout.csv").set_index("category")
     assert card.loc["chosen", "leading_space"] == 0
     code = pd.read_csv(figures / "code_length.csv")
-    last = code[code["kind"] == "all so far (prequential)"]["bits"].iloc[-1]
+    last = code[code["kind"] == "prequential, so far"]["bits"].iloc[-1]
     assert last == pytest.approx(sum(100 - n for n in range(16)) / (16 * 160) / math.log(2))
     for path in figures.glob("*.svg"):
         assert "<path" in path.read_text(), path
 
 
-def test_formats_and_width(sft_probe: Run, tmp_path: Path) -> None:
+def test_plot_writes_each_format_at_the_width_that_was_asked_for(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     source = tmp_path / "means.csv"
     rows = [
         f"{step},{name},{curve(step) - 100}\n"
@@ -129,14 +133,14 @@ def test_control_characters_are_drawn_as_a_sign(sft_probe: Run, tmp_path: Path) 
     assert "a\ufffdb" in (run / "figures/changes_heldout.svg").read_text()
 
 
-def test_a_category_keeps_its_colour() -> None:
+def test_a_category_has_the_same_colour_in_every_figure() -> None:
     assert colors_of(["random", "mine"])["mine"] == colors_of(["mine", "other", "chosen"])["mine"]
     assert colors_of(["random"])["random"] == colors_of(["chosen", "random"])["random"]
     assert len(set(colors_of([f"c{n}" for n in range(12)]).values())) == 12
 
 
 @pytest.mark.parametrize("color", ["run", "order_seed", "train_category", "model"])
-def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None:
+def test_several_runs_are_told_apart_by_colour(sft_probe: Run, tmp_path: Path, color: str) -> None:
     runs = [
         write_run(tmp_path / f"r{seed}", seed=seed, model=f"m{seed}", train_category=c)
         for seed, c in ((0, "chosen"), (7, "random"))
@@ -161,7 +165,7 @@ def test_runs_are_told_apart(sft_probe: Run, tmp_path: Path, color: str) -> None
 
 
 @needs_shared
-def test_a_published_run(sft_probe: Run, tmp_path: Path) -> None:
+def test_published_means_are_drawn_without_intervals(sft_probe: Run, tmp_path: Path) -> None:
     result = sft_probe(
         "plot",
         SHARED / "reference/qwen1.5-1.8b_sft_extend.csv",
@@ -176,7 +180,7 @@ def test_a_published_run(sft_probe: Run, tmp_path: Path) -> None:
         assert words in svg, words
 
 
-def test_what_cannot_be_drawn(sft_probe: Run, tmp_path: Path) -> None:
+def test_plot_refuses_what_cannot_be_drawn_with_one_message(sft_probe: Run, tmp_path: Path) -> None:
     assert "sft-probe sweep" in user_error(sft_probe("plot", tmp_path))
     run = write_run(tmp_path / "known")
     assert "none of png, svg, pdf, html" in user_error(sft_probe("plot", run, "--format", "gif"))
@@ -187,7 +191,7 @@ def test_what_cannot_be_drawn(sft_probe: Run, tmp_path: Path) -> None:
     assert "no length like 3.25in" in user_error(sft_probe("plot", run, "--width", "wide"))
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_heavy_library() -> None:
     code = (
         "import sys, sft_probe.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'pandas', 'lm_eval', 'numpy'} & set(sys.modules)))"

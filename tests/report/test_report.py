@@ -1,6 +1,8 @@
 """The report in a real browser: no error, every figure has marks, a doc can be picked, hostile
 texts stay texts."""
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ HOSTILE = (
 )
 
 
-def _open(page: Path, script: str, folder: Path) -> tuple[str, str]:
+def _open(page: Path, script: str, folder: Path, width: int = 1400) -> tuple[str, str]:
     """The DOM after `script` ran at the end of the page, and what went to the console."""
     copy = folder / "opened.html"
     start, _, end = page.read_text("utf-8").rpartition("</body>")
@@ -34,7 +36,10 @@ def _open(page: Path, script: str, folder: Path) -> tuple[str, str]:
         "--disable-component-update --enable-logging=stderr --virtual-time-budget=10000 --dump-dom"
     )
     result = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", copy.as_uri()],
+        [
+            *(CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}"),
+            *(f"--window-size={width},900", copy.as_uri()),
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -46,7 +51,9 @@ def _open(page: Path, script: str, folder: Path) -> tuple[str, str]:
 
 
 @needs_chromium
-def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+def test_a_report_opens_in_a_browser_without_errors_or_requests(
+    sft_probe: Run, swept_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     assert sft_probe("sweep", run, "--generate", 4).returncode == 0
@@ -54,11 +61,7 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     page = run / "report.html"
     assert page.stat().st_size < 8_000_000
-    pick = (
-        "const s = document.getElementById('doc'); "
-        "s.value = [...s.options].findLastIndex((option) => option.text.includes('with answers')); "
-        "s.dispatchEvent(new Event('change'));"
-    )
+    pick = "[...document.querySelectorAll('#list li[title]')].at(-1).click();"
     dom, console = _open(page, pick, tmp_path)
     assert console == ""
     figures = re.findall(r'<div class="figure[^"]*" id="(figure-[\w-]+)"', dom)
@@ -87,14 +90,71 @@ def test_a_report_in_a_browser(sft_probe: Run, swept_run: Path, tmp_path: Path) 
     assert prompt is not None
     assert prompt[1].startswith("user: "), "the doc that was picked"
     assert dom.count('class="token"') > 100
-    assert "one run says nothing of training noise" in dom
+    assert dom.count('role="option"') == 32
+    for title in ("tiny", "Figures", "Single docs", "Manifest"):
+        anchor = re.search(rf'<a href="#([\w-]+)">(?:<bdi>)?{title}<', dom)
+        assert anchor is not None, title
+        assert f'id="{anchor[1]}"' in dom
+    assert "this is one run, so they leave out training noise" in dom
     assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<script>")[0]), (
         "it loads nothing"
     )
 
 
 @needs_chromium
-def test_hostile_texts_stay_texts(sft_probe: Run, tmp_path: Path) -> None:
+def test_docs_are_searched_sorted_and_stepped_through(sft_probe: Run, tmp_path: Path) -> None:
+    texts = {name: f"Said by {name}" for name in CURVES}
+    run = write_run(tmp_path / "run", texts=texts)
+    assert sft_probe("report", run).returncode == 0
+    script = """
+        const all = (path) => [...document.querySelectorAll(path)].map((n) => n.textContent);
+        const set = (id, value, kind) => {
+          document.getElementById(id).value = value;
+          document.getElementById(id).dispatchEvent(new Event(kind));
+        };
+        const press = (key) => document.getElementById('list').dispatchEvent(
+          new KeyboardEvent('keydown', { key }));
+        const seen = {};
+        set('sort', '[-1,"rejected"]', 'change');
+        seen.rose = all('#list .change');
+        press('ArrowDown');
+        seen.second = document.querySelector('#list [aria-selected=true] .change').textContent;
+        seen.last = document.getElementById('at').value;
+        press('ArrowLeft');
+        seen.before = document.getElementById('at').value;
+        set('search', 'rejected 17', 'input');
+        seen.found = all('#list bdi');
+        seen.responses = document.querySelectorAll('#responses h3').length;
+        document.querySelector('[data-category=rejected]').click();
+        seen.alone = document.querySelector('#responses h3').textContent;
+        seen.pressed = document.querySelectorAll('.chip[aria-pressed=true]').length;
+        setTimeout(() => {
+          seen.wide = document.documentElement.scrollWidth > window.innerWidth;
+          const panels = document.querySelectorAll('#figure-0-levels_heldout .mark-line path');
+          seen.panels = panels.length;
+          document.body.dataset.seen = JSON.stringify(seen);
+        }, 8000);
+    """
+    dom, console = _open(run / "report.html", script, tmp_path, width=700)
+    assert console == ""
+    match = re.search(r'data-seen="([^"]+)"', dom)
+    assert match is not None
+    seen = json.loads(html.unescape(match[1]))
+    changes = [float(text.replace("\u2212", "-")) for text in seen["rose"]]
+    assert len(changes) == 24
+    assert changes == sorted(changes, reverse=True)
+    assert seen["second"] == seen["rose"][1]
+    assert (seen["last"], seen["before"]) == ("optimizer step 8", "optimizer step 4")
+    assert seen["found"] == ["d17"]
+    assert seen["responses"] == len(CURVES)
+    assert seen["alone"].startswith("rejected: ")
+    assert seen["pressed"] == 1
+    assert not seen["wide"], "nothing is wider than a window of 700 px"
+    assert seen["panels"] == 1, "the other categories are not drawn"
+
+
+@needs_chromium
+def test_html_in_responses_is_shown_as_text(sft_probe: Run, tmp_path: Path) -> None:
     texts = dict.fromkeys(CURVES, HOSTILE) | {"rejected": "x" * 1_000_000}
     run = write_run(
         tmp_path / "<b>run", texts=texts, prompt=HOSTILE, num_docs=5, model="<i>&model</script>"
@@ -118,7 +178,7 @@ def test_hostile_texts_stay_texts(sft_probe: Run, tmp_path: Path) -> None:
     assert "[cut: 1000002 characters]" in dom
 
 
-def test_markdown(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_markdown_report_has_its_figures_beside_it(sft_probe: Run, tmp_path: Path) -> None:
     source = tmp_path / "a|b <i>.csv"
     source.write_text("step,category,logprob\n0,chosen,-100\n8,chosen,-88\n")
     result = sft_probe("report", source, "--format", "md", "--out", tmp_path / "report.md")
@@ -126,15 +186,22 @@ def test_markdown(sft_probe: Run, tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "chosen rose 12.0 nats" in text
     assert r"a\|b &lt;i&gt;" in text
-    for name in re.findall(r"\(report_figures/(.+?)\)", text):
-        assert (tmp_path / "report_figures" / name).is_file(), name
+    other = sft_probe("report", source, "--format", "md", "--out", tmp_path / "other report.md")
+    assert other.returncode == 0, other.stderr
+    for stem, quoted in (("report", "report"), ("other report", "other%20report")):
+        found = re.findall(
+            rf"\({quoted}_figures/(.+?)\)", (tmp_path / f"{stem}.md").read_text("utf-8")
+        )
+        assert found
+        for name in found:
+            assert (tmp_path / f"{stem}_figures" / name).is_file(), name
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, (
         "a table with equal columns"
     )
 
 
-def test_one_step_is_refused(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_report_of_a_run_with_one_step_is_refused(sft_probe: Run, tmp_path: Path) -> None:
     assert "one step only" in user_error(
         sft_probe("report", write_run(tmp_path / "short", steps=[0]))
     )

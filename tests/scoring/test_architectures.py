@@ -40,7 +40,7 @@ from sft_probe.errors import UserError
 from sft_probe.models import load_model
 from sft_probe.scoring.attention import ALONE, PLAIN
 from sft_probe.scoring.head import HeadRows
-from sft_probe.scoring.score import choose_way, score
+from sft_probe.scoring.score import choose_mode, score
 from sft_probe.train.model import disable_dropout
 from sft_probe.train.trainer import SftTrainer
 
@@ -66,7 +66,7 @@ def listed() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("model_type", QUICK)
-def test_a_few_architectures(model_type: str) -> None:
+def test_some_architectures_are_scored_right_or_refused_as_the_docs_say(model_type: str) -> None:
     row = architecture_row(model_type)
     assert row.result == QUICK[model_type], row
     assert listed()[model_type] == row.result, "run benchmarks/model_matrix.py"
@@ -74,24 +74,24 @@ def test_a_few_architectures(model_type: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("model_type", [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])
-def test_every_architecture(model_type: str) -> None:
+def test_every_architecture_is_scored_right_or_refused_as_the_docs_say(model_type: str) -> None:
     row = architecture_row(model_type)
     assert row.result != "WRONG", row
     assert row.error_nats < 5e-4, row
     assert listed().get(model_type, row.result) == row.result, "run benchmarks/model_matrix.py"
 
 
-def test_the_page_lists_enough() -> None:
+def test_the_docs_list_at_least_90_architectures_as_right_and_none_as_wrong() -> None:
     results = list(listed().values())
     assert sum(result.startswith("right") for result in results) >= 90
     assert "WRONG" not in results
 
 
 @pytest.mark.parametrize("model_type", ["opt", "llama4_text", "bert", "gpt2", "bloom"])
-def test_no_hook_is_left(model_type: str) -> None:
+def test_scoring_that_is_broken_off_leaves_no_hook_on_the_model(model_type: str) -> None:
     model = make_model(model_type)
-    way = choose_way(model, LONGEST)
-    next(score(model, make_items(), max_tokens=64, way=way, head_rows=2))  # left in mid-way
+    way = choose_mode(model, LONGEST)
+    next(score(model, make_items(), max_tokens=64, mode=way, head_rows=2))  # left in mid-way
     for module in model.modules():
         assert "forward" not in vars(module)
         assert not module._forward_pre_hooks
@@ -102,7 +102,7 @@ def test_no_hook_is_left(model_type: str) -> None:
         assert model(torch.arange(10)[None]).logits.shape[:2] == (1, 10)
 
 
-def test_the_body_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_body_runs_once_and_the_head_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("opt")
     num_runs, num_rows = 0, []
     layer, head = model.model.decoder.layers[0], model.lm_head
@@ -120,7 +120,7 @@ def test_the_body_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(layer, "forward", count_layer)
     monkeypatch.setattr(head, "forward", count_head)
-    dict(score(model, make_items()[:3], max_tokens=1024, way=PLAIN, head_rows=8))
+    dict(score(model, make_items()[:3], max_tokens=1024, mode=PLAIN, head_rows=8))
     assert num_runs == 1
     assert len(num_rows) > 1
     assert max(num_rows) == 8
@@ -143,17 +143,17 @@ def trainer_of(model: Any) -> SftTrainer:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", ["opt", "llama"])
-def test_a_wrong_cut_never_goes_unnoticed(
+def test_a_head_that_runs_on_the_wrong_rows_is_refused_in_scoring_and_training(
     model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(model_type).to(dtype)
-    assert choose_way(model, LONGEST).shared
+    assert choose_mode(model, LONGEST).shared
     trainer_of(model).try_model()
     monkeypatch.setattr(HeadRows, "_cut", wrong_cut)
     with pytest.raises(
         UserError, match="cannot be scored: beside the model's own plain forward pass"
     ):
-        choose_way(model, LONGEST)
+        choose_mode(model, LONGEST)
     with pytest.raises(
         UserError, match="cannot be trained here: the losses of labelled tokens are off"
     ):
@@ -177,10 +177,10 @@ def test_where_a_batch_changes_a_row_each_item_runs_alone() -> None:
         original_max_position_embeddings=32,
         max_position_embeddings=128,
     )
-    assert choose_way(model, longest=31).shared
-    way = choose_way(model, LONGEST)
+    assert choose_mode(model, longest=31).shared
+    way = choose_mode(model, LONGEST)
     assert way == ALONE
-    found = dict(score(model, make_items(), max_tokens=256, way=way))
+    found = dict(score(model, make_items(), max_tokens=256, mode=way))
     exact = float64(model)
     assert (
         max(item_errors(model, exact, item, found[i])[0] for i, item in enumerate(make_items()))
@@ -197,10 +197,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_reads_ahead_is_refused(model_type: str) -> None:
+def test_models_that_read_ahead_are_refused(model_type: str) -> None:
     model = make_model(model_type, is_decoder=False)
     with pytest.raises(UserError, match=REFUSED[model_type]):
-        choose_way(model, LONGEST)
+        choose_mode(model, LONGEST)
     with pytest.raises(UserError, match=REFUSED[model_type]):
         trainer_of(model).try_model()
 
@@ -226,7 +226,9 @@ def no_language_models() -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("kind", [*no_language_models()])
-def test_what_is_no_language_model_is_not_loaded(kind: str, tmp_path: Path) -> None:
+def test_checkpoints_that_are_no_causal_language_models_are_refused(
+    kind: str, tmp_path: Path
+) -> None:
     no_language_models()[kind]().save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
         load_model(str(tmp_path), "float32")
@@ -251,7 +253,7 @@ NOISY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model_type", NOISY)
-def test_dropout_is_off(model_type: str) -> None:
+def test_every_kind_of_dropout_is_off_in_training(model_type: str) -> None:
     model = make_model(model_type, **NOISY[model_type])
     items = make_items()[:3]
     trainer = trainer_of(model)
@@ -274,7 +276,7 @@ def test_noise_that_cannot_be_turned_off_is_reported(caplog: pytest.LogCaptureFi
     assert "PhimoeForCausalLM: two training passes over the same tokens differ" in caplog.text
 
 
-def test_trying_changes_nothing() -> None:
+def test_trying_a_model_changes_neither_weights_nor_random_state() -> None:
     model = make_model("llama").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = trainer_of(model)
@@ -287,14 +289,16 @@ def test_trying_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_tiny_config_is_tiny() -> None:
+def test_the_test_models_are_tiny() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     assert model.num_parameters() < 100_000
     assert math.isfinite(Row(model_type="", class_name="", result="").error_nats)
 
 
 @needs_shared
-def test_a_body_that_is_not_the_base_model(sft_probe: Run, tmp_path: Path) -> None:
+def test_opt_whose_body_is_not_its_base_model_trains_on_the_right_loss(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     """As many labelled tokens as a row has places: rows of the wrong kind went unnoticed here."""
     case = tmp_path / "case"
     shutil.copytree(SHARED / "cases/opt_body_bypassed", case)

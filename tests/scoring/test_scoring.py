@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft_probe.scoring.attention import PLAIN, Way
-from sft_probe.scoring.packing import Item, batches, pack_shared
-from sft_probe.scoring.score import Score, choose_way, score
+from sft_probe.scoring.attention import PLAIN, ForwardMode
+from sft_probe.scoring.packing import Continuation, batches, pack_shared
+from sft_probe.scoring.score import Score, choose_mode, score
 
 VOCAB = 97
 WINDOW = 16
@@ -81,7 +81,7 @@ def make_model(name: str, attention: str | None = None, **changes: Any) -> Any:
     ).eval()
 
 
-def make_items(terminator_id: int | None = 5) -> list[Item]:
+def make_items(terminator_id: int | None = 5) -> list[Continuation]:
     """Docs longer than the window, several, with continuations that share a start, repeat, or are
     one token."""
     random = np.random.default_rng(1)
@@ -90,11 +90,13 @@ def make_items(terminator_id: int | None = 5) -> list[Item]:
         prefix = random.integers(VOCAB, size=length).tolist()
         stem = random.integers(VOCAB, size=4).tolist()
         conts = [stem + random.integers(VOCAB, size=n).tolist() for n in (1, 30, 7)]
-        items += [Item(prefix, cont, terminator_id) for cont in [*conts, stem, stem[:1], conts[0]]]
+        items += [
+            Continuation(prefix, cont, terminator_id) for cont in [*conts, stem, stem[:1], conts[0]]
+        ]
     return items
 
 
-def reference(model: Any, item: Item) -> tuple[list[float], list[bool], float]:
+def reference(model: Any, item: Continuation) -> tuple[list[float], list[bool], float]:
     """One plain forward in float64."""
     ids = [*item.prefix_ids, *item.continuation_ids]
     with torch.no_grad():
@@ -105,8 +107,8 @@ def reference(model: Any, item: Item) -> tuple[list[float], list[bool], float]:
     return [float(logprobs[i - 1, ids[i]]) for i in rows], greedy, float(logprobs[-1, 5])
 
 
-def check(model: Any, items: list[Item], way: Way, max_tokens: int = 256) -> None:
-    found: dict[int, Score] = dict(score(model.float(), items, max_tokens=max_tokens, way=way))
+def check(model: Any, items: list[Continuation], mode: ForwardMode, max_tokens: int = 256) -> None:
+    found: dict[int, Score] = dict(score(model.float(), items, max_tokens=max_tokens, mode=mode))
     assert sorted(found) == list(range(len(items)))
     for i, item in enumerate(items):
         logprobs, greedy, eos = reference(model, item)
@@ -125,77 +127,79 @@ COMBINATIONS.remove(("gemma2", "sdpa"))
 
 
 @pytest.mark.parametrize(("name", "attention"), COMBINATIONS)
-def test_shared_prefixes_equal_plain_float64(name: str, attention: str) -> None:
+def test_scores_with_shared_prefixes_equal_a_plain_float64_forward(
+    name: str, attention: str
+) -> None:
     model = make_model(name, attention)
-    way = choose_way(model, longest=80)
-    assert way.shared
-    assert way.blocks == (attention == "sdpa")
-    check(model, make_items(), way)
+    mode = choose_mode(model, longest=80)
+    assert mode.shared
+    assert mode.blocks == (attention == "sdpa")
+    check(model, make_items(), mode)
     check(
         model,
         make_items(terminator_id=None),
-        dataclasses.replace(way, blocks=False),
+        dataclasses.replace(mode, blocks=False),
         max_tokens=1024,
     )
 
 
 @pytest.mark.parametrize("name", PLAIN_ONLY)
-def test_what_cannot_share_takes_the_plain_way(name: str) -> None:
+def test_models_that_cannot_share_prefixes_are_scored_without(name: str) -> None:
     model = make_model(name)
-    way = choose_way(model, longest=80)
-    assert way == PLAIN
-    check(model, make_items(), way)
+    mode = choose_mode(model, longest=80)
+    assert mode == PLAIN
+    check(model, make_items(), mode)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "attention"), [("mistral", "sdpa"), ("gemma3_text", "sdpa"), ("llama", "eager")]
 )
-def test_the_check_finds_a_wrong_mask(
+def test_the_check_of_a_model_finds_a_wrong_attention_mask(
     name: str, attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window that the mask does not know of, or a bool mask where it is added: both are silent in
     transformers."""
 
-    def wrong(model: Any, mask: torch.Tensor, positions: torch.Tensor, way: Way) -> Any:
+    def wrong(model: Any, mask: torch.Tensor, positions: torch.Tensor, mode: ForwardMode) -> Any:
         return (
             dict.fromkeys(("full_attention", "sliding_attention"), mask)
-            if way.mask_per_layer_type
+            if mode.mask_per_layer_type
             else mask
         )
 
     model = make_model(name, attention)
     model.to(dtype)
-    assert choose_way(model, longest=80).shared
+    assert choose_mode(model, longest=80).shared
     monkeypatch.setattr("sft_probe.scoring.score.make_masks", wrong)
-    assert choose_way(model, longest=80) == PLAIN
+    assert choose_mode(model, longest=80) == PLAIN
 
 
-def test_an_unknown_attention_takes_the_plain_way() -> None:
+def test_an_unknown_attention_is_scored_without_shared_prefixes() -> None:
     model = make_model("llama", "sdpa")
     model.config._attn_implementation = "flex_attention"
-    assert choose_way(model, longest=80) == PLAIN
+    assert choose_mode(model, longest=80) == PLAIN
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_16_bits_share_too(name: str, dtype: torch.dtype) -> None:
+def test_16_bit_models_share_prefixes_too(name: str, dtype: torch.dtype) -> None:
     model = make_model(name, "sdpa")
     model.to(dtype)
-    way = choose_way(model, longest=80)
-    assert way.shared
-    found = dict(score(model, make_items(), max_tokens=256, way=way))
-    plain = dict(score(model, make_items(), max_tokens=256, way=PLAIN))
+    mode = choose_mode(model, longest=80)
+    assert mode.shared
+    found = dict(score(model, make_items(), max_tokens=256, mode=mode))
+    plain = dict(score(model, make_items(), max_tokens=256, mode=PLAIN))
     differences = [np.abs(found[i].token_logprobs - plain[i].token_logprobs).mean() for i in found]
     assert float(np.mean(differences)) < 0.05
     assert found[0].token_logprobs.dtype == np.float32
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_scoring_leaves_the_model_as_it_was() -> None:
     model = make_model("llama", "sdpa")
     next(
-        score(model, make_items(), max_tokens=64, way=Way(shared=True, blocks=True))
-    )  # left in mid-way
+        score(model, make_items(), max_tokens=64, mode=ForwardMode(shared=True, blocks=True))
+    )  # left in mid-mode
     assert model.config._attn_implementation == "sdpa"
     assert "forward" not in vars(model.base_model)
     ids = torch.tensor([[1, 2, 3]])
@@ -205,14 +209,18 @@ def test_the_model_is_left_as_it_was() -> None:
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 drawn_items = st.lists(
-    st.builds(Item, prefix_ids=ids, continuation_ids=ids, terminator_id=st.sampled_from([None, 5])),
+    st.builds(
+        Continuation, prefix_ids=ids, continuation_ids=ids, terminator_id=st.sampled_from([None, 5])
+    ),
     min_size=1,
     max_size=12,
 )
 
 
 @given(items=drawn_items, max_tokens=st.integers(1, 40))
-def test_packs_hold_every_item_once_and_no_prefix_twice(items: list[Item], max_tokens: int) -> None:
+def test_packs_hold_every_item_once_and_no_prefix_twice(
+    items: list[Continuation], max_tokens: int
+) -> None:
     packs = list(pack_shared(items, max_tokens))
     assert sorted(i for pack in packs for i in pack.items) == list(range(len(items)))
     assert sorted(i for batch in batches(packs, 64) for pack in batch for i in pack.items) == list(
@@ -238,11 +246,17 @@ LLAMA = make_model("llama", "sdpa")
 
 @settings(deadline=None, max_examples=25)
 @given(items=drawn_items, max_tokens=st.integers(1, 60), blocks=st.booleans())
-def test_any_items_in_any_budget(items: list[Item], max_tokens: int, blocks: bool) -> None:
-    check(LLAMA, items, Way(shared=True, blocks=blocks), max_tokens)
+def test_any_items_are_scored_within_any_token_budget(
+    items: list[Continuation], max_tokens: int, blocks: bool
+) -> None:
+    check(LLAMA, items, ForwardMode(shared=True, blocks=blocks), max_tokens)
 
 
 def test_requests_that_differ_only_in_the_split_point() -> None:
     """Stock lm-eval's shared-context cache reads wrong logits here (-15.43 for -18.07)."""
     text = list(range(10, 20))
-    check(LLAMA, [Item(text[:n], text[n:]) for n in range(1, 10)], Way(shared=True, blocks=True))
+    check(
+        LLAMA,
+        [Continuation(text[:n], text[n:]) for n in range(1, 10)],
+        ForwardMode(shared=True, blocks=True),
+    )

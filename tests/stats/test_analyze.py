@@ -34,11 +34,11 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     result = sft_probe("analyze", run)
     assert result.returncode == 0, result.stderr
     for words in (
-        "chosen rose 13.0 nats by step 8, half of it by step 4; prompts only",
+        "chosen rose 13.0 nats by step 8, half of it by step 4; intervals over prompts; one run",
         "then fell to",
-        "below its start; prompts only",
+        "below its start; intervals over prompts; one run",
         "24 held-out prompts in 24 clusters",
-        "one run says nothing of training noise",
+        "this is one run, so they leave out training noise",
     ):
         assert words in result.stdout, result.stdout
     changes, verdict, _ = _tables(run / "analysis")
@@ -70,7 +70,7 @@ def test_the_verdict_on_known_curves(sft_probe: Run, tmp_path: Path) -> None:
     assert pd.read_parquet(run / "analysis/changes.parquet").shape == changes.shape
 
 
-def test_include_eos(sft_probe: Run, tmp_path: Path) -> None:
+def test_with_include_eos_the_terminator_counts(sft_probe: Run, tmp_path: Path) -> None:
     run = write_run(tmp_path / "known")
     plain = _verdict_of(sft_probe, run)
     with_eos = _verdict_of(sft_probe, run, "--include-eos")
@@ -87,7 +87,9 @@ def _verdict_of(sft_probe: Run, *arguments: object) -> pd.DataFrame:
     ("changes", "expected"),
     [([0, 2, 4, 8], 4.0), ([0, 8, 8, 8], 0.5), ([0, -1, -3, -4], 2.0 - 0.5), ([0, 5, -5, 1], 0.1)],
 )
-def test_half_step(changes: list[float], expected: float) -> None:
+def test_the_half_step_is_where_half_of_the_change_is_reached(
+    changes: list[float], expected: float
+) -> None:
     steps = [0, 1, 2, 4] if changes[1] < 0 else [0, 1, 4, 8]
     assert half_step(steps, changes) == pytest.approx(expected)
 
@@ -146,7 +148,7 @@ def test_means_over_runs_are_of_the_docs_that_all_runs_have_and_of_one_setting(
 
 
 @needs_shared
-def test_published_numbers(sft_probe: Run) -> None:
+def test_a_table_of_published_means_gives_its_published_changes(sft_probe: Run) -> None:
     result = sft_probe("analyze", REFERENCE)
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line}
     assert "+43.6" in lines["chosen"]
@@ -230,7 +232,9 @@ def _embedded_lines() -> list[str]:
     return [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
 
 
-def test_one_doc_one_category_and_a_missing_score(sft_probe: Run, tmp_path: Path) -> None:
+def test_analyze_copes_with_one_doc_one_category_and_a_missing_score(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     only = {"chosen": CURVES["chosen"]}
     result = sft_probe("analyze", write_run(tmp_path / "one", curves=only, num_docs=1))
     assert "too few prompts for an interval" in result.stdout, result.stderr
@@ -243,7 +247,7 @@ def test_one_doc_one_category_and_a_missing_score(sft_probe: Run, tmp_path: Path
     assert list(_tables(holed / "analysis")[1]["num_docs"]) == [23, 24, 24]
 
 
-def test_many_steps_and_categories(sft_probe: Run, tmp_path: Path) -> None:
+def test_analyze_prints_many_steps_and_categories(sft_probe: Run, tmp_path: Path) -> None:
     curves = {f"c{number}": lambda step, rate=number: rate * step / 154 for number in range(12)}
     result = sft_probe(
         "analyze", write_run(tmp_path / "big", curves=curves, steps=range(154), num_docs=4)
@@ -298,7 +302,7 @@ def test_a_foreign_sweep_finds_its_probe_set_from_any_directory(
     assert not [note for note in recording.notes if "probe set" in note]
 
 
-def test_live_and_swept_rows_that_differ_are_told(
+def test_analyze_warns_where_live_and_swept_scores_differ(
     sft_probe: Run, swept_run: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own"
@@ -312,7 +316,7 @@ def test_live_and_swept_rows_that_differ_are_told(
     assert "live probe and sweep differ by up to 0.50 nats" in sft_probe("analyze", own).stdout
 
 
-def test_a_forerunners_metric_file(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_metric_file_of_the_forerunner_is_read(sft_probe: Run, tmp_path: Path) -> None:
     values = [(-122.5, -97.0), (-100.0, -80.0), (-79.5, -60.5)]
     lines = [
         json.dumps(
@@ -385,7 +389,7 @@ def test_repeated_and_interleaved_evaluations_count_once(lines: list[tuple[int, 
         ("qwen1.8b_dpo_after_sft", 30, (-54.38, None)),
     ],
 )
-def test_published_metrics(
+def test_published_metric_files_are_read_with_all_evaluations_and_categories(
     name: str, evaluations: int, first_last: tuple[float, float | None]
 ) -> None:
     means, _, notes = read_metrics(SHARED / f"reference/learning-dynamics/{name}.metrics.json")
@@ -424,7 +428,7 @@ def test_published_metrics(
         ("nothing.txt", "", "holds no scores"),
     ],
 )
-def test_what_cannot_be_analyzed(
+def test_analyze_refuses_what_cannot_be_analyzed_with_one_message(
     sft_probe: Run, tmp_path: Path, name: str, content: str, words: str
 ) -> None:
     (tmp_path / name).write_text(content)
@@ -432,15 +436,17 @@ def test_what_cannot_be_analyzed(
     assert words in user_error(sft_probe("analyze", source))
 
 
-def test_a_curve_that_never_moves(sft_probe: Run, tmp_path: Path) -> None:
+def test_a_category_that_never_moves_is_said_not_to_have_moved(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     (tmp_path / "a.csv").write_text("step,category,logprob\n0,a,-1\n1,a,-1\n0,b,-1\n1,b,-9\n")
     result = sft_probe("analyze", tmp_path / "a.csv")
-    assert "a did not move for certain (+0.0 nats by step 1); means only" in result.stdout, (
+    assert "a did not change clearly (+0.0 nats by step 1); means only" in result.stdout, (
         result.stderr
     )
 
 
-def test_what_is_no_score_row(sft_probe: Run, tmp_path: Path) -> None:
+def test_files_without_score_rows_are_refused_by_name(sft_probe: Run, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     path = run / "probe/step_000001.jsonl"
     lines = path.read_text()
@@ -465,7 +471,10 @@ def test_what_is_no_score_row(sft_probe: Run, tmp_path: Path) -> None:
     assert verdict["rank"].drop("rejected").notna().all()
 
 
-def test_runs_of_different_settings_are_not_averaged(sft_probe: Run, tmp_path: Path) -> None:
+def test_runs_of_different_settings_are_not_averaged(
+    sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # several runs have their tables there
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(3)]
     path = runs[2] / "manifest.json"
     path.write_text(
@@ -481,7 +490,9 @@ def test_runs_of_different_settings_are_not_averaged(sft_probe: Run, tmp_path: P
     assert "same order seed and so are no repeats: s0, again" in result.stderr
 
 
-def test_refusals_of_runs(sft_probe: Run, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_averaged_are_refused_with_the_reason(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     assert "does not exist" in user_error(sft_probe("analyze", tmp_path / "nowhere"))
     assert "one step only (0)" in user_error(
         sft_probe("analyze", write_run(tmp_path / "short", steps=[0]))

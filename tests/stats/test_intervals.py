@@ -137,7 +137,7 @@ def test_unequal_clusters_count_for_less() -> None:
     assert np.isnan(found.band_low).all(), "under 10 effective clusters there is no band"
 
 
-def test_what_is_missing_is_left_out_of_its_point_alone() -> None:
+def test_a_missing_score_is_left_out_of_its_own_point_alone() -> None:
     values = np.random.default_rng(3).normal(size=(30, 2))
     holed = values.copy()
     holed[4, 0] = np.nan
@@ -210,7 +210,7 @@ def test_a_change_made_of_two_docs_has_no_band_and_does_not_widen_others() -> No
     assert found.critical < 4
 
 
-def test_the_size_that_is_promised() -> None:
+def test_intervals_of_500_docs_12_categories_and_50_steps_take_under_a_minute() -> None:
     values = np.random.default_rng(11).normal(size=(500, 12, 50)).cumsum(axis=2)
     clusters = np.stack([np.arange(500) // (1 + number % 3) for number in range(12)], axis=1)
     started = time.process_time()
@@ -310,7 +310,7 @@ def _pair_stderr(seed: int) -> tuple[float, float]:
     return float(found.mean[0]), float(found.stderr[0])
 
 
-def test_the_error_of_pairs_that_share_docs() -> None:
+def test_the_standard_error_of_pairs_counts_the_docs_they_share() -> None:
     draws = np.array([_pair_stderr(seed) for seed in range(400)])
     assert np.sqrt((draws[:, 1] ** 2).mean()) == pytest.approx(draws[:, 0].std(), rel=0.12)
 
@@ -353,7 +353,7 @@ def test_one_run_has_the_interval_over_docs() -> None:
 
 
 @needs_shared
-def test_published_changes_and_their_errors() -> None:
+def test_published_scores_give_these_changes_and_standard_errors() -> None:
     # change by the last evaluation, its error unclustered, and by the category's own text
     expected = {
         "chosen": (-151.98, 5.64, 0.90, 0.91),
@@ -425,7 +425,7 @@ def _check(rows: list[dict[str, Any]], num_sets: int) -> None:
         assert excused or low <= row["coverage"] <= high, row
 
 
-def test_coverage_of_means_of_few_docs(simulations: Any) -> None:
+def test_intervals_of_means_of_few_docs_cover_as_promised(simulations: Any) -> None:
     rows = list(simulations.cells("means", 1000, num_docs=(24,)))
     _check(rows, 1000)
     calm = {row["clusters"] for row in rows if row["warned"] <= 0.5}
@@ -439,7 +439,7 @@ def test_coverage_of_means_of_few_docs(simulations: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["alone", "pairs"])
-def test_coverage_of_bands_of_few_docs(simulations: Any, kind: str) -> None:
+def test_bands_of_few_docs_cover_as_promised(simulations: Any, kind: str) -> None:
     for noise in ("normal", "lognormal"):
         design = simulations.Design(noise, 24, kind)
         row = simulations.bands(design, 200, np.random.default_rng(0))
@@ -448,7 +448,7 @@ def test_coverage_of_bands_of_few_docs(simulations: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("num_runs", [1, 2, 3, 5, 8, 12])
-def test_coverage_over_runs_and_docs(simulations: Any, num_runs: int) -> None:
+def test_intervals_over_runs_and_docs_cover_as_promised(simulations: Any, num_runs: int) -> None:
     low, high = _bounds(1000)
     low = {2: 0.87 - 0.03, 3: 0.91 - 0.03}.get(
         num_runs, low
@@ -461,7 +461,7 @@ def test_coverage_over_runs_and_docs(simulations: Any, num_runs: int) -> None:
 
 
 @pytest.mark.parametrize("num_runs", [1, 3, 5])
-def test_coverage_of_transfer(simulations: Any, num_runs: int) -> None:
+def test_intervals_of_transfer_cover_as_promised(simulations: Any, num_runs: int) -> None:
     low, _ = _bounds(500)
     low = {3: 0.91 - 0.04}.get(num_runs, low)
     for noise in ("normal", "lognormal"):
@@ -471,7 +471,7 @@ def test_coverage_of_transfer(simulations: Any, num_runs: int) -> None:
         assert row["coverage"] >= low, (noise, row)
 
 
-def test_coverage_of_pairs_and_slopes(simulations: Any) -> None:
+def test_intervals_of_pairs_and_slopes_cover_as_promised(simulations: Any) -> None:
     for name in ("pmi", "slopes"):
         row = getattr(simulations, name)(
             simulations.Design("exponential", 32, "alone"), 1000, np.random.default_rng(0)
@@ -480,7 +480,9 @@ def test_coverage_of_pairs_and_slopes(simulations: Any) -> None:
 
 
 @pytest.mark.parametrize("truth", ["flat", "plateau", "rising"])
-def test_false_sentences(simulations: Any, truth: str) -> None:
+def test_sentences_of_the_verdict_are_false_as_rarely_as_promised(
+    simulations: Any, truth: str
+) -> None:
     design = simulations.Design("exponential", 24, "alone")
     row = simulations.sentences(design, 40, np.random.default_rng(0), truth)
     allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 40)
@@ -492,7 +494,7 @@ def test_false_sentences(simulations: Any, truth: str) -> None:
 @pytest.mark.parametrize(
     "name", ["means", "bands", "runs", "runs_alike", "ratios", "pmi", "slopes"]
 )
-def test_coverage_of_every_cell(simulations: Any, name: str) -> None:
+def test_intervals_of_every_setting_cover_as_promised(simulations: Any, name: str) -> None:
     rows = list(simulations.cells(name, 400, num_docs=(24, 32, 100)))
     low, high = _bounds(400)
     for row in rows:
@@ -504,6 +506,8 @@ def test_coverage_of_every_cell(simulations: Any, name: str) -> None:
 
 
 @pytest.mark.full
-def test_false_sentences_of_every_noise(simulations: Any) -> None:
+def test_sentences_of_the_verdict_are_false_as_rarely_as_promised_under_every_noise(
+    simulations: Any,
+) -> None:
     for row in simulations.sentence_cells(300):
         assert max(row["turn"], row["move"]) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300), row

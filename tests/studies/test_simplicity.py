@@ -69,7 +69,9 @@ def test_code_length_and_half_gain(sft_probe: Run, tmp_path: Path) -> None:
     assert (tmp_path / "out/simplicity_ranks.png").stat().st_size > 10_000
 
 
-def test_learned_bits(sft_probe: Run, tmp_path: Path) -> None:
+def test_learned_bits_are_the_loss_at_the_start_minus_the_code_length(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     run = _losses(write_run(tmp_path / "known"), [100.0] * NUM_TRAIN)
     path = run / "probe/step_000000.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -99,7 +101,7 @@ def test_half_of_a_gain_lies_between_two_probed_steps(
     assert half_bracket([0, 4, 8, 16], changes) == pytest.approx(expected, nan_ok=True)
 
 
-def test_the_contrast_is_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> None:
+def test_categories_are_contrasted_on_the_same_texts(sft_probe: Run, tmp_path: Path) -> None:
     runs = []
     for seed in range(3):
         for category, extra in (("chosen", 0.0), ("random", 12.0)):
@@ -172,7 +174,7 @@ def test_texts_of_several_models_are_not_compared(sft_probe: Run, tmp_path: Path
     assert "two runs on chosen have order seed 0" in user_error(twice)
 
 
-def test_what_is_refused(sft_probe: Run, tmp_path: Path) -> None:
+def test_simplicity_refuses_what_it_cannot_measure(sft_probe: Run, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert "no first_epoch.jsonl" in user_error(sft_probe("simplicity", run))
     (run / "first_epoch.jsonl").write_text('{"run": "x"}\n')
@@ -185,7 +187,9 @@ def test_what_is_refused(sft_probe: Run, tmp_path: Path) -> None:
     assert "is empty" in user_error(sft_probe("simplicity", run))
 
 
-def test_the_kl_against_plain_transformers(sft_probe: Run, swept_run: Path, tmp_path: Path) -> None:
+def test_the_divergence_from_the_start_equals_plain_transformers(
+    sft_probe: Run, swept_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     result = sft_probe("simplicity", run, "--kl", "--out", tmp_path / "out")

@@ -35,7 +35,9 @@ def recipe(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_from_rows_to_tables(recipe: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_transfer_trains_sweeps_and_writes_its_tables(
+    recipe: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     flags = (
         "--recipe",
         recipe,
@@ -107,7 +109,7 @@ def test_halves_share_no_conversation(write_set: WriteSet) -> None:
     }
 
 
-def test_a_mixture_is_no_row(recipe: Path, tmp_path: Path) -> None:
+def test_transfer_refuses_to_train_on_a_mixture(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"the mixture chosen:0\.5 has no one category as its target"
     ):

@@ -37,7 +37,7 @@ def _tables(folder: Path) -> dict[str, pd.DataFrame]:
     }
 
 
-def test_closed_forms() -> None:
+def test_transfer_numbers_equal_their_closed_forms() -> None:
     np.testing.assert_allclose(
         selectivity(np.array([4.0]), np.array([[2.0], [-1.0]])), [1 - (2 - 1) / 2 / 4]
     )
@@ -103,7 +103,9 @@ def test_omega_at_matched_gain_does_not_depend_on_speed(sft_probe: Run, tmp_path
     assert slowed["matched_omega"] == pytest.approx(fast["matched_omega"], abs=0.05)
 
 
-def test_disjoint_halves_are_the_null(sft_probe: Run, tmp_path: Path) -> None:
+def test_training_on_disjoint_halves_of_one_category_shows_no_difference(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     one, two = _write(tmp_path / "a", "chosen", seed=1), _write(tmp_path / "b", "chosen", seed=2)
     slower = _write(tmp_path / "c", "chosen", seed=2, scale=0.8)
     other = _write(tmp_path, "non_response", seed=3)
@@ -163,7 +165,9 @@ def test_one_doc_gives_no_interval_and_one_category_no_selectivity(
     assert re.search(r"chosen +1 +\+\d\.\d{3}\?  not defined \(one category\)", text), text
 
 
-def test_what_cannot_be_compared(sft_probe: Run, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared_are_refused_with_the_reason(
+    sft_probe: Run, tmp_path: Path
+) -> None:
     one = _write(tmp_path, "chosen")
     assert "at least two rows" in user_error(sft_probe("transfer", "--runs", one))
     far = write_run(tmp_path / "far", curves={"else": float}, train_category="else")

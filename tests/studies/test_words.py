@@ -55,7 +55,7 @@ def test_a_token_across_two_pieces_is_divided_by_its_characters() -> None:
         ("我 你好", "first|content word|content word"),
     ],
 )
-def test_the_class_of_each_piece(text: str, kinds: str) -> None:
+def test_each_piece_of_a_text_has_its_class_of_word(text: str, kinds: str) -> None:
     assert "|".join(part.kind for part in pieces(text)) == kinds
 
 

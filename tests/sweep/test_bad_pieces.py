@@ -147,7 +147,7 @@ BREAKS = [
         for step in (1, 2, 3)
     ],
 )
-def test_a_bad_checkpoint_costs_itself_alone_in_any_place(
+def test_a_bad_checkpoint_anywhere_in_the_sequence_costs_only_its_own_step(
     folder: Path, sweep: Callable[..., Any], breaks: Callable[[Path], None], step: int
 ) -> None:
     breaks(folder / f"checkpoint-{step}")
@@ -167,7 +167,9 @@ def test_a_checkpoint_without_a_tokenizer_is_scored_with_that_of_the_others(
     assert steps(folder / "out") == [1, 2, 3]
 
 
-def test_nothing_readable_names_every_fault(folder: Path, sweep: Callable[..., Any]) -> None:
+def test_a_sweep_without_a_readable_checkpoint_names_every_fault(
+    folder: Path, sweep: Callable[..., Any]
+) -> None:
     for step in (1, 2, 3):
         remove_config(folder / f"checkpoint-{step}")
     message = user_error(sweep())
@@ -190,7 +192,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("revisions", ["step0,step1,step2", "step1,step2,step3"])
-def test_a_missing_revision_costs_itself_alone(
+def test_a_missing_revision_costs_only_its_own_step(
     hub: Path, folder: Path, sft_probe: Run, revisions: str
 ) -> None:
     flags = ("--model", "some/model", "--revisions", revisions, "--probe_set", folder / "set.jsonl")
@@ -251,7 +253,7 @@ def test_an_unforeseen_error_is_reported_with_its_class_and_a_log(
     assert steps(folder / "out") == [1, 2, 3]
 
 
-def test_a_step_that_cannot_be_written_costs_itself_alone(
+def test_scores_that_cannot_be_written_cost_only_their_own_step(
     folder: Path, sweep: Callable[..., Any]
 ) -> None:
     (folder / "out/sweep").mkdir(parents=True)
@@ -266,7 +268,9 @@ META = ("step", "examples_seen", "tokens_seen", "epoch", "dtype", "sha256")
 
 
 @pytest.mark.parametrize("text", slice_of([*WRONG_SHAPES, *wrong_values(*META)]))
-def test_meta_of_another_shape(swept_run: Path, sft_probe: Run, tmp_path: Path, text: str) -> None:
+def test_a_meta_json_of_another_shape_is_named(
+    swept_run: Path, sft_probe: Run, tmp_path: Path, text: str
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     (run / "weights/step_000000/meta.json").write_text(text, encoding="latin-1")
@@ -279,7 +283,7 @@ def test_meta_of_another_shape(swept_run: Path, sft_probe: Run, tmp_path: Path, 
 @pytest.mark.parametrize(
     "text", slice_of([*WRONG_SHAPES, *wrong_values("prompt_format", "request")])
 )
-def test_manifests_of_another_shape(
+def test_a_manifest_of_another_shape_is_named(
     swept_run: Path, sft_probe: Run, tmp_path: Path, text: str
 ) -> None:
     run = tmp_path / "tiny"
@@ -292,7 +296,7 @@ def test_manifests_of_another_shape(
 
 
 @pytest.mark.parametrize("text", slice_of(WRONG_SHAPES[:-1]))
-def test_what_reads_runs_names_the_file(
+def test_each_command_that_reads_runs_names_a_damaged_file(
     swept_run: Path, sft_probe: Run, tmp_path: Path, text: str
 ) -> None:
     run = tmp_path / "tiny"
@@ -303,14 +307,16 @@ def test_what_reads_runs_names_the_file(
 
 
 @pytest.mark.parametrize("text", [*WRONG_SHAPES[:-1], '{"categories": []}', '{"categories": {}}'])
-def test_probe_sets_of_another_shape(sft_probe: Run, tmp_path: Path, text: str) -> None:
+def test_a_probe_set_of_another_shape_is_named(sft_probe: Run, tmp_path: Path, text: str) -> None:
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)))
     (tmp_path / "probe_set.json").write_text(text, encoding="latin-1")
     assert str(tmp_path / "probe_set.json") in user_error(sft_probe("probe-set", tmp_path))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"doc_id": ' + "9" * 5000 + "}"])
-def test_a_line_that_no_parser_takes_is_a_fault(sft_probe: Run, tmp_path: Path, text: str) -> None:
+def test_a_line_of_a_probe_set_that_is_no_json_is_a_fault(
+    sft_probe: Run, tmp_path: Path, text: str
+) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps(doc) + "\n" for doc in make_docs(4)) + text + "\n")
     result = sft_probe("probe-set", path)
@@ -335,7 +341,7 @@ def test_a_run_of_another_shape_is_not_trained_on(
     [(name, text) for name in ("rows.jsonl", "benchmarks.jsonl") for text in ("[1]", '{"a": 1')]
     + [("rows.jsonl", "{}")],
 )
-def test_rows_of_another_shape_name_their_file(
+def test_score_rows_of_another_shape_name_their_file(
     swept_run: Path, sft_probe: Run, tmp_path: Path, name: str, text: str
 ) -> None:
     run = tmp_path / "tiny"
@@ -346,7 +352,7 @@ def test_rows_of_another_shape_name_their_file(
 
 
 @pytest.mark.parametrize("text", slice_of([*WRONG_SHAPES, *wrong_values("place", "files")]))
-def test_a_damaged_record_costs_its_step_alone(
+def test_a_damaged_record_of_a_step_costs_only_that_step(
     swept_run: Path, sft_probe: Run, tmp_path: Path, text: str
 ) -> None:
     run = tmp_path / "tiny"

@@ -251,7 +251,9 @@ def check_sequence(
         assert differing_tensors(lm.model, reference) == [], told
 
 
-def test_a_file_that_is_overwritten_while_it_is_scored(tmp_path: Path, probe_set: Path) -> None:
+def test_a_loaded_model_stays_as_it_is_when_its_file_is_overwritten(
+    tmp_path: Path, probe_set: Path
+) -> None:
     base = make_base(tmp_path / "base", tied=True)
     reference = reference_model(shutil.copytree(base, tmp_path / "copy"), base, torch.float32)
     model = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32")).load(
@@ -263,7 +265,7 @@ def test_a_file_that_is_overwritten_while_it_is_scored(tmp_path: Path, probe_set
     assert differing_tensors(model, reference) == []
 
 
-def test_only_one_model_is_in_memory(tmp_path: Path, probe_set: Path) -> None:
+def test_a_sweep_holds_only_one_model_in_memory(tmp_path: Path, probe_set: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     save_adapter("LoRA, modules_to_save embed_tokens", base, tmp_path / "adapter")
     live = LiveModel("float32", "cpu", sweep_settings(tmp_path, probe_set, "float32"))
@@ -299,13 +301,17 @@ def probe_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_some_sequences(seed: int, small_pool: Path, probe_set: Path) -> None:
+def test_checkpoints_of_any_forms_in_any_order_are_scored_as_alone(
+    seed: int, small_pool: Path, probe_set: Path
+) -> None:
     check_sequence(small_pool, probe_set, sequence(small_pool, seed), "float32")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(NUM_SEQUENCES))
-def test_sequences(seed: int, whole_pool: Path, probe_set: Path) -> None:
+def test_checkpoints_of_any_forms_in_many_orders_are_scored_as_alone(
+    seed: int, whole_pool: Path, probe_set: Path
+) -> None:
     check_sequence(
         whole_pool,
         probe_set,
@@ -315,7 +321,7 @@ def test_sequences(seed: int, whole_pool: Path, probe_set: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_table_of_forms() -> None:
+def test_at_least_60_forms_of_adapters_are_right_and_the_others_refused() -> None:
     results = {form: result for form, result, _ in adapter_rows()}
     assert {
         form for form, result in results.items() if result == "refused"
@@ -325,7 +331,7 @@ def test_the_table_of_forms() -> None:
 
 
 @pytest.mark.full
-def test_every_form_after_another_and_its_score(
+def test_every_form_is_scored_right_after_every_other_form(
     whole_pool: Path, probe_set: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     """One sweep over the whole pool: each checkpoint is refused by name, or scored as one that is

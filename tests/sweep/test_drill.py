@@ -2,23 +2,16 @@
 undisturbed sweep."""
 
 import json
-import multiprocessing
-import os
 import random
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import Run, command_to_file, make_checkpoint, make_docs
-
-TIMEOUT_S = 600
-SERVER = multiprocessing.get_context(
-    "forkserver"
-)  # imports once; each process is a real one that can be killed
+from helpers import Run, make_checkpoint, make_docs
+from processes import TIMEOUT_S, Forked
 
 
 class Drill:
@@ -29,15 +22,12 @@ class Drill:
         self.out = out
         self.commands = commands
         self.random = random.Random(seed)
-        self.running: dict[int, ForkServerProcess] = {}
+        self.running: dict[int, Forked] = {}
         self.kills = 0
 
     def start(self, number: int) -> None:
         log = self.out.parent / f"{number}.log"
-        self.running[number] = SERVER.Process(
-            target=command_to_file, args=(self.commands[number], str(log))
-        )
-        self.running[number].start()
+        self.running[number] = Forked(self.commands[number], log=log)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + TIMEOUT_S
@@ -58,13 +48,12 @@ class Drill:
 
     def kill(self, number: int) -> None:
         """Kill a process, if it has not ended by itself, and start it again."""
-        os.kill(self.running[number].pid or 0, signal.SIGKILL)
-        self.running[number].join()
-        self.kills += self.running[number].exitcode == -signal.SIGKILL
+        self.running[number].kill()
+        self.kills += self.running[number].wait() == -signal.SIGKILL
         self.start(number)
 
     def alive(self) -> list[int]:
-        return [number for number, process in self.running.items() if process.is_alive()]
+        return [number for number, process in self.running.items() if process.poll() is None]
 
     def run(self, num_kills: int) -> None:
         for number in range(len(self.commands)):
@@ -76,14 +65,14 @@ class Drill:
             self.kill_one()
         self.wait_for(lambda: not self.alive())
         for number, process in self.running.items():
-            assert process.exitcode == 0, (self.out.parent / f"{number}.log").read_text()
+            assert process.returncode == 0, (self.out.parent / f"{number}.log").read_text()
 
 
 @pytest.mark.parametrize(
     "size",
     [(6, 2, 0), *(pytest.param((24, 12, seed), marks=pytest.mark.full) for seed in range(4))],
 )
-def test_four_at_once_make_the_table_of_one(
+def test_four_sweeps_at_once_with_kills_make_the_table_of_one_sweep(
     tiny_model: Path, tmp_path: Path, sft_probe: Run, size: tuple[int, int, int]
 ) -> None:
     last, num_kills, seed = size
@@ -104,7 +93,6 @@ def test_four_at_once_make_the_table_of_one(
     out = tmp_path / "many/run"
     out.mkdir(parents=True)
     command = ["sweep", str(out), *flags]
-    SERVER.set_forkserver_preload(["sft_probe.analysis.sweep.sweep", "helpers"])
     drill = Drill(
         out, [command, command, [*command, "--shard", "1/2"], [*command, "--shard", "2/2"]], seed
     )

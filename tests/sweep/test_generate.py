@@ -63,7 +63,9 @@ def change(
     (checkpoint / "meta.json").write_text(json.dumps(meta))
 
 
-def test_answers_are_greedy(sft_probe: Run, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_answers_are_greedy_at_each_step(
+    sft_probe: Run, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last snapshot asks for sampling, as those of chat models do, and is made to end its
     answers."""
     monkeypatch.setattr("sft_probe.analysis.sweep.generate.MAX_NEW_TOKENS", 12)
@@ -96,7 +98,9 @@ def test_answers_are_greedy(sft_probe: Run, run: Path, monkeypatch: pytest.Monke
     assert table.groupby("step")["ended"].any().to_dict() == {0: False, 1: False, 4: True}
 
 
-def test_more_docs_and_what_is_shown(sft_probe: Run, run: Path) -> None:
+def test_more_answers_are_added_to_those_there_and_figures_and_reports_show_them(
+    sft_probe: Run, run: Path
+) -> None:
     for count in (1, 2, 2):
         result = sft_probe("sweep", run, "--generate", count)
         assert result.returncode == 0, result.stderr
@@ -116,11 +120,13 @@ def test_more_docs_and_what_is_shown(sft_probe: Run, run: Path) -> None:
         "change of chosen (nats)",
         "length (tokens)",
         "share that ended",
-        "share of repeated 4-grams",
+        "repeated 4-grams",
     }
 
 
-def test_what_is_refused_and_what_is_not_finite(sft_probe: Run, run: Path) -> None:
+def test_generation_refuses_bad_numbers_and_names_answers_that_are_not_finite(
+    sft_probe: Run, run: Path
+) -> None:
     message = user_error(sft_probe("sweep", run, "--generate", 5000))
     assert "--generate 5000: only 32 held-out prompts have at most 768 tokens" in message
     change(
@@ -135,7 +141,7 @@ def test_what_is_refused_and_what_is_not_finite(sft_probe: Run, run: Path) -> No
 
 
 @given(st.lists(st.integers(0, 3), max_size=30))
-def test_repetition(ids: list[int]) -> None:
+def test_repetition_is_the_share_of_repeated_four_grams(ids: list[int]) -> None:
     found = repetition(ids)
     if len(ids) < 4:
         assert found is None

@@ -65,7 +65,7 @@ def records(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_each_part_says_which_weights_and_each_row_which_model(models: Path, sweep: Any) -> None:
+def test_scores_record_their_weights_and_their_model(models: Path, sweep: Any) -> None:
     assert sweep("A/checkpoint-*").returncode == 0
     found = records(models / "out")
     assert [Path(record["place"]) for record in found] == [
@@ -76,7 +76,7 @@ def test_each_part_says_which_weights_and_each_row_which_model(models: Path, swe
 
 
 @pytest.mark.parametrize("pattern", ["B/checkpoint-*", "B/checkpoint-20", "B/checkpoint-30"])
-def test_another_model_is_refused_with_what_differs(
+def test_another_model_in_the_same_directory_is_refused_with_what_differs(
     models: Path, sweep: Any, tiny_model: Path, pattern: str
 ) -> None:
     make_checkpoint(models / "B/checkpoint-30", tiny_model, 99)
@@ -90,7 +90,7 @@ def test_another_model_is_refused_with_what_differs(
     assert means(models / "out") == before
 
 
-def test_a_shared_start_does_not_make_two_runs_one(
+def test_runs_that_share_their_first_checkpoint_are_still_two_runs(
     models: Path, sweep: Any, tiny_model: Path
 ) -> None:
     for name in "AB":
@@ -138,7 +138,7 @@ def test_a_touched_or_moved_checkpoint_is_the_same(models: Path, sweep: Any) -> 
     assert means(models / "out") == before
 
 
-def test_places_named_in_one_command_belong_together(
+def test_checkpoints_of_several_folders_in_one_command_are_one_run(
     models: Path, sweep: Any, tiny_model: Path
 ) -> None:
     shutil.copytree(tiny_model, models / "base/step0")
@@ -153,7 +153,7 @@ def test_places_named_in_one_command_belong_together(
     assert sorted(means(models / "out")) == [0, 10, 20], "what was scored stays"
 
 
-def test_a_damaged_checkpoint_does_not_cost_its_scores(models: Path, sweep: Any) -> None:
+def test_a_checkpoint_that_is_damaged_later_keeps_its_scores(models: Path, sweep: Any) -> None:
     assert sweep("A/checkpoint-*").returncode == 0
     before = means(models / "out")
     path = models / "A/checkpoint-20/model.safetensors"
@@ -167,7 +167,9 @@ def test_a_damaged_checkpoint_does_not_cost_its_scores(models: Path, sweep: Any)
     assert means(models / "out") == before
 
 
-def test_the_base_of_an_adapter_counts(models: Path, sweep: Any, tiny_model: Path) -> None:
+def test_an_adapter_on_another_base_is_scored_again(
+    models: Path, sweep: Any, tiny_model: Path
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = make_checkpoint(models / "base", tiny_model, 0)
@@ -184,7 +186,7 @@ def test_the_base_of_an_adapter_counts(models: Path, sweep: Any, tiny_model: Pat
     assert means(models / "out") != before
 
 
-def test_parts_of_an_earlier_version_are_kept(models: Path, sweep: Any, sft_probe: Run) -> None:
+def test_scores_of_an_earlier_version_are_kept(models: Path, sweep: Any, sft_probe: Run) -> None:
     assert sweep("A/checkpoint-10").returncode == 0
     manifest = json.loads((models / "out/sweep/manifest.json").read_text())
     for name in ("sources", "step_unit"):
@@ -201,7 +203,7 @@ def test_parts_of_an_earlier_version_are_kept(models: Path, sweep: Any, sft_prob
     assert "another model's" in user_error(sweep("B/checkpoint-*"))
 
 
-def test_a_sweep_of_an_earlier_version_goes_on(
+def test_a_sweep_of_an_earlier_version_is_resumed(
     swept_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     """Earlier versions recorded dropouts too, which are not compared any more."""
@@ -219,7 +221,9 @@ def test_a_sweep_of_an_earlier_version_goes_on(
     assert "model_config.hidden_size (33 there, 32 now)" in user_error(sft_probe("sweep", run))
 
 
-def test_an_overwritten_snapshot_of_a_run(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_an_overwritten_snapshot_of_a_run_is_scored_again(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     table = (run / "trajectory.csv").read_bytes()

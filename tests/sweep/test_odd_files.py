@@ -71,7 +71,7 @@ ADAPTER_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", ADAPTER_CONFIGS)
-def test_an_odd_adapter_config_is_named(
+def test_a_damaged_adapter_config_is_named(
     kind: str, tiny_model: Path, tmp_path: Path, sweep: Any
 ) -> None:
     for step in (1, 2, 3):
@@ -107,7 +107,9 @@ INDICES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", INDICES)
-def test_an_odd_index_is_named(kind: str, tiny_model: Path, tmp_path: Path, sweep: Any) -> None:
+def test_a_damaged_index_of_weight_shards_is_named(
+    kind: str, tiny_model: Path, tmp_path: Path, sweep: Any
+) -> None:
     for step in (1, 2):
         shutil.copytree(tiny_model, tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-2/model.safetensors").unlink()
@@ -269,7 +271,7 @@ def check_scores(folder: Path, models: dict[int, Any], out: str = "out") -> pd.D
 
 
 @needs_shared
-def test_case_of_untied_heads_under_a_tied_config(case: Any) -> None:
+def test_untied_heads_under_a_tied_config_are_scored_right(case: Any) -> None:
     folder, result = case("tie_untied_heads", "ck/*")
     assert result.returncode == 0, result.stderr
     table = check_scores(
@@ -280,7 +282,7 @@ def test_case_of_untied_heads_under_a_tied_config(case: Any) -> None:
 
 @needs_shared
 @pytest.mark.parametrize("kind", ["save_embed", "save_head"])
-def test_case_of_modules_to_save_on_a_tied_base(kind: str, case: Any) -> None:
+def test_adapters_with_saved_modules_on_a_tied_base_are_scored_right(kind: str, case: Any) -> None:
     folder, result = case("tie_adapter_modules_to_save", f"{kind}/*")
     assert result.returncode == 0, result.stderr
     check_scores(
@@ -290,7 +292,7 @@ def test_case_of_modules_to_save_on_a_tied_base(kind: str, case: Any) -> None:
 
 
 @needs_shared
-def test_case_of_embeddings_that_stayed(case: Any) -> None:
+def test_left_over_embeddings_of_an_adapter_do_not_reach_the_next_checkpoint(case: Any) -> None:
     folder, result = case("adapter_left_over_embeddings", "ck/*")
     assert result.returncode == 0, result.stderr
     models = {
@@ -302,7 +304,7 @@ def test_case_of_embeddings_that_stayed(case: Any) -> None:
 
 
 @needs_shared
-def test_case_of_a_tokenizer_without_config(case: Any) -> None:
+def test_a_tokenizer_without_a_config_is_read(case: Any) -> None:
     folder, result = case("tokeniser_without_config", "adapter/*", "alone")
     assert result.returncode == 0, result.stderr
     shutil.copytree(folder / "base", folder / "both/checkpoint-0")
@@ -325,7 +327,9 @@ def test_case_of_a_tokenizer_without_config(case: Any) -> None:
         ("resized", [0, 9], "model.embed_tokens.weight"),
     ],
 )
-def test_cases_of_odd_adapter_configs(kind: str, good: list[int], message: str, case: Any) -> None:
+def test_odd_adapter_configs_are_refused_and_the_other_checkpoints_scored(
+    kind: str, good: list[int], message: str, case: Any
+) -> None:
     folder, result = case("adapter_config_odd", f"{kind}/*")
     error = user_error(result)
     assert message in error

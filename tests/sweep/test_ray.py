@@ -1,10 +1,7 @@
 """The sweep on a local Ray cluster."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pandas as pd
 import psutil
 import pytest
 from helpers import Run, user_error
+from processes import Forked
 
 
 @pytest.fixture
@@ -23,19 +21,20 @@ def checkpoints(tiny_run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def kill_a_worker_in_mid_step(process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
+def kill_a_worker_in_mid_step(process: Forked) -> None:
+    while process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
             if child.cmdline()[:1] == ["ray::StepWorker.score"]:
                 child.send_signal(signal.SIGKILL)
                 return
         time.sleep(0.01)
-    pytest.fail("no worker has scored anything")
+    pytest.fail("the sweep has ended before a worker was seen to score")
 
 
 @pytest.mark.slow
-def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: Run) -> None:
+def test_the_step_of_a_killed_ray_worker_is_scored_by_another(
+    checkpoints: Path, sft_probe: Run
+) -> None:
     flags = [
         "--checkpoints",
         str(checkpoints / "checkpoint-*"),
@@ -44,22 +43,11 @@ def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: 
         "--device",
         "cpu",
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "sft_probe",
-        "sweep",
-        str(checkpoints / "a/run"),
-        *flags,
-        "--engine",
-        "ray",
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
-    )
+    log = checkpoints / "a.log"
+    process = Forked(["sweep", checkpoints / "a/run", *flags, "--engine", "ray"], log=log)
     kill_a_worker_in_mid_step(process)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    code, output = process.wait(), log.read_text()
+    assert code == 0, output
     assert "its worker died; another one takes it" in output
     assert sft_probe("sweep", checkpoints / "b/run", *flags).returncode == 0
     mine, theirs = (
@@ -70,7 +58,9 @@ def test_a_dead_workers_step_is_scored_by_another(checkpoints: Path, sft_probe: 
 
 
 @pytest.mark.slow
-def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -> None:
+def test_bad_checkpoints_on_a_ray_cluster_are_reported_and_the_others_scored(
+    checkpoints: Path, sft_probe: Run
+) -> None:
     (checkpoints / "checkpoint-3/model.safetensors").write_bytes(b"no tensors")
     (checkpoints / "checkpoint-4/tokenizer.json").write_text(
         '{"version": "1.0"}'
@@ -91,7 +81,7 @@ def test_problems_on_a_cluster_are_reported(checkpoints: Path, sft_probe: Run) -
 
 
 @pytest.mark.slow
-def test_no_cluster_at_the_address(checkpoints: Path, sft_probe: Run) -> None:
+def test_an_address_without_a_ray_cluster_is_reported(checkpoints: Path, sft_probe: Run) -> None:
     flags = (
         "--checkpoints",
         checkpoints / "checkpoint-*",

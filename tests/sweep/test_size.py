@@ -52,7 +52,7 @@ def num_calls(work: Callable[[], object]) -> int:
     return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
 
 
-def test_work_grows_with_the_number_of_steps(
+def test_the_work_of_making_tables_grows_linearly_with_the_steps(
     done: Callable[[int], SweepRequest], tmp_path: Path
 ) -> None:
     works: list[Callable[[], object]] = [
@@ -70,7 +70,7 @@ def test_work_grows_with_the_number_of_steps(
     assert len(pd.read_csv(tmp_path / "out/trajectory.csv")) == 80 * 2
 
 
-def test_all_intervals_of_a_split_are_one_estimate(
+def test_all_intervals_of_a_split_come_from_one_call(
     done: Callable[[int], SweepRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     estimate: Any = vars(trajectory)["estimate"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_probe.analysis.sweep.checkpoints import of_patterns, of_revisions
+from sft_probe.analysis.sweep.checkpoints import checkpoints_matching, hub_revisions
 from sft_probe.errors import UserError
 
 RIGHT = {
@@ -94,12 +94,12 @@ EPOCHS = {"epoch_1": 1, "epoch-2": 2, "epoch3": 3, "ckpt-epoch-4": 4, "Epoch=5":
 
 
 def steps_of(*names: str) -> list[int]:
-    return [checkpoint.step for checkpoint in of_revisions("some/model", names)]
+    return [checkpoint.step for checkpoint in hub_revisions("some/model", names)]
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_the_number_after_the_word(name: str) -> None:
-    (checkpoint,) = of_revisions("some/model", [name])
+def test_the_step_is_the_number_after_step_or_checkpoint(name: str) -> None:
+    (checkpoint,) = hub_revisions("some/model", [name])
     assert (checkpoint.step, checkpoint.step_unit, checkpoint.revision) == (
         RIGHT[name],
         "optimizer step",
@@ -108,7 +108,7 @@ def test_the_number_after_the_word(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_what_is_not_clear_is_asked_about_with_the_remedy(name: str) -> None:
+def test_an_unclear_step_name_is_refused_with_the_remedy(name: str) -> None:
     with pytest.raises(UserError, match="NAME=STEP") as caught:
         steps_of("step5", name)
     assert repr(name) in str(caught.value)
@@ -131,8 +131,8 @@ def test_a_step_that_tables_cannot_hold_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EPOCHS)
-def test_epochs_alone_are_an_axis_of_their_own(name: str) -> None:
-    (checkpoint,) = of_revisions("some/model", [name])
+def test_names_of_epochs_alone_are_counted_in_epochs(name: str) -> None:
+    (checkpoint,) = hub_revisions("some/model", [name])
     assert (checkpoint.step, checkpoint.step_unit) == (EPOCHS[name], "epoch")
     with pytest.raises(UserError, match="no common axis"):
         steps_of(name, "step100")
@@ -153,7 +153,7 @@ def test_epochs_alone_are_an_axis_of_their_own(name: str) -> None:
         ("epoch=1-step=50", "epoch=2-step=50", 50),
     ],
 )
-def test_two_of_one_step_are_refused(first: str, second: str, step: int) -> None:
+def test_two_checkpoints_of_one_step_are_refused(first: str, second: str, step: int) -> None:
     with pytest.raises(UserError, match=f"are both step {step}"):
         steps_of(first, second)
 
@@ -167,21 +167,23 @@ def test_two_of_one_step_are_refused(first: str, second: str, step: int) -> None
         ["", "-bf16", "_v2", "-seed3", "-tokens4B", ".hf", "-lora-r16-alpha32", "-zero3"]
     ),
 )
-def test_whatever_stands_around_it(word: str, step: int, before: str, gap: str, after: str) -> None:
+def test_the_step_is_read_whatever_stands_around_it(
+    word: str, step: int, before: str, gap: str, after: str
+) -> None:
     assert steps_of(f"{before}{word}{gap}{step}{after}") == [step]
 
 
-def test_directories_in_the_same_way(tmp_path: Path) -> None:
+def test_steps_are_read_from_directories_as_from_revisions(tmp_path: Path) -> None:
     for name in ("checkpoint-500-bf16", "checkpoint-1000-fp32", "final", "out=3"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-20/trainer_state.json").write_text('{"global_step": 25}')
-    found, problems = of_patterns(
+    found, problems = checkpoints_matching(
         [f"{tmp_path}/checkpoint-*", f"{tmp_path}/final=2000", f"{tmp_path}/out=3=4"]
     )
     assert [checkpoint.step for checkpoint in found] == [4, 25, 500, 1000, 2000]
     assert problems == []
     with pytest.raises(UserError, match="'final' tells no step"):
-        of_patterns([f"{tmp_path}/*"])
+        checkpoints_matching([f"{tmp_path}/*"])
     with pytest.raises(UserError, match="only one can be step 7"):
-        of_patterns([f"{tmp_path}/checkpoint-*=7"])
+        checkpoints_matching([f"{tmp_path}/checkpoint-*=7"])

@@ -1,11 +1,8 @@
 """The sweep: right numbers, nothing lost, nothing mixed."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import resources
@@ -16,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import Run, blimp_task, make_docs, needs_shared, reads_task_index, user_error
+from processes import Forked, run_forked, run_lm_eval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.analysis.sweep.live_model import LiveModel
@@ -48,7 +46,7 @@ def hh(messages: tuple[dict[str, str], ...]) -> str:
     )
 
 
-def test_rows_say_where_they_come_from(swept_run: Path) -> None:
+def test_score_rows_say_their_run_step_doc_category_and_tokens(swept_run: Path) -> None:
     frame = scores(swept_run)
     assert list(frame.columns) == SCHEMA.names
     assert len(frame) == 3 * 6 * 32
@@ -92,7 +90,7 @@ def test_scores_equal_a_float64_reference(swept_run: Path) -> None:
             assert row["num_bytes"] == len(doc.responses[category].encode())
 
 
-def test_trajectory_is_the_mean_of_the_rows(swept_run: Path) -> None:
+def test_the_trajectory_is_the_mean_of_the_score_rows(swept_run: Path) -> None:
     table = pd.read_csv(swept_run / "trajectory.csv")
     required = [
         "step",
@@ -117,7 +115,7 @@ def test_trajectory_is_the_mean_of_the_rows(swept_run: Path) -> None:
     assert (table.query("step == 4 and category == 'chosen'")["delta"] > 0).all()
 
 
-def test_stock_results_stand_beside_the_rows(swept_run: Path) -> None:
+def test_lm_evals_own_results_stand_beside_the_score_rows(swept_run: Path) -> None:
     (path,) = (swept_run / "sweep/step_000004/heldout").glob("results_*.json")
     results = json.loads(path.read_text())
     frame = scores(swept_run).query("step == 4")
@@ -150,16 +148,13 @@ def test_a_complete_sweep_scores_nothing_again(
 
 
 @pytest.mark.slow
-def test_kill_and_the_same_command_again(
+def test_a_killed_sweep_is_finished_by_the_same_command(
     swept_run: Path, tiny_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     run = copy(tiny_run, tmp_path)
-    command = [sys.executable, "-m", "sft_probe", "sweep", str(run)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "sweep/step_000000/heldout").exists() and time.monotonic() < deadline:
+    process = Forked(["sweep", run], log=tmp_path / "log")
+    while not (run / "sweep/step_000000/heldout").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -201,7 +196,9 @@ def test_shards_make_the_same_table(
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_train_split_is_added_beside(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_the_train_split_is_added_to_a_finished_sweep(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(swept_run, tmp_path)
     result = sft_probe("sweep", run, "--splits", "train")
     assert result.returncode == 0, result.stderr
@@ -223,7 +220,7 @@ def foreign(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_foreign_checkpoints(
+def test_checkpoints_of_any_trainer_are_swept(
     foreign: Path, swept_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     result = sft_probe("sweep", tmp_path / "theirs", "--checkpoints", foreign / "checkpoint-*")
@@ -239,7 +236,9 @@ def test_foreign_checkpoints(
     pd.testing.assert_series_equal(theirs, mine, atol=2e-4, rtol=0)
 
 
-def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_revisions_of_a_hub_model_are_swept(
+    tiny_model: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     """A local path stands for the hub, which is out of reach here: every revision is the same
     model."""
     result = sft_probe(
@@ -253,12 +252,11 @@ def test_revisions(tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
 
 @needs_shared
 @pytest.mark.slow
-def test_benchmarks_beside_the_probes(swept_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_benchmarks_are_swept_beside_the_probe_set(
+    swept_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     run = copy(swept_run, tmp_path)
-    cache = str(tmp_path / "cache")
-    result = sft_probe(
-        "sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40, HF_DATASETS_CACHE=cache
-    )
+    result = sft_probe("sweep", run, "--tasks", blimp_task(tmp_path), "--limit", 40)
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(run / "benchmarks.csv")
     assert list(table.columns) == [
@@ -357,7 +355,9 @@ def test_another_probe_set_format_or_dtype_is_refused(
     assert (run / "trajectory.csv").read_bytes() == (swept_run / "trajectory.csv").read_bytes()
 
 
-def test_bad_directories(tiny_run: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_directories_that_cannot_be_swept_are_refused_with_the_reason(
+    tiny_run: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     assert "holds no snapshots" in user_error(sft_probe("sweep", tmp_path))
     run = copy(tiny_run, tmp_path)
     (run / "manifest.json").unlink()
@@ -395,7 +395,7 @@ def test_an_over_long_response_never_kills_a_sweep(
 
 @reads_task_index
 @pytest.mark.slow
-@pytest.mark.parametrize("num_docs", [4, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_docs", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_real_model_agrees_with_stock_lm_eval_and_with_float64(
     num_docs: int, sft_probe: Run, tmp_path: Path
 ) -> None:
@@ -415,31 +415,26 @@ def test_real_model_agrees_with_stock_lm_eval_and_with_float64(
     assert result.returncode == 0, result.stderr
     swept = scores(tmp_path / "run").set_index(["category", "doc_id"])["logprob"]
     assert len(swept) == 6 * num_docs
-    stock = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("lm_eval")),
-            "run",
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={model_dir},dtype=float32,softmax_dtype=float32",
-            "--tasks",
-            "sft_probe",
-            "--batch_size",
-            "4",
-            "--device",
-            "cpu",
-            "--include_path",
-            sft_probe("tasks-dir").stdout.strip(),
-            "--log_samples",
-            "--metadata",
-            json.dumps({"probe_set": str(path)}),
-            "--output_path",
-            str(tmp_path / "stock"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    stock = run_forked(
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model_dir},dtype=float32,softmax_dtype=float32",
+        "--tasks",
+        "sft_probe",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--include_path",
+        sft_probe("tasks-dir").stdout.strip(),
+        "--log_samples",
+        "--metadata",
+        json.dumps({"probe_set": str(path)}),
+        "--output_path",
+        str(tmp_path / "stock"),
+        target=run_lm_eval,
     )
     assert stock.returncode == 0, stock.stderr
     samples = [

@@ -82,7 +82,9 @@ def test_each_step_has_its_own_weights(sweep: Any, checkpoints: Path) -> None:
     check(checkpoints, (1, 2, 3))
 
 
-def test_sharded_and_duplicate_weights_and_an_own_head(sweep: Any, checkpoints: Path) -> None:
+def test_sharded_duplicate_and_untied_weights_are_scored_right(
+    sweep: Any, checkpoints: Path
+) -> None:
     folder = checkpoints / "checkpoint-2"
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -124,7 +126,7 @@ def test_tensors_that_do_not_fit_are_named(kind: str, sweep: Any, checkpoints: P
     check(checkpoints, (1, 3))
 
 
-def test_weights_that_are_no_safetensors(sweep: Any, checkpoints: Path) -> None:
+def test_weights_that_are_not_safetensors_are_named(sweep: Any, checkpoints: Path) -> None:
     (checkpoints / "checkpoint-2/model.safetensors").rename(
         checkpoints / "checkpoint-2/pytorch_model.bin"
     )
@@ -135,7 +137,9 @@ def test_weights_that_are_no_safetensors(sweep: Any, checkpoints: Path) -> None:
     check(checkpoints, (1,))
 
 
-def test_another_architecture_or_vocabulary(sweep: Any, checkpoints: Path) -> None:
+def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused(
+    sweep: Any, checkpoints: Path
+) -> None:
     path = checkpoints / "checkpoint-2/config.json"
     path.write_text(
         json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3, "vocab_size": 700})
@@ -153,7 +157,7 @@ def test_another_architecture_or_vocabulary(sweep: Any, checkpoints: Path) -> No
     assert "tokenizer_sha256" in user_error(sweep(pattern="checkpoint-3"))
 
 
-def test_what_is_fixed_at_first_use(sweep: Any, checkpoints: Path) -> None:
+def test_settings_of_the_first_sweep_hold_for_later_ones(sweep: Any, checkpoints: Path) -> None:
     assert sweep("--max_tokens", 300, pattern="checkpoint-1").returncode == 0
     manifest = json.loads((checkpoints / "run/sweep/manifest.json").read_text())
     assert manifest["max_tokens"] == 300
@@ -183,7 +187,7 @@ def test_out_of_memory_restarts_the_step_with_half_the_budget(
     assert json.loads((checkpoints / "run/sweep/manifest.json").read_text())["max_tokens"] == 256
 
 
-def test_nan_logits(sweep: Any, checkpoints: Path, tiny_model: Path) -> None:
+def test_logits_with_nan_are_reported(sweep: Any, checkpoints: Path, tiny_model: Path) -> None:
     """Step 2 has NaN in the embedding of a token of the `other` responses alone, step 3 gives
     nothing but NaN."""
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
@@ -247,7 +251,9 @@ def make_adapters(model_dir: Path, out: Path, config: Any) -> list[Any]:
     return merged
 
 
-def test_adapters(sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+def test_lora_adapters_are_scored_on_their_base(
+    sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
     config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     models = make_adapters(tiny_model, tmp_path, config)
     flags = ("--checkpoints", tmp_path / "checkpoint-*", "--probe_set", write_set(make_docs()))
@@ -267,7 +273,7 @@ def test_adapters(sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_pat
     assert f"lacks tensors of the adapter: ['{lost}']" in error
 
 
-def test_adapters_that_learn_a_prompt(
+def test_adapters_that_learn_a_prompt_are_refused(
     sft_probe: Run, tiny_model: Path, write_set: WriteSet, tmp_path: Path
 ) -> None:
     make_adapters(

@@ -13,8 +13,8 @@ from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, Price
-from sft_probe.synth.asking.live import obtain
-from sft_probe.synth.asking.protocol import Answer, Request, Wait
+from sft_probe.synth.asking.live import ask_all
+from sft_probe.synth.asking.protocol import Answer, Request, RetryLater
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers.gemini import GeminiBatchWriter
 
@@ -36,7 +36,7 @@ class BatchRuns:
         every = Limits(first_backoff_s=0.01, price=PRICE, **limits)
         return [
             answer
-            for _, answer in obtain(requests or self.requests, self.writer, self.store, every)
+            for _, answer in ask_all(requests or self.requests, self.writer, self.store, every)
         ]
 
     def run_and_stop(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
@@ -160,7 +160,7 @@ def test_a_job_whose_results_are_gone_is_asked_for_again(
     assert server.paths[JOBS_PATH] == 2
 
 
-def test_of_a_job_of_other_requests_too_the_rest_is_kept(
+def test_answers_to_other_requests_in_a_job_are_kept_too(
     batch: tuple[BatchRuns, GeminiServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, server = batch
@@ -175,7 +175,7 @@ def test_of_a_job_of_other_requests_too_the_rest_is_kept(
 
 
 @pytest.mark.parametrize("error", [TimeoutError(), ValueError("upload status is not finalized")])
-def test_what_the_sdk_raises_of_its_own_is_tried_again(
+def test_errors_of_the_sdk_itself_are_retried(
     batch: tuple[BatchRuns, GeminiServer], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     runs, server = batch
@@ -228,7 +228,7 @@ def test_a_wrong_key_stops_a_batch_and_leaves_no_reservation(
     assert runs.store.cost_usd() == 0
 
 
-def test_a_waiting_batch_says_so_each_minute_and_not_for_ever(
+def test_a_waiting_batch_reports_each_minute_and_gives_up_in_the_end(
     batch: tuple[BatchRuns, GeminiServer],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -283,9 +283,9 @@ def test_a_large_batch_begins_with_a_small_job(batch: tuple[BatchRuns, GeminiSer
 @pytest.mark.parametrize(
     "name", ["files/x", "batches/../keys", f"batches/{KEY}", "", "None", "batches/a b"]
 )
-def test_what_cannot_be_the_name_of_a_job_is_not_stored(
+def test_an_impossible_job_name_is_not_stored(
     batch: tuple[BatchRuns, GeminiServer], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, _ = batch
-    with pytest.raises(Wait, match="without the name of a job"):
+    with pytest.raises(RetryLater, match="without the name of a job"):
         runs.writer._checked_name(types.BatchJob(name=name))

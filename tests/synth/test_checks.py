@@ -121,7 +121,7 @@ GOOD = (
         (None, "empty"),
     ],
 )
-def test_faults_of_a_paraphrase(text: str | None, expected: str | None) -> None:
+def test_each_fault_of_a_paraphrase_is_found(text: str | None, expected: str | None) -> None:
     assert fault(text) == expected
 
 
@@ -159,7 +159,7 @@ def test_at_most_a_tenth_of_labelled_texts_is_missed_or_wrongly_refused(
 
 
 @needs_shared
-def test_texts_that_a_real_model_wrote_pass_but_for_what_is_wrong_with_them() -> None:
+def test_texts_of_a_real_model_pass_unless_they_have_a_fault() -> None:
     """Published rewrites of GPT-3.5: few are refused; what starts with "Sure! Here is a random
     sentence" is seen."""
     lines = (SHARED / "data/helpful-base/probe_train.jsonl").read_text("utf-8").splitlines()
@@ -255,7 +255,7 @@ def test_a_paraphrase_of_a_refusal_may_refuse() -> None:
     assert fault(text, "variant", rejected=refusal) == "refusal"
 
 
-def test_paraphrase_is_of_rejected_and_the_length_that_of_chosen() -> None:
+def test_a_paraphrase_is_compared_with_rejected_and_its_length_with_chosen() -> None:
     doc = pair(1, "How do I cook rice?", chosen=CHOSEN, rejected=REJECTED)
     requests = {
         request.category: request for request in make_requests(doc, TEMPLATES, "a bee at dawn")
@@ -271,7 +271,7 @@ def test_paraphrase_is_of_rejected_and_the_length_that_of_chosen() -> None:
     assert "rice" not in requests["non_response"].prompt
 
 
-def test_the_topic_is_that_of_the_doc_and_hardly_ever_that_of_another(tmp_path: Path) -> None:
+def test_a_topic_fits_its_own_doc_and_hardly_ever_another(tmp_path: Path) -> None:
     parts = read_topics(None, 50_000)
     topics = [topic_of(parts, f"doc {i}".encode()) for i in range(5000)]
     assert len(set(topics)) >= 4980

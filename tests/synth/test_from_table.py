@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sft_probe.probe_set import load_probe_set
 from sft_probe.synth.hh import parse_prompt
+from sft_probe.synth.table import write_probe_set
 
 
 def table(path: Path, num_rows: int = 12) -> Path:
@@ -37,7 +38,7 @@ def table(path: Path, num_rows: int = 12) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_makes_a_valid_set_of_every_kind_of_table(
+def test_every_kind_of_table_becomes_a_valid_probe_set(
     suffix: str, tmp_path: Path, sft_probe: Run
 ) -> None:
     source = table(tmp_path / f"t.{suffix}")
@@ -198,7 +199,7 @@ def test_a_table_of_another_encoding_or_separator_is_named_as_such(
     assert not (tmp_path / "set").exists()
 
 
-def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) -> None:
+def test_cells_without_text_are_named_with_their_line(tmp_path: Path, sft_probe: Run) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": f"Q {i}?", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(16)
     ]
@@ -236,7 +237,104 @@ def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, sft_probe: Run) 
     assert docs["t-00009"].responses["chosen"] == "labelled"
 
 
-def test_bytes_that_are_no_utf8_cost_their_row(tmp_path: Path, sft_probe: Run) -> None:
+def chat_rows(form: str) -> list[dict[str, Any]]:
+    """Rows whose columns hold chat messages in one of the forms in which they are published."""
+    rows = []
+    for i in range(12):
+        system = {"role": "system", "content": "Be brief."}
+        question = {"role": "user", "content": f"Question {i}?"}
+        sides = {
+            side: {"role": "assistant", "content": f"{side} {i}."}
+            for side in ("chosen", "rejected")
+        }
+        whole = {side: [system, question, answer] for side, answer in sides.items()}
+        forms: dict[str, dict[str, Any]] = {
+            "prompt and answers": {
+                "prompt": [system, question],
+                **{side: [answer] for side, answer in sides.items()},
+            },
+            "whole conversations": {"prompt": whole["chosen"], **whole},
+            "prompt and conversations": {"prompt": [system, question], **whole},
+            "texts as answers": {
+                "prompt": [system, question],
+                **{side: answer["content"] for side, answer in sides.items()},
+            },
+        }
+        rows.append(forms[form])
+    return rows
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "prompt and answers",
+        "whole conversations",
+        "prompt and conversations",
+        "texts as answers",
+    ],
+)
+def test_chat_messages_in_a_table_are_turns_and_responses(
+    form: str, suffix: str, tmp_path: Path
+) -> None:
+    path, rows = tmp_path / f"t.{suffix}", chat_rows(form)
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    elif suffix == "parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:  # a list is written as JSON
+        as_text = [
+            {
+                name: json.dumps(value) if isinstance(value, list) else value
+                for name, value in row.items()
+            }
+            for row in rows
+        ]
+        pd.DataFrame(as_text).to_csv(path, index=False)
+    left_out = write_probe_set(
+        path,
+        tmp_path / "set",
+        prompt_column="prompt",
+        categories={"chosen": "chosen", "rejected": "rejected"},
+        prompt_format="chat",
+        heldout=4,
+        limit=None,
+        seed=0,
+    )
+    assert not left_out
+    docs = {doc.doc_id: doc for doc in load_probe_set(str(tmp_path / "set")).docs}
+    assert len(docs) == 12
+    assert [turn["role"] for turn in docs["t-00003"].messages] == ["system", "user"]
+    assert docs["t-00003"].messages[1]["content"] == "Question 2?"
+    assert docs["t-00003"].responses["rejected"] == "rejected 2."
+
+
+def test_a_response_to_another_prompt_is_left_out(tmp_path: Path) -> None:
+    rows = chat_rows("whole conversations")
+    rows[3]["rejected"] = rows[4]["rejected"]
+    rows[5]["chosen"] = rows[5]["chosen"][:-1]
+    rows[6]["chosen"] = [{"role": "robot", "content": "Beep."}]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    left_out = write_probe_set(
+        path,
+        tmp_path / "set",
+        prompt_column="prompt",
+        categories={"chosen": "chosen", "rejected": "rejected"},
+        prompt_format="chat",
+        heldout=3,
+        limit=None,
+        seed=0,
+    )
+    assert list(map(str, left_out)) == [
+        "t.jsonl, line 4 (t-00004): the messages of rejected before its last one are not the "
+        "prompt's",
+        "t.jsonl, line 6 (t-00006): the last message is not the assistant's",
+        't.jsonl, line 7 (t-00007): not a list of messages {"role", "content"}',
+    ]
+
+
+def test_bytes_that_are_not_utf8_leave_out_their_row(tmp_path: Path, sft_probe: Run) -> None:
     path = write_csv(tmp_path / "t.csv", csv_rows(12))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"Bad 4", b"Bad \xe9"))
     result = sft_probe(
@@ -285,7 +383,7 @@ def test_names_that_a_set_cannot_have_are_refused(
     assert not (tmp_path / "set").exists()
 
 
-def test_out_is_new(tmp_path: Path, sft_probe: Run) -> None:
+def test_an_output_directory_that_exists_is_refused(tmp_path: Path, sft_probe: Run) -> None:
     """A finished set, somebody's files and a file are left as they are; an empty directory will
     do."""
     flags = (
@@ -387,7 +485,7 @@ def test_appended_moved_and_missing_rows_leave_every_doc_in_its_split(
         ("resp_label.jsonl", None),
     ],
 )
-def test_tables_that_were_read_wrongly(
+def test_tables_that_an_earlier_version_read_wrongly_are_read_right_or_refused(
     name: str, message: str | None, tmp_path: Path, sft_probe: Run
 ) -> None:
     result = sft_probe(

@@ -44,7 +44,7 @@ def ask(
     return asyncio.run(run())
 
 
-def test_a_batch_is_what_each_prompt_alone_gives(tiny_model: Path) -> None:
+def test_a_batch_of_prompts_gives_what_each_prompt_alone_gives(tiny_model: Path) -> None:
     answers = ask(HfWriter(str(tiny_model)), PROMPTS)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -62,7 +62,7 @@ def test_a_batch_is_what_each_prompt_alone_gives(tiny_model: Path) -> None:
         assert answer.num_prompt_tokens == ids.shape[1]
 
 
-def test_draws_are_seeded_and_differ_by_prompt(tiny_model: Path) -> None:
+def test_sampled_texts_are_seeded_and_differ_by_prompt(tiny_model: Path) -> None:
     writer = HfWriter(str(tiny_model))
     first, again = (
         ask(writer, PROMPTS[:3], temperature=0.7) for _ in range(2)

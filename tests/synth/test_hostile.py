@@ -239,7 +239,7 @@ def billed_usd(server: GeminiServer) -> float:
 
 
 @pytest.mark.parametrize(("fault", "writer"), MATRIX)
-def test_a_hostile_server(  # noqa: PLR0917 - fixtures
+def test_a_hostile_server_ends_a_run_with_one_message_and_a_repaired_one_finishes_it(  # noqa: PLR0917 - fixtures
     fault: str,
     writer: str,
     thief: GeminiServer,

@@ -121,7 +121,7 @@ def test_a_verdict_is_the_first_word(text: str | None, status: str, fault: str |
 @pytest.mark.parametrize(
     "text", ["word " * 5000, "\u6c34" * 5000, "\U0001f600" * 5000, "half \ud83d", "{task} {0}"]
 )
-def test_no_opinion_is_longer_than_the_estimate_says(text: str) -> None:
+def test_no_verdict_is_longer_than_the_cost_estimate_says(text: str) -> None:
     request = make_request("Write it.")
     opinion = opinion_request(request, text, 7)
     assert max_prompt_tokens(opinion) <= max_prompt_tokens(longest_opinion(request, 7))

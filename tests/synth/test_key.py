@@ -19,7 +19,7 @@ from synth_fakes import make_request, raw_rows, text_of, write_rows
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, Price
-from sft_probe.synth.asking.live import obtain
+from sft_probe.synth.asking.live import ask_all
 from sft_probe.synth.asking.protocol import Answer
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers import key_version, least_thinking
@@ -51,12 +51,14 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(writer: Any, path: Path, prompt: str = "Say it") -> Answer:
     with Store(path) as store:
-        [(_, answer)] = obtain([make_request(prompt)], writer, store, Limits(price=Price(0.0, 1.0)))
+        [(_, answer)] = ask_all(
+            [make_request(prompt)], writer, store, Limits(price=Price(0.0, 1.0))
+        )
     return answer
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_the_environment_leads_the_key_nowhere_else(
+def test_no_environment_variable_sends_the_key_elsewhere(
     name: str, thief: GeminiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thief.seen.clear()
@@ -76,7 +78,7 @@ def test_the_environment_leads_the_key_nowhere_else(
     assert not (tmp_path / "replays").exists()
 
 
-def test_an_sdk_that_goes_elsewhere_is_stopped(thief: GeminiServer, tmp_path: Path) -> None:
+def test_an_sdk_that_calls_another_server_is_stopped(thief: GeminiServer, tmp_path: Path) -> None:
     thief.seen.clear()
     with GeminiServer() as server:
         for writer in (
@@ -109,7 +111,7 @@ def test_what_cannot_be_a_key_is_refused_without_showing_it(
 
 
 @pytest.mark.parametrize("url", ["no address", "ftp://host", "http://", "//host", "http://host:x"])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_an_invalid_server_address_is_refused(url: str) -> None:
     for make in (GeminiWriter, LegacyGeminiWriter, GeminiBatchWriter, OpenAIWriter):
         with pytest.raises(UserError, match="is no address of a server"):
             make("m", base_url=url)
@@ -229,7 +231,9 @@ def test_a_model_that_thinks_is_told_to_think_least(
     assert bool(least_thinking("gemini-legacy", model).num_tokens) == (config is not None)
 
 
-def test_thoughts_get_room_and_it_is_said(tmp_path: Path, sft_probe: Run) -> None:
+def test_thinking_tokens_are_added_to_the_output_limit_with_a_message(
+    tmp_path: Path, sft_probe: Run
+) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(12))
     base = (
         "synth",
@@ -244,11 +248,10 @@ def test_thoughts_get_room_and_it_is_said(tmp_path: Path, sft_probe: Run) -> Non
     )
     plain = sft_probe(*base, "gemini-2.5-flash")
     assert (
-        "gemini-2.5-flash thinks before it writes, so it is asked with thinkingBudget 0"
-        in plain.stderr
+        "gemini-2.5-flash thinks before it writes; requests have thinkingBudget 0" in plain.stderr
     )
     roomy = sft_probe(*base, "gemini-2.5-flash", "--thinking-tokens", 4096)
-    assert "4096 tokens more in the output limit" in roomy.stderr
+    assert "4096 more tokens in the output limit" in roomy.stderr
     bounds = [float(result.stdout.rpartition("at most ")[2]) for result in (plain, roomy)]
     assert bounds[1] == pytest.approx(bounds[0] + 2 * 2 * 36 * 4096 * 2.5 / 1e6, abs=1e-3)
     assert "thinks" not in sft_probe(*base, "gemini-3.5-flash-lite").stderr

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from synth_fakes import CENT, FAST, FakeWriter, prompts
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.budget import Limits, Price, estimate, parse_price, price_of
-from sft_probe.synth.asking.live import obtain
-from sft_probe.synth.asking.protocol import Answer, Wait
+from sft_probe.synth.asking.budget import Limits, Price, parse_price, price_of
+from sft_probe.synth.asking.live import ask_all
+from sft_probe.synth.asking.protocol import Answer, RetryLater
 from sft_probe.synth.asking.store import Store
+from sft_probe.synth.estimate import estimate_cost
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_budget_is_never_passed(
             "short": {"num_output_tokens": 10},
             "unknown": {"num_output_tokens": None},
         }
-        waits = {"busy": Wait("HTTP 503"), "cut": Wait("cut", maybe_billed=True)}
+        waits = {"busy": RetryLater("HTTP 503"), "cut": RetryLater("cut", maybe_billed=True)}
         return waits.get(outcome) or counts.get(outcome)
 
     limits = Limits(
@@ -58,7 +59,7 @@ def test_a_budget_is_never_passed(
     )
     for _ in range(2):
         with contextlib.suppress(UserError):
-            list(obtain(prompts(30), FakeWriter(plan), store, limits))
+            list(ask_all(prompts(30), FakeWriter(plan), store, limits))
         assert billed_cents <= budget_cents + 1e-6
         assert store.cost_usd() == pytest.approx(billed_cents / 100)
     store.close()
@@ -81,9 +82,9 @@ OUTCOMES: dict[str, tuple[int, Exception | dict[str, Any]]] = {
         0,
         {"status": "invalid", "text": None, "num_output_tokens": 0, "num_prompt_tokens": 0},
     ),
-    "busy": (0, Wait("HTTP 503")),
-    "cut": (100, Wait("cut", maybe_billed=True)),
-    "unreadable": (80, Wait("no JSON", maybe_billed=True, raw="<")),
+    "busy": (0, RetryLater("HTTP 503")),
+    "cut": (100, RetryLater("cut", maybe_billed=True)),
+    "unreadable": (80, RetryLater("no JSON", maybe_billed=True, raw="<")),
 }
 
 
@@ -115,15 +116,17 @@ def test_no_server_makes_a_run_pay_more_than_the_estimate_or_count_less_than_it_
     with Store(tmp_path_factory.mktemp("s") / "a.sqlite") as store:
         for _ in range(runs):
             before, spent = billed, store.cost_usd()
-            bound = estimate(first, FakeWriter(), store, CENT, maybe_requests=second).max_cost_usd
+            bound = estimate_cost(
+                first, FakeWriter(), store, CENT, maybe_requests=second
+            ).max_cost_usd
             with contextlib.suppress(UserError):
-                answers = list(obtain(first, FakeWriter(plan), store, limits))
+                answers = list(ask_all(first, FakeWriter(plan), store, limits))
                 again = [
                     replace(request, sample_index=1)
                     for request, answer in answers
                     if answer.status != "ok"
                 ]
-                list(obtain(again, FakeWriter(plan), store, limits))
+                list(ask_all(again, FakeWriter(plan), store, limits))
             assert (billed - before) / 1e4 <= store.cost_usd() - spent + 1e-9
             assert bound is not None
             assert store.cost_usd() - spent <= bound + 1e-9
@@ -138,7 +141,7 @@ def test_an_answer_that_costs_more_than_it_may_stops_the_next_call(
     writer = FakeWriter(lambda *_: {"num_output_tokens": num_tokens})
     with pytest.raises(UserError, match="budget is spent"):
         list(
-            obtain(
+            ask_all(
                 prompts(100), writer, store, Limits(concurrency=4, price=CENT, max_cost_usd=0.045)
             )
         )
@@ -154,35 +157,35 @@ def test_a_spent_budget_stops_with_what_was_paid_stored(store: Store) -> None:
     limits = Limits(concurrency=8, max_cost_usd=0.055, price=CENT)
     got: list[Answer] = []
     with pytest.raises(UserError, match=r"\$0\.0500 of \$0\.0550.*\$0\.0100.*raise --max-cost-usd"):
-        got.extend(answer for _, answer in obtain(prompts(10), writer, store, limits))
+        got.extend(answer for _, answer in ask_all(prompts(10), writer, store, limits))
     assert sum(writer.calls.values()) == 5
     assert (
-        len(list(obtain(prompts(10), writer, store, Limits(max_cost_usd=0.10001, price=CENT))))
+        len(list(ask_all(prompts(10), writer, store, Limits(max_cost_usd=0.10001, price=CENT))))
         == 10
     )
     assert sum(writer.calls.values()) == 10
 
 
-def test_money_of_a_call_that_never_came_back_counts_in_later_runs(
+def test_the_cost_of_a_call_without_an_answer_counts_in_later_runs(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = FakeWriter(lambda prompt, _: ConnectionResetError() if prompt == "p1" else None)
     with pytest.raises(ConnectionResetError):
-        list(obtain(prompts(2), writer, store, Limits(price=CENT)))
+        list(ask_all(prompts(2), writer, store, Limits(price=CENT)))
     assert store.cost_usd() == pytest.approx(0.02)
     with pytest.raises(UserError, match="budget is spent"):
-        list(obtain(prompts(2), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.025)))
+        list(ask_all(prompts(2), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.025)))
     assert "1 calls of earlier runs were made and never answered" in caplog.text
     assert "$0.0100 is counted as spent" in caplog.text
 
 
 @pytest.mark.parametrize("error", [UserError("bad key"), RuntimeError("a defect")])
-def test_who_waits_for_money_does_not_wait_for_a_run_that_failed(
+def test_a_call_that_waits_for_budget_ends_when_the_run_fails(
     store: Store, error: Exception
 ) -> None:
     with pytest.raises(type(error), match=str(error)):
         list(
-            obtain(
+            ask_all(
                 prompts(8),
                 FakeWriter(lambda *_: error),
                 store,
@@ -197,24 +200,24 @@ def test_a_budget_without_a_price_is_refused_before_any_call(store: Store) -> No
     with pytest.raises(
         UserError, match=r"price of 'fake-1' is not in the table of .* Give it with --price"
     ):
-        list(obtain(prompts(1), writer, store, Limits(max_cost_usd=1)))
+        list(ask_all(prompts(1), writer, store, Limits(max_cost_usd=1)))
     assert not writer.calls
 
 
-def test_money_is_not_forgotten_where_one_run_knew_the_price_and_another_did_not(
+def test_spent_money_counts_also_where_only_one_run_knew_the_price(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = {"status": "error", "text": None}
     writer = FakeWriter(lambda _, call: error if call < 3 else None)
     for price in (None, CENT, None):
-        list(obtain(prompts(1), writer, store, Limits(price=price)))
+        list(ask_all(prompts(1), writer, store, Limits(price=price)))
     assert store.cost_usd() == pytest.approx(0.01)
-    list(obtain(prompts(2), FakeWriter(), store, Limits()))
-    list(obtain(prompts(2), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.05)))
-    assert "1 answers of earlier runs were asked for without --price" in caplog.text
+    list(ask_all(prompts(2), FakeWriter(), store, Limits()))
+    list(ask_all(prompts(2), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.05)))
+    assert "1 answers of earlier runs were requested without --price" in caplog.text
 
 
-def test_a_full_disk_ends_the_run_for_those_who_wait_for_money(
+def test_a_full_disk_ends_calls_that_wait_for_budget(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def full(*_: object) -> int:
@@ -223,12 +226,12 @@ def test_a_full_disk_ends_the_run_for_those_who_wait_for_money(
 
     monkeypatch.setattr(Store, "reserve", full)
     with pytest.raises(UserError, match="disk is full"):
-        list(obtain(prompts(8), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.015)))
+        list(ask_all(prompts(8), FakeWriter(), store, Limits(price=CENT, max_cost_usd=0.015)))
 
 
 def test_an_estimate_counts_what_the_store_lacks(store: Store) -> None:
-    list(obtain(prompts(2), FakeWriter(), store, FAST))
-    guess = estimate(prompts(12), FakeWriter(), store, Price(1.0, 10.0))
+    list(ask_all(prompts(2), FakeWriter(), store, FAST))
+    guess = estimate_cost(prompts(12), FakeWriter(), store, Price(1.0, 10.0))
     assert (guess.num_stored, guess.calls) == (2, 10)
     assert guess.output_tokens == 10 * 40  # 30 words each
     assert guess.cost_usd == pytest.approx(
@@ -238,16 +241,18 @@ def test_an_estimate_counts_what_the_store_lacks(store: Store) -> None:
         2 * 10 * (2 + 128 + 1000) / 1e6, rel=0.01
     )  # each call may be cut once
     assert guess.max_cost_usd is not None
-    more = estimate(prompts(12), FakeWriter(), store, Price(1.0, 10.0), maybe_requests=prompts(14))
+    more = estimate_cost(
+        prompts(12), FakeWriter(), store, Price(1.0, 10.0), maybe_requests=prompts(14)
+    )
     assert more.max_cost_usd == pytest.approx(
         guess.max_cost_usd * 2.2, rel=0.01
     )  # 12 of them are missing
     assert (more.calls, more.cost_usd) == (guess.calls, guess.cost_usd)
-    unknown = estimate(prompts(1), FakeWriter())
+    unknown = estimate_cost(prompts(1), FakeWriter())
     assert (unknown.calls, unknown.cost_usd, unknown.max_cost_usd) == (1, None, None)
 
 
-def test_prices() -> None:
+def test_prices_are_known_by_model_and_halved_for_batches() -> None:
     batch, full = FakeWriter(), FakeWriter()
     batch.name, batch.model = "gemini-batch", "models/gemini-2.5-flash"
     full.name, full.model = "gemini", "gemini-2.5-flash"
@@ -256,5 +261,5 @@ def test_prices() -> None:
     assert price_of(FakeWriter()) is None
     assert parse_price("0.1,0.4") == Price(0.1, 0.4)
     for text in ("1", "1,2,3", "a,b", "-1,2", "nan,1", "inf,1", ""):
-        with pytest.raises(UserError, match="is no price"):
+        with pytest.raises(UserError, match="is not a price"):
             parse_price(text)

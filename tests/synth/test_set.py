@@ -44,7 +44,7 @@ def offline_set(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run, raw: P
     return out
 
 
-def test_the_set_keeps_the_contract_and_accounts_for_every_row(
+def test_a_written_set_keeps_the_category_contract_and_accounts_for_every_row(
     offline_set: Path, sft_probe: Run
 ) -> None:
     probe_set = load_probe_set(str(offline_set))
@@ -149,7 +149,7 @@ def test_the_card_has_a_header_and_escapes_what_it_shows(
     assert (tmp_path / "set" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_status_and_dry_run(
+def test_status_and_dry_run_tell_what_is_left_and_what_it_costs(
     offline_set: Path, raw: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status = sft_probe("synth", "status", offline_set).stdout
@@ -188,7 +188,7 @@ def templates(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("writer", ["gemini", "gemini-batch", "openai"])
-def test_a_server_writes_a_set_once(  # noqa: PLR0917 - fixtures
+def test_a_set_written_by_a_server_is_not_asked_for_twice(  # noqa: PLR0917 - fixtures
     writer: str,
     raw: Path,
     templates: Path,
@@ -290,7 +290,7 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
             )
         )
 
-    assert "--source, --out, --writer are missing" in user_error(sft_probe("synth"))
+    assert "--source, --out are missing" in user_error(sft_probe("synth"))
     assert "--categories: nonsense cannot be made" in message("--categories", "paraphrase,nonsense")
     assert "no such directory" in message("--templates", tmp_path / "none")
     assert "usable docs but needs 2 or more" in message("--limit", 3)
@@ -334,7 +334,7 @@ def test_system_turns_need_another_format(tmp_path: Path, sft_probe: Run) -> Non
 
 
 @pytest.mark.slow
-def test_from_raw_pairs_to_a_figure(
+def test_raw_pairs_become_a_set_a_run_and_a_figure(
     raw: Path, tiny_model: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     out, run = tmp_path / "set", tmp_path / "run"
@@ -454,7 +454,7 @@ def many_rows(first: int, last: int) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("frac", [None, 0.3])
-def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(
+def test_appended_moved_or_removed_rows_move_no_doc_and_ask_for_nothing_twice(
     frac: float | None, tmp_path: Path
 ) -> None:
     rows = many_rows(0, 400)
@@ -489,7 +489,7 @@ def test_rows_appended_moved_or_left_out_move_no_doc_and_ask_nothing_anew(
     assert abs(share - (frac or 0.2)) < 0.09
 
 
-def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(
+def test_a_directory_begun_under_the_first_split_rule_keeps_it(
     raw: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     source = write_rows(tmp_path / "pairs.jsonl", raw_rows(24))
@@ -513,3 +513,56 @@ def test_a_directory_that_was_begun_by_the_first_rule_keeps_it(
         rules.append(load_probe_set(str(tmp_path / name / "set")).manifest["provenance"]["rule"])
     assert rules == [1, 2]
     assert json.loads(rule.read_text()) == {"rule": 1}
+
+
+def test_a_set_of_chosen_rejected_and_random_needs_no_writer_and_no_key(
+    raw: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    base = ("synth", "run", "--source", raw, "--out", tmp_path / "set")
+    assert "--categories random, which needs no model" in user_error(sft_probe(*base))
+    kinds = ("--categories", "chosen,rejected,random,permuted")
+    dry = sft_probe(*base, *kinds, "--dry-run")
+    assert "calls: 0; no model is needed" in dry.stdout, dry.stderr
+    assert not (tmp_path / "set").exists()
+    for _ in range(2):  # the second run resumes
+        result = sft_probe(*base, *kinds)
+        assert result.returncode == 0, result.stderr
+    probe_set = load_probe_set(str(tmp_path / "set"))
+    assert probe_set.categories == ("chosen", "rejected", "random", "permuted")
+    assert len(probe_set.docs) == 24
+    chosen = {doc.doc_id: doc.responses["chosen"] for doc in probe_set.docs}
+    for doc in probe_set.docs:
+        assert doc.random_doc_id is not None
+        assert doc.responses["random"] == chosen[doc.random_doc_id] != doc.responses["chosen"]
+
+
+def test_raw_preference_pairs_are_recognised_with_the_command_that_makes_a_set_of_them(
+    raw: Path, tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = user_error(sft_probe("probe-set", raw))
+    assert "is not a probe set: no row has a `doc_id` or a `split`" in message
+    assert "preference pairs, in 26 rows with the columns chosen, rejected" in message
+    assert len(message.splitlines()) == 5
+    assert message == user_error(sft_probe("train", "--probe_set", raw, "--output_dir", "run"))
+    command = next(line.strip() for line in message.splitlines() if "--categories random" in line)
+    result = sft_probe(*command.removeprefix("sft-probe ").split())
+    assert result.returncode == 0, result.stderr
+    assert "no faults" in sft_probe("probe-set", command.split()[-1]).stdout
+
+
+def test_a_table_of_other_columns_is_recognised_too(
+    tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}.", "n": i} for i in range(120)]
+    write_rows(tmp_path / "own.jsonl", rows)
+    message = user_error(sft_probe("probe-set", "own.jsonl"))
+    assert "a table of 120 rows with the columns question, answer, n" in message
+    command = message.splitlines()[-1].strip()
+    result = sft_probe(*command.removeprefix("sft-probe ").split())
+    assert result.returncode == 0, result.stderr
+    pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
+    assert "(--from-table)" in user_error(sft_probe("probe-set", "own.parquet"))

@@ -103,7 +103,7 @@ def test_any_row_gives_a_usable_pair_or_a_reason(prompt: Any, chosen: str, rejec
     assert chosen == chosen.strip() != rejected == rejected.strip()
 
 
-def test_a_side_that_goes_on_with_more_turns_is_no_pair() -> None:
+def test_a_side_with_more_turns_is_no_preference_pair() -> None:
     shared = "\n\nHuman: Hi\n\nAssistant:"
     assert "more turns follow" in reason(
         {"chosen": shared + " Hello\n\nHuman: Bye\n\nAssistant: Bye", "rejected": shared + " Yes?"}
@@ -121,7 +121,7 @@ def test_a_side_that_goes_on_with_more_turns_is_no_pair() -> None:
     assert list(pair.responses.values()) == ["As in\nHuman: no", "Say Assistant: yes"]
 
 
-def test_hostile_rows_are_named() -> None:
+def test_odd_rows_of_a_source_are_left_out_and_named() -> None:
     shared = "\n\nHuman: Hi\n\nAssistant:"
     assert "must both be text" in reason({"chosen": shared + " a"})
     assert "must both be text" in reason({"chosen": 3, "rejected": None})
@@ -136,7 +136,7 @@ def test_hostile_rows_are_named() -> None:
     assert len(huge.responses["chosen"]) > 2_000_000
 
 
-def test_messages_and_columns() -> None:
+def test_sources_with_messages_or_with_text_columns_are_read() -> None:
     question = {"role": "user", "content": "Why?"}
     chosen, rejected = (
         {"role": "assistant", "content": content} for content in ("Because.", "No idea.")
@@ -372,7 +372,7 @@ def test_broken_text_in_parquet_costs_its_row(tmp_path: Path) -> None:
     assert str(rejected[0]) == "raw.parquet, row 3: bytes that are not UTF-8"
 
 
-def test_what_cannot_be_read_is_a_user_error(
+def test_sources_that_cannot_be_read_are_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -30,7 +30,7 @@ from synth_fakes import (
     write_templates,
 )
 
-from sft_probe.synth.asking.live import obtain
+from sft_probe.synth.asking.live import ask_all
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.duplicates import near_duplicates
 from sft_probe.synth.writers.offline import OfflineWriter
@@ -46,7 +46,7 @@ def templates(tmp_path: Path) -> Path:
     return write_templates(tmp_path / "templates")
 
 
-def test_a_text_without_an_answer_holds_up_the_set_and_is_not_written_otherwise(
+def test_no_set_is_written_while_a_text_has_no_answer(
     raw: Path, templates: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     faults = ",".join(["503"] * 6)  # as many as there are attempts
@@ -138,7 +138,9 @@ def test_a_killed_run_ends_in_the_same_files(
     assert files_of(killed) == files_of(whole)
 
 
-def test_files_of_somebody_else_are_not_replaced(raw: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_files_that_synth_did_not_write_are_not_replaced(
+    raw: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     out = tmp_path / "mine"
     out.mkdir()
     (out / "README.md").write_text("my own")
@@ -153,7 +155,7 @@ def test_files_of_somebody_else_are_not_replaced(raw: Path, tmp_path: Path, sft_
     assert len(read_rows(out / "train.jsonl")) == 12
 
 
-def test_too_few_docs_are_told_with_the_reasons(
+def test_too_few_docs_are_reported_with_the_reasons(
     raw: Path, templates: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     (templates / "variant.txt").write_text(
@@ -190,7 +192,7 @@ def test_too_few_docs_are_told_with_the_reasons(
         ("format.jinja", "{{ 1 // 0 }}", "refuses the turns user"),
     ],
 )
-def test_whatever_a_template_raises_is_told(  # noqa: PLR0917 - fixtures
+def test_any_error_of_a_prompt_template_is_one_message(  # noqa: PLR0917 - fixtures
     name: str, text: str, message: str, raw: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -217,7 +219,7 @@ def test_a_rate_is_a_positive_number(
         assert "is no amount of money" in user_error(sft_probe(*base, f"--max-cost-usd={number}"))
 
 
-def test_a_model_that_is_not_there_is_told_before_anything_is_asked(
+def test_a_missing_model_is_reported_before_any_call(
     raw: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     with GeminiServer() as server:
@@ -246,7 +248,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_asked(
         assert not server.requests
 
 
-def test_the_revision_of_a_hub_source_is_read_once_and_told(
+def test_the_revision_of_a_hub_source_is_read_once_and_reported(
     tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
@@ -293,7 +295,7 @@ def test_status_writes_nothing_whatever_is_left_and_a_dry_run_makes_nothing(
     with Store(
         out / "synthesis/answers.sqlite"
     ) as store:  # as a killed run leaves it, with its log not merged
-        list(obtain(prompts(3), FakeWriter(), store, FAST))
+        list(ask_all(prompts(3), FakeWriter(), store, FAST))
         assert (out / "synthesis/answers.sqlite-wal").stat().st_size
         shutil.copytree(out, tmp_path / "killed")
     (tmp_path / "killed/synthesis/answers.sqlite-shm").unlink()

@@ -39,7 +39,7 @@ def save(
     )
 
 
-def test_an_answer_is_there_after_the_file_is_opened_again(tmp_path: Path) -> None:
+def test_answers_survive_closing_and_opening_the_store(tmp_path: Path) -> None:
     store = Store(tmp_path / "new/answers.sqlite")
     save(store, make_request("p"), answer())
     store.close()
@@ -77,7 +77,7 @@ def test_the_key_knows_the_writer_but_not_the_doc() -> None:
     )
 
 
-def test_cost_is_that_of_all_attempts_and_of_what_was_never_answered(tmp_path: Path) -> None:
+def test_cost_sums_all_attempts_and_calls_without_an_answer(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.sqlite")
     lost = asyncio.run(store.reserve(0.25))
     held = asyncio.run(store.reserve(2.0))
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path, content: object) -> 
         Store(path)
 
 
-def test_a_full_disk_is_told_and_what_was_stored_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_stored_answers_stay(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.sqlite")
     save(store, make_request("p"), answer())
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
@@ -210,7 +210,7 @@ def test_a_full_disk_is_told_and_what_was_stored_stays(tmp_path: Path) -> None:
     assert store.get(Name(), make_request("p")) == answer()
 
 
-def test_a_store_that_nobody_closes_is_closed(tmp_path: Path) -> None:
+def test_a_store_that_is_never_closed_is_closed_with_its_last_reference(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.sqlite")
     save(store, make_request("p"), answer())
     connection = store._connection

@@ -12,8 +12,8 @@ from synth_fakes import make_request, text_of
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, Price
-from sft_probe.synth.asking.live import obtain
-from sft_probe.synth.asking.protocol import Answer, Wait
+from sft_probe.synth.asking.live import ask_all
+from sft_probe.synth.asking.protocol import Answer, RetryLater
 from sft_probe.synth.asking.store import Store
 from sft_probe.synth.writers.gemini import GeminiBatchWriter, GeminiWriter, read_answer
 from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
@@ -66,7 +66,7 @@ def prompt_with(faults: str) -> str:
 
 
 def ask(prompt: str, writer: Any, store: Store, limits: Limits = FAST) -> Answer:
-    [(_, answer)] = obtain([make_request(prompt)], writer, store, limits)
+    [(_, answer)] = ask_all([make_request(prompt)], writer, store, limits)
     return answer
 
 
@@ -97,7 +97,7 @@ def test_an_answer_has_its_text_version_and_tokens(
         ("malformed", 1),
     ],
 )
-def test_what_may_pass_is_asked_again_once_and_by_us_alone(
+def test_errors_that_may_pass_are_retried_by_us_and_never_by_the_sdk(
     writer: Any, server: GeminiServer, store: Store, fault: str, billed: int
 ) -> None:
     prompt = prompt_with(fault)
@@ -106,14 +106,14 @@ def test_what_may_pass_is_asked_again_once_and_by_us_alone(
     assert store.lost_calls()[0] == billed == server.calls[prompt] - 1
 
 
-def test_a_slow_call_is_given_up(writer: Any, server: GeminiServer, store: Store) -> None:
+def test_a_slow_call_times_out(writer: Any, server: GeminiServer, store: Store) -> None:
     prompt = prompt_with("slow")
     limits = Limits(first_backoff_s=0.01, timeout_s=2, price=PRICE)
     assert ask(prompt, writer, store, limits).text == text_of(prompt)
     assert store.lost_calls()[0] >= 1
 
 
-def test_retry_after_is_heard(writer: Any, server: GeminiServer, store: Store) -> None:
+def test_the_retry_after_header_is_obeyed(writer: Any, server: GeminiServer, store: Store) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "sft_probe.synth.asking.call.backoff_s",
@@ -134,7 +134,7 @@ def test_retry_after_is_heard(writer: Any, server: GeminiServer, store: Store) -
     ],
 )
 @pytest.mark.parametrize("name", ["gemini", "gemini-legacy"])
-def test_what_is_no_text_is_never_data(
+def test_blocked_truncated_and_empty_answers_are_never_data(
     name: str, server: GeminiServer, store: Store, fault: str, expected: tuple[str, str]
 ) -> None:
     writer = WRITERS[name](server.url)
@@ -154,7 +154,7 @@ def test_what_is_no_text_is_never_data(
         ("empty", "invalid"),
     ],
 )
-def test_what_is_no_text_of_an_openai_server(
+def test_answers_without_text_of_an_openai_server_are_never_data(
     server: GeminiServer, store: Store, fault: str, status: str
 ) -> None:
     writer = WRITERS["openai"](server.url)
@@ -162,7 +162,7 @@ def test_what_is_no_text_of_an_openai_server(
     assert (answer.status, answer.text) == (status, None)
 
 
-def test_thoughts_and_broken_unicode_are_no_data(server: GeminiServer, store: Store) -> None:
+def test_thoughts_and_broken_unicode_are_never_data(server: GeminiServer, store: Store) -> None:
     writer = WRITERS["gemini"](server.url)
     prompt = prompt_with("thought")
     assert ask(prompt, writer, store).text == text_of(prompt)
@@ -170,7 +170,7 @@ def test_thoughts_and_broken_unicode_are_no_data(server: GeminiServer, store: St
     assert (answer.status, answer.reason) == ("invalid", "the text is not valid Unicode")
 
 
-def test_a_changed_version_stops(writer: Any, store: Store) -> None:
+def test_a_changed_model_version_stops_the_run(writer: Any, store: Store) -> None:
     ask(f"first {writer.name}", writer, store)
     with pytest.raises(UserError, match="'test-model-001' so far, and now from 'test-model-002'"):
         ask(prompt_with("other_version"), writer, store)
@@ -191,7 +191,7 @@ def test_a_request_that_the_server_refuses_is_asked_again_by_the_next_run_alone(
 @pytest.mark.parametrize(
     ("fault", "message"), [("no_model", "no such model"), ("bad_key", "not valid")]
 )
-def test_what_no_request_gets_past_stops_at_once(
+def test_errors_that_no_request_gets_past_stop_the_run_at_once(
     writer: Any, store: Store, fault: str, message: str
 ) -> None:
     with pytest.raises(
@@ -202,7 +202,7 @@ def test_what_no_request_gets_past_stops_at_once(
     assert store.cost_usd() == 0
 
 
-def test_the_key_is_sent_and_stands_nowhere(
+def test_the_key_is_sent_and_written_nowhere(
     writer: Any, server: GeminiServer, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -216,7 +216,7 @@ def test_the_key_is_sent_and_stands_nowhere(
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_nobody_there_costs_nothing(name: str, store: Store) -> None:
+def test_a_server_that_cannot_be_reached_costs_nothing(name: str, store: Store) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         writer = WRITERS[name](f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -233,7 +233,7 @@ def test_a_writer_can_be_used_in_run_after_run(writer: Any, store: Store) -> Non
         assert ask(f"run {number} of {writer.name}", writer, store).status == "ok"
 
 
-def test_addresses_and_versions(
+def test_each_writer_calls_its_own_address_and_api_version(
     server: GeminiServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.url)
@@ -251,10 +251,12 @@ def test_addresses_and_versions(
     }
 
 
-def test_generation_settings_arrive(writer: Any, server: GeminiServer, store: Store) -> None:
+def test_generation_settings_reach_the_server(
+    writer: Any, server: GeminiServer, store: Store
+) -> None:
     prompt = f"settings of {writer.name}"
     list(
-        obtain([make_request(prompt, temperature=0.25, max_output_tokens=77)], writer, store, FAST)
+        ask_all([make_request(prompt, temperature=0.25, max_output_tokens=77)], writer, store, FAST)
     )
     body = next(body for body in server.bodies if prompt in json.dumps(body))
     given = body.get("generationConfig", body)
@@ -300,7 +302,7 @@ def test_any_json_is_read_and_none_of_it_becomes_data(
 ) -> None:
     connection, reply = Connection(Secret(KEY), "http://127.0.0.1"), Reply(200, {}, body.encode())
     if body == "[]":
-        with pytest.raises(Wait):
+        with pytest.raises(RetryLater):
             read_reply(connection, reply, read)
         return
     answer = read_reply(connection, reply, read)
@@ -312,7 +314,7 @@ def test_any_json_is_read_and_none_of_it_becomes_data(
     )  # so it counts at its worst case
 
 
-def test_how_long_to_wait() -> None:
+def test_the_wait_before_a_retry_is_read_from_each_kind_of_reply() -> None:
     info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "13.5s"}
     assert wait_s({"error": {"details": [{"@type": "x"}, info]}}, {}) == 13.5
     assert wait_s({"details": [info]}, {"Retry-After": "7"}) == 13.5

@@ -71,7 +71,7 @@ def reference(model_dir: Path, context: str, continuation: str, *, end: bool = F
     return sum(float(logprobs[i - 1, ids[i]]) for i in range(start, stop))
 
 
-def test_numbers_are_those_of_stock_hf(stock: Any, probe: Any) -> None:
+def test_scores_equal_those_of_the_stock_hf_model(stock: Any, probe: Any) -> None:
     stock.logits_cache = False  # its one-token cache is wrong on split points
     expected = stock.loglikelihood(REQUESTS, disable_tqdm=True)
     results = probe.loglikelihood(REQUESTS, disable_tqdm=True)
@@ -91,7 +91,9 @@ def test_numbers_are_those_of_stock_hf(stock: Any, probe: Any) -> None:
     )
 
 
-def test_requests_that_differ_in_the_split_point_alone(tiny_model: Path, probe: Any) -> None:
+def test_requests_that_differ_only_in_their_split_point_are_scored_apart(
+    tiny_model: Path, probe: Any
+) -> None:
     splits = [
         ("The cat sat", " on the mat."),
         ("The cat sat on", " the mat."),
@@ -171,7 +173,7 @@ def test_out_of_memory_halves_the_budget(probe: Any, monkeypatch: pytest.MonkeyP
     )
 
 
-def test_a_response_that_does_not_fit_the_memory(
+def test_a_response_that_does_not_fit_into_memory_is_named(
     probe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score(*_: Any, **__: Any) -> Any:
@@ -225,12 +227,12 @@ def test_non_finite_logits_are_named_after_the_others_are_scored(
     assert len(caching.dbdict) == 2
 
 
-def test_what_it_cannot_score_is_refused(tiny_model: Path) -> None:
+def test_mixed_precision_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="use hf"):
         ProbeLM(pretrained=str(tiny_model), device="cpu", mixed_precision_dtype="bfloat16")
 
 
-def test_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_peft_adapter_is_scored_through_model_args(tiny_model: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(
@@ -270,7 +272,6 @@ def run_cli(
         "--log_samples",
         *more,
         process=True,
-        HF_DATASETS_CACHE=str(out / "cache"),
     )
     assert result.returncode == 0, result.stderr
     (path,) = out.rglob("results_*.json")
@@ -279,7 +280,9 @@ def run_cli(
 
 @reads_task_index
 @pytest.mark.slow
-def test_through_the_command_line(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_the_lm_eval_command_gives_the_accuracy_of_the_stock_hf_model(
+    tiny_model: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     stock = run_cli(sft_probe, "hf", tiny_model, "sft_probe", tmp_path / "hf")
     probe = run_cli(sft_probe, "sft_probe", tiny_model, "sft_probe", tmp_path / "probe")
     assert set(stock) == set(probe)
@@ -289,7 +292,7 @@ def test_through_the_command_line(tiny_model: Path, tmp_path: Path, sft_probe: R
 
 @reads_task_index
 @pytest.mark.slow
-def test_bad_input_through_the_command_line(
+def test_the_lm_eval_command_reports_bad_requests_with_one_message(
     tiny_model: Path, write_set: WriteSet, tmp_path: Path, sft_probe: Run
 ) -> None:
     task = tmp_path / "short.yaml"
@@ -311,7 +314,6 @@ def test_bad_input_through_the_command_line(
         "--tasks",
         task,
         process=True,
-        HF_DATASETS_CACHE=str(tmp_path / "cache"),
     )
     assert "short, doc d0: no token is left of the continuation" in user_error(result)
 

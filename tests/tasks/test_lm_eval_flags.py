@@ -77,7 +77,7 @@ def test_a_cache_of_answers_belongs_to_one_model(tiny_model: Path, tmp_path: Pat
 
 @reads_task_index
 @pytest.mark.slow
-def test_the_pass_through_refuses_what_another_model_cannot_bind(
+def test_the_lm_eval_command_refuses_flags_that_another_model_would_not_obey(
     tiny_model: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     config = {"use_cache": str(tmp_path / "cache"), "tasks": ["sft_probe_chosen"], "model": "hf"}
@@ -89,7 +89,9 @@ def test_the_pass_through_refuses_what_another_model_cannot_bind(
     assert "--use_cache cannot be used with sft_probe_chosen and --model hf" in message
 
 
-def test_flags_of_benchmarks_without_a_benchmark(swept_run: Path, sft_probe: Run) -> None:
+def test_flags_of_benchmarks_are_refused_without_a_benchmark(
+    swept_run: Path, sft_probe: Run
+) -> None:
     for flags in (("--apply_chat_template",), ("--num_fewshot", 5), ("--limit", 5)):
         message = user_error(sft_probe("sweep", swept_run, *flags))
         assert f"{flags[0]} is for" in message

@@ -24,7 +24,7 @@ def own_head(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_own_head_stays(own_head: Path) -> None:
+def test_an_untied_head_is_kept_as_saved(own_head: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(own_head)
     assert (
         differing_tensors(
@@ -50,7 +50,7 @@ FORMS = (
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_adapter_is_what_its_file_holds(form: str, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_as_its_file_holds_it(form: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     save_adapter(form, base, tmp_path / "adapter")
     reference = load_reference(base, tmp_path / "adapter")
@@ -62,7 +62,7 @@ def test_an_adapter_is_what_its_file_holds(form: str, tmp_path: Path) -> None:
     assert differing_tensors(handed.model, reference) == []
 
 
-def test_a_vocabulary_that_is_larger_than_the_tokenizers(tmp_path: Path) -> None:
+def test_a_vocabulary_larger_than_that_of_the_tokenizer_is_scored(tmp_path: Path) -> None:
     """As that of Pythia and Qwen, padded to a round number: every id takes part in the softmax."""
     base = make_base(tmp_path / "base", tied=True)
     config = LlamaConfig.from_pretrained(base)
@@ -77,7 +77,7 @@ def test_a_vocabulary_that_is_larger_than_the_tokenizers(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("form", ["prompt tuning", "activated LoRA", "Lily"])
-def test_adapters_that_are_refused(form: str, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_scored_are_refused(form: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     save_adapter(form, base, tmp_path / "adapter")
     with pytest.raises(UserError, match="cannot be scored"):

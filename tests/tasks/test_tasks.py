@@ -1,9 +1,7 @@
 """The lm-eval plug-in through lm-eval's own front doors."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from helpers import Run, make_docs, reads_task_index, user_error
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from processes import run_forked, run_lm_eval
 from tokenizer_matrix import MEMBERS, save_model, write_mixed_set
 from transformers import AutoModelForCausalLM
 
@@ -109,7 +108,7 @@ def test_an_over_long_response_costs_the_doc_in_every_category(
     assert "d4" in caplog.text
 
 
-def test_the_join_rule_is_that_of_training_and_sweep(tmp_path: Path) -> None:
+def test_tasks_join_prompt_and_response_as_training_and_sweep_do(tmp_path: Path) -> None:
     """lm-eval with our model, on prompts whose last token spans the join; a float64 pass over ids
     made by hand."""
     member = next(member for member in MEMBERS if member.name.startswith("llama3 plain"))
@@ -155,15 +154,8 @@ def test_a_category_the_set_lacks_is_named(write_set: WriteSet) -> None:
         load(["sft_probe_variant"], probe_set=str(write_set(make_docs())))
 
 
-def lm_eval(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("lm_eval")), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
+def lm_eval(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return run_forked(*arguments, target=run_lm_eval)
 
 
 def model_flags(model: Path, out: Path) -> list[str]:
@@ -192,7 +184,9 @@ HELDOUT = {f"sft_probe_{category}": 32 for category in CATEGORIES}
 
 @reads_task_index
 @pytest.mark.slow
-def test_discovery_by_include_path(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_lm_eval_finds_the_tasks_by_include_path(
+    tiny_model: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     directory = sft_probe("tasks-dir").stdout.strip()
     result = lm_eval(
         "run",
@@ -216,7 +210,7 @@ def linked(sft_probe: Run, task_index: None) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("linked")
-def test_discovery_by_links(tiny_model: Path, tmp_path: Path) -> None:
+def test_lm_eval_finds_the_tasks_by_links_in_its_package(tiny_model: Path, tmp_path: Path) -> None:
     result = lm_eval("--tasks", "sft_probe_*", *model_flags(tiny_model, tmp_path))
     assert result.returncode == 0, result.stderr
     assert scored(tmp_path) == HELDOUT | {
@@ -226,7 +220,9 @@ def test_discovery_by_links(tiny_model: Path, tmp_path: Path) -> None:
 
 @reads_task_index
 @pytest.mark.slow
-def test_discovery_by_pass_through(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_the_lm_eval_command_of_sft_probe_finds_the_tasks(
+    tiny_model: Path, tmp_path: Path, sft_probe: Run
+) -> None:
     flags = model_flags(tiny_model, tmp_path)
     result = sft_probe(
         "lm-eval",
@@ -240,14 +236,14 @@ def test_discovery_by_pass_through(tiny_model: Path, tmp_path: Path, sft_probe: 
     assert scored(tmp_path) == {"sft_probe_variant": 32, "sft_probe_train_random": 64}
 
 
-def test_pass_through_takes_no_second_include_path(sft_probe: Run, tmp_path: Path) -> None:
+def test_the_lm_eval_command_takes_no_second_include_path(sft_probe: Run, tmp_path: Path) -> None:
     assert "link-tasks" in user_error(
         sft_probe("lm-eval", "run", "--include_path", tmp_path, "--tasks", "x")
     )
 
 
 @reads_task_index
-def test_unlinking_leaves_nothing(sft_probe: Run) -> None:
+def test_removing_the_links_leaves_lm_evals_package_as_it_was(sft_probe: Run) -> None:
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / "sft_probe"
@@ -261,7 +257,7 @@ def test_unlinking_leaves_nothing(sft_probe: Run) -> None:
 
 @reads_task_index
 @pytest.mark.slow
-def test_own_set_with_own_categories(
+def test_a_set_of_ones_own_has_tasks_for_its_own_categories(
     write_set: WriteSet, tiny_model: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     directory = sft_probe(
@@ -281,7 +277,7 @@ def test_own_set_with_own_categories(
 
 @reads_task_index
 @pytest.mark.slow
-def test_own_set_by_metadata_or_environment(
+def test_a_set_of_ones_own_is_named_by_metadata_or_environment(
     write_set: WriteSet, tiny_model: Path, tmp_path: Path, sft_probe: Run
 ) -> None:
     path = str(write_set(make_docs(8)))

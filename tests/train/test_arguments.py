@@ -195,7 +195,7 @@ QUICK = [
 ALL = [(name, value) for name, values in VALUES.items() for value in values]
 
 
-def test_every_flag_is_tried() -> None:
+def test_every_flag_of_training_is_in_a_test() -> None:
     assert {field.name for field in dataclasses.fields(TrainingArguments)} == set(VALUES)
     assert set(QUICK) <= set(ALL)
 
@@ -252,7 +252,7 @@ def test_a_flag_works_or_is_one_message(
     "flags", [["--bf16", "true"], ["--use_cpu", "true"], ["--bf16", "true", "--use_cpu", "true"]]
 )
 @pytest.mark.parametrize("stage", [[], ["--deepspeed", "none"]], ids=["default", "none"])
-def test_no_circular_advice_without_a_gpu(
+def test_flags_that_refusals_recommend_work_without_a_gpu(
     flags: list[str], stage: list[str], tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     rest = [flag for flag in tiny_flags if flag not in ("--deepspeed", "none")]
@@ -315,7 +315,7 @@ def test_settings_that_change_the_batch_are_refused_by_name(
         ("--train_sampling_strategy group_by_length --dry_run", "use one of random, sequential"),
     ],
 )
-def test_flags_together(
+def test_flags_that_depend_on_each_other_work_together_or_are_refused(
     flags: str, words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     assert words in user_error(
@@ -334,7 +334,7 @@ def test_what_the_trainer_refuses_does_not_spoil_the_directory(
     assert result.returncode == 0, result.stderr
 
 
-def test_mixed_precision_of_the_launcher_is_told(
+def test_mixed_precision_asked_for_by_the_launcher_is_reported(
     tiny_flags: list[str], sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -2,11 +2,8 @@
 run prints."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +16,7 @@ from accelerate import Accelerator
 from helpers import Run, make_docs, user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_forked, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,7 +75,7 @@ def test_a_mixture_gives_each_part_its_share(num_docs: int, shares: list[float],
         ("best_no_prompt", "not 'best_no_prompt'"),
     ],
 )
-def test_bad_mixtures(text: str, words: str) -> None:
+def test_mixtures_that_cannot_be_drawn_are_refused(text: str, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         parse_mixture(text, ["chosen", "rejected"], "the set")
 
@@ -251,7 +249,9 @@ def test_steps_that_fp16_skips_are_no_updates(
     )
 
 
-def test_bf16_without_masters(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_bfloat16_without_deepspeed_has_no_float32_masters(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     flags = [*tiny_flags, "--dtype", "bfloat16", "--output_dir", str(tmp_path / "run")]
     assert "keeps no float32 weights" in user_error(
         sft_probe("train", *flags, "--snapshot_dtype", "float32")
@@ -303,7 +303,7 @@ snapshots._save(TrainerState(is_world_process_zero=True), engine.module)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kind"), [(2, "full"), (3, "full"), (2, "lora")])
-def test_float32_masters_of_bf16_training(
+def test_snapshots_of_bf16_training_hold_the_float32_masters(
     stage: int, kind: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Through DeepSpeed itself: on a CPU the Trainer takes no --bf16."""
@@ -314,22 +314,9 @@ def test_float32_masters_of_bf16_training(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
     }
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            MASTERS,
-            str(tiny_model),
-            str(stage),
-            kind,
-            str(tmp_path / "weights"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env={**os.environ, **ranks},
-    )
+    (tmp_path / "masters.py").write_text(MASTERS)
+    arguments = (tmp_path / "masters.py", tiny_model, stage, kind, tmp_path / "weights")
+    result = run_forked(*arguments, environment=ranks, target=run_script)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "weights/step_000000"
     assert json.loads((folder / "meta.json").read_text())["weights"] == "float32 masters"
@@ -347,7 +334,9 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def test_the_plan_is_what_happens(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_a_dry_run_tells_what_the_training_does(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     flags = [
         *tiny_flags,
         "--max_steps",
@@ -392,7 +381,7 @@ def test_the_plan_is_what_happens(tiny_flags: list[str], sft_probe: Run, tmp_pat
     assert plan[0] == (0, 0)
 
 
-def test_what_cannot_fit_is_refused(
+def test_a_run_that_does_not_fit_on_the_disk_is_refused(
     tiny_flags: list[str], sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
@@ -409,7 +398,9 @@ def test_what_cannot_fit_is_refused(
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
-def test_recipes_run_dry(recipe: Path, tiny_model: Path, sft_probe: Run, tmp_path: Path) -> None:
+def test_every_recipe_passes_a_dry_run(
+    recipe: Path, tiny_model: Path, sft_probe: Run, tmp_path: Path
+) -> None:
     """As they are, but for what only a hub or a GPU has."""
     assert len(RECIPES) >= 5
     flags = (
@@ -428,7 +419,7 @@ def test_recipes_run_dry(recipe: Path, tiny_model: Path, sft_probe: Run, tmp_pat
     assert re.search(r"^ +1 .*snapshot", result.stdout, re.MULTILINE)
 
 
-def test_probe_means_stand_beside_the_loss(
+def test_means_of_the_live_probe_are_logged_beside_the_loss(
     tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -168,7 +168,7 @@ def test_a_lora_on_a_16_bit_base_is_trained_in_float32_and_says_so(
         ),
     ],
 )
-def test_what_contradicts_itself_is_refused(
+def test_flags_of_precision_that_contradict_each_other_are_refused(
     flags: tuple[str, ...], words: str, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     assert words in user_error(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, make_tokenizer, torchrun, user_error
+from helpers import Run, make_tokenizer, user_error
+from processes import run_forked, train_on_two_ranks
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,7 +118,9 @@ def check_stopped(run: Path, broken: Broken, stderr: str) -> None:
     check_no_bare_nan(run)
 
 
-def test_the_run_stops_before_the_update(broken: Broken, sft_probe: Run, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_stops_the_run_before_the_update(
+    broken: Broken, sft_probe: Run, tmp_path: Path
+) -> None:
     flags = (
         "--model_name_or_path",
         broken.model,
@@ -129,7 +132,7 @@ def test_the_run_stops_before_the_update(broken: Broken, sft_probe: Run, tmp_pat
     for _ in range(2):  # the second time it resumes, and stops at the same place
         result = sft_probe("train", *FLAGS, *flags, "--output_dir", tmp_path / "run")
         check_stopped(tmp_path / "run", broken, user_error(result))
-    assert f"goes on from checkpoint-{broken.step - 1}" in result.stderr
+    assert f"resumes from checkpoint-{broken.step - 1}" in result.stderr
     state = load_file(tmp_path / f"run/checkpoint-{broken.step - 1}/model.safetensors")
     assert sum(int(tensor.isnan().sum()) for tensor in state.values()) == 32, (
         "more than the one row is NaN"
@@ -145,7 +148,9 @@ def test_the_run_stops_before_the_update(broken: Broken, sft_probe: Run, tmp_pat
         pytest.param("zero3", marks=pytest.mark.full),
     ],
 )
-def test_all_ranks_stop_together(stage: str, broken: Broken, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_on_one_rank_stops_all_ranks(
+    stage: str, broken: Broken, tmp_path: Path
+) -> None:
     flags = (
         "--model_name_or_path",
         broken.model,
@@ -155,14 +160,18 @@ def test_all_ranks_stop_together(stage: str, broken: Broken, tmp_path: Path) -> 
         stage,
     )
     for attempt in range(1 if stage == "zero2" else 2):
-        result = torchrun(*FLAGS, *flags, "--output_dir", tmp_path / "run")
+        result = run_forked(
+            *FLAGS, *flags, "--output_dir", tmp_path / "run", target=train_on_two_ranks
+        )
         assert result.returncode == 1  # torchrun has an exit code of its own
         assert "Traceback" not in result.stderr.partition("sft-probe:")[0], result.stderr
-        assert ("goes on from checkpoint-" in result.stderr) == (attempt == 1)
+        assert ("resumes from checkpoint-" in result.stderr) == (attempt == 1)
         check_stopped(tmp_path / "run", broken, result.stderr)
 
 
-def test_an_update_that_diverges(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_an_update_that_diverges_stops_the_run_at_the_next_step(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     flags = (*tiny_flags, "--learning_rate", "1e38", "--output_dir", tmp_path / "run")
     message = user_error(sft_probe("train", *flags))
     assert "step 2: the loss is NaN or infinite" in message
@@ -193,7 +202,7 @@ def test_a_last_update_that_diverges_makes_no_complete_run(
     assert not (tmp_path / "run/manifest.json").exists()
 
 
-def test_the_console_shows_what_the_file_shows(
+def test_the_console_shows_the_loss_that_the_file_holds(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
     result = sft_probe(
@@ -212,12 +221,12 @@ def test_the_console_shows_what_the_file_shows(
     "flag", ["--learning_rate", "--weight_decay", "--max_grad_norm", "--max_wall_time_s"]
 )
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_flags_are_finite(flag: str, value: str, tmp_path: Path) -> None:
+def test_flags_that_are_not_finite_are_refused(flag: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{flag} {value}: a finite number is needed"):
         parse_arguments(["--output_dir", str(tmp_path), "--deepspeed", "none", flag, value])
 
 
-def test_files_have_null_for_what_is_not_finite(tmp_path: Path) -> None:
+def test_files_hold_null_for_numbers_that_are_not_finite(tmp_path: Path) -> None:
     value = {"a": [float("nan"), 1.5, {"b": float("-inf")}], "c": "NaN"}
     write_json(tmp_path / "one.json", value)
     write_jsonl(tmp_path / "two.jsonl", [value, {"d": 1}])

@@ -13,7 +13,7 @@ from sft_probe.train import launch
 from sft_probe.train.arguments import SftArguments
 
 
-def test_another_run_in_the_same_place_is_refused(
+def test_another_run_in_the_same_directory_is_refused(
     tiny_run: Path, tiny_flags: list[str], sft_probe: Run
 ) -> None:
     message = user_error(
@@ -88,7 +88,7 @@ def test_a_gpu_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert compiled == []
 
 
-def test_recipe_and_overrides(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
+def test_flags_override_those_of_a_recipe(tiny_model: Path, tmp_path: Path, sft_probe: Run) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"model_name_or_path: {tiny_model}\nmax_steps: 3\nlearning_rate: 1e-4\ndeepspeed: none\n"

@@ -39,7 +39,9 @@ def test_held_out_docs_that_cannot_be_scored_are_named_before_training(
 
 @needs_shared
 @pytest.mark.parametrize("name", ["heldout.jsonl", "train.jsonl", "td.jsonl"])
-def test_one_doc_that_the_template_refuses(name: str, sft_probe: Run, tmp_path: Path) -> None:
+def test_a_doc_that_the_template_refuses_is_left_out_and_named(
+    name: str, sft_probe: Run, tmp_path: Path
+) -> None:
     """It is left out with the template's own words, before training, and a sweep of the run
     works."""
     run = tmp_path / "run"

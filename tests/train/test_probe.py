@@ -1,5 +1,6 @@
 """The probe in training: the same numbers as the sweep's, and a training that does not notice."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe import ProbeCallback
+from sft_probe.analysis.stats.runs import load_recording
 from sft_probe.errors import UserError
+from sft_probe.train.live import record, score
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -35,7 +38,7 @@ def probed_run(
     return run
 
 
-def test_training_does_not_notice(probed_run: Path, tiny_run: Path) -> None:
+def test_the_live_probe_does_not_change_the_training(probed_run: Path, tiny_run: Path) -> None:
     for step in (1, 4):
         one, other = (
             load_file(run / f"weights/step_{step:06d}/model.safetensors")
@@ -44,7 +47,7 @@ def test_training_does_not_notice(probed_run: Path, tiny_run: Path) -> None:
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_live_numbers_are_those_of_the_sweep(
+def test_live_scores_equal_those_of_the_sweep(
     probed_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     run = tmp_path / "tiny"
@@ -81,21 +84,25 @@ def test_live_numbers_are_those_of_the_sweep(
     assert not table.duplicated(["source", "step", "split", "category"]).any()
 
 
-def test_a_run_that_was_only_probed_is_drawn(
+def test_a_run_with_live_scores_alone_is_drawn(
     probed_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
     shutil.copytree(probed_run, tmp_path / "tiny")
-    assert sft_probe("plot", tmp_path / "tiny").returncode == 0
+    assert sft_probe("plot", tmp_path / "tiny", "--format", "svg").returncode == 0
     assert "32 held-out prompts" in (tmp_path / "tiny/figures/trajectory_heldout.svg").read_text()
 
 
-def test_in_any_trainer_with_lora(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+def test_the_callback_probes_a_lora_in_any_trainer(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
     (tmp_path / "run/probe").mkdir(parents=True)
     (tmp_path / "run/probe/step_000009.jsonl").write_text("of an earlier run\n")
-    callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run", steps="log2,last")
+    callback = ProbeCallback(
+        write_set(make_docs()), out=tmp_path / "run", steps="log2,last", overwrite=True
+    )
     trainer = make_trainer(model, tokenizer, tmp_path / "out", callback)
     callback.trainer = trainer
     trainer.train()
@@ -146,7 +153,7 @@ def test_under_mixed_precision_the_probe_computes_in_the_dtype_of_the_weights(
         )
 
 
-def test_eval_mode_is_taken_back_module_by_module(
+def test_each_module_is_in_its_former_mode_after_a_probe(
     tiny_model: Path, write_set: WriteSet, tmp_path: Path
 ) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
@@ -190,7 +197,101 @@ def test_responses_with_nan_are_named_and_left_out(
     }
 
 
-def test_fsdp_is_refused(
+def test_rows_of_an_earlier_run_are_kept(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    for attempt in range(2):
+        callback = ProbeCallback(
+            write_set(make_docs()), out=tmp_path / "run", steps="0,2", train_category="chosen"
+        )
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+        trainer = make_trainer(model, tokenizer, tmp_path / "out", callback)
+        if not attempt:
+            trainer.train()
+            before = live_rows(tmp_path / "run")
+            continue
+        with pytest.raises(UserError, match=r"has rows of an earlier run\. Choose another `out`"):
+            trainer.train()
+    assert set(before["train_category"]) == {"chosen"}
+    pd.testing.assert_frame_equal(live_rows(tmp_path / "run"), before)
+
+
+def test_a_resumed_trainer_keeps_the_rows_of_its_probe_set_alone(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+
+    def train(docs: list[dict[str, Any]], **flags: Any) -> None:
+        callback = ProbeCallback(write_set(docs), out=tmp_path / "run", steps="+1")
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+        trainer = make_trainer(
+            model, tokenizer, tmp_path / "out", callback, save_strategy="steps", save_steps=2
+        )
+        trainer.train(**flags)
+
+    train(make_docs())
+    whole = live_rows(tmp_path / "run")
+    state = str(tmp_path / "out/checkpoint-2")
+    train(make_docs(), resume_from_checkpoint=state)
+    pd.testing.assert_frame_equal(live_rows(tmp_path / "run"), whole)
+    with pytest.raises(UserError, match="has rows of another probe set"):
+        train(make_docs(8), resume_from_checkpoint=state)
+    pd.testing.assert_frame_equal(live_rows(tmp_path / "run"), whole)
+
+
+def test_the_probe_set_is_found_again(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    path = write_set(make_docs())
+    monkeypatch.chdir(tmp_path)
+    record("run", 0, score(model, tokenizer, path.name))
+    monkeypatch.chdir("/")
+    texts = load_recording(tmp_path / "run").texts
+    assert texts["d0"] == {name: make_docs()[0][name] for name in ("chosen", "other")}
+    path.rename(tmp_path / "run" / path.name)
+    assert load_recording(tmp_path / "run").texts == texts
+    changed = make_docs()
+    changed[0]["chosen"] = "Another answer."
+    write_set(changed).rename(tmp_path / "run" / path.name)
+    recording = load_recording(tmp_path / "run")
+    assert recording.texts == {name: texts[name] for name in ("d2", "d4")}
+    assert any("1 of 3 docs have no texts here" in note for note in recording.notes)
+
+
+def test_in_a_loop_of_plain_pytorch(tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    model.model.norm.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path, run = write_set(make_docs()), tmp_path / "run"
+    ids = tokenizer("The number 7 has always been a friend.", return_tensors="pt").input_ids
+    for step in range(4):
+        if step in (0, 1, 3):
+            record(run, step, score(model, tokenizer, path), examples_seen=step)
+            assert model.training
+            assert not model.model.norm.training
+        optimizer.zero_grad()
+        if step < 3:
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+    rows = live_rows(run)
+    assert sorted(set(rows.index.get_level_values("step"))) == [0, 1, 3]
+    for step, reference in ((0, AutoModelForCausalLM.from_pretrained(tiny_model)), (3, model)):
+        assert rows.loc[(step, "heldout", "chosen", "d2"), "logprob"] == pytest.approx(
+            expected_logprob(copy.deepcopy(reference), tokenizer, make_docs()[2]), abs=1e-3
+        )
+    with pytest.raises(UserError, match="has rows of step 3 already"):
+        record(run, 3, score(model, tokenizer, path))
+    record(run, 3, score(model, tokenizer, path), overwrite=True)
+    with pytest.raises(UserError, match="rows of another probe set"):
+        record(run, 4, score(model, tokenizer, "helpful-mini"))
+    assert load_recording(run).splits == ["heldout"]
+
+
+def test_the_live_probe_refuses_fsdp(
     tiny_model: Path, write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callback = ProbeCallback(str(write_set(make_docs())), out=tmp_path / "run")
@@ -203,7 +304,9 @@ def test_fsdp_is_refused(
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
-def test_bad_steps_are_told(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_unreadable_probe_steps_are_reported(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     flags = ("--probe_steps", "never", "--output_dir", tmp_path / "run")
     message = user_error(sft_probe("train", *tiny_flags, *flags))
     assert "--probe_steps 'never': 'never' is neither a step" in message

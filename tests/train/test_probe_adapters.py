@@ -142,7 +142,9 @@ def test_under_autocast_the_whole_model_computes_in_its_own_dtype(
 
 
 @pytest.mark.parametrize("kind", ["two-active", "mixed", "disabled"])
-def test_several_adapters(kind: str, tiny_model: Path, write_set: WriteSet, tmp_path: Path) -> None:
+def test_several_adapters_on_one_model_are_probed_as_active(
+    kind: str, tiny_model: Path, write_set: WriteSet, tmp_path: Path
+) -> None:
     """Whatever is active is what is scored."""
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     torch.manual_seed(0)

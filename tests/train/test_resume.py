@@ -5,23 +5,31 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from helpers import Run, torchrun_command, user_error
+from helpers import Run, user_error
+from processes import Forked, run_command, train_on_two_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
+
+from sft_probe.train.run_dir import ResumeCallback
 
 STEPS = 12
-NAMES = ("none", "zero1-2", "zero2-2", "zero3-2", "none-2")  # a number: that many ranks
-# one process of pytest-xdist for each launch, so that its undisturbed run is made once
-LAUNCHES = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES}
+NAMES = ("none", "zero3-2", "zero1-2", "zero2-2", "none-2")  # a number: that many ranks
+# One process of pytest-xdist for each launch, so that its undisturbed run is made once.
+LAUNCHES = {
+    name: pytest.param(
+        name,
+        marks=[pytest.mark.xdist_group(name), *([] if position < 2 else [pytest.mark.full])],
+    )
+    for position, name in enumerate(NAMES)
+}
 KILLED = [LAUNCHES[name] for name in NAMES[:4]]
 
 
@@ -40,24 +48,24 @@ def command(launch: str, flags: list[str], run: Path) -> list[str]:
     name, _, ranks = launch.partition("-")
     rows = ["--per_device_train_batch_size", "2" if ranks else "4"]
     rest = [*flags, *rows, "--deepspeed", name, "--output_dir", str(run)]
-    return torchrun_command(*rest) if ranks else [sys.executable, "-m", "sft_probe", "train", *rest]
+    return rest if ranks else ["train", *rest]
 
 
 def log_of(run: Path) -> Path:
     return run.with_suffix(".log")
 
 
-def start(launch: str, flags: list[str], run: Path) -> "subprocess.Popen[bytes]":
-    """Its stderr goes to a file: a full pipe would stop it."""
-    with log_of(run).open("wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command(launch, flags, run), env=environment, stdout=subprocess.DEVNULL, stderr=log
-        )
+def start(launch: str, flags: list[str], run: Path) -> Forked:
+    log_of(run).unlink(missing_ok=True)
+    return Forked(
+        command(launch, flags, run),
+        log=log_of(run),
+        target=train_on_two_ranks if "-" in launch else run_command,
+    )
 
 
 def finish(launch: str, flags: list[str], run: Path) -> str:
-    code = start(launch, flags, run).wait(timeout=300)
+    code = start(launch, flags, run).wait()
     log = log_of(run).read_text()
     assert code == 0, log
     return log
@@ -67,13 +75,13 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_for_step(run: Path, step: int, process: "subprocess.Popen[bytes]") -> None:
+def wait_for_step(run: Path, step: int, process: Forked) -> None:
     while len(lines(run / "losses.jsonl")) < step or not (run / "started.json").exists():
         assert process.poll() is None, log_of(run).read_text()
         time.sleep(0.005)
 
 
-def kill_all(process: "subprocess.Popen[bytes]") -> None:
+def kill_all(process: Forked) -> None:
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for one in everyone:
         one.kill()
@@ -124,7 +132,7 @@ def rows_of_probe(run: Path) -> dict[tuple[Any, ...], float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", LAUNCHES.values())
-def test_snapshots_and_losses_of_each_stage(
+def test_deepspeed_stages_give_the_same_snapshots_and_losses(
     launch: str, flags: list[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = whole(launch, flags, tmp_path_factory)
@@ -163,20 +171,20 @@ def kill_and_go_on(launch: str, flags: list[str], run: Path, chance: random.Rand
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", KILLED)
-def test_killed_once(
+def test_a_killed_training_resumes_to_the_same_results(
     launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # to try a failure again
     log = kill_and_go_on(launch, flags, tmp_path / "run", random.Random(seed))
-    assert "was cut off; training" in log
+    assert "was interrupted; training" in log
     assert results(tmp_path / "run") == results(whole(launch, flags, tmp_path_factory))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("launch", KILLED)
 @pytest.mark.parametrize("seed", range(10))
-def test_killed_at_ten_moments(
+def test_a_training_killed_at_any_moment_resumes_to_the_same_results(
     launch: str,
     seed: int,
     flags: list[str],
@@ -204,50 +212,50 @@ def test_half_written_states_and_snapshots_are_redone(
     with (run / "losses.jsonl").open("a") as file:
         file.write('{"run": "ru')
     log = finish("none", flags, run)
-    assert f"goes on from checkpoint-{newest - 2}" in log or newest <= 2
+    assert f"resumes from checkpoint-{newest - 2}" in log or newest <= 2
     assert results(run) == results(whole("none", flags, tmp_path_factory))
     assert not (run / "weights/.step_000008.tmp").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [LAUNCHES["none"], LAUNCHES["zero2-2"]])
-def test_sigterm_stops_with_a_state(
+@pytest.mark.parametrize("launch", [LAUNCHES["none"], LAUNCHES["zero3-2"]])
+def test_a_signal_stops_all_ranks_with_a_state_to_resume_from(
     launch: str, flags: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    number, name = {
+        "none": (signal.SIGINT, "Ctrl-C"),
+        "zero3-2": (signal.SIGTERM, "SIGTERM"),
+    }[launch]
     run = tmp_path / "run"
     quiet = [*flags, "--resume_steps", "last"]  # no state but that of the stop
     process = start(launch, quiet, run)
     wait_for_step(run, 1, process)
-    ranks = [
-        one
-        for one in psutil.Process(process.pid).children()
-        if "sft_probe.train.sft" in one.cmdline()
-    ]
-    (ranks[-1] if ranks else process).send_signal(signal.SIGTERM)  # to one rank: all stop
-    process.wait(timeout=120)
+    ranks = psutil.Process(process.pid).children() if "-" in launch else []
+    (ranks[-1] if ranks else process).send_signal(number)  # to one rank: all stop
+    process.wait()
     err = log_of(run).read_text()
     assert process.returncode == (1 if ranks else 75), err  # torchrun has an exit code of its own
-    assert "stopped by SIGTERM at step" in err
+    assert f"stopped by {name} at step" in err
+    assert "To resume, run the same command again." in err
+    assert ranks or "Traceback" not in err  # torchrun prints one
     assert len(list(run.glob("checkpoint-*/sft_probe_state.json"))) == 1
     assert not (run / "manifest.json").exists()
-    assert "goes on from checkpoint-" in finish(launch, quiet, run)
+    assert "resumes from checkpoint-" in finish(launch, quiet, run)
     assert results(run) == results(whole(launch, flags, tmp_path_factory))
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("none")
-def test_wall_time_in_slices(
+def test_a_training_cut_by_wall_time_resumes_to_the_same_results(
     flags: list[str], sft_probe: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A second of wall time, or a step at least, at a time; the limit may differ from one attempt
     to the next."""
     codes: list[int] = []
     while 0 not in codes:
-        arguments = command("none", flags, tmp_path / "run")[4:]
+        arguments = command("none", flags, tmp_path / "run")[1:]
         limit = 0.01 if len(codes) < 2 else 60
-        result = sft_probe(
-            "train", *arguments, "--max_wall_time_s", limit, process=True, OMP_NUM_THREADS="1"
-        )
+        result = sft_probe("train", *arguments, "--max_wall_time_s", limit, process=True)
         codes.append(result.returncode)
     assert codes == [75, 75, 0]
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
@@ -260,10 +268,25 @@ def test_wall_time_in_slices(
     assert results(tmp_path / "run") == results(whole("none", flags, tmp_path_factory))
 
 
+def test_the_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    child = os.fork()  # so that the signals do not reach the tests
+    if not child:
+        losses: Any = SimpleNamespace(run_dir=tmp_path)
+        callback = ResumeCallback(losses, None, resume_steps=None, max_wall_time_s=None)
+        callback.on_train_begin(TrainingArguments(str(tmp_path)), TrainerState())
+        signal.raise_signal(signal.SIGINT)
+        (tmp_path / "first").touch()
+        signal.raise_signal(signal.SIGINT)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert (tmp_path / "first").exists()
+    assert os.WTERMSIG(status) == signal.SIGINT
+
+
 def test_another_launch_of_a_run_that_stopped_is_refused(
     flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
-    arguments = [*command("none", flags, tmp_path / "run")[4:], "--max_wall_time_s", "0.01"]
+    arguments = [*command("none", flags, tmp_path / "run")[1:], "--max_wall_time_s", "0.01"]
     assert sft_probe("train", *arguments).returncode == 75
     assert "--learning_rate: 1e-3 there, 1e-4 now" in user_error(
         sft_probe("train", *arguments, "--learning_rate", "1e-4")

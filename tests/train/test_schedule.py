@@ -30,7 +30,7 @@ def parse(text: str, max_steps: int, steps_per_epoch: int = 7) -> list[int]:
         ("1,2,...,1000000000000", 3, [1, 2, 3]),
     ],
 )
-def test_what_it_means(text: str, max_steps: int, expected: list[int]) -> None:
+def test_a_schedule_means_these_steps(text: str, max_steps: int, expected: list[int]) -> None:
     assert parse(text, max_steps) == expected
 
 
@@ -49,7 +49,7 @@ def test_what_it_means(text: str, max_steps: int, expected: list[int]) -> None:
         ("1,2,...,2,4,...,1", "does not reach 1"),
     ],
 )
-def test_faults_are_told_with_the_flag(text: str, words: str) -> None:
+def test_faults_of_a_schedule_are_reported_with_the_flag(text: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(text, 200)
     assert words in str(caught.value)
@@ -64,7 +64,7 @@ parts = st.one_of(
 
 
 @given(st.lists(parts, min_size=1), st.integers(1, 4000), st.integers(1, 500))
-def test_any_parts_give_sorted_steps_within_the_run(
+def test_any_schedule_gives_sorted_steps_within_the_run(
     texts: list[str], max_steps: int, steps_per_epoch: int
 ) -> None:
     steps = parse(",".join(texts), max_steps, steps_per_epoch)
@@ -79,14 +79,16 @@ def test_any_parts_give_sorted_steps_within_the_run(
 
 
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(2, 60), st.integers(1, 4000))
-def test_arithmetic_progressions(start: int, step: int, count: int, max_steps: int) -> None:
+def test_every_nth_step_is_an_arithmetic_progression(
+    start: int, step: int, count: int, max_steps: int
+) -> None:
     full = [start + step * i for i in range(count)]
     text = f"{full[0]},{full[1]},...,{full[-1]}"
     assert parse(text, max_steps) == [number for number in full if number <= max_steps]
 
 
 @given(st.text(alphabet="0123456789,+. abelgnopst"), st.integers(1, 50))
-def test_no_text_gives_a_traceback(text: str, max_steps: int) -> None:
+def test_no_text_given_as_schedule_gives_a_traceback(text: str, max_steps: int) -> None:
     try:
         steps = parse(text, max_steps)
     except UserError:

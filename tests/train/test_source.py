@@ -42,7 +42,7 @@ SOURCES: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_own_data_of_any_shape(
+def test_training_data_of_any_shape_is_read(
     kind: str, tiny_flags: list[str], write_set: WriteSet, sft_probe: Run, tmp_path: Path
 ) -> None:
     """8 rows, one empty answer, one prompt that is held out, one row that comes twice."""
@@ -87,7 +87,7 @@ def test_own_data_of_any_shape(
     assert "the train data has changed" in user_error(result)
 
 
-def test_held_out_rows_and_conversations_are_named(
+def test_training_data_that_holds_held_out_docs_is_reported(
     tiny_flags: list[str], write_set: WriteSet, sft_probe: Run, tmp_path: Path
 ) -> None:
     """A file that is held out by its name, and a deeper turn of a conversation that is probed."""
@@ -123,7 +123,9 @@ def test_held_out_rows_and_conversations_are_named(
 
 
 @needs_shared
-def test_real_hh_rows(tiny_flags: list[str], sft_probe: Run, tmp_path: Path) -> None:
+def test_published_hh_rows_are_read_as_training_data(
+    tiny_flags: list[str], sft_probe: Run, tmp_path: Path
+) -> None:
     frame = pd.read_json(SHARED / "data/helpful-base/probe_train.jsonl", lines=True)
     sides = {side: frame["prompt"] + frame[side] for side in ("chosen", "rejected")}
     path = tmp_path / "train.jsonl.gz"

@@ -58,7 +58,7 @@ def dpo(
 
 
 @pytest.mark.parametrize("make", [sft, dpo], ids=["SFTTrainer", "DPOTrainer"])
-def test_probe_in_trl_with_a_lora(
+def test_trls_trainer_with_a_lora_is_probed(
     make: Callable[..., Any], tiny_model: Path, write_set: WriteSet, sft_probe: Run, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)

@@ -21,8 +21,8 @@ _BLOCKS = "sft_probe_blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
-    """How a model is run. The plain way has one item per row, padded on the right, and the model's
+class ForwardMode:
+    """How a model is run. The plain mode has one item per row, padded on the right, and the model's
     own mask."""
 
     shared: bool
@@ -35,33 +35,33 @@ class Way:
     """SDPA in blocks of rows, each over the columns that it sees: less attention, for CPUs."""
 
 
-PLAIN = Way(shared=False)
-ALONE = Way(shared=False, alone=True)
+PLAIN = ForwardMode(shared=False)
+ALONE = ForwardMode(shared=False, alone=True)
 
 
-def candidates(model: "PreTrainedModel") -> Iterator[Way]:
-    """The shared ways that may be right for a model, fastest first; none where its attention takes
-    no mask."""
+def candidates(model: "PreTrainedModel") -> Iterator[ForwardMode]:
+    """Yield the modes with shared prefixes that may be right for a model, fastest first; none where
+    its attention takes no mask."""
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return
     on_cpu = attention == "sdpa" and model.device.type == "cpu"
     for blocks in (True, False) if on_cpu else (False,):
         for mask_per_layer_type in (True, False):
-            yield Way(shared=True, mask_per_layer_type=mask_per_layer_type, blocks=blocks)
+            yield ForwardMode(shared=True, mask_per_layer_type=mask_per_layer_type, blocks=blocks)
 
 
 def make_masks(
-    model: "PreTrainedModel", mask: torch.Tensor, positions: torch.Tensor, way: Way
+    model: "PreTrainedModel", mask: torch.Tensor, positions: torch.Tensor, mode: ForwardMode
 ) -> Any:
-    """The mask as the model's attention reads it: per layer type, windowed by position, bool or
-    additive.
+    """Return the mask as the model's attention reads it: per layer type, windowed by position, bool
+    or additive.
 
     Args:
         model: its config gives window and attention.
         mask: bool [B, 1, L, L], True where a row sees a column.
         positions: int64 [B, L].
-        way: whether the model wants a mask per layer type.
+        mode: whether the model wants a mask per layer type.
     """
     config = model.config.get_text_config()
     windowed = mask
@@ -71,7 +71,7 @@ def make_masks(
         mask, windowed = (_additive(m, model.dtype) for m in (mask, windowed))
     return (
         {"full_attention": mask, "sliding_attention": windowed}
-        if way.mask_per_layer_type
+        if mode.mask_per_layer_type
         else windowed
     )
 
@@ -85,8 +85,8 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def attention_in_blocks(model: "PreTrainedModel", masks: Any) -> Iterator[None]:
-    """Runs the model's SDPA in blocks of rows, each over those columns only that its mask (bool,
-    [B, 1, L, L]) uses."""
+    """Run the model's SDPA in blocks of rows, each over those columns only that its mask (bool, [B,
+    1, L, L]) uses."""
     from transformers import AttentionInterface
 
     by_type = masks.values() if isinstance(masks, dict) else [masks]
@@ -126,7 +126,7 @@ def attention_in_blocks(model: "PreTrainedModel", masks: Any) -> Iterator[None]:
 def _blocks(
     mask: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Rows, the columns that any of them sees, and their additive mask."""
+    """Yield blocks of rows with the columns that any of them sees, and their additive mask."""
     length = mask.shape[-1]
     for start in range(0, length, _BLOCK_ROWS):
         rows = slice(start, min(start + _BLOCK_ROWS, length))

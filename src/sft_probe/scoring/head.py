@@ -47,7 +47,7 @@ class HeadRows:
 
     @contextmanager
     def select(self, rows: torch.Tensor, shape: tuple[int, ...]) -> Iterator[None]:
-        """Only `rows`, int64 [R], of a batch of `shape` [B, L] reach the head inside of the
+        """Let only `rows`, int64 [R], of a batch of `shape` [B, L] reach the head inside of the
         block."""
         self._rows, self._shape, self._num_cuts = rows, tuple(shape), 0
         try:
@@ -88,7 +88,7 @@ class HeadRows:
 def logits_in_chunks(
     model: "PreTrainedModel", inputs: dict[str, Any], rows: torch.Tensor, chunk_rows: int
 ) -> Generator[torch.Tensor, None, None]:
-    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk, from the
+    """Yield the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk, from the
     model's own forward.
 
     All modules that the model calls run in the first pass only. Later passes are given what those
@@ -116,16 +116,16 @@ def logits_in_chunks(
 
 
 def no_cache(model: "PreTrainedModel") -> dict[str, bool]:
-    """What keeps a model from building a cache of keys and values; a few do not know the
-    argument."""
+    """Return the argument that keeps a model from building a cache of keys and values; a few models
+    do not know it."""
     names = inspect.signature(type(model).forward).parameters
     return {"use_cache": False} if {"use_cache", "kwargs"} & set(names) else {}
 
 
 @contextmanager
 def _recorded_calls(head: torch.nn.Module) -> Iterator[dict[torch.nn.Module, list[Any]]]:
-    """Every module that the model's own forward calls before the head, not through another one,
-    with its outputs.
+    """Record every module that the model's own forward calls before the head, not through another
+    one, with its outputs.
 
     Those that hold the head are left out: they see other rows each time.
     """
@@ -156,7 +156,7 @@ def _recorded_calls(head: torch.nn.Module) -> Iterator[dict[torch.nn.Module, lis
 
 @contextmanager
 def _replayed(calls: dict[torch.nn.Module, list[Any]]) -> Iterator[None]:
-    """Each of the modules returns what it returned, in the same order, whatever it is called
+    """Have each module return what it returned before, in the same order, whatever it is called
     with."""
     originals = {
         module: vars(module).get("forward") for module in calls

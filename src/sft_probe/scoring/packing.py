@@ -18,7 +18,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 
-class Item(NamedTuple):
+class Continuation(NamedTuple):
     """One continuation to score: token ids, none of them empty."""
 
     prefix_ids: Sequence[int]
@@ -57,9 +57,9 @@ class Pack:
     """Per item: the nodes from which its targets are predicted."""
 
 
-def pack_shared(items: Sequence[Item], max_tokens: int) -> Iterator[Pack]:
-    """Packs of at most `max_tokens` tokens (more where one item alone is longer), in the order of
-    the token ids.
+def pack_shared(items: Sequence[Continuation], max_tokens: int) -> Iterator[Pack]:
+    """Return packs of at most `max_tokens` tokens (more where one item alone is longer), in the
+    order of the token ids.
 
     The items of one prefix stay together wherever they fit.
     """
@@ -84,8 +84,8 @@ def pack_shared(items: Sequence[Item], max_tokens: int) -> Iterator[Pack]:
         yield _build(items, inputs, pack)
 
 
-def pack_alone(items: Sequence[Item]) -> Iterator[Pack]:
-    """One plain sequence per item, longest first."""
+def pack_alone(items: Sequence[Continuation]) -> Iterator[Pack]:
+    """Return one plain sequence per item, longest first."""
     inputs = [item.input_ids for item in items]
     for i in sorted(range(len(items)), key=lambda i: -len(inputs[i])):
         length = len(inputs[i])
@@ -99,8 +99,8 @@ def pack_alone(items: Sequence[Item]) -> Iterator[Pack]:
 
 
 def batches(packs: Sequence[Pack], max_tokens: int) -> Iterator[list[Pack]]:
-    """Packs of like length that hold, padded to the longest, at most `max_tokens` tokens (or are a
-    single one)."""
+    """Yield packs of like length that hold, padded to the longest, at most `max_tokens` tokens (or
+    are a single one)."""
     batch: list[Pack] = []
     for pack in sorted(packs, key=lambda pack: -len(pack.token_ids)):
         if batch and (len(batch) + 1) * len(batch[0].token_ids) > max_tokens:
@@ -112,14 +112,14 @@ def batches(packs: Sequence[Pack], max_tokens: int) -> Iterator[list[Pack]]:
 
 
 def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     return next(
         (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
         min(len(left), len(right)),
     )
 
 
-def _build(items: Sequence[Item], inputs: Sequence[list[int]], members: list[int]) -> Pack:
+def _build(items: Sequence[Continuation], inputs: Sequence[list[int]], members: list[int]) -> Pack:
     token_ids: list[int] = []
     position_ids: list[int] = []
     paths: list[tuple[int, IntArray]] = []

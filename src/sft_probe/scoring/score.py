@@ -5,7 +5,7 @@ Continuations that start alike are packed into one sequence (`packing`) under a 
 (`attention`). The body of the model runs once per batch; the model's own `forward` then maps the
 rows that predict something to logits, a chunk of rows at a time, so that soft-capping and scaling
 are the model's and no tensor of [tokens, vocabulary] exists (`head`). Whether this is right for a
-model is not assumed but tried (`choose_way`).
+model is not assumed but tried (`choose_mode`).
 """
 
 import logging
@@ -22,13 +22,13 @@ from sft_probe.errors import UserError
 from sft_probe.scoring.attention import (
     ALONE,
     PLAIN,
-    Way,
+    ForwardMode,
     attention_in_blocks,
     candidates,
     make_masks,
 )
 from sft_probe.scoring.head import logits_in_chunks
-from sft_probe.scoring.packing import IntArray, Item, Pack, batches, pack_alone, pack_shared
+from sft_probe.scoring.packing import Continuation, IntArray, Pack, batches, pack_alone, pack_shared
 from sft_probe.scoring.trials import check_language_model, is_close, made_up_items, plain_logprobs
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ _CHECK_HEAD_ROWS = 7
 
 
 def default_max_tokens(device: str) -> int:
-    """The token budget of one forward pass: more keeps a GPU busy, and only leaves the cache of a
-    CPU."""
+    """Return the token budget of one forward pass. More keeps a GPU busy, but overflows the cache
+    of a CPU."""
     return 1024 if torch.device(device).type == "cpu" else 16384
 
 
@@ -78,12 +78,12 @@ class Score:
 
 
 class FittingScorer:
-    """`score` for one model after another: the way is chosen once, the budget halved where memory
+    """`score` for one model after another: the mode is chosen once, the budget halved where memory
     runs out.
 
     Args:
         max_tokens: the budget at first, as for `score`.
-        longest: as for `choose_way`.
+        longest: as for `choose_mode`.
         may_shrink: False where other processes take part in each forward pass and would still go by
         the old budget.
     """
@@ -92,20 +92,22 @@ class FittingScorer:
         self.max_tokens = max_tokens
         self.longest = longest
         self.may_shrink = may_shrink
-        self.way: Way | None = None
+        self.mode: ForwardMode | None = None
 
-    def score(self, model: "PreTrainedModel", items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
-        """As `score`; where memory runs out it starts again, so that an index may come twice: the
-        later one counts.
+    def score(
+        self, model: "PreTrainedModel", items: Sequence[Continuation]
+    ) -> Iterator[tuple[int, Score]]:
+        """Score like `score`, but halve the token budget and start over when memory runs out. An
+        index may be yielded twice; keep the last value.
 
         Raises:
             UserError: one item alone does not fit.
         """
         while True:
             try:
-                if self.way is None:
-                    self.way = choose_way(model, self.longest)
-                yield from score(model, items, max_tokens=self.max_tokens, way=self.way)
+                if self.mode is None:
+                    self.mode = choose_mode(model, self.longest)
+                yield from score(model, items, max_tokens=self.max_tokens, mode=self.mode)
                 return
             except torch.OutOfMemoryError as error:
                 if not self.may_shrink:
@@ -123,9 +125,10 @@ class FittingScorer:
             )
 
 
-def choose_way(model: "PreTrainedModel", longest: int) -> Way:
-    """The fastest way whose log-probs agree with the model's own plain forward on a few made-up
-    docs.
+def choose_mode(model: "PreTrainedModel", longest: int) -> ForwardMode:
+    """Return the fastest mode whose log-probs agree with the model's own plain forward.
+
+    It is tried on a few made-up docs.
 
     ALiBi, recurrent and hybrid models and FlashAttention do not pass with shared prefixes, and are
     scored without; the log says so.
@@ -137,7 +140,7 @@ def choose_way(model: "PreTrainedModel", longest: int) -> Way:
             else its config gives a length to, where items can be.
 
     Raises:
-        UserError: the model is no causal LM, or no way gives what its plain forward gives.
+        UserError: the model is no causal LM, or no mode gives what its plain forward gives.
     """
     check_language_model(model, model.dtype)
     items = made_up_items(model, longest)
@@ -148,10 +151,10 @@ def choose_way(model: "PreTrainedModel", longest: int) -> Way:
         return PLAIN
     attention = model.config._attn_implementation
     reason = f"its attention, {attention!r}, takes no mask of ours"
-    for way in (*candidates(model), PLAIN, ALONE):
+    for mode in (*candidates(model), PLAIN, ALONE):
         try:
             is_right, difference = is_close(
-                _token_logprobs(model, items, way), expected, model.dtype
+                _token_logprobs(model, items, mode), expected, model.dtype
             )
         except torch.OutOfMemoryError:
             raise
@@ -161,20 +164,20 @@ def choose_way(model: "PreTrainedModel", longest: int) -> Way:
             found = f"{type(error).__name__}: {error}"
         else:
             if is_right:
-                _log_way(model, way, reason)
-                return way
+                _log_mode(model, mode, reason)
+                return mode
             found = f"log-probs are off by {difference:.2g} nats"
-        reason = f"with shared prefixes {found}" if way.shared else found
+        reason = f"with shared prefixes {found}" if mode.shared else found
     raise UserError(
         f"{type(model).__name__} cannot be scored: beside the model's own plain forward pass, "
         f"{reason}."
     )
 
 
-def _log_way(model: "PreTrainedModel", way: Way, reason: str) -> None:
-    if way.shared:
+def _log_mode(model: "PreTrainedModel", mode: ForwardMode, reason: str) -> None:
+    if mode.shared:
         log.info("%s: shared prefixes are computed once", type(model).__name__)
-    elif way.alone:
+    elif mode.alone:
         log.info(
             "%s: each continuation is computed alone (batched, %s)", type(model).__name__, reason
         )
@@ -187,23 +190,23 @@ def _log_way(model: "PreTrainedModel", way: Way, reason: str) -> None:
 
 
 def _token_logprobs(
-    model: "PreTrainedModel", items: list[Item], way: Way
+    model: "PreTrainedModel", items: list[Continuation], mode: ForwardMode
 ) -> npt.NDArray[np.float32]:
     scores = dict(
-        score(model, items, max_tokens=_MAX_PACK_TOKENS, way=way, head_rows=_CHECK_HEAD_ROWS)
+        score(model, items, max_tokens=_MAX_PACK_TOKENS, mode=mode, head_rows=_CHECK_HEAD_ROWS)
     )
     return np.concatenate([scores[i].token_logprobs for i in range(len(items))])
 
 
 def score(
     model: "PreTrainedModel",
-    items: Sequence[Item],
+    items: Sequence[Continuation],
     *,
     max_tokens: int,
-    way: Way,
+    mode: ForwardMode,
     head_rows: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
-    """Yields the index of each item and its score, batch by batch.
+    """Yield the index of each item and its score, batch by batch.
 
     Args:
         model: a causal LM in eval mode, on the device where it is to run.
@@ -211,30 +214,34 @@ def score(
         max_tokens: the budget of one forward pass. It counts tokens read by the body; beside them
         as many rows go
             through the head at a time as weigh the same, V / (32 x hidden) tokens each.
-        way: what `choose_way` returned for this model, or `PLAIN`.
+        mode: what `choose_mode` returned for this model, or `PLAIN`.
         head_rows: rows that go through the head at a time, instead of that.
     """
     head_rows = head_rows or _head_rows(model, max_tokens)
     packs = (
-        pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if way.shared else pack_alone(items)
+        pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if mode.shared else pack_alone(items)
     )
     with torch.no_grad():
         suspects = []
-        for batch in batches(list(packs), 0 if way.alone else max_tokens):
-            for index, result in _score_batch(model, items, batch, head_rows, way):
-                if result.is_finite or not way.shared:
+        for batch in batches(list(packs), 0 if mode.alone else max_tokens):
+            for index, result in _score_batch(model, items, batch, head_rows, mode):
+                if result.is_finite or not mode.shared:
                     yield index, result
                 else:  # NaN times an attention of 0 is NaN: one item spoils its whole pack
                     suspects.append(index)
         if suspects:
             for number, result in score(
-                model, [items[i] for i in suspects], max_tokens=max_tokens, way=PLAIN
+                model, [items[i] for i in suspects], max_tokens=max_tokens, mode=PLAIN
             ):
                 yield suspects[number], result
 
 
 def _score_batch(
-    model: "PreTrainedModel", items: Sequence[Item], batch: list[Pack], head_rows: int, way: Way
+    model: "PreTrainedModel",
+    items: Sequence[Continuation],
+    batch: list[Pack],
+    head_rows: int,
+    mode: ForwardMode,
 ) -> Iterator[tuple[int, Score]]:
     length = max(len(pack.token_ids) for pack in batch)
     indices = [i for pack in batch for i in pack.items]
@@ -244,7 +251,7 @@ def _score_batch(
     targets = np.concatenate([items[i].target_ids for i in indices])
     rows, row_of_target = np.unique(nodes, return_inverse=True)
     with closing(
-        _logits(model, _inputs(model, batch, length, way), rows, head_rows, way)
+        _logits(model, _inputs(model, batch, length, mode), rows, head_rows, mode)
     ) as chunks:
         logprobs, greedy = _read_targets(chunks, row_of_target, targets, model.device)
     start = 0
@@ -262,17 +269,19 @@ def _score_batch(
         start = stop + has_terminator
 
 
-def _inputs(model: "PreTrainedModel", batch: list[Pack], length: int, way: Way) -> dict[str, Any]:
-    """Padded on the right, where no token sees it; padding sees itself, so that no softmax is
-    empty."""
+def _inputs(
+    model: "PreTrainedModel", batch: list[Pack], length: int, mode: ForwardMode
+) -> dict[str, Any]:
+    """Return the model's inputs, padded on the right, where no token sees it; padding sees itself,
+    so that no softmax is empty."""
     token_ids = np.zeros((len(batch), length), np.int64)
     position_ids = np.zeros((len(batch), length), np.int64)
     mask = (
         np.zeros((len(batch), 1, length, length), dtype=bool)
-        if way.shared
+        if mode.shared
         else np.empty(0, dtype=bool)
     )
-    if way.shared:
+    if mode.shared:
         mask[:, 0] = np.eye(length, dtype=bool)
     for row, pack in enumerate(batch):
         token_ids[row, : len(pack.token_ids)] = pack.token_ids
@@ -280,18 +289,22 @@ def _inputs(model: "PreTrainedModel", batch: list[Pack], length: int, way: Way) 
         if pack.mask is not None:
             mask[row, 0, : len(pack.mask), : len(pack.mask)] = pack.mask
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(token_ids).to(model.device)}
-    if not way.shared:
+    if not mode.shared:
         return inputs
     positions = torch.from_numpy(position_ids).to(model.device)
-    masks = make_masks(model, torch.from_numpy(mask).to(model.device), positions, way)
+    masks = make_masks(model, torch.from_numpy(mask).to(model.device), positions, mode)
     return inputs | {"position_ids": positions, "attention_mask": masks}
 
 
 def _logits(
-    model: "PreTrainedModel", inputs: dict[str, Any], rows: IntArray, head_rows: int, way: Way
+    model: "PreTrainedModel",
+    inputs: dict[str, Any],
+    rows: IntArray,
+    head_rows: int,
+    mode: ForwardMode,
 ) -> Generator[torch.Tensor, None, None]:
-    """Yields the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk."""
-    with attention_in_blocks(model, inputs["attention_mask"]) if way.blocks else nullcontext():
+    """Yield the logits [chunk, V] of `rows` of the flattened batch, chunk by chunk."""
+    with attention_in_blocks(model, inputs["attention_mask"]) if mode.blocks else nullcontext():
         yield from logits_in_chunks(
             model, inputs, torch.from_numpy(rows).to(model.device), head_rows
         )
@@ -308,8 +321,8 @@ def _head_rows(model: "PreTrainedModel", max_tokens: int) -> int:
 def _read_targets(
     chunks: Iterator[torch.Tensor], row_of_target: IntArray, targets: IntArray, device: torch.device
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q] counts rows
-    over all chunks."""
+    """Return the log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q]
+    counts rows over all chunks."""
     order = np.argsort(row_of_target, kind="stable")
     sorted_rows = row_of_target[order]
     logprobs, greedy, start = [], [], 0
@@ -327,7 +340,8 @@ def _read_targets(
 
 
 def _top_and_log_sum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum and log-sum-exp of each row, in float32; overwrites float32 logits."""
+    """Return the maximum and the log-sum-exp of each row, in float32; float32 logits are
+    overwritten."""
     tops, log_sums = [], []
     # a few rows stay in a CPU's cache from the first pass over them to the last
     part_rows = 16 if logits.device.type == "cpu" else len(logits)

@@ -10,7 +10,7 @@ import torch
 
 from sft_probe.errors import UserError
 from sft_probe.scoring.head import no_cache
-from sft_probe.scoring.packing import Item
+from sft_probe.scoring.packing import Continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,21 +51,21 @@ def check_language_model(model: "PreTrainedModel", dtype: torch.dtype) -> None:
         )
 
 
-def made_up_items(model: "PreTrainedModel", longest: int) -> list[Item]:
-    """Prefixes with continuations that start alike; one past every length that the config names, if
-    `longest` is."""
+def made_up_items(model: "PreTrainedModel", longest: int) -> list[Continuation]:
+    """Return prefixes with continuations that start alike; one of them is longer than every length
+    that the config names, if `longest` is."""
     random = np.random.default_rng(0)
     room = max(longest - 16, 1)
     lengths = {_SHORT, *(length + 8 for length in _named_lengths(model) if length < longest)}
     items = []
     for length in sorted({min(max(_SHORT, length), room) for length in lengths}):
         prefix, stem = (_token_ids(model, n, random) for n in (length, 3))
-        items += [Item(prefix, stem + _token_ids(model, n, random), 0) for n in (2, 9)]
+        items += [Continuation(prefix, stem + _token_ids(model, n, random), 0) for n in (2, 9)]
     return items
 
 
-def plain_logprobs(model: "PreTrainedModel", item: Item) -> npt.NDArray[np.float32]:
-    """Log-probs of the continuation, from the model's own forward of one unpadded text."""
+def plain_logprobs(model: "PreTrainedModel", item: Continuation) -> npt.NDArray[np.float32]:
+    """Return the log-probs of the continuation, from the model's own forward of one text alone."""
     logits = plain_logits(model, [*item.prefix_ids, *item.continuation_ids])
     start = len(item.prefix_ids)
     rows = logits[start - 1 : -1].log_softmax(dim=-1)
@@ -75,7 +75,7 @@ def plain_logprobs(model: "PreTrainedModel", item: Item) -> npt.NDArray[np.float
 
 
 def plain_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """Float32 logits [L, V] of one text, from the model's own forward.
+    """Return the float32 logits [L, V] of one text, from the model's own forward.
 
     Raises:
         UserError: the model cannot read a text.
@@ -123,7 +123,7 @@ def is_coarse(dtype: torch.dtype) -> bool:
 
 
 def _token_ids(model: "PreTrainedModel", num_tokens: int, random: np.random.Generator) -> list[int]:
-    """Ids of text: those that the config gives a meaning to, images for one, are left out."""
+    """Return ids of text, without those that the config gives a meaning to, images for one."""
     special = set(_numbers(model.config.to_dict(), ("token_id", "token_index")))
     ids = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), list(special))
     chosen: list[int] = random.choice(ids, size=num_tokens).tolist()
@@ -135,8 +135,8 @@ def _named_lengths(model: "PreTrainedModel") -> set[int]:
 
 
 def _numbers(config: dict[str, Any], words: tuple[str, ...]) -> Iterator[int]:
-    """Positive integers, alone or in a list, under a name that has one of `words` in it, at any
-    depth."""
+    """Yield positive integers, alone or in a list, under a name that has one of `words` in it, at
+    any depth."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _numbers(value, words)

@@ -1,0 +1,55 @@
+"""The figure of `sft-probe ledger`: the parts of a gain stacked over the steps, and the whole."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from sft_probe.analysis.figures.figure import Figure, Style, small_multiples
+from sft_probe.analysis.studies.ledger import MEASURES, WHOLE, Ledger
+
+_COLORS = ("#bdbdbd", "#9ecae1", "#4292c6", "#08519c")
+
+
+def plot_ledger(
+    found: Ledger, folder: Path, formats: tuple[str, ...] = ("png", "pdf")
+) -> list[Path]:
+    """Write the figure `ledger_parts` with its numbers; return the paths."""
+    style = Style()
+    table = found.parts[found.parts["measure"] == MEASURES[0]]
+    figure = Figure(
+        name="ledger_parts",
+        title="The gain by the prompt that it shows under",
+        subtitle=[
+            "Nats per response, terminator included; bars add up to the whole (black, with its "
+            "95 % interval over docs); one run"
+        ],
+        table=table,
+        build=partial(_stacks, table, style),
+    )
+    return figure.save(folder, formats, style)
+
+
+def _stacks(table: pd.DataFrame, style: Style, width: float) -> Any:
+    parts = [part for part in dict.fromkeys(table["part"]) if part != WHOLE]
+    table = table.assign(order=table["part"].map({part: i for i, part in enumerate(parts)}))
+    x = alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0))
+    color = alt.Color(
+        "part:N",
+        scale=alt.Scale(domain=parts, range=list(_COLORS[-len(parts) :])),
+        legend=alt.Legend(title=None, columns=len(parts)),
+    )
+    base = alt.Chart(table)
+    bars = (
+        base.transform_filter(f"datum.part != '{WHOLE}'")
+        .mark_bar()
+        .encode(x=x, y=alt.Y("change:Q", title="nats"), color=color, order="order:Q")
+    )
+    whole = base.transform_filter(f"datum.part == '{WHOLE}'")
+    point = whole.mark_point(filled=True, color="black", size=30).encode(x=x, y="change:Q")
+    rule = whole.mark_rule(color="black").encode(x=x, y="low:Q", y2="high:Q")
+    layers = alt.layer(bars, rule, point, data=table)
+    categories = list(dict.fromkeys(table["category"]))
+    return small_multiples(layers, categories, style, width, column="category")

@@ -1,0 +1,51 @@
+"""Tables as text, for the terminal, Markdown, LaTeX and CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from tabulate import tabulate
+
+Form = Literal["text", "md", "latex", "csv"]
+FORMS: tuple[Form, ...] = get_args(Form)
+_NAMES = {"text": "plain", "md": "github", "latex": "latex_booktabs"}
+
+
+def text_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], form: Form = "text", *, left: int = 1
+) -> str:
+    """Return a table, its first `left` columns aligned to the left and the others to the right.
+
+    Args:
+        columns: the head.
+        rows: cells, printed as they are.
+        form: `text` for a terminal, `md`, `latex` (with the rules of booktabs) or `csv`.
+        left: number of columns of words.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    if form == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([list(columns), *cells])
+        return text.getvalue().rstrip("\n")
+    align = ["left" if number < left else "right" for number in range(len(columns))]
+    table = tabulate(cells, list(columns), _NAMES[form], disable_numparse=True, colalign=align)
+    return str(table)
+
+
+def number(value: float, form: str) -> str:
+    """Return a number in a format such as `+.1f`, or - for NaN."""
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def interval(low: float, high: float, form: str = "+.1f") -> str:
+    """Return an interval as `[+1.0, +2.0]`, or - for NaN."""
+    return "-" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
+
+
+def p_value(value: float) -> str:
+    """Return a p-value with one digit, or - for NaN."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.1g}" if value >= 1e-4 else "<0.0001"
