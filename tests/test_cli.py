@@ -126,7 +126,7 @@ def test_synth_without_run_is_still_run(sft_probe: Run, tmp_path: Path) -> None:
         (["sweep", "runs/a", "--max-length"], "--max-length: expected one argument"),
         (["sweep", "runs/a", "runs/b"], "'runs/b' is one argument too many"),
         (["sweep"], "RUN is missing. Usage: sft-probe sweep RUN [options]"),
-        (["synth"], "--source, --out, --writer are missing"),
+        (["synth"], "--source, --out are missing"),
         (["completion", "tcsh"], "'tcsh': use one of bash, zsh, fish"),
         (["transfer"], "transfer needs either --runs or --train-on"),
         (["train", "--learning_rat", "1"], "Did you mean --learning_rate?"),
