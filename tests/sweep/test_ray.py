@@ -14,7 +14,7 @@ from processes import Forked
 
 @pytest.fixture
 def checkpoints(tiny_run: Path, tmp_path: Path) -> Path:
-    for step in range(1, 7):
+    for step in range(1, 5):
         shutil.copytree(
             tiny_run / f"weights/step_{(0, 1, 4)[step % 3]:06d}", tmp_path / f"checkpoint-{step}"
         )
@@ -27,7 +27,7 @@ def kill_a_worker_in_mid_step(process: Forked) -> None:
             if child.cmdline()[:1] == ["ray::StepWorker.score"]:
                 child.send_signal(signal.SIGKILL)
                 return
-        time.sleep(0.01)
+        time.sleep(0.03)
     pytest.fail("the sweep has ended before a worker was seen to score")
 
 
@@ -54,7 +54,7 @@ def test_the_step_of_a_killed_ray_worker_is_scored_by_another(
         pd.read_csv(checkpoints / folder / "run/trajectory.csv") for folder in ("a", "b")
     )
     pd.testing.assert_frame_equal(mine, theirs, atol=1e-4, rtol=0)
-    assert sorted(mine["step"].unique()) == [1, 2, 3, 4, 5, 6]
+    assert sorted(mine["step"].unique()) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def is_close(
         difference = float(np.abs(found - expected).mean())
         return difference <= 0.05, difference
     difference = float(np.abs(found - expected).max())
-    return difference <= np.clip(3e-4 * expected.std(), 2e-5, 1e-3), difference
+    return bool(difference <= np.clip(3e-4 * expected.std(), 2e-5, 1e-3)), difference
 
 
 def is_coarse(dtype: torch.dtype) -> bool:
