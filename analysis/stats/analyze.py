@@ -66,7 +66,16 @@ def analyze(
     Raises:
         UserError: one of them holds no scores, or those of one step only.
     """
-    recordings = load_recordings(paths)
+    return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
+
+
+def tables_of(
+    recordings: list[Recording],
+    *,
+    include_eos: bool = False,
+    categories: Sequence[str] | None = None,
+) -> Analysis:
+    """Compute the tables of runs that were read; arguments as for `analyze`."""
     _check_categories(recordings, categories or ())
     measure = "logprob_with_eos" if include_eos else "logprob"
     for recording in recordings:
