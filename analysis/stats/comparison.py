@@ -46,6 +46,10 @@ class Comparison:
     """`setting a b`: the settings that differ."""
     notes: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """Return what `sft-probe analyze A B` prints of the two runs."""
+        return comparison_text(self)
+
 
 def compare_recordings(
     a: Recording, b: Recording, measure: str = "logprob", categories: Sequence[str] | None = None

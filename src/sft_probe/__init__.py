@@ -1,18 +1,32 @@
 """sft-probe: what a language model is really learning during supervised fine-tuning."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sft_probe.api import Runs as Runs
+    from sft_probe.api import compare as compare
+    from sft_probe.api import load as load
+    from sft_probe.api import load_probe_set as load_probe_set
+    from sft_probe.api import score as score
     from sft_probe.train.probe import ProbeCallback as ProbeCallback
 
 __version__ = "0.1.0"
-__all__ = ["ProbeCallback"]
+_HOMES = {
+    "ProbeCallback": "sft_probe.train.probe",
+    **dict.fromkeys(("Runs", "compare", "load", "load_probe_set", "score"), "sft_probe.api"),
+}
+"""Public name to the module that has it: torch, pandas and the rest are imported at first use."""
+__all__ = ["ProbeCallback", "Runs", "compare", "load", "load_probe_set", "score"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `ProbeCallback` at its first use: it needs torch and the extra `train`."""
-    if name != "ProbeCallback":
+    """Import a public name at its first use."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sft_probe.train.probe import ProbeCallback
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-    return ProbeCallback
+
+def __dir__() -> list[str]:
+    """Return also the names that are not imported yet."""
+    return sorted({*globals(), *__all__})
