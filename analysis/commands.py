@@ -57,8 +57,8 @@ class Analyze(Selection):
         sft-probe analyze runs/a runs/b --categories chosen,rejected --format latex
     """
 
-    runs: Positional[Annotated[list[Path], "RUN|FILE"]]
-    """Runs, files of score rows, lm-eval outputs, or CSVs of means."""
+    runs: Positional[Annotated[list[Path], "[NAME=]RUN|FILE"]]
+    """Runs, files of score rows, lm-eval outputs, or CSVs of means; NAME is printed for one."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables. Default: RUN/analysis for one run, ./tables for several."""
     format: Literal["text", "md", "latex", "csv"] = "text"
@@ -95,8 +95,8 @@ class Plot(Selection):
         sft-probe plot runs/mine --figures changes,parts --width 3.25in --font-size 8 --no-title
     """
 
-    runs: Positional[Annotated[list[Path], "RUN"]]
-    """Runs that are swept, or that scored themselves in training."""
+    runs: Positional[Annotated[list[Path], "[NAME=]RUN"]]
+    """Runs that are swept, or that scored themselves in training; NAME is printed for one."""
     figures: Names | None = None
     """Figures to draw, such as changes,parts. Default: all that the runs allow."""
     color: Literal["category", "run", "order_seed", "train_category", "model"] = "category"
@@ -164,8 +164,8 @@ class Report(Selection):
         sft-probe report runs/a runs/b --out both.html
     """
 
-    runs: Positional[Annotated[list[Path], "RUN"]]
-    """Runs that are swept, or that scored themselves in training."""
+    runs: Positional[Annotated[list[Path], "[NAME=]RUN"]]
+    """Runs that are swept, or that scored themselves in training; NAME is printed for one."""
     format: Literal["html", "md"] = "html"
     """One HTML file, or Markdown with figures beside it."""
     out: Annotated[Path | None, "FILE"] = None
@@ -291,38 +291,49 @@ class Transfer(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger(Command):
-    """Split each category's gain by the prompt that it shows under: none, any, near or its own.
+    """Split each category's gain by the prompt that it shows under, or by the layers it lies in.
 
-    The parts (text, register, topic, prompt) add up to the gain, for the first token, the body and
-    the terminator apart. Needs `sft-probe sweep RUN --contexts own,near,far,none`.
+    By prompt, the parts (text, register, topic, prompt) add up to the gain; this needs `sft-probe
+    sweep RUN --contexts own,near,far,none`. With --path, the gradient is integrated along the
+    weights between snapshots, and divided by layer and kind of weight.
 
     Examples:
         sft-probe ledger runs/mine
-        sft-probe ledger runs/mine --categories chosen --out tables
+        sft-probe ledger runs/mine --path --categories chosen,random --docs 16
     """
 
     run: Positional[Annotated[Path, "RUN"]]
     """A run that was swept with --contexts."""
     categories: Names | None = None
-    """Categories to split. Default: all."""
+    """Categories to split. Default: all; with --path, what was trained on and random."""
+    path: bool = False
+    """Split by layer and kind of weight."""
+    docs: Positive = 16
+    """Held-out docs whose gradients --path takes."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of table and figure. Default: RUN/analysis."""
 
     def execute(self) -> None:
         """Print the parts, and write table and figure."""
-        from sft_probe.analysis.report.studies_text import ledger_text
+        from sft_probe.analysis.report.studies_text import ledger_text, path_text
         from sft_probe.analysis.studies.ledger import ledger, write_ledger
+        from sft_probe.analysis.studies.ledger_path import path_ledger, write_path
 
-        found = ledger(self.run, self.categories)
-        print(ledger_text(found))  # noqa: T201
-        folder = self.out or self.run / "analysis"
-        written = write_ledger(found, folder)
         try:
-            from sft_probe.analysis.figures.ledger import plot_ledger
+            from sft_probe.analysis.figures.ledger import plot_ledger, plot_path
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_ledger(found, folder)]:
-            log.info("wrote %s", path)
+        folder = self.out or self.run / "analysis"
+        if self.path:
+            path = path_ledger(self.run, self.categories, self.docs)
+            print(path_text(path))  # noqa: T201
+            written = [*write_path(path, folder), *plot_path(path, folder)]
+        else:
+            found = ledger(self.run, self.categories)
+            print(ledger_text(found))  # noqa: T201
+            written = [*write_ledger(found, folder), *plot_ledger(found, folder)]
+        for file in written:
+            log.info("wrote %s", file)
 
 
 @dataclass(frozen=True, kw_only=True)

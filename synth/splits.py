@@ -199,10 +199,12 @@ def check_sizes(docs: Sequence[Doc], left_out: Sequence[LeftOut]) -> None:
     counts = Counter(doc.split for doc in docs)
     for split in SPLITS:
         if counts[split] < MIN_DOCS:
+            fix = "Take more rows (--limit), or choose another --heldout-frac or --seed."
+            if left_out:
+                fix = f"Left out: {common_reasons(left_out)}. Fix the most common reason, or: {fix}"
             raise UserError(
                 f"the split {split} has {counts[split]} usable docs but needs {MIN_DOCS} or more. "
-                f"Left out: {common_reasons(left_out)}. Fix the most common reason, take more "
-                "rows (--limit), or choose another --heldout-frac or --seed."
+                f"{fix}"
             )
 
 
@@ -220,6 +222,15 @@ def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
             random_doc_id=docs[partner].doc_id,
         )
         for doc, partner in zip(docs, order, strict=True)
+    ]
+
+
+def with_random_in_splits(docs: Sequence[Doc], seed: int) -> list[Doc]:
+    """Return the train docs and then the held-out docs, with `random` drawn within each split."""
+    return [
+        doc
+        for split in SPLITS
+        for doc in with_random([one for one in docs if one.split == split], seed)
     ]
 
 

@@ -25,6 +25,7 @@ from sft_probe.command_line import config_of, read_command, write_config
 from sft_probe.errors import UserError
 from sft_probe.options import Command, about, options_of
 from sft_probe.synth.options import SynthRun
+from sft_probe.train import launch
 from sft_probe.train.options import Train, expand, given_options, train_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +126,7 @@ def test_synth_without_run_is_still_run(sft_probe: Run, tmp_path: Path) -> None:
         (["sweep", "runs/a", "--max-length"], "--max-length: expected one argument"),
         (["sweep", "runs/a", "runs/b"], "'runs/b' is one argument too many"),
         (["sweep"], "RUN is missing. Usage: sft-probe sweep RUN [options]"),
-        (["synth"], "--source, --out, --writer are missing"),
+        (["synth"], "--source, --out are missing"),
         (["completion", "tcsh"], "'tcsh': use one of bash, zsh, fish"),
         (["transfer"], "transfer needs either --runs or --train-on"),
         (["train", "--learning_rat", "1"], "Did you mean --learning_rate?"),
@@ -157,6 +158,15 @@ def test_a_typo_in_train_is_found_before_torch_is_imported() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_name_of_the_model_is_checked_before_anything_is_compiled(
+    sft_probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "build_extension", lambda: pytest.fail("compiled too early"))
+    flags = ("--model_name_or_path", "no/such-model", "--deepspeed", "cpu")
+    said = user_error(sft_probe("train", *flags, "--output_dir", tmp_path / "run"))
+    assert "cannot load the tokenizer of 'no/such-model'" in said
 
 
 @pytest.mark.parametrize("name", recipes.available())
@@ -324,13 +334,18 @@ def test_output_that_is_cut_off_is_no_traceback() -> None:
 
 @pytest.mark.slow
 def test_nothing_of_other_libraries_is_printed(
-    tiny_flags: list[str], sft_probe: Run, tmp_path: Path, write_set: WriteSet
+    tiny_flags: list[str],
+    sft_probe: Run,
+    tmp_path: Path,
+    write_set: WriteSet,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Train and sweep outside of a git repository, on a machine without a GPU."""
-    run = tmp_path / "run"
-    trained = sft_probe("train", *tiny_flags, "--output_dir", run, process=True)
-    swept = sft_probe("sweep", run, process=True)
-    checked = sft_probe("probe-set", write_set(make_docs()), process=True)
+    monkeypatch.chdir(tmp_path)
+    outside = {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    trained = sft_probe("train", *tiny_flags, "--output_dir", "run", **outside)
+    swept = sft_probe("sweep", "run", **outside)
+    checked = sft_probe("probe-set", write_set(make_docs()), **outside)
     for result in (trained, swept, checked):
         assert result.returncode == 0, result.stderr
         for word in ("pin_memory", "accelerator", "fatal:", "Warning", "warning"):

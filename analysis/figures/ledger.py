@@ -1,4 +1,4 @@
-"""The figure of `sft-probe ledger`: the parts of a gain stacked over the steps, and the whole."""
+"""Figures of `sft-probe ledger`: parts of a gain stacked over the steps; layers that carry it."""
 
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ import pandas as pd
 
 from sft_probe.analysis.figures.figure import Figure, Style, small_multiples
 from sft_probe.analysis.studies.ledger import MEASURES, WHOLE, Ledger
+from sft_probe.analysis.studies.ledger_path import PathLedger
 
 _COLORS = ("#bdbdbd", "#9ecae1", "#4292c6", "#08519c")
 
@@ -30,6 +31,49 @@ def plot_ledger(
         build=partial(_stacks, table, style),
     )
     return figure.save(folder, formats, style)
+
+
+def plot_path(
+    found: PathLedger, folder: Path, formats: tuple[str, ...] = ("png", "pdf")
+) -> list[Path]:
+    """Write the figure `ledger_path` with its numbers; return the paths."""
+    style = Style()
+    sums = found.parts.groupby(["category", "first_step", "last_step", "layer"], dropna=False)
+    table = sums["change"].sum().reset_index().sort_values(["first_step", "layer"])
+    table["layer"] = [
+        "other" if pd.isna(layer) else str(layer) for layer in table["layer"].astype(object)
+    ]
+    table["steps"] = table["first_step"].astype(str) + "-" + table["last_step"].astype(str)
+    figure = Figure(
+        name="ledger_path",
+        title="Where the gain lies: share of the path by layer and interval of steps",
+        subtitle=["Nats per response; other: embeddings, head and last norm; one run"],
+        table=table,
+        build=partial(_layers, table, style),
+    )
+    return figure.save(folder, formats, style)
+
+
+def _layers(table: pd.DataFrame, style: Style, width: float) -> Any:
+    names = sorted(set(table["layer"]) - {"other"}, key=int, reverse=True)
+    order = [*names, *(["other"] if "other" in set(table["layer"]) else [])]
+    largest = max(float(table["change"].abs().max()), 1e-9)
+    scale = alt.Scale(scheme="blueorange", domain=[-largest, largest], reverse=True)
+    cells = (
+        alt.Chart(table)
+        .mark_rect()
+        .encode(
+            x=alt.X(
+                "steps:N", sort=list(dict.fromkeys(table["steps"])), axis=alt.Axis(labelAngle=-30)
+            ),
+            y=alt.Y("layer:N", sort=order, title="layer"),
+            color=alt.Color("change:Q", scale=scale, legend=alt.Legend(title="nats")),
+            tooltip=["category:N", "steps:N", "layer:N", "change:Q"],
+        )
+    )
+    categories = list(dict.fromkeys(table["category"]))
+    height = style.font_size * max(len(order), 10)
+    return small_multiples(cells, categories, style, width, column="category", height=height)
 
 
 def _stacks(table: pd.DataFrame, style: Style, width: float) -> Any:

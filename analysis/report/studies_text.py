@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from sft_probe.analysis.studies.ledger import MEASURES, WHOLE, Ledger
+from sft_probe.analysis.studies.ledger_path import PathLedger
 from sft_probe.analysis.studies.weight_changes import by_layer
 from sft_probe.analysis.studies.words import MIN_DOCS, WordChanges
 
@@ -77,6 +78,35 @@ def _ledger_sentence(category: str, whole: pd.DataFrame) -> str:
     ]
     gain: Any = whole.loc[WHOLE, "change"]
     return f"of {category}'s {gain:+.1f} nats: {'; '.join(parts)}"
+
+
+def path_text(found: PathLedger) -> str:
+    """Return where each category's change lies, over all intervals, and whether it closes."""
+    blocks = []
+    for category, parts in found.parts.groupby("category", sort=False):
+        sums = parts.groupby(["layer", "kind"], dropna=False)["change"].sum().reset_index()
+        largest = sums.reindex(sums["change"].abs().sort_values(ascending=False).index).head(8)
+        whole = found.closure[found.closure["category"] == category]
+        name = str(category)
+        blocks.append(
+            f"{name}: {whole['measured'].sum():+.3f} nats measured, {whole['path'].sum():+.3f} "
+            "along the path; the largest shares of the path:"
+        )
+        largest["layer"] = largest["layer"].astype(object).where(largest["layer"].notna(), "-")
+        blocks.append(str(largest.to_string(index=False, float_format="{:+.3f}".format)))
+    errors = found.closure["error"]
+    if found.too_long:
+        blocks.append(
+            f"! steps too far apart between {', '.join(found.too_long)}: the path misses up to "
+            f"{errors.max():.1%} of its parts. Add snapshots there."
+        )
+    else:
+        blocks.append(f"the path closes: at most {errors.max():.2%} of its parts are missed")
+    blocks.append(
+        f"{found.parts['num_docs'].max()} held-out docs, one run. These are shares of the path, "
+        "not what would not have happened without a layer."
+    )
+    return "\n\n".join(blocks)
 
 
 def words_text(found: WordChanges, top: int) -> str:
