@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
-from sft_probe.probe_set import SPLITS, Doc, LeftOut, common_reasons
+from sft_probe.probe_set import Doc, LeftOut, common_reasons
 from sft_probe.prompts import PromptFormat
 from sft_probe.synth.asking.budget import Trial
 from sft_probe.synth.asking.protocol import Answer, Request
@@ -28,7 +28,14 @@ from sft_probe.synth.categories import (
 from sft_probe.synth.checks import JUDGED, fault_in, fault_of, opinion_request
 from sft_probe.synth.duplicates import NearDuplicates, count_words
 from sft_probe.synth.sources import hub_revision, read_pairs
-from sft_probe.synth.splits import RULE, check_sizes, draw_key, draw_order, split_docs, with_random
+from sft_probe.synth.splits import (
+    RULE,
+    check_sizes,
+    draw_key,
+    draw_order,
+    split_docs,
+    with_random_in_splits,
+)
 
 UNTRAINED_TEMPLATE = "untrained@1"
 Ask = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
@@ -346,11 +353,7 @@ def finish_docs(plan: SetPlan, written: Written) -> list[Doc]:
     check_sizes(docs, plan.left_out)
     if "random" not in plan.settings.kinds:
         return docs
-    return [
-        finished
-        for split in SPLITS
-        for finished in with_random([d for d in docs if d.split == split], plan.settings.seed)
-    ]
+    return with_random_in_splits(docs, plan.settings.seed)
 
 
 def _texts(doc: Doc, settings: SetSettings, written: Written) -> dict[str, str] | None:

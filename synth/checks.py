@@ -14,7 +14,7 @@ import yaml
 from sft_probe.probe_set import Doc
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.categories import Template
-from sft_probe.synth.duplicates import count_words, prompt_text, words
+from sft_probe.synth.duplicates import count_words, prompt_text, split_words
 from sft_probe.synth.leaks import is_leak
 
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.5, 2.0
@@ -172,7 +172,7 @@ def _folded_words(text: str) -> tuple[str, ...]:
     )
     return tuple(
         word
-        for part in words(letters.translate(_LOOK_ALIKE))
+        for part in split_words(letters.translate(_LOOK_ALIKE))
         for word in _FOLDED_WORD.findall(part)
     )
 

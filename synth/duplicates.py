@@ -81,7 +81,7 @@ def _band_values(text: str) -> list[int]:
 
 def shingles(text: str) -> set[str]:
     """Return the lower-case word trigrams of a text, or the whole of a shorter one."""
-    parts = words(text.lower())
+    parts = split_words(text.lower())
     return {
         " ".join(parts[i : i + _SHINGLE_WORDS])
         for i in range(max(1, len(parts) - _SHINGLE_WORDS + 1))
@@ -103,7 +103,7 @@ _CHARACTERS_PER_WORD = 5
 character counts as a word."""
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Split a text at white space, or into characters where most of its script has none."""
     return _TOKEN.findall(text) if _is_unspaced(text) else text.split()
 
@@ -113,7 +113,9 @@ def count_words(text: str) -> int:
     if not _is_unspaced(text):
         return len(text.split())
     num_syllabic = len(_SYLLABIC_CHARACTER.findall(text))
-    return max(1, len(words(text)) - num_syllabic + round(num_syllabic / _CHARACTERS_PER_WORD))
+    return max(
+        1, len(split_words(text)) - num_syllabic + round(num_syllabic / _CHARACTERS_PER_WORD)
+    )
 
 
 def _is_unspaced(text: str) -> bool:

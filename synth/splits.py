@@ -225,6 +225,15 @@ def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
     ]
 
 
+def with_random_in_splits(docs: Sequence[Doc], seed: int) -> list[Doc]:
+    """Return the train docs and then the held-out docs, with `random` drawn within each split."""
+    return [
+        doc
+        for split in SPLITS
+        for doc in with_random([one for one in docs if one.split == split], seed)
+    ]
+
+
 def derangement(texts: Sequence[str], seed: int) -> list[int]:
     """Return a permutation that gives each text the index of a different text.
 

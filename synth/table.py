@@ -39,7 +39,7 @@ from sft_probe.synth.splits import (
     draw_key,
     root_id,
     split_of,
-    with_random,
+    with_random_in_splits,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -92,11 +92,7 @@ def write_probe_set(
     _check_sizes(docs, MIN_DOCS if is_random_drawn else 1, heldout)
     if is_random_drawn:
         writers["random"] = "derangement"
-        docs = [
-            doc
-            for split in SPLITS
-            for doc in with_random([one for one in docs if one.split == split], seed)
-        ]
+        docs = with_random_in_splits(docs, seed)
     provenance = {
         "source": table.name,
         "source_sha256": sha256_file(table),
@@ -104,11 +100,7 @@ def write_probe_set(
         "left_out": len(left_out),
         "split": {"rule": RULE, "threshold": threshold},
     }
-    final = out.resolve()
-    make_dir(final.parent)
-    with new_dir(final) as temporary:
-        write_docs(temporary, docs)
-        write_manifest(temporary, docs, writers, prompt_format, provenance, name=final.name)
+    _write(out.resolve(), docs, writers, prompt_format, provenance)
     num_held = sum(doc.split == "heldout" for doc in docs)
     _LOG.info(
         "%d of %d docs are held out. --heldout %s keeps each in its split when rows are added or "
@@ -118,6 +110,20 @@ def write_probe_set(
         threshold,
     )
     return left_out
+
+
+def _write(
+    out: Path,
+    docs: list[Doc],
+    writers: dict[str, str],
+    prompt_format: str,
+    provenance: dict[str, Any],
+) -> None:
+    """Write a set under a temporary name and rename it, so that `out` is complete or absent."""
+    make_dir(out.parent)
+    with new_dir(out) as temporary:
+        write_docs(temporary, docs)
+        write_manifest(temporary, docs, writers, prompt_format, provenance, name=out.name)
 
 
 def _check_out(out: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from sft_probe.cli import main
 from sft_probe.probe_set import load_probe_set
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+PAGE_OF_DATA = Path(__file__).resolve().parents[1] / "docs/data.md"
 reads_task_index = pytest.mark.usefixtures("task_index")
 """For tests that have lm-eval read all its tasks: they and those that link ours into its package
 take turns."""
@@ -144,3 +146,13 @@ def make_checkpoint(folder: Path, tiny_model: Path, seed: int) -> Path:
             parameter.add_(seed * 0.01 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
+
+
+def documented_columns(table: str) -> set[str]:
+    """Return the columns that docs/data.md lists for a table, by the heading that names it."""
+    for section in PAGE_OF_DATA.read_text("utf-8").split("\n### ")[1:]:
+        heading, _, body = section.partition("\n")
+        if f"`{table}`" in heading:
+            rows = [line.split("|")[1] for line in body.splitlines() if line.startswith("| `")]
+            return set(re.findall(r"`(\w+)`", " ".join(rows)))
+    raise AssertionError(f"docs/data.md has no section on {table}")

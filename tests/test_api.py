@@ -10,12 +10,13 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import run_here
+from helpers import documented_columns, run_here
 from score_files import CURVES, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_probe
 from sft_probe.errors import UserError
+from sft_probe.scores import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +79,12 @@ def test_compare(two: list[Path]) -> None:
     last = changes[changes["step"] == 8].set_index("category")["difference"]
     np.testing.assert_allclose(last, (first - second).reindex(last.index), atol=1e-9)
     assert "a less b" in str(found)
+    assert set(found.table) == documented_columns("comparison")
+    assert set(found.settings) == documented_columns("comparison_settings")
+
+
+def test_every_column_of_a_score_row_is_documented() -> None:
+    assert set(SCHEMA.names) == documented_columns("scores")
 
 
 def test_score_gives_what_a_sweep_gives(swept_run: Path) -> None:

@@ -17,24 +17,24 @@ COLUMNS = [
     "category",
     "examples_seen",
     "epoch",
-    "n",
+    "num_docs",
     "num_tokens",
     "logprob",
-    "ci_low",
-    "ci_high",
-    "delta",
-    "delta_ci_low",
-    "delta_ci_high",
+    "logprob_low",
+    "logprob_high",
+    "change",
+    "low",
+    "high",
     "logprob_body",
-    "delta_body",
+    "change_body",
 ]
 
 
 def trajectory(recording: Recording) -> pd.DataFrame:
     """Return one row per step, split and category of one run as one source saw it.
 
-    `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `delta`
-    the mean paired change from the run's first step; `logprob_body` and `delta_body` are the same
+    `logprob` is the mean over docs of the summed log-prob in nats, without the terminator; `change`
+    the mean paired change from the run's first step; `logprob_body` and `change_body` are the same
     without the first token, null where the rows hold no token log-probs. The 95 % intervals are
     those of `sft-probe analyze`, each of one mean: they hold for prompts, not for repeated
     training. `analyze` adds bands for all steps at once. Values are rounded to 1e-4, since the
@@ -48,16 +48,16 @@ def _table(recording: Recording, split: str, arrays: Cube) -> pd.DataFrame:
     level = estimate(arrays.arrays["logprob"], arrays.clusters)
     change = estimate(arrays.change("logprob"), arrays.clusters)
     columns = {
-        "n": level.num_docs,
+        "num_docs": level.num_docs,
         "num_tokens": weighted_mean(arrays.arrays["num_tokens"]),
         "logprob": level.mean,
-        "ci_low": level.low,
-        "ci_high": level.high,
-        "delta": change.mean,
-        "delta_ci_low": change.low,
-        "delta_ci_high": change.high,
+        "logprob_low": level.low,
+        "logprob_high": level.high,
+        "change": change.mean,
+        "low": change.low,
+        "high": change.high,
         "logprob_body": weighted_mean(arrays.arrays["body"]),
-        "delta_body": weighted_mean(arrays.change("body")),
+        "change_body": weighted_mean(arrays.change("body")),
     }
     places = pd.MultiIndex.from_product(
         [arrays.categories, arrays.steps], names=["category", "step"]
@@ -65,7 +65,7 @@ def _table(recording: Recording, split: str, arrays: Cube) -> pd.DataFrame:
     table = pd.DataFrame(
         {name: values.reshape(-1) for name, values in columns.items()}, index=places
     )
-    table = table[table["n"] > 0].reset_index()
+    table = table[table["num_docs"] > 0].reset_index()
     seen = recording.rows.groupby("step")[["examples_seen", "epoch"]].first()
     source = recording.rows["source"].iloc[0]
     return table.join(seen, on="step").assign(run=recording.name, source=source, split=split)

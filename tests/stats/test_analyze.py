@@ -270,7 +270,7 @@ def test_repeated_responses_are_one_cluster(sft_probe: Run, tmp_path: Path) -> N
     assert verdict["num_clusters"].to_dict() == {"chosen": 24, "rejected": 24, "non_response": 20}
     assert sft_probe("plot", run, "--format", "svg").returncode == 0
     trajectory = pd.read_csv(run / "trajectory.csv").query("step == 8").set_index("category")
-    ends = trajectory.loc[verdict.index, ["delta_ci_low", "delta_ci_high"]]
+    ends = trajectory.loc[verdict.index, ["low", "high"]]
     np.testing.assert_allclose(
         ends, verdict[["low", "high"]], atol=6e-5, err_msg="one mean has one interval"
     )

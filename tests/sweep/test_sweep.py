@@ -96,23 +96,23 @@ def test_the_trajectory_is_the_mean_of_the_score_rows(swept_run: Path) -> None:
         "step",
         "category",
         "split",
-        "n",
+        "num_docs",
         "logprob",
-        "ci_low",
-        "ci_high",
-        "delta",
-        "delta_ci_low",
-        "delta_ci_high",
+        "logprob_low",
+        "logprob_high",
+        "change",
+        "low",
+        "high",
     ]
     assert set(required) <= set(table.columns)
     frame = scores(swept_run)
     for _, row in table.iterrows():
         mine = frame[(frame["step"] == row["step"]) & (frame["category"] == row["category"])]
-        assert row["n"] == 32
+        assert row["num_docs"] == 32
         assert row["logprob"] == pytest.approx(mine["logprob"].mean(), abs=1e-4)
-        assert row["ci_low"] < row["logprob"] < row["ci_high"]
-    assert (table.query("step == 0")["delta"] == 0).all()
-    assert (table.query("step == 4 and category == 'chosen'")["delta"] > 0).all()
+        assert row["logprob_low"] < row["logprob"] < row["logprob_high"]
+    assert (table.query("step == 0")["change"] == 0).all()
+    assert (table.query("step == 4 and category == 'chosen'")["change"] > 0).all()
 
 
 def test_lm_evals_own_results_stand_beside_the_score_rows(swept_run: Path) -> None:
@@ -203,7 +203,7 @@ def test_the_train_split_is_added_to_a_finished_sweep(
     result = sft_probe("sweep", run, "--splits", "train")
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(run / "trajectory.csv")
-    assert table.groupby("split")["n"].unique().map(list).to_dict() == {
+    assert table.groupby("split")["num_docs"].unique().map(list).to_dict() == {
         "heldout": [32],
         "train": [64],
     }
@@ -247,7 +247,7 @@ def test_revisions_of_a_hub_model_are_swept(
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "hub/trajectory.csv")
     assert sorted(table["step"].unique()) == [0, 1000]
-    assert (table["delta"] == 0).all()
+    assert (table["change"] == 0).all()
 
 
 @needs_shared

@@ -231,12 +231,7 @@ def test_logits_with_nan_are_reported(sweep: Any, checkpoints: Path, tiny_model:
         "doc_id": "d0",
         "reason": "NaN or inf",
     }
-    assert (
-        pd.read_csv(checkpoints / "run/trajectory.csv")
-        .query("step == 2")["delta_ci_low"]
-        .notna()
-        .all()
-    )
+    assert pd.read_csv(checkpoints / "run/trajectory.csv").query("step == 2")["low"].notna().all()
 
 
 def make_adapters(model_dir: Path, out: Path, config: Any) -> list[Any]:

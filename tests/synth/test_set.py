@@ -379,7 +379,7 @@ def test_raw_pairs_become_a_set_a_run_and_a_figure(
         "non_response",
     }
     assert set(table["step"]) == {0, 2}
-    assert (table["n"] == len(load_probe_set(str(out)).of_split("heldout"))).all()
+    assert (table["num_docs"] == len(load_probe_set(str(out)).of_split("heldout"))).all()
     assert (run / "figures" / "trajectory_heldout.png").is_file()
 
 
