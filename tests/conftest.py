@@ -14,10 +14,14 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import Run, make_tokenizer, run_here
+from hypothesis import settings
 from processes import TIMEOUT_S, run_forked
 from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# a machine that is busy is no fault
+settings.register_profile("patient")
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

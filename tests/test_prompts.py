@@ -102,7 +102,7 @@ def test_prompt_and_response_are_tokenized_as_lm_eval_does(bos: bool, tiny_model
     tokenizer = make_tokenizer(bos=bos)
     lm = harness(tokenizer, tiny_model)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
     def check(question: str, response: str) -> None:
         prompt = PromptFormat("hh").render([{"role": "user", "content": question}])

@@ -133,7 +133,7 @@ def test_any_prompt_and_response_have_the_right_ids_under_each_tokenizer(
     tokenizer = member.make()
     spec = spec_of(member, tmp_path)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
     def check(pairs: list[tuple[str, str]]) -> None:
         docs = [

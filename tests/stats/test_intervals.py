@@ -176,7 +176,7 @@ def test_the_band_is_wider_than_one_interval_and_narrower_than_bonferroni() -> N
     assert found.critical == again.critical, "the same data give the same band"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 60), min_size=60, max_size=60), st.integers(0, 99))
 def test_repeated_responses_of_one_category_change_its_own_intervals_alone(
     texts: list[int], seed: int
@@ -220,7 +220,7 @@ def test_intervals_of_500_docs_12_categories_and_50_steps_take_under_a_minute() 
     )
 
 
-@settings(max_examples=20, deadline=None)  # statsmodels takes 50 ms
+@settings(max_examples=20)  # statsmodels takes 50 ms
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_is_that_of_statsmodels(p_values: list[float]) -> None:
     np.testing.assert_allclose(holm(p_values), multipletests(p_values, method="holm")[1])

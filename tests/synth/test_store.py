@@ -114,7 +114,7 @@ def test_counts_are_by_category_and_status_and_a_status_can_change(tmp_path: Pat
         store.set_status(Name(), make_request("q"), "fine", "")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.text(st.characters(codec=None)))
 def test_any_text_of_a_model_can_be_stored(
     tmp_path_factory: pytest.TempPathFactory, text: str

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import Run, make_docs, user_error
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_forked, run_script
 from safetensors.torch import load_file
@@ -47,7 +47,6 @@ def some_docs(number: int) -> list[Doc]:
     ]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.lists(st.floats(0.01, 1), min_size=1, max_size=4), st.integers(0, 9))
 def test_a_mixture_gives_each_part_its_share(num_docs: int, shares: list[float], seed: int) -> None:
     names = "abcd"[: len(shares)]
