@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # a machine that is busy is no fault
-settings.register_profile("patient")
+settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
