@@ -19,6 +19,7 @@ from sft_probe.models import code_refused, local_folder, needs_code
 from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
 from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
+from sft_probe.scoring.targets import TokenColumns
 from sft_probe.tasks.cache import bind_cache
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class ProbeScore(tuple[float, bool]):
     """Of the terminator after the continuation; `None` where none was scored."""
     is_finite: bool
     """False where the model gave NaN or an infinity."""
+    token_columns: TokenColumns | None = None
+    """More of each token; `None` where it was not asked for."""
 
     @classmethod
     def of(cls, score: Score) -> "ProbeScore":
@@ -47,6 +50,7 @@ class ProbeScore(tuple[float, bool]):
         result.token_logprobs = score.token_logprobs.tolist()
         result.logprob_eos = score.logprob_eos
         result.is_finite = score.is_finite
+        result.token_columns = score.columns
         return result
 
 
@@ -74,6 +78,7 @@ class ProbeLM(HFLM):
         max_tokens: how many tokens one forward pass reads; default: 16,384 on a GPU, 1,024 on a
         CPU. Halved where
             memory runs out.
+        token_columns: probe tasks also get `ProbeScore.token_columns`.
         **arguments: those of `hf`; `batch_size` is for generation alone.
 
     Raises:
@@ -82,7 +87,9 @@ class ProbeLM(HFLM):
             change layers is asked for.
     """
 
-    def __init__(self, *, max_tokens: int | None = None, **arguments: Any) -> None:
+    def __init__(
+        self, *, max_tokens: int | None = None, token_columns: bool = False, **arguments: Any
+    ) -> None:
         if arguments.pop("trust_remote_code", False):
             raise UserError(
                 "trust_remote_code: the model sft_probe never runs code that comes with a model; "
@@ -103,6 +110,7 @@ class ProbeLM(HFLM):
         self.scorer = FittingScorer(
             max_tokens or default_max_tokens(str(self.device)), self.max_length
         )
+        self.token_columns = token_columns
         if torch.device(self.device).type == "cpu":
             keep_freed_memory()
             if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -176,6 +184,7 @@ class ProbeLM(HFLM):
                 num_cut,
                 len(items),
             )
+        self.scorer.with_columns = self.token_columns and any(map(_is_probe, requests))
         results: dict[int, ProbeScore] = {}
         for index, result in self._score(items, disable_tqdm):
             results[index] = result

@@ -89,7 +89,9 @@ def score(
         load_probe_set(str(probe_set)), tokenizer, prompt_format, max_length, num_train
     )
     texts.report_dropped()
-    scorer = FittingScorer(max_tokens or default_max_tokens(str(inner.device)), max_length)
+    scorer = FittingScorer(
+        max_tokens or default_max_tokens(str(inner.device)), max_length, with_columns=True
+    )
     columns = {
         **dict.fromkeys(("run", "train_category", "order_seed", "step", "examples_seen")),
         **{"tokens_seen": None, "epoch": None, "model": name_of_model(inner), "source": "live"},
@@ -248,6 +250,7 @@ class EncodedProbe:
                 first=first,
                 logprob_eos=score.logprob_eos,
                 is_greedy=score.is_greedy,
+                token_columns=score.columns,
             )
             for doc, first, score in zip(self._columns, self._first, mine, strict=True)
         ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch.nn.modules.dropout import _DropoutNd  # the base of all dropout modules
@@ -28,6 +29,7 @@ from sft_probe.models import (
 )
 from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.score import FittingScorer, Score
+from sft_probe.scoring.targets import read_targets
 
 if TYPE_CHECKING:
     from sft_probe.train.arguments import SftArguments
@@ -170,7 +172,7 @@ def score_adapted(
         yield from scorer.score(inner_model(model), items)
         return
     try:
-        yield from _score_whole(model, items)
+        yield from _score_whole(model, items, scorer.with_columns)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, KeyError) as error:
@@ -193,28 +195,21 @@ def _is_in_layers(model: Any) -> bool:
     return config.peft_type.value in _IN_LAYERS and not acts_outside
 
 
-def _score_whole(model: Any, items: Sequence[Continuation]) -> Iterator[tuple[int, Score]]:
+def _score_whole(
+    model: Any, items: Sequence[Continuation], with_columns: bool
+) -> Iterator[tuple[int, Score]]:
     """Yield the score of each item from a forward pass of its own through the whole adapted
     model."""
     with torch.no_grad():
         for index, item in enumerate(items):
             input_ids = torch.tensor([item.input_ids], device=model.device)
             logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[0]
-            targets = torch.tensor(item.target_ids, device=logits.device)
-            rows = logits[-len(targets) :].float()  # virtual tokens stand before the prompt
-            chosen = rows.gather(1, targets[:, None])[:, 0]
-            logprobs = (chosen - rows.logsumexp(dim=-1)).cpu().numpy()
-            greedy = (chosen == rows.amax(dim=-1)).cpu().numpy()
-            num_tokens = len(item.continuation_ids)
-            has_end = item.terminator_id is not None
-            yield (
-                index,
-                Score(
-                    token_logprobs=logprobs[:num_tokens],
-                    greedy_tokens=greedy[:num_tokens],
-                    logprob_eos=float(logprobs[num_tokens]) if has_end else None,
-                ),
+            targets = np.array(item.target_ids)
+            rows = logits[-len(targets) :]  # virtual tokens stand before the prompt
+            found = read_targets(
+                [rows], np.arange(len(targets)), targets, with_columns=with_columns
             )
+            yield index, Score.of(found, 0, item)
 
 
 _JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")

@@ -136,6 +136,7 @@ class ProbeCallback(TrainerCallback):
             self.max_tokens or default_max_tokens(str(model.device)),
             self.max_length,
             may_shrink=not is_deepspeed_zero3_enabled(),
+            with_columns=True,
         )
         if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
             self._probe(args, state, whole)

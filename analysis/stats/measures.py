@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from sft_probe.analysis.stats.clusters import Ints, cluster_ids, count_text
 from sft_probe.analysis.stats.intervals import Floats
+from sft_probe.scores import TOKEN_COLUMNS
 
 POSITIONS = {
     "tokens_1": 1,
@@ -25,12 +26,13 @@ MEASURES = ("logprob", "logprob_with_eos", *PARTS, *POSITIONS)
 
 
 def add_measures(rows: pa.Table) -> pd.DataFrame:
-    """Score rows as a frame without `token_logprobs`, with a column for each of `MEASURES`.
+    """Return score rows as a frame without the columns of tokens, with one for each of
+    `MEASURES`.
 
     `first` is `logprob_first`, `body` the rest of `logprob`; parts by position are null without
     token log-probs.
     """
-    frame: pd.DataFrame = rows.drop_columns(["token_logprobs"]).to_pandas()
+    frame: pd.DataFrame = rows.drop_columns(["token_logprobs", *TOKEN_COLUMNS]).to_pandas()
     for name in ("logprob", "logprob_first", "logprob_eos", "num_tokens", "num_bytes"):
         frame[name] = frame[name].astype("float64")
     frame["first"] = frame["logprob_first"]

@@ -76,6 +76,8 @@ class SweepRequest(Benchmarks, Replayable):
     contexts: Annotated[Names, "A,B"] = ()
     """Also score the held-out responses under other prompts, for `sft-probe ledger`:
     own,near,far,none."""
+    columns: Literal["all", "logprob"] = "all"
+    """Columns of each token: log-prob, argmax, entropy, rank and norm, or the log-prob alone."""
     dry_run: bool = False
     """List the checkpoints with step, size and what is scored already, and end."""
 

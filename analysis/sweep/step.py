@@ -197,6 +197,7 @@ class Scorer:
                 batch_size=self.request.batch_size,
                 max_length=self.settings.max_length,
                 max_tokens=self.max_tokens,
+                token_columns=self.request.columns == "all",
             )
 
     def _score_probes(self, checkpoint: Checkpoint, split: str, folder: Path) -> None:
@@ -250,6 +251,7 @@ class Scorer:
             first=self.first_visible[doc["doc_id"], doc["category"]],
             logprob_eos=score.logprob_eos,
             is_greedy=score[1],
+            token_columns=score.token_columns,
         )
 
     def _load_probe_tasks(self, split: str) -> Any:

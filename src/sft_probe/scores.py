@@ -3,7 +3,7 @@ category, doc and source."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.json
@@ -11,6 +11,9 @@ import pyarrow.parquet
 
 from sft_probe.errors import UserError
 from sft_probe.files import new_file
+
+if TYPE_CHECKING:
+    from sft_probe.scoring.targets import TokenColumns
 
 SCHEMA = pa.schema(
     [
@@ -33,6 +36,10 @@ SCHEMA = pa.schema(
         ("logprob_first", pa.float64()),
         ("logprob_eos", pa.float64()),
         ("token_logprobs", pa.list_(pa.float32())),
+        ("token_max_logprobs", pa.list_(pa.float32())),
+        ("token_entropies", pa.list_(pa.float32())),
+        ("token_ranks", pa.list_(pa.int32())),
+        ("token_norms", pa.list_(pa.float32())),
         ("is_greedy", pa.bool_()),
         ("weights_dtype", pa.string()),
         ("compute_dtype", pa.string()),
@@ -42,6 +49,9 @@ SCHEMA = pa.schema(
 """Columns of a score row in order. `docs/data.md` says what each means."""
 KEY = ("run", "source", "step", "split", "category", "doc_id")
 """Columns that no two score rows have in common."""
+TOKEN_COLUMNS = ("token_max_logprobs", "token_entropies", "token_ranks", "token_norms")
+"""Columns of the distribution at each token; null in rows that were scored without them."""
+_DIGITS = 6
 _OF_DOC = ("category", "split", "doc_id", "conversation_id", "prompt_format", "num_bytes")
 
 
@@ -54,6 +64,7 @@ def score_row(
     first: int,
     logprob_eos: float | None,
     is_greedy: bool,
+    token_columns: "TokenColumns | None" = None,
 ) -> dict[str, Any]:
     """Build one score row; log-probs are in nats.
 
@@ -65,7 +76,16 @@ def score_row(
         first: index of the first token that holds more than white space.
         logprob_eos: log-prob of the terminator after the response.
         is_greedy: whether greedy decoding would write the response.
+        token_columns: `TOKEN_COLUMNS`, each [num_tokens]; they are rounded to 6 digits.
     """
+    more: dict[str, Any] = dict.fromkeys(TOKEN_COLUMNS)
+    if token_columns:
+        more = {
+            name: values.astype(values.dtype if values.dtype.kind == "i" else float)
+            .round(_DIGITS)
+            .tolist()
+            for name, values in zip(TOKEN_COLUMNS, token_columns, strict=True)
+        }
     row = {
         **columns,
         **{name: doc[name] for name in _OF_DOC},
@@ -75,6 +95,7 @@ def score_row(
         "logprob_eos": logprob_eos,
         "token_logprobs": token_logprobs,
         "is_greedy": is_greedy,
+        **more,
     }
     return {name: row[name] for name in SCHEMA.names}
 
@@ -106,9 +127,15 @@ def read_scores(paths: Sequence[Path]) -> pa.Table:
 
 
 def read_scores_parquet(path: Path) -> pa.Table:
-    """Read a parquet file of score rows. Raises `UserError` where it holds anything else."""
+    """Read a parquet file of score rows; `TOKEN_COLUMNS` may be absent. Raises `UserError` where it
+    holds anything else."""
     try:
-        return pyarrow.parquet.read_table(path).select(SCHEMA.names).cast(SCHEMA)
+        table = pyarrow.parquet.read_table(path)
+        for name in TOKEN_COLUMNS:
+            if name not in table.column_names:
+                nulls = pa.nulls(len(table), SCHEMA.field(name).type)
+                table = table.append_column(SCHEMA.field(name), nulls)
+        return table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise UserError(
             f"{path} is no parquet file of score rows ({error}); docs/data.md lists their columns."

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sft_probe.scoring.attention import PLAIN, ForwardMode
 from sft_probe.scoring.packing import Continuation, batches, pack_shared
 from sft_probe.scoring.score import Score, choose_mode, score
+from sft_probe.scoring.targets import read_targets
 
 VOCAB = 97
 WINDOW = 16
@@ -260,3 +261,56 @@ def test_requests_that_differ_only_in_the_split_point() -> None:
         [Continuation(text[:n], text[n:]) for n in range(1, 10)],
         ForwardMode(shared=True, blocks=True),
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "bloom"])
+def test_token_columns_equal_those_of_a_float64_forward(name: str) -> None:
+    model, items = make_model(name), make_items()
+    mode = choose_mode(model, longest=80)
+    found = dict(score(model, items, max_tokens=256, mode=mode, with_columns=True))
+    for i, item in enumerate(items):
+        ids = [*item.prefix_ids, *item.continuation_ids]
+        with torch.no_grad():
+            rows = model.double()(torch.tensor([ids])).logits[0, len(item.prefix_ids) - 1 : -1]
+        p, chosen = rows.softmax(-1), rows[range(len(rows)), list(item.continuation_ids)]
+        columns = found[i].columns
+        assert columns is not None
+        np.testing.assert_allclose(columns.max_logprobs, p.amax(-1).log(), atol=2e-4)
+        np.testing.assert_allclose(columns.entropies, -(p * p.log()).sum(-1), atol=2e-4)
+        np.testing.assert_allclose(columns.norms, p.norm(dim=-1), atol=2e-4)
+        assert columns.ranks.tolist() == (1 + (rows > chosen[:, None]).sum(-1)).tolist()
+        assert columns.ranks.dtype == np.int32
+        assert ((columns.ranks == 1) == found[i].greedy_tokens).all()
+
+
+def test_token_columns_are_left_out_unless_they_are_wanted() -> None:
+    model, items = make_model("llama"), make_items()
+    mode = choose_mode(model, longest=80)
+    alone = dict(score(model, items, max_tokens=256, mode=mode))
+    both = dict(score(model, items, max_tokens=256, mode=mode, with_columns=True))
+    for i, plain in alone.items():
+        assert plain.columns is None
+        np.testing.assert_array_equal(plain.token_logprobs, both[i].token_logprobs)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 60), st.integers(0, VOCAB - 1))
+@settings(max_examples=50, deadline=None)
+def test_entropy_is_at_most_log_v_and_rank_one_is_greedy(
+    seed: int, scale: float, num_masked: int
+) -> None:
+    random = np.random.default_rng(seed)
+    logits = torch.from_numpy(scale * random.standard_normal((40, VOCAB))).float()
+    logits[:, 1 : num_masked + 1] = -torch.inf  # what a model never says
+    rows = np.concatenate([np.arange(40), random.integers(40, size=90)])
+    targets = np.where(random.random(len(rows)) < 0.5, 0, logits.argmax(-1).numpy()[rows])
+    found = read_targets(
+        [logits[:17].clone(), logits[17:].clone()], rows, targets, with_columns=True
+    )
+    columns = found.columns
+    assert columns is not None
+    assert (columns.entropies >= -1e-6).all()
+    assert (columns.entropies <= np.log(VOCAB - num_masked) + 1e-5).all()
+    assert ((columns.ranks == 1) == found.greedy).all()
+    assert (columns.ranks <= VOCAB - num_masked).all()
+    assert (columns.max_logprobs >= found.logprobs).all()
+    assert (columns.norms <= np.exp(columns.max_logprobs / 2) + 1e-5).all()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_probe.analysis.sweep.live_model import LiveModel
 from sft_probe.files import write_jsonl
 from sft_probe.probe_set import CATEGORIES, load_probe_set
-from sft_probe.scores import SCHEMA
+from sft_probe.scores import SCHEMA, TOKEN_COLUMNS
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
 
@@ -70,6 +70,8 @@ def test_score_rows_say_their_run_step_doc_category_and_tokens(swept_run: Path) 
     records: list[Any] = frame.to_dict("records")
     for row in records:
         assert len(row["token_logprobs"]) == row["num_tokens"]
+        assert all(len(row[name]) == row["num_tokens"] for name in TOKEN_COLUMNS)
+        assert row["is_greedy"] == all(rank == 1 for rank in row["token_ranks"])
         assert sum(map(float, row["token_logprobs"])) == pytest.approx(row["logprob"], abs=1e-4)
         ids = tokenizer.encode(" " + docs[row["doc_id"]].responses[row["category"]])
         first = 1 if tokenizer.decode(ids[:1]) == " " else 0

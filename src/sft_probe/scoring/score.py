@@ -29,6 +29,7 @@ from sft_probe.scoring.attention import (
 )
 from sft_probe.scoring.head import logits_in_chunks
 from sft_probe.scoring.packing import Continuation, IntArray, Pack, batches, pack_alone, pack_shared
+from sft_probe.scoring.targets import TargetScores, TokenColumns, read_targets
 from sft_probe.scoring.trials import check_language_model, is_close, made_up_items, plain_logprobs
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_PACK_TOKENS = 1024
-"""A longer pack pays more attention between strangers on a GPU, and leaves the cache of a CPU."""
+"""Longer packs waste attention on unrelated tokens (GPU) and overflow the cache (CPU)."""
 _HEAD_ROW_COST = 1 / 32
 _MAX_HEAD_ROWS = 2048
 _CHECK_HEAD_ROWS = 7
@@ -59,7 +60,20 @@ class Score:
     greedy_tokens: npt.NDArray[np.bool_]
     """[R], True where no token has a higher logit."""
     logprob_eos: float | None
-    """Of the terminator; `None` where none was asked for."""
+    """Log-prob of the terminator; `None` where none was asked for."""
+    columns: TokenColumns | None = None
+    """More of each token; `None` where the log-probs alone were asked for."""
+
+    @classmethod
+    def of(cls, found: TargetScores, start: int, item: Continuation) -> "Score":
+        """Return the score of an item whose targets begin at `start`."""
+        stop = start + len(item.continuation_ids)
+        return cls(
+            token_logprobs=found.logprobs[start:stop],
+            greedy_tokens=found.greedy[start:stop],
+            logprob_eos=None if item.terminator_id is None else float(found.logprobs[stop]),
+            columns=found.columns and found.columns.between(start, stop),
+        )
 
     @property
     def logprob(self) -> float:
@@ -86,12 +100,21 @@ class FittingScorer:
         longest: as for `choose_mode`.
         may_shrink: False where other processes take part in each forward pass and would still go by
         the old budget.
+        with_columns: as for `score`.
     """
 
-    def __init__(self, max_tokens: int, longest: int, *, may_shrink: bool = True) -> None:
+    def __init__(
+        self,
+        max_tokens: int,
+        longest: int,
+        *,
+        may_shrink: bool = True,
+        with_columns: bool = False,
+    ) -> None:
         self.max_tokens = max_tokens
         self.longest = longest
         self.may_shrink = may_shrink
+        self.with_columns = with_columns
         self.mode: ForwardMode | None = None
 
     def score(
@@ -107,7 +130,13 @@ class FittingScorer:
             try:
                 if self.mode is None:
                     self.mode = choose_mode(model, self.longest)
-                yield from score(model, items, max_tokens=self.max_tokens, mode=self.mode)
+                yield from score(
+                    model,
+                    items,
+                    max_tokens=self.max_tokens,
+                    mode=self.mode,
+                    with_columns=self.with_columns,
+                )
                 return
             except torch.OutOfMemoryError as error:
                 if not self.may_shrink:
@@ -205,6 +234,7 @@ def score(
     max_tokens: int,
     mode: ForwardMode,
     head_rows: int | None = None,
+    with_columns: bool = False,
 ) -> Iterator[tuple[int, Score]]:
     """Yield the index of each item and its score, batch by batch.
 
@@ -216,6 +246,7 @@ def score(
             through the head at a time as weigh the same, V / (32 x hidden) tokens each.
         mode: what `choose_mode` returned for this model, or `PLAIN`.
         head_rows: rows that go through the head at a time, instead of that.
+        with_columns: also give `Score.columns`.
     """
     head_rows = head_rows or _head_rows(model, max_tokens)
     packs = (
@@ -224,14 +255,20 @@ def score(
     with torch.no_grad():
         suspects = []
         for batch in batches(list(packs), 0 if mode.alone else max_tokens):
-            for index, result in _score_batch(model, items, batch, head_rows, mode):
+            for index, result in _score_batch(
+                model, items, batch, head_rows, mode=mode, with_columns=with_columns
+            ):
                 if result.is_finite or not mode.shared:
                     yield index, result
                 else:  # NaN times an attention of 0 is NaN: one item spoils its whole pack
                     suspects.append(index)
         if suspects:
             for number, result in score(
-                model, [items[i] for i in suspects], max_tokens=max_tokens, mode=PLAIN
+                model,
+                [items[i] for i in suspects],
+                max_tokens=max_tokens,
+                mode=PLAIN,
+                with_columns=with_columns,
             ):
                 yield suspects[number], result
 
@@ -241,7 +278,9 @@ def _score_batch(
     items: Sequence[Continuation],
     batch: list[Pack],
     head_rows: int,
+    *,
     mode: ForwardMode,
+    with_columns: bool,
 ) -> Iterator[tuple[int, Score]]:
     length = max(len(pack.token_ids) for pack in batch)
     indices = [i for pack in batch for i in pack.items]
@@ -253,20 +292,11 @@ def _score_batch(
     with closing(
         _logits(model, _inputs(model, batch, length, mode), rows, head_rows, mode)
     ) as chunks:
-        logprobs, greedy = _read_targets(chunks, row_of_target, targets, model.device)
+        found = read_targets(chunks, row_of_target, targets, with_columns=with_columns)
     start = 0
     for i in indices:
-        stop = start + len(items[i].continuation_ids)
-        has_terminator = items[i].terminator_id is not None
-        yield (
-            i,
-            Score(
-                token_logprobs=logprobs[start:stop],
-                greedy_tokens=greedy[start:stop],
-                logprob_eos=float(logprobs[stop]) if has_terminator else None,
-            ),
-        )
-        start = stop + has_terminator
+        yield i, Score.of(found, start, items[i])
+        start += len(items[i].target_ids)
 
 
 def _inputs(
@@ -316,38 +346,3 @@ def _head_rows(model: "PreTrainedModel", max_tokens: int) -> int:
         _MAX_HEAD_ROWS,
         max(16, int(max_tokens * config.hidden_size / config.vocab_size / _HEAD_ROW_COST)),
     )
-
-
-def _read_targets(
-    chunks: Iterator[torch.Tensor], row_of_target: IntArray, targets: IntArray, device: torch.device
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Return the log-probs [Q] of `targets` [Q], and whether none is higher; `row_of_target` [Q]
-    counts rows over all chunks."""
-    order = np.argsort(row_of_target, kind="stable")
-    sorted_rows = row_of_target[order]
-    logprobs, greedy, start = [], [], 0
-    for logits in chunks:
-        stop = start + len(logits)
-        mine = slice(*np.searchsorted(sorted_rows, [start, stop]))
-        row = torch.from_numpy(sorted_rows[mine] - start).to(device)
-        target_logits = logits[row, torch.from_numpy(targets[order[mine]]).to(device)].float()
-        top, log_sum = _top_and_log_sum(logits)
-        logprobs.append(target_logits - log_sum[row])
-        greedy.append(target_logits == top[row])
-        start = stop
-    back = np.argsort(order, kind="stable")
-    return torch.cat(logprobs).cpu().numpy()[back], torch.cat(greedy).cpu().numpy()[back]
-
-
-def _top_and_log_sum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the maximum and the log-sum-exp of each row, in float32; float32 logits are
-    overwritten."""
-    tops, log_sums = [], []
-    # a few rows stay in a CPU's cache from the first pass over them to the last
-    part_rows = 16 if logits.device.type == "cpu" else len(logits)
-    for start in range(0, len(logits), part_rows):
-        values = logits[start : start + part_rows].float()
-        top = values.amax(dim=-1)
-        tops.append(top)
-        log_sums.append(values.sub_(top[:, None]).exp_().sum(dim=-1).log_() + top)
-    return torch.cat(tops), torch.cat(log_sums)
