@@ -57,8 +57,8 @@ class Analyze(Selection):
         sft-probe analyze runs/a runs/b --categories chosen,rejected --format latex
     """
 
-    runs: Positional[Annotated[list[Path], "RUN|FILE"]]
-    """Runs, files of score rows, lm-eval outputs, or CSVs of means."""
+    runs: Positional[Annotated[list[Path], "[NAME=]RUN|FILE"]]
+    """Runs, files of score rows, lm-eval outputs, or CSVs of means; NAME is printed for one."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables. Default: RUN/analysis for one run, ./tables for several."""
     format: Literal["text", "md", "latex", "csv"] = "text"
@@ -95,8 +95,8 @@ class Plot(Selection):
         sft-probe plot runs/mine --figures changes,parts --width 3.25in --font-size 8 --no-title
     """
 
-    runs: Positional[Annotated[list[Path], "RUN"]]
-    """Runs that are swept, or that scored themselves in training."""
+    runs: Positional[Annotated[list[Path], "[NAME=]RUN"]]
+    """Runs that are swept, or that scored themselves in training; NAME is printed for one."""
     figures: Names | None = None
     """Figures to draw, such as changes,parts. Default: all that the runs allow."""
     color: Literal["category", "run", "order_seed", "train_category", "model"] = "category"
@@ -164,8 +164,8 @@ class Report(Selection):
         sft-probe report runs/a runs/b --out both.html
     """
 
-    runs: Positional[Annotated[list[Path], "RUN"]]
-    """Runs that are swept, or that scored themselves in training."""
+    runs: Positional[Annotated[list[Path], "[NAME=]RUN"]]
+    """Runs that are swept, or that scored themselves in training; NAME is printed for one."""
     format: Literal["html", "md"] = "html"
     """One HTML file, or Markdown with figures beside it."""
     out: Annotated[Path | None, "FILE"] = None

@@ -1,5 +1,4 @@
-"""What `sft-probe probe-set` prints: counts, lengths, duplicates, overlap of the splits, and each
-fault."""
+"""Words of a text in any script, and near-duplicates by the MinHash of word trigrams."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,18 +11,17 @@ from datasketch import MinHash
 NEAR_DUPLICATE_JACCARD = 0.7
 _SHINGLE_WORDS = 3
 _NUM_PERMUTATIONS, _NUM_BANDS, _NUM_ROWS = 128, 14, 9
-# the bands that weigh false and missed pairs alike at a similarity of 0.7
+# bands that weigh false and missed pairs equally at a similarity of 0.7
 
 _MAX_RECENT = 2**16
 
 
 def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Links between texts whose word trigrams have a Jaccard similarity of about 0.7 or more
-    (MinHash).
+    """Return links `(i, j)`, i < j, between texts with a Jaccard similarity of about 0.7 or more.
 
-    Each text is linked to the first text with which it shares a band, at most one link for each
-    band: what is linked, directly or through others, is what is alike, in a number of steps that
-    grows with the texts and not with their square. `(i, j)` has i < j.
+    Each text is linked to the first text with which it shares a band of its MinHash. Texts that
+    are linked, directly or through others, are similar. The time grows linearly with the number of
+    texts.
     """
     first_of: dict[str, int] = {}
     links = [(first_of.setdefault(text, number), number) for number, text in enumerate(texts)]
@@ -40,11 +38,9 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 class NearDuplicates:
-    """An index of texts by the MinHash of their word trigrams: texts with an equal band are
-    near-duplicates.
+    """An index of texts by the bands of their MinHash, which near-duplicates share.
 
-    It finds what `MinHashLSH` of datasketch finds in a fraction of the memory: 112 bytes for each
-    text.
+    It finds what datasketch's `MinHashLSH` finds, in a fraction of the memory: 112 bytes per text.
     """
 
     def __init__(self) -> None:
@@ -52,7 +48,7 @@ class NearDuplicates:
         self._recent: set[int] = set()
 
     def add(self, text: str) -> None:
-        """Makes `text` findable."""
+        """Add a text to the index."""
         self._recent.update(_band_values(text))
         if len(self._recent) > _MAX_RECENT:
             recent = np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent))
@@ -60,7 +56,7 @@ class NearDuplicates:
             self._recent = set()
 
     def holds(self, text: str) -> bool:
-        """Whether a text was added whose Jaccard similarity to this one is about 0.7 or more."""
+        """Return whether a near-duplicate of this text was added."""
         values = _band_values(text)
         if not self._recent.isdisjoint(values):
             return True
@@ -73,7 +69,7 @@ class NearDuplicates:
 
 @lru_cache(maxsize=1)
 def _band_values(text: str) -> list[int]:
-    """One number for each band of the text's MinHash, in which the band's own number takes part."""
+    """Return a hash for each band of a text's MinHash."""
     sketch = MinHash(num_perm=_NUM_PERMUTATIONS)
     sketch.update_batch([shingle.encode() for shingle in shingles(text)])
     bands = sketch.hashvalues[: _NUM_BANDS * _NUM_ROWS].reshape(_NUM_BANDS, _NUM_ROWS)
@@ -84,7 +80,7 @@ def _band_values(text: str) -> list[int]:
 
 
 def shingles(text: str) -> set[str]:
-    """The word trigrams of a text in lower case, or the whole of a shorter one."""
+    """Return the lower-case word trigrams of a text, or the whole of a shorter one."""
     parts = words(text.lower())
     return {
         " ".join(parts[i : i + _SHINGLE_WORDS])
@@ -93,7 +89,7 @@ def shingles(text: str) -> set[str]:
 
 
 def prompt_text(messages: Iterable[dict[str, str]]) -> str:
-    """The turns' contents, one after the other."""
+    """Return the joined contents of turns."""
     return "\n".join(turn["content"] for turn in messages)
 
 
@@ -103,19 +99,17 @@ _CHARACTER = regex.compile(rf"{_UNSPACED}|{_SYLLABIC}")
 _TOKEN = regex.compile(rf"{_UNSPACED}|{_SYLLABIC}|(?:(?!{_UNSPACED}|{_SYLLABIC})\S)+")
 _SYLLABIC_CHARACTER = regex.compile(_SYLLABIC)
 _CHARACTERS_PER_WORD = 5
-"""Of a word in the scripts of mainland South-East Asia; in Chinese and Japanese a character counts
-as a word."""
+"""Length of a word in the scripts of mainland South-East Asia. In Chinese and Japanese each
+character counts as a word."""
 
 
 def words(text: str) -> list[str]:
-    """What stands between blanks; single characters where most of the text is in a script without
-    blanks."""
+    """Split a text at white space, or into characters where most of its script has none."""
     return _TOKEN.findall(text) if _is_unspaced(text) else text.split()
 
 
 def count_words(text: str) -> int:
-    """The length of a text in words, by its characters where most of it is in a script without
-    blanks."""
+    """Return the length of a text in words, by its characters where its script has no spaces."""
     if not _is_unspaced(text):
         return len(text.split())
     num_syllabic = len(_SYLLABIC_CHARACTER.findall(text))

@@ -72,7 +72,7 @@ class SynthRun(Contents, Budget, Replayable):
     stored as it arrives, so the same command resumes and nothing is paid for twice.
 
     Examples:
-        sft-probe synth run --source pairs.jsonl --writer offline --out sets/mine
+        sft-probe synth run --source pairs.jsonl --categories random --out sets/mine
         sft-probe synth run --source Anthropic/hh-rlhf --writer gemini --out sets/hh --dry-run
         sft-probe synth run --source Anthropic/hh-rlhf --writer gemini --out sets/hh --limit 500
     """
@@ -90,7 +90,7 @@ class SynthRun(Contents, Budget, Replayable):
     base_url: Annotated[str | None, "URL"] = None
     """Address of the server; openai needs it except for OpenAI's own."""
     dry_run: bool = False
-    """Print calls, tokens and cost, and send nothing."""
+    """Print calls, tokens and cost; send and write nothing."""
 
     def execute(self) -> None:
         """Write the set, or print what it would cost."""

@@ -199,10 +199,12 @@ def check_sizes(docs: Sequence[Doc], left_out: Sequence[LeftOut]) -> None:
     counts = Counter(doc.split for doc in docs)
     for split in SPLITS:
         if counts[split] < MIN_DOCS:
+            fix = "Take more rows (--limit), or choose another --heldout-frac or --seed."
+            if left_out:
+                fix = f"Left out: {common_reasons(left_out)}. Fix the most common reason, or: {fix}"
             raise UserError(
                 f"the split {split} has {counts[split]} usable docs but needs {MIN_DOCS} or more. "
-                f"Left out: {common_reasons(left_out)}. Fix the most common reason, take more "
-                "rows (--limit), or choose another --heldout-frac or --seed."
+                f"{fix}"
             )
 
 

@@ -79,9 +79,13 @@ def _run(
     arguments: list[str],
     environment: dict[str, str],
     output: dict[int, str],
+    answers: str | None,
 ) -> None:
     for descriptor, path in output.items():
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    if answers is not None:  # else stdin is empty
+        sys.stdin = Path(answers).open(encoding="utf-8")  # noqa: SIM115
+        os.dup2(sys.stdin.fileno(), 0)
     os.environ.update(environment)
     target(arguments)
 
@@ -96,13 +100,18 @@ class Forked:
         log: Path,
         out: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        answers: Path | None = None,
         target: Callable[[list[str]], None] = run_command,
     ) -> None:
-        """Start the command; `log` takes its stderr, and its stdout unless `out` is given."""
+        """Start the command; `log` takes its stderr, and its stdout unless `out` is given.
+
+        `answers` is a file that it reads as its stdin.
+        """
         output = {1: str(out or log), 2: str(log)}
         command = [str(argument) for argument in arguments]
         self._process = SERVER.Process(
-            target=_run, args=(target, command, dict(environment or {}), output)
+            target=_run,
+            args=(target, command, dict(environment or {}), output, answers and str(answers)),
         )
         self._process.start()
         self.pid = self._process.pid or 0
@@ -138,11 +147,15 @@ def run_forked(
     *arguments: object,
     target: Callable[[list[str]], None] = run_command,
     environment: Mapping[str, str] | None = None,
+    answers: str = "",
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end, and return its exit code and what it has printed."""
     with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder, "out"), Path(folder, "err")
-        process = Forked(arguments, log=log, out=out, environment=environment, target=target)
+        out, log, stdin = Path(folder, "out"), Path(folder, "err"), Path(folder, "in")
+        stdin.write_text(answers)
+        process = Forked(
+            arguments, log=log, out=out, environment=environment, answers=stdin, target=target
+        )
         code = process.wait()
         command = [str(argument) for argument in arguments]
         return subprocess.CompletedProcess(command, code, out.read_text(), log.read_text())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Run, user_error
+from processes import run_forked
 
 import sft_probe as package
 from sft_probe.errors import UserError
@@ -101,14 +102,7 @@ def with_code(tiny_model: Path, folder: Path, marker: Path, kind: str) -> Path:
 
 def run_with_yes(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """Runs the program as a user at a terminal who says yes to every question."""
-    return subprocess.run(
-        [sys.executable, "-m", "sft_probe", *map(str, arguments)],
-        input="y\n" * 9,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    return run_forked(*arguments, answers="y\n" * 9)
 
 
 def command(name: str, folder: Path, out: Path) -> list[object]:

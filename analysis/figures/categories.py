@@ -41,7 +41,11 @@ def curves_of(changes: pd.DataFrame, measure: str, split: str, style: Style) -> 
 
 
 def changes_chart(
-    table: pd.DataFrame, categories: Sequence[str], marks: pd.DataFrame, style: Style, width: float
+    table: pd.DataFrame,
+    categories: Sequence[str],
+    marks: pd.DataFrame,
+    style: Style,
+    width: float,
 ) -> Any:
     """Return all categories on one log-step axis, in a panel for each run.
 
@@ -68,6 +72,16 @@ def levels_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, w
         table, keys, value="level", title=PANEL_TITLE, most=style.num_ticks(panels=True)
     )
     return small_multiples(layers, list(keys.colors), style, width, own_scale=True)
+
+
+def differences_chart(
+    table: pd.DataFrame, categories: Sequence[str], style: Style, width: float
+) -> Any:
+    """Return a panel of differences between two runs for each category, on one scale."""
+    keys = category_keys(categories, style, legend=False)
+    most = style.num_ticks(panels=True)
+    layers = _curves(table, keys, value="change", title=PANEL_TITLE, most=most)
+    return small_multiples(layers, list(keys.colors), style, width)
 
 
 def runs_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:

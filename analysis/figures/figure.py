@@ -71,7 +71,7 @@ class Style:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Read a YAML file that maps categories to labels, as in `chosen: y^+` or `random: y_{rand}`.
+    """Read a YAML file that maps categories to labels, as in `chosen: y^+` or `random: y_{r}`.
 
     Raises:
         UserError: it is no such file, or a character has no raised or lowered form.
@@ -400,7 +400,7 @@ def _styled(chart: Any, title: str, subtitle: Sequence[str], style: Style) -> An
             labelLimit=min(180.0, 0.3 * style.width),
             titleFontWeight="normal",
         )
-        .configure_axisQuantitative(tickCount=5)
+        .configure_axisYQuantitative(tickCount=5)
         .configure_legend(
             orient="bottom",
             labelFontSize=size,

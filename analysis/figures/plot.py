@@ -19,9 +19,14 @@ from sft_probe.analysis.figures.categories import (
 )
 from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
-from sft_probe.analysis.figures.runs import benchmark_figure, code_length_figure, generation_figure
+from sft_probe.analysis.figures.runs import (
+    benchmark_figure,
+    code_length_figure,
+    comparison_figures,
+    generation_figure,
+)
 from sft_probe.analysis.stats.analyze import Analysis, analyze
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import make_dir
@@ -40,7 +45,7 @@ _OF_A_SPLIT = (
     "tokens",
     "length",
 )
-FIGURES = (*_OF_A_SPLIT, "benchmarks", "generations", "code_length")
+FIGURES = (*_OF_A_SPLIT, "comparison", "benchmarks", "generations", "code_length")
 _MAX_EPOCHS = 12
 _LEVEL_BANDS = (
     "Around levels: the bands of the paired change, which are narrower than those of a level"
@@ -75,11 +80,12 @@ def plot(
     """
     _check("--format", formats, FORMATS)
     _check("--figures", figures or (), FIGURES)
-    for path in paths:
+    folders = [named_path(path)[1] for path in paths]
+    for path in folders:
         if (path / "probe").is_dir():
             write_tables(path)  # training writes no tables
     analysis = analyze(paths, include_eos=include_eos, categories=categories)
-    own = paths[0] / "figures" if len(paths) == 1 and paths[0].is_dir() else Path("figures")
+    own = folders[0] / "figures" if len(paths) == 1 and folders[0].is_dir() else Path("figures")
     folder = make_dir(out or own)
     drawn = set()
     for figure in figures_of(analysis, style, figures):
@@ -198,6 +204,8 @@ def _makers_of_several(analysis: Analysis, style: Style) -> _Makers:
     """Yield ((name, split), what makes the figure) of several runs."""
     for split in dict.fromkeys(str(name) for name in analysis.changes["split"]):
         yield ("changes", split), partial(_runs_figure, analysis, split, style)
+    if analysis.comparison is not None:
+        yield ("comparison", ""), partial(comparison_figures, analysis.comparison, style)
 
 
 def _runs_figure(analysis: Analysis, split: str, style: Style) -> Iterator[Figure]:

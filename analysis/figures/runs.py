@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from sft_probe.analysis.figures.categories import differences_chart
 from sft_probe.analysis.figures.figure import (
     Figure,
     Keys,
@@ -22,8 +23,9 @@ from sft_probe.analysis.figures.figure import (
     step_axis,
 )
 from sft_probe.analysis.stats.changes import PER_RESPONSE
+from sft_probe.analysis.stats.comparison import Comparison
 from sft_probe.analysis.stats.generations import on_common_docs
-from sft_probe.analysis.stats.runs import Recording
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.trajectory import mean_interval
 from sft_probe.analysis.studies.simplicity import Simplicity, first_epoch
 from sft_probe.analysis.studies.transfer import Transfer
@@ -230,6 +232,51 @@ def _code_lengths(losses: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame({"example": np.arange(1, len(losses) + 1), **kinds})
     long = table.iloc[np.unique(kept)].melt("example", var_name="kind", value_name="bits").dropna()
     return long.assign(bits=long["bits"] / np.log(2))
+
+
+def comparison_figures(found: Comparison, style: Style) -> Iterator[Figure]:
+    """Yield what one of two runs moved more than the other: by step for each split, and in the
+    benchmarks at the last common step."""
+    names = f"{found.a.name} - {found.b.name}"
+    table = found.table
+    for split in dict.fromkeys(table["split"]) if len(table) else ():
+        own = table[(table["split"] == split) & (table["quantity"] == "change")]
+        own = own.rename(columns={"difference": "change"})
+        own = own.assign(run=names, label=own["category"].map(style.label))
+        categories = list(dict.fromkeys(own["category"]))
+        yield Figure(
+            name=f"comparison_{split}",
+            title=f"Change of log p(response | prompt), {names}, {SPLIT_NAMES[split]}",
+            subtitle=[
+                f"Paired over {int(own['num_docs'].max())} docs that both runs scored; bands: 95 % "
+                "for all categories and steps at once, over prompts; two runs say nothing of "
+                "training noise"
+            ],
+            table=own,
+            build=partial(differences_chart, own, categories, style),
+        )
+    if len(found.benchmarks):
+        last = found.benchmarks[found.benchmarks["step"] == found.benchmarks["step"].max()]
+        last = last.assign(name=last["task"] + ", " + last["metric"])
+        yield Figure(
+            name="comparison_benchmarks",
+            title=f"Benchmarks at step {last['step'].iloc[0]}, {names}",
+            subtitle=["Lines: 95 % over questions, the runs taken as independent"],
+            table=last,
+            build=partial(_benchmark_differences, last, names, style),
+        )
+
+
+def _benchmark_differences(table: pd.DataFrame, names: str, style: Style, width: float) -> Any:
+    """Return a dot with its interval for each benchmark."""
+    base = alt.Chart(table).encode(y=alt.Y("name:N", sort=None, title=None))
+    line = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("low:Q", title=names), x2="high:Q")
+    dot = base.mark_point(filled=True, size=40, opacity=1).encode(
+        x="difference:Q", tooltip=["name:N", "a:Q", "b:Q", "difference:Q", "low:Q", "high:Q"]
+    )
+    zero = alt.Chart(table).mark_rule(color="#888", strokeDash=[4, 3]).encode(x=alt.datum(0))
+    size = {"width": width - 12 * style.font_size, "height": 1.8 * style.font_size * len(table)}
+    return alt.layer(zero, line, dot).properties(**size)
 
 
 def plot_transfer(

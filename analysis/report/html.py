@@ -28,7 +28,7 @@ from sft_probe.analysis.stats.analyze import (
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
 from sft_probe.analysis.stats.measures import PARTS
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
 from sft_probe.errors import UserError
@@ -103,7 +103,8 @@ def report(
         UserError: there is nothing to report, or the file would be over 8 MB.
     """
     analysis = analyze(paths, include_eos=include_eos, categories=categories)
-    folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
+    path = named_path(paths[0])[1]
+    folder = path if len(paths) == 1 and path.is_dir() else Path()
     target = out or folder / f"report.{format_name}"
     make_dir(target.parent)
     if format_name == "md":
@@ -162,7 +163,8 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
     ]
     if several:
         by_run = replace(style, color="run")
-        parts.append(("all runs", "all", analysis, style, {"changes", "code_length"}))
+        shared = {"changes", "comparison", "code_length"}
+        parts.append(("all runs", "all", analysis, style, shared))
         parts.append(("all runs", "all", analysis, by_run, {"changes"}))
     sections: dict[str, list[dict[str, Any]]] = {}
     for title, prefix, tables, look, wanted in parts:

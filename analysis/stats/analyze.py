@@ -14,7 +14,12 @@ from sft_probe.analysis.stats.comparison import Comparison, compare_recordings, 
 from sft_probe.analysis.stats.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, load_recordings
+from sft_probe.analysis.stats.runs import (
+    SPLIT_NAMES,
+    Recording,
+    load_recordings,
+    named_path,
+)
 from sft_probe.analysis.stats.verdict import cluster_warnings, share_text, verdict_table
 from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import make_dir, write_text
@@ -145,7 +150,8 @@ def default_folder(paths: Sequence[Path]) -> Path | None:
     one file."""
     if len(paths) > 1:
         return Path("tables")
-    return paths[0] / "analysis" if paths[0].is_dir() else None
+    path = named_path(paths[0])[1]
+    return path / "analysis" if path.is_dir() else None
 
 
 def verdict_text(analysis: Analysis, form: Form = "text") -> str:

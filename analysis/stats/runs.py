@@ -140,13 +140,23 @@ class Recording:
         return cube(rows[rows["category"].isin(names)], names, self.texts)
 
 
+def named_path(path: Path) -> tuple[str, Path]:
+    """Return the name and the path of `NAME=PATH`; the name is empty for a path alone."""
+    name, equals, rest = str(path).partition("=")
+    is_named = bool(equals and rest) and "/" not in name and not path.exists()
+    return (name, Path(rest)) if is_named else ("", path)
+
+
 def load_recordings(paths: Sequence[Path]) -> list[Recording]:
-    """Reads every path; names made unique.
+    """Read every run, and name it as in `NAME=RUN`; equal names are numbered.
 
     Raises:
-        UserError: a path holds nothing that can be read, names the file.
+        UserError: a path holds nothing that can be read; the message names it.
     """
-    recordings = [load_recording(path) for path in paths]
+    recordings = []
+    for name, path in map(named_path, paths):
+        recording = load_recording(path)
+        recordings.append(replace(recording, name=name) if name else recording)
     names = [recording.name for recording in recordings]
     return [
         replace(item, name=f"{item.name} ({number})") if names.count(item.name) > 1 else item

@@ -92,12 +92,8 @@ def common_reasons(left_out: Iterable[LeftOut]) -> str:
     for item in left_out:
         counts[item.reason] += 1
         first.setdefault(item.reason, item.place)
-    return (
-        "; ".join(
-            f"{reason} ({count}, first in {first[reason]})"
-            for reason, count in counts.most_common(3)
-        )
-        or "nothing"
+    return "; ".join(
+        f"{reason} ({count}, first in {first[reason]})" for reason, count in counts.most_common(3)
     )
 
 

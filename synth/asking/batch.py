@@ -1,4 +1,4 @@
-"""The other way of asking: all at once, in batch jobs that may take a day and cost half."""
+"""Asks a writer in batch jobs, which cost half and may take a day."""
 
 import asyncio
 import logging
@@ -18,14 +18,14 @@ from sft_probe.synth.asking.store import Job, Store, request_key
 _LOG = logging.getLogger(__name__)
 _JOB_SIZE = 10_000
 _TRIAL_SIZE = 50
-"""Requests of the first job: a job cannot be stopped when its answers turn out to be useless."""
+"""Size of the first job. A job cannot be stopped when its answers turn out to be of no use."""
 _LINE_INTERVAL_S = 60.0
 _SAVED_AT_ONCE = 1000
 _T = TypeVar("_T")
 
 
 class JobFailedError(Exception):
-    """A job ended without answers; the message says why."""
+    """A job that ended without answers; the message says why."""
 
 
 @runtime_checkable
@@ -39,34 +39,32 @@ class BatchWriter(Protocol):
     model: str
     api_version: str
     poll_s: float
-    """Seconds between looks at a job."""
+    """Seconds between polls of a job."""
 
     async def submit(self, display_name: str, requests: dict[str, Request]) -> str:
-        """Makes a job of requests by key; returns its name."""
+        """Create a job of requests by key; return its name."""
         ...
 
     async def find(self, display_name: str) -> str | None:
-        """The name of the job with this display name, if there is one."""
+        """Return the name of the job with this display name, None where there is none."""
         ...
 
     async def read(self, job_name: str) -> dict[str, Answer] | None:
-        """Answers by key of a job that has ended, None before. Raises `JobFailedError`."""
+        """Return the answers by key of a finished job, None before. Raise `JobFailedError`."""
         ...
 
     async def close(self) -> None:
-        """Frees connections; the writer may be used again after."""
+        """Close connections. The writer may be used again afterwards."""
         ...
 
 
 def ask_batch(
     requests: Iterable[Request], writer: BatchWriter, store: Store, limits: Limits
 ) -> Iterator[tuple[Request, Answer]]:
-    """`ask_all` for a batch writer: makes jobs of what the store lacks, waits for them, gives
-    everything in order.
+    """Yield all requests with their answers, as `ask_all` does, by jobs of what the store lacks.
 
-    Jobs of a run that was stopped are found in the store and read, not made again. Holds all
-    requests in memory. Raises the same errors as `ask_all`; of those that a budget did not reach,
-    none is asked.
+    Jobs of a run that was stopped are found in the store and read, not created again. All requests
+    are held in memory. The errors are those of `ask_all`; requests beyond the budget are left out.
     """
     everything = list(requests)
     run = _BatchRun(
@@ -77,7 +75,7 @@ def ask_batch(
             runner.run(run.run())
         except KeyboardInterrupt:
             _LOG.warning(
-                "stopped; jobs go on at the server. The same command finds and reads them."
+                "stopped; jobs continue at the server. The same command finds and reads them."
             )
             raise SystemExit(130) from None
         finally:
@@ -98,8 +96,7 @@ class _BatchRun:
         self._wrong_version: Answer | None = None
 
     async def run(self) -> None:
-        """Find the jobs of earlier runs, make those that are missing (a small one first), wait for
-        all."""
+        """Find the jobs of earlier runs, create missing ones (a small one first), wait for all."""
         self._started_s = self._said_s = monotonic()
         for job in self._store.jobs(self._writer):
             await self._find(job)
@@ -114,11 +111,9 @@ class _BatchRun:
         await self._read_all()
         if out_of_budget:
             raise UserError(
-                f"the budget ends here: {out_of_budget} requests were not asked, since their worst "
-                "case would pass "
-                f"${self._limits.max_cost_usd:.4f} (${self._store.cost_usd():.4f} is spent). All "
-                "answers are stored; "
-                "raise --max-cost-usd to go on."
+                f"the budget is spent: {out_of_budget} requests were not sent, because their worst "
+                f"case exceeds ${self._limits.max_cost_usd:.4f} (${self._store.cost_usd():.4f} is "
+                "spent). All answers are stored; raise --max-cost-usd to continue."
             )
 
     def _check_trial(self, keys: list[str]) -> None:
@@ -129,7 +124,7 @@ class _BatchRun:
             raise useless(f"of the first {len(answers)} answers none has a text", faults)
 
     async def _read_all(self) -> None:
-        """Wait for the jobs that are made and store their answers."""
+        """Wait for all jobs and store their answers."""
         jobs = self._store.jobs(self._writer)
         if jobs:
             _LOG.info(
@@ -148,8 +143,7 @@ class _BatchRun:
         return [key for key in self._requests if key not in in_jobs and not self._is_answered(key)]
 
     async def _find(self, job: Job) -> None:
-        """A job whose name was not heard: it exists at the server under its display name, or was
-        never made."""
+        """Find a job whose name never arrived: by its display name, unless it was never created."""
         if job.name is None:
             name = await self._patiently(lambda: self._writer.find(job.display_name))
             if name is None:
@@ -158,7 +152,7 @@ class _BatchRun:
                 await self._store.save_job(self._writer, replace(job, name=name))
 
     async def _submit_all(self, keys: list[str]) -> int:
-        """Make jobs of these requests; return how many the budget left out."""
+        """Create jobs of these requests; return how many the budget left out."""
         affordable, left_out = self._within_budget(keys)
         for start in range(0, len(affordable), _JOB_SIZE):
             part = affordable[start : start + _JOB_SIZE]
@@ -187,18 +181,18 @@ class _BatchRun:
         return keys, 0
 
     async def _submit(self, job: Job, requests: dict[str, Request]) -> str:
-        """Makes a job. A call that failed may have made it, so from the second on it is looked for
-        first.
+        """Create a job; return its name. After a failed call, which may have created it, look for
+        it first.
 
         Where the attempts run out the job stays in the store, and the next run looks for it.
         """
-        is_made_perhaps = False
+        is_uncertain = False
 
         async def submit() -> str:
-            nonlocal is_made_perhaps
-            if is_made_perhaps and (found := await self._writer.find(job.display_name)) is not None:
+            nonlocal is_uncertain
+            if is_uncertain and (found := await self._writer.find(job.display_name)) is not None:
                 return found
-            is_made_perhaps = True
+            is_uncertain = True
             try:
                 return await self._writer.submit(job.display_name, requests)
             except UserError:  # refused for good
@@ -220,22 +214,20 @@ class _BatchRun:
         raise AssertionError("max_attempts is positive")
 
     async def _read(self, job: Job, progress: str) -> None:
-        """Waits for the end of a job and stores its answers; the job is kept for those of other
-        requests."""
+        """Wait for a job and store its answers. A job that also has other requests is kept."""
         keys = [key for key in job.keys if key in self._requests]
         try:
             answers = await self._finished(str(job.name), progress)
         except JobFailedError as error:
             _LOG.warning(
-                "the job %s failed: %s. Its requests are asked again by the next run.",
+                "the job %s failed: %s. The next run asks its requests again.",
                 job.name,
                 error,
             )
             await self._save_answers(keys, dict.fromkeys(keys, failed_answer(f"job: {error}")))
             await self._store.close_job(job)
             return
-        # a line that is missing may be paid for; the name of the job tells the loss from that of an
-        # earlier job
+        # a missing line may be paid for; the job's name tells it apart from that of an earlier job
         missing = replace(failed_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
         await self._save_answers(keys, {key: answers.get(key, missing) for key in keys})
         others = tuple(key for key in job.keys if key not in self._requests)
@@ -249,8 +241,12 @@ class _BatchRun:
             await self._store.close_job(job)
 
     async def _finished(self, name: str, progress: str) -> dict[str, Answer]:
-        """Wait for the end of a job; return answers by key. Raise `JobFailedError`, or `UserError`
-        after too long."""
+        """Wait for a job; return its answers by key.
+
+        Raises:
+            JobFailedError: the job has no answers.
+            UserError: the wait takes too long.
+        """
         while True:
             answers = await self._patiently(lambda: self._writer.read(name))
             if answers is not None:
@@ -259,9 +255,8 @@ class _BatchRun:
             waited_s, longest_s = now_s - self._started_s, self._limits.max_wait_s
             if longest_s is not None and waited_s >= longest_s:
                 raise UserError(
-                    f"no end of the batch jobs after {waited_s:.0f} s ({progress}). They go on at "
-                    "the server, and are "
-                    "paid for; the same command reads them later."
+                    f"the batch jobs have not ended after {waited_s:.0f} s ({progress}). They "
+                    "continue at the server and are paid for; the same command reads them later."
                 )
             if now_s - self._said_s >= _LINE_INTERVAL_S:
                 self._said_s = now_s
@@ -284,7 +279,7 @@ class _BatchRun:
         if stored is not None and (
             stored.raw == kept.raw or (kept.status == "error" and stored.status != "error")
         ):
-            return  # read before, by a run that was stopped before it closed the job
+            return  # read by a run that was stopped before it closed the job
         if kept is not answer:
             self._wrong_version = kept
         request = self._requests[key]

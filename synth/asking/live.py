@@ -26,7 +26,7 @@ _WINDOW = 1000
 """Requests held at once. One that waits for its server delays the order, not the others."""
 _MANY_FAILURES = 20
 _PATIENCE_S = 5.0
-"""Longest wait for a writer that was told to end."""
+"""Longest wait for a writer to end."""
 _LOG_INTERVAL_S = 60.0
 
 

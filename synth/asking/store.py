@@ -1,4 +1,4 @@
-"""Every answer ever paid for, in one sqlite file, keyed by all that made it."""
+"""All answers ever paid for, in one sqlite file, by a hash of everything that they depend on."""
 
 import asyncio
 import hashlib
@@ -54,21 +54,21 @@ Statement = tuple[str, tuple[object, ...]]
 
 @dataclass(frozen=True)
 class Job:
-    """A batch job that is not read yet."""
+    """A batch job whose answers are not stored yet."""
 
     display_name: str
-    """Chosen here and stored before the job is made, so that a job whose name was lost in a crash
-    is found again."""
+    """Name of our choice, stored before the job is created, so that the job is found after a
+    crash."""
     name: str | None
-    """Given by the server; None where the program ended between asking and hearing it."""
+    """Name given by the server; None where the program ended before it arrived."""
     keys: tuple[str, ...]
-    """Of the requests in it."""
+    """Keys of its requests."""
     cost_usd: float
-    """Its worst case, counted as spent until the job is read."""
+    """Worst case, counted as spent until the job is read."""
 
 
 class Count(NamedTuple):
-    """The answers of one category and status."""
+    """Totals of the answers of one category and status."""
 
     category: str
     status: str
@@ -79,8 +79,7 @@ class Count(NamedTuple):
 
 
 def request_key(writer: WriterId, request: Request) -> str:
-    """Return the hex SHA-256 of all that an answer depends on; neither the doc nor the category is
-    part of it."""
+    """Return the hex SHA-256 of everything that an answer depends on, doc and category excluded."""
     parts = [
         writer.name,
         writer.model,
@@ -94,13 +93,13 @@ def request_key(writer: WriterId, request: Request) -> str:
 
 
 class Store:
-    """The answers of all runs. Any number of readers, one writing run at a time (`exclusive`).
+    """The answers of all runs, for any number of readers and one writing run (`exclusive`).
 
-    What an awaited method wrote is on disk (WAL, synchronous=FULL) when it returns; statements that
-    arrive while the disk is busy share the next commit.
+    What an awaited method writes is on disk (WAL, synchronous=FULL) when it returns. Statements
+    that arrive while the disk is busy share the next commit.
 
     Raises:
-        UserError: the file cannot be opened, is no sqlite file, or was written by another version.
+        UserError: the file cannot be opened, is not an sqlite file, or is of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,7 +111,7 @@ class Store:
         except UserError:
             self._connection.close()
             raise
-        # closes the file where a caller forgets to; from Python 3.13 on sqlite warns otherwise
+        # for callers that do not close it: from Python 3.13 on sqlite warns
         self._close_file = weakref.finalize(self, _close, self._connection, self._reader)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._queue: list[tuple[list[Statement], asyncio.Future[int | None]]] = []
@@ -131,7 +130,7 @@ class Store:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the store for one writing run. Raise `UserError` where another process holds it."""
+        """Lock the store for one writing run. Raise `UserError` where another run holds it."""
         lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             lock.acquire()
@@ -145,7 +144,7 @@ class Store:
             lock.release()
 
     def get(self, writer: WriterId, request: Request) -> Answer | None:
-        """Return the stored answer, of any status."""
+        """Return the stored answer, whatever its status."""
         return self.get_key(request_key(writer, request))
 
     def get_key(self, key: str) -> Answer | None:
@@ -156,8 +155,7 @@ class Store:
         )
 
     def set_status(self, writer: WriterId, request: Request, status: str, reason: str) -> None:
-        """Change the status of a stored answer, for example to `refused` after a look at its
-        text."""
+        """Change the status of a stored answer, for example to `refused` after reading its text."""
         if status not in STATUSES:
             raise ValueError(f"no status {status!r}")
         sql = "UPDATE answers SET status = ?, reason = ? WHERE key = ?"
@@ -165,8 +163,7 @@ class Store:
         self._executor.submit(self._commit, [statements]).result()
 
     def forget_without_text(self, writer: WriterId, category: str | None) -> None:
-        """Make an `error` of every answer of a writer without a text, of one category or all: it is
-        asked again."""
+        """Mark the answers without a text of one category, or of all, to be requested again."""
         sql = (
             "UPDATE answers SET status = 'error' WHERE writer = ? AND model = ? AND api_version = "
             "? AND status != 'ok' "
@@ -176,8 +173,7 @@ class Store:
         self._executor.submit(self._commit, [[(sql, values)]]).result()
 
     def counts(self) -> list[Count]:
-        """Return the answers by category and status, with tokens and cost (0 where the price was
-        unknown)."""
+        """Return the answers by category and status, with tokens and cost (0 if it is unknown)."""
         rows = self._read(
             "SELECT category, status, count(*), total(num_prompt_tokens), "
             "total(num_output_tokens), "
@@ -187,8 +183,7 @@ class Store:
         return [Count(row[0], row[1], row[2], int(row[3]), int(row[4]), row[5]) for row in rows]
 
     def cost_usd(self) -> float:
-        """Return what was or may have been spent: answers, calls of which no answer came back,
-        unread batch jobs."""
+        """Return what was or may have been spent: answers, lost calls, unread batch jobs."""
         tables = ("answers", "reservations", "jobs")
         sums = " + ".join(f"(SELECT total(cost_usd) FROM {table})" for table in tables)  # noqa: S608
         return float(self._read(f"SELECT {sums}")[0][0])
@@ -199,19 +194,19 @@ class Store:
         return math.fsum(row[0] or 0.0 for key in keys for row in self._read(sql, key))
 
     def lost_calls(self) -> tuple[int, float]:
-        """Return the calls of which no answer came back (killed, cut, timed out), and their
-        worst-case cost in USD."""
+        """Return the number of calls without an answer (killed, cut, timed out), and their worst
+        case in USD."""
         [(count, cost)] = self._read("SELECT count(*), total(cost_usd) FROM reservations")
         return int(count), float(cost)
 
     def num_unpriced(self) -> int:
-        """Return the number of answers that were paid for by runs that knew no price."""
+        """Return the number of paid answers of runs that knew no price."""
         is_paid = "status != 'error' AND coalesce(num_prompt_tokens, 1) > 0"
         sql = f"SELECT count(*) FROM answers WHERE cost_usd IS NULL AND {is_paid}"  # noqa: S608
         return int(self._read(sql)[0][0])
 
     def model_version(self, writer: WriterId) -> str | None:
-        """Return the version that answered so far for this writer and model."""
+        """Return the model version of this writer's answers so far."""
         rows = self._read(
             "SELECT model_version FROM answers WHERE writer = ? AND model = ? AND api_version = ? "
             "AND model_version IS NOT NULL AND status != 'error' LIMIT 1",
@@ -220,7 +215,7 @@ class Store:
         return rows[0][0] if rows else None
 
     def has_text(self, writer: WriterId) -> bool:
-        """Return whether this writer and model have given any text."""
+        """Return whether this writer and model have any text."""
         sql = (
             "SELECT 1 FROM answers WHERE writer = ? AND model = ? AND api_version = ? AND status = "
             "'ok' LIMIT 1"
@@ -245,14 +240,13 @@ class Store:
             raise _damaged(self.path, error) from None
 
     async def reserve(self, cost_usd: float) -> int:
-        """Record that a call is about to be made that may cost this much; returns the number of the
-        reservation."""
+        """Record the worst case of a call that is about to be made; return the reservation's id."""
         row = await self._write([("INSERT INTO reservations (cost_usd) VALUES (?)", (cost_usd,))])
         assert row is not None  # noqa: S101 - an INSERT has a row id
         return row
 
     async def release(self, reservation: int) -> None:
-        """Forget a reservation of a call that cost nothing."""
+        """Delete the reservation of a call that cost nothing."""
         await self._write([_release(reservation)])
 
     async def save(
@@ -265,8 +259,8 @@ class Store:
         attempts: int,
         reservation: int | None,
     ) -> None:
-        """Store an answer and settle its reservation in one commit; cost and attempts of earlier
-        ones are added."""
+        """Store an answer and delete its reservation in one commit. Cost and attempts of earlier
+        answers are added."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         values = (
             request_key(writer, request),
@@ -297,7 +291,7 @@ class Store:
         )
 
     async def save_job(self, writer: WriterId, job: Job) -> None:
-        """Store a batch job, or the name that the server gave to it."""
+        """Store a batch job, or the name that the server gave it."""
         values = (
             job.display_name,
             job.name,
@@ -309,11 +303,11 @@ class Store:
         await self._write([("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", values)])
 
     async def close_job(self, job: Job) -> None:
-        """Forget a job: its answers are stored."""
+        """Delete a job whose answers are stored."""
         await self._write([("DELETE FROM jobs WHERE display_name = ?", (job.display_name,))])
 
     async def drain(self) -> None:
-        """Wait until everything handed over is on disk."""
+        """Wait until everything is on disk."""
         if self._flusher is not None:
             await self._flusher
 
@@ -342,8 +336,7 @@ class Store:
                     future.set_result(row)
 
     def _commit(self, groups: list[list[Statement]]) -> list[int | None]:
-        """Run all statements in one transaction; return the row id of the first statement of each
-        group."""
+        """Run all statements in one transaction; return the row id of each group's first one."""
         rows = []
         try:
             with self._connection:
@@ -359,7 +352,7 @@ class Store:
 
 
 def _clean(value: object) -> object:
-    """sqlite refuses lone surrogates, which a JSON answer may hold."""
+    """Replace lone surrogates, which a JSON answer may hold and sqlite refuses."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
@@ -369,10 +362,10 @@ def _release(reservation: int) -> Statement:
 
 @contextmanager
 def open_copy(path: Path) -> Iterator[Store]:
-    """Open a copy of a store, so that neither the file nor its directory is written to."""
+    """Open a copy of a store, so that the original and its directory stay unchanged."""
     with TemporaryDirectory(prefix="sft-probe-") as folder:
         copy = Path(folder) / path.name
-        for _ in range(_NUM_COPIES):  # again where a running writer wrote meanwhile
+        for _ in range(_NUM_COPIES):  # again where a run wrote meanwhile
             before = _state(path)
             try:
                 for file in _files(path):
@@ -396,8 +389,8 @@ def _state(path: Path) -> list[tuple[int, int]]:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path} cannot be used as a store of answers ({error}). Choose another one, or bring it "
-        "back."
+        f"{path} cannot be used as a store of answers ({error}). Restore it from a copy, or choose "
+        "another directory."
     )
 
 

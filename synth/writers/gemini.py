@@ -1,4 +1,4 @@
-"""Gemini through `google-genai`, over REST."""
+"""Gemini through `google-genai` over REST: single calls, and the Batch API at half the price."""
 
 import asyncio
 import io
@@ -49,8 +49,7 @@ _BLOCKED = (
 
 
 def gemini_connection(base_url: str | None, **options: Any) -> Connection:
-    """Return the connection of a Gemini writer: to `base_url`, else to GOOGLE_GEMINI_BASE_URL, else
-    to Google."""
+    """Return a connection to `base_url`, else to GOOGLE_GEMINI_BASE_URL, else to Google."""
     key = read_key("GEMINI_API_KEY", "GOOGLE_API_KEY")
     return Connection(
         key, base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL") or GEMINI_URL, **options
@@ -58,8 +57,8 @@ def gemini_connection(base_url: str | None, **options: Any) -> Connection:
 
 
 class GeminiSdk:
-    """The SDK's client on a connection, with its own retries off. It is made for the event loop
-    that first needs it."""
+    """The SDK's client on a connection, without retries of its own, made for the event loop that
+    first needs it."""
 
     def __init__(self, connection: Connection, api_version: str) -> None:
         self._connection, self._api_version = connection, api_version
@@ -73,15 +72,13 @@ class GeminiSdk:
             self._client = genai.Client(
                 api_key=self._connection.key.value,
                 vertexai=False,
-                # its defaults come from the environment, where GOOGLE_GENAI_CLIENT_MODE makes it
-                # write to files
+                # else GOOGLE_GENAI_CLIENT_MODE in the environment can make it write to files
                 debug_config=DebugConfig(client_mode="", replays_directory="", replay_id=""),
                 http_options=types.HttpOptions(
                     base_url=self._connection.base_url,
                     api_version=self._api_version,
                     httpx_async_client=self._http,
-                    # without this the SDK asks again after a cut connection, which may be paid for
-                    # twice
+                    # else the SDK repeats a call that was cut off, which may be paid for twice
                     retry_options=types.HttpRetryOptions(attempts=1),
                 ),
             ).aio
@@ -91,12 +88,12 @@ class GeminiSdk:
         """Close the connections."""
         if self._client is not None and self._http is not None:
             await self._client.aclose()
-            await self._http.aclose()  # the SDK leaves one that it was given open
+            await self._http.aclose()  # the SDK does not close a client of ours
             self._client = self._http = None
 
 
 class GeminiWriter:
-    """Writes with a Gemini model. The key is read from GEMINI_API_KEY or GOOGLE_API_KEY.
+    """Writes with a Gemini model; the key comes from GEMINI_API_KEY or GOOGLE_API_KEY.
 
     Args:
         model: name, such as `gemini-3.5-flash-lite`.
@@ -151,8 +148,7 @@ def generation_config(request: Request, thinking: dict[str, int | str]) -> dict[
 def read_answer(response: dict[str, Any], raw: str) -> Answer:
     """Return the answer in a `GenerateContentResponse`.
 
-    A blocked prompt has no candidate; a blocked answer may have text, which is not used; nor is
-    that of a cut one.
+    A blocked prompt has no candidate. The text of a blocked or truncated answer is not used.
     """
     counts = response.get("usageMetadata")
     counts = counts if isinstance(counts, dict) else {}
@@ -193,7 +189,7 @@ def _read_candidate(response: dict[str, Any]) -> tuple[str, str | None, str | No
 
 
 def _text(content: Any) -> str:
-    """Return the parts joined, less the model's thoughts."""
+    """Return the joined parts without the model's thoughts."""
     parts = content.get("parts") if isinstance(content, dict) else None
     if not isinstance(parts, list):
         return ""
@@ -204,10 +200,9 @@ def _text(content: Any) -> str:
 
 
 def _usage(counts: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Return the tokens of prompt and output, None where they are missing, partial or contradict
-    each other.
+    """Return the tokens of prompt and output, None where they are missing, partial or inconsistent.
 
-    Thinking is billed as output.
+    Thoughts are billed as output.
     """
     names = ("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
     given = {name: token_count(counts[name]) for name in names if counts.get(name) is not None}
@@ -225,7 +220,7 @@ def _usage(counts: dict[str, Any]) -> tuple[int | None, int | None]:
 
 
 _T = TypeVar("_T")
-_TIMEOUT_S = 600.0  # of one call: a file of 10,000 requests may be on its way for minutes
+_TIMEOUT_S = 600.0  # of one call: a file of 10,000 requests may take minutes
 _MAX_CALL_BYTES = 5_000_000
 _MAX_FILE_BYTES = 2**29  # of the answers of a job
 _INVALID_ARGUMENT = (3, 400)  # as gRPC and HTTP number it
@@ -233,13 +228,13 @@ _JOB_NAME = re.compile(r"batches/[\w.-]{1,200}", re.ASCII)
 
 
 class GeminiBatchWriter:
-    """A `BatchWriter`: one JSONL file of requests and one of answers per job, joined by key.
+    """Writes in batch jobs, each with one JSONL file of requests and one of answers.
 
     Args:
         model: name, such as `gemini-3.5-flash-lite`.
         api_version: of the REST API.
         base_url: of the server; default: GOOGLE_GEMINI_BASE_URL, else Google's.
-        poll_s: seconds between looks at a job.
+        poll_s: seconds between polls of a job.
 
     Raises:
         UserError: neither GEMINI_API_KEY nor GOOGLE_API_KEY is set.
@@ -263,7 +258,7 @@ class GeminiBatchWriter:
         self._sdk = GeminiSdk(self._connection, api_version)
 
     async def submit(self, display_name: str, requests: dict[str, Request]) -> str:
-        """Upload the requests and make a job of them; return its name."""
+        """Upload the requests and create a job of them; return its name."""
         lines = "".join(
             json.dumps({"key": key, "request": self._body(item)}) + "\n"
             for key, item in requests.items()
@@ -284,7 +279,7 @@ class GeminiBatchWriter:
         return self._checked_name(job)
 
     async def find(self, display_name: str) -> str | None:
-        """Look through the jobs of this key."""
+        """Return the name of the job with this display name, among all jobs of the key."""
 
         async def search() -> types.BatchJob | None:
             async for job in await self._sdk.client().batches.list(
@@ -298,7 +293,7 @@ class GeminiBatchWriter:
         return None if job is None else self._checked_name(job)
 
     async def read(self, job_name: str) -> dict[str, Answer] | None:
-        """Return the answers by key of a job that has ended, None before."""
+        """Return the answers by key of a finished job, None before."""
         try:
             job = await self._call(self._sdk.client().batches.get(name=job_name))
             if self._checked_name(job) != job_name:
@@ -331,7 +326,7 @@ class GeminiBatchWriter:
         }
 
     async def _call(self, awaitable: Awaitable[_T], max_body_bytes: int = _MAX_CALL_BYTES) -> _T:
-        """Await a call of the SDK. Raise `RetryLater` for what may pass, else `UserError`."""
+        """Await a call of the SDK. Raise `RetryLater` if it may succeed later, else `UserError`."""
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 called = await self._connection.call(awaitable, max_body_bytes)
@@ -362,12 +357,12 @@ class GeminiBatchWriter:
 
 
 class _GoneError(UserError):
-    """The server does not know what was asked for."""
+    """The server does not know the job or file."""
 
 
 def _answer(line: bytes, connection: Connection) -> tuple[str, Answer]:
-    """Return key and answer of one line; a line without a readable answer is an `error` that may be
-    paid for."""
+    """Return the key and answer of one line. An unreadable line is an `error` that may be paid
+    for."""
     unreadable = replace(failed_answer("a line of the job is unreadable"), num_prompt_tokens=None)
     try:
         value: Any = json.loads(line.decode("utf-8"))

@@ -1,4 +1,4 @@
-"""Gemini through `google-generativeai`, the package that came before `google-genai`, over REST."""
+"""Gemini through `google-generativeai`, the predecessor of `google-genai`, over REST."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from sft_probe.synth.writers.http import Connection, StoppedError
 from sft_probe.synth.writers.replies import read_reply
 
 with warnings.catch_warnings():
-    # at each import it says that it is retired, and that Python 3.11 will be
+    # each import warns that the package is retired, and that Python 3.11 will be
     warnings.simplefilter("ignore", FutureWarning)
     import google.generativeai as genai
     from google.ai.generativelanguage_v1beta import GenerativeServiceClient
@@ -28,12 +28,12 @@ _MAX_CONNECTIONS = 100
 
 
 class LegacyGeminiWriter:
-    """Writes with a Gemini model; each call takes a thread. The package knows the API v1beta only.
+    """Writes with a Gemini model, one thread per call. The package knows only the API v1beta.
 
     Args:
         model: name, such as `gemini-2.5-flash-lite`.
         base_url: of the server; default: GOOGLE_GEMINI_BASE_URL, else Google's.
-        timeout_s: of silence, after which a thread gives up its call.
+        timeout_s: longest silence, after which a thread gives up its call.
 
     Raises:
         UserError: neither GEMINI_API_KEY nor GOOGLE_API_KEY is set.
@@ -53,16 +53,15 @@ class LegacyGeminiWriter:
             api_key=self._connection.key.value, api_endpoint=self._connection.base_url
         )
         self._service = GenerativeServiceClient(transport="rest", client_options=options)
-        # private: the package has no other way to the session that it sends through
+        # private: the package offers no other access to its HTTP session
         session: requests.Session = self._service.transport._session
         session.trust_env = False  # neither ~/.netrc nor proxies that would see the key
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         for scheme in ("https://", "http://"):
             session.mount(scheme, _GuardedAdapter(self._connection))
         self._model = genai.GenerativeModel(model)
-        self._model._client = (
-            self._service
-        )  # private: else the package makes a client of its own, with other sessions
+        # private: else the package makes a client of its own, with another session
+        self._model._client = self._service
 
     async def write(self, request: Request) -> Answer:
         """Make one `generateContent` call."""
@@ -94,7 +93,7 @@ class _GuardedAdapter(HTTPAdapter):
     def send(
         self, request: requests.PreparedRequest, *args: Any, **options: Any
     ) -> requests.Response:
-        """Send one request. Raises `StoppedError` for everything but a success."""
+        """Send one request. Raise `StoppedError` for everything but a success."""
         self._connection.note_request(str(request.url))
         proxy = self._connection.proxy()
         options |= {"stream": True, "proxies": {"https": proxy} if proxy else {}}

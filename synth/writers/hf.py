@@ -1,4 +1,4 @@
-"""A local transformers model: no server, no key, no cost."""
+"""A local transformers model, which needs no server and no key and costs nothing."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,7 @@ from sft_probe.synth.writers import in_thread
 
 BATCH_SIZE = 16
 CONCURRENCY = 4 * BATCH_SIZE
-"""To give to `ask_all`: enough to make batches of texts of like length."""
+"""Concurrency for `ask_all`, large enough for batches of texts of similar length."""
 _GATHER_S = 0.05
 _NEXT_TURNS = ("\n\nHuman:", "\n\nAssistant:")
 _SENTENCES = re.compile(r"[\s\S]*[.!?][\"')\]]*(?=\s)")
@@ -25,21 +25,19 @@ Pending = tuple[Request, "asyncio.Future[Answer]"]
 
 
 class HfWriter:
-    """Answers in float32 and in batches.
+    """Writes in float32 and in batches.
 
-    A request of temperature 0 is answered greedily. A draw is seeded by the prompts of its batch,
-    so it can be repeated as long as the batches fall the same way; the store is what makes a set
-    reproducible.
+    A request with temperature 0 is decoded greedily. Sampling is seeded by the prompts of a batch,
+    so that it repeats only where the batches do; the store is what makes a set reproducible.
 
     Args:
         model: a hub id, a path, or the embedded model.
-        is_chat: the prompt is a user's turn in the model's chat template. Otherwise it is continued
-        as it is, and the
-            answer ends where the model ends it or starts another HH turn, or else after its last
-            full sentence.
+        is_chat: whether the prompt is a user's turn in the model's chat template. Otherwise the
+            prompt is continued as it is, up to the model's end, another HH turn or the last full
+            sentence.
 
     Raises:
-        UserError: there is no such model, or it has no chat template or no EOS token.
+        UserError: the model does not exist, or has no chat template or no EOS token.
     """
 
     name = "hf"
@@ -53,16 +51,17 @@ class HfWriter:
         self._pending: list[Pending] = []
         if is_chat and not self.tokenizer.chat_template:
             raise UserError(
-                f"the model {model!r} has no chat template, so it cannot be asked to write; take "
-                "another."
+                f"the model {model!r} has no chat template, so it cannot follow instructions. "
+                "Choose another --model."
             )
         if self.tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer of {model!r} has no EOS token, so an answer would never end."
+                f"the tokenizer of {model!r} has no EOS token, so no answer would end. Choose "
+                "another --model."
             )
 
     async def write(self, request: Request) -> Answer:
-        """One text, written together with those asked for at the same moment."""
+        """Write one text, in a batch with those requested at the same moment."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._pending.append((request, future))
         if len(self._pending) == 1:
@@ -70,14 +69,12 @@ class HfWriter:
         return await future
 
     async def close(self) -> None:
-        """Frees the model; it is loaded again when it is needed."""
+        """Free the model, which is loaded again when needed."""
         self._model = None
         self._pending.clear()
 
     async def _work(self) -> None:
-        await asyncio.sleep(
-            _GATHER_S
-        )  # until the callers that got their answers at once have asked again
+        await asyncio.sleep(_GATHER_S)  # until callers with earlier answers have asked again
         while self._pending:
             self._pending.sort(
                 key=lambda item: _token_budget(item[0])
@@ -85,7 +82,7 @@ class HfWriter:
             batch = self._pending[:BATCH_SIZE]
             try:
                 answers = await in_thread(self._generate, [request for request, _ in batch])
-            except Exception as error:  # every caller must hear of it
+            except Exception as error:  # raised in every caller
                 for _, future in self._pending:
                     if not future.done():
                         future.set_exception(error)
@@ -154,13 +151,14 @@ class HfWriter:
         )
 
     def _end_ids(self) -> set[int]:
-        """The ids at which `generate` stops: those of the generation config, and the tokenizer's
-        EOS."""
+        """Return the ids that end `generate`: those of its config, and the tokenizer's EOS."""
         ids = self._model.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])}
 
 
 def _token_budget(request: Request) -> int:
-    """A small model may never end: three tokens for each word asked for are enough for an answer
-    that will pass."""
+    """Return the output limit of a small model, which may never end by itself.
+
+    Three tokens per word are enough for a text that passes the checks.
+    """
     return min(request.max_output_tokens, 3 * request.num_words + 32)

@@ -1,4 +1,4 @@
-"""What the writers that speak HTTP share: one way to a server, and one reading of what it sends."""
+"""The one way to a server that all remote writers share: one origin, no redirects, short bodies."""
 
 import json
 import re
@@ -28,14 +28,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server sent to one HTTP request."""
+    """The response of a server to one HTTP request."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     def json(self) -> dict[str, Any] | None:
-        """Return the JSON object of the body, None where it is none."""
+        """Return the JSON object in the body, None where there is none."""
         try:
             value = json.loads(self.body.decode("utf-8-sig"))
         except (ValueError, RecursionError):
@@ -45,23 +45,23 @@ class Reply:
 
 @dataclass
 class Exchange:
-    """What went over the wire in the call of an SDK, whatever the SDK made of it."""
+    """What went over the wire in one call of an SDK, whatever the SDK made of it."""
 
     max_body_bytes: int
     is_sent: bool = False
     reply: Reply | None = None
-    """The last one."""
+    """The last reply."""
     problem: str | None = None
-    """Why there is no reply."""
+    """Reason why there is no reply."""
     refused_url: str | None = None
-    """An address of another origin that the SDK wanted to go to."""
+    """Address of another origin that the SDK tried to reach."""
 
 
 _exchange: ContextVar[Exchange] = ContextVar("exchange")
 
 
 class StoppedError(Exception):
-    """Raised into an SDK where it must not go on; `Connection` knows why."""
+    """Raised inside an SDK to end its call; `Connection` knows why."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,17 @@ class Called(Generic[_T]):
     reply: Reply
     value: _T | None
     error: str | None
-    """Type of the error that the SDK raised instead of giving a value."""
+    """Type of the error that the SDK raised in place of a value."""
 
 
 class Connection:
-    """The one way to a server: one origin, no redirects, bodies of a limited size, a key that shows
-    nowhere.
+    """Connects to one origin, follows no redirect, limits bodies, and keeps the key secret.
 
     Args:
         key: sent by the SDK.
         base_url: of the server.
-        is_body_shown: whether the SDK reads what the server sends. Otherwise it is given an empty
-        object, and nothing
-            that a server sends can break it.
+        is_body_shown: whether the SDK reads the body. Otherwise it gets an empty object, so that
+            nothing a server sends can break it.
 
     Raises:
         UserError: `base_url` is no address.
@@ -93,21 +91,19 @@ class Connection:
         origin = _origin(base_url)
         if origin is None:
             raise UserError(
-                f"{base_url!r} is no address of a server. Give one like https://host/v1."
+                f"{base_url!r} is not the address of a server. Give one like https://host/v1."
             )
         self.key, self.base_url = key, base_url
         self._origin, self._is_body_shown = origin, is_body_shown
 
     def proxy(self) -> str | None:
-        """Return the proxy of the environment: a tunnel for TLS. Plain HTTP goes without, or the
-        proxy has the key."""
+        """Return the environment's proxy for TLS. Plain HTTP uses none, which would see the key."""
         scheme, host, _ = self._origin
         proxy = getproxies().get("https") if scheme == "https" and not proxy_bypass(host) else None
         return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
     def note_request(self, url: str) -> None:
-        """Record that a request goes to `url`. Raises `StoppedError` where it is of another
-        origin."""
+        """Record that a request goes to `url`. Raise `StoppedError` where its origin is another."""
         exchange = _exchange.get()
         if _origin(url) != self._origin:
             exchange.refused_url = url
@@ -115,8 +111,7 @@ class Connection:
         exchange.is_sent, exchange.reply, exchange.problem = True, None, None
 
     def note_reply(self, status: int, headers: Mapping[str, str], body: bytes) -> bytes:
-        """Record a reply; return the body that the SDK is given. Raises `StoppedError` where the
-        call has failed."""
+        """Record a reply; return the body for the SDK. Raise `StoppedError` if the call failed."""
         _exchange.get().reply = Reply(
             status, {name.lower(): value for name, value in headers.items()}, body
         )
@@ -125,12 +120,12 @@ class Connection:
         return body if self._is_body_shown else b"{}"
 
     def note_problem(self, problem: str, *, is_sent: bool = True) -> None:
-        """Record that no reply comes. Without `is_sent` the server has not even got the request."""
+        """Record that there is no reply and, without `is_sent`, that no request arrived."""
         exchange = _exchange.get()
         exchange.problem, exchange.is_sent = problem, is_sent
 
     def add_chunk(self, body: bytearray, chunk: bytes) -> None:
-        """Append to a body. Raises `StoppedError` where it grows too long."""
+        """Append to a body. Raise `StoppedError` where it grows too long."""
         body += chunk
         limit = _exchange.get().max_body_bytes
         if len(body) > limit:
@@ -144,11 +139,11 @@ class Connection:
 
         Args:
             awaitable: the call.
-            max_body_bytes: of an answer; more is not read.
+            max_body_bytes: longest body; no more is read.
 
         Raises:
             RetryLater: there is no reply.
-            UserError: the call leads to another origin.
+            UserError: the call goes to another origin.
         """
         exchange, value, problem = _begin_exchange(max_body_bytes), None, None
         try:
@@ -158,7 +153,7 @@ class Connection:
         return self._called(exchange, value, problem)
 
     def call_blocking(self, function: Callable[[], _T]) -> Called[_T]:
-        """Make a call of an SDK that blocks; see `call`."""
+        """Make a blocking call of an SDK; see `call`."""
         exchange, value, problem = _begin_exchange(_MAX_BODY_BYTES), None, None
         try:
             value = function()
@@ -177,16 +172,15 @@ class Connection:
         return Called(exchange.reply, value, error)
 
     def refusal(self, what: str) -> UserError:
-        """Return the error of a call that leads away from the configured server."""
+        """Return the error of a call to another server than the configured one."""
         return UserError(
-            f"{what}. The key goes to {self.show_url(self.base_url)} and nowhere else, so the run "
-            "ends here. If that "
-            "is the right server, give its address with --base-url; else check the address and the "
-            "network."
+            f"{what}. The key is sent to {self.show_url(self.base_url)} alone, so the run ends "
+            "here. If that is the right server, give its address with --base-url; else check the "
+            "address and the network."
         )
 
     def show_url(self, url: str) -> str:
-        """Return an address for a message: without query, user and key."""
+        """Return an address for a message, without query, user and key."""
         try:
             parts = urlsplit(url)
             shown = (
@@ -199,7 +193,7 @@ class Connection:
         return self.clean(shown)
 
     def clean(self, text: object) -> str:
-        """Return words of a server for a message: short, printable, without the key."""
+        """Return a server's words for a message: short, printable, without the key."""
         return "".join(char if char.isprintable() else " " for char in self.key.redact(str(text)))[
             :300
         ]
@@ -229,8 +223,8 @@ _LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 
 
 def guarded_client(connection: Connection) -> httpx2.AsyncClient:
-    """Return a client that follows no redirect and reads nothing of the environment but what
-    `connection` allows."""
+    """Return the HTTP client for an asynchronous SDK. It follows no redirect and ignores the
+    environment."""
     return httpx2.AsyncClient(
         transport=_GuardedTransport(connection),
         follow_redirects=False,
@@ -240,14 +234,14 @@ def guarded_client(connection: Connection) -> httpx2.AsyncClient:
 
 
 class _GuardedTransport(httpx2.AsyncBaseTransport):
-    """Sends requests to one origin, and reads each body whole before an SDK sees it."""
+    """Sends requests to one origin, and reads each body whole before the SDK sees it."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._inner = httpx2.AsyncHTTPTransport(limits=_LIMITS, proxy=connection.proxy())
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send one request. Raises `StoppedError` for everything but a success."""
+        """Send one request. Raise `StoppedError` for everything but a success."""
         self._connection.note_request(str(request.url))
         body = bytearray()
         try:
@@ -274,6 +268,6 @@ class _GuardedTransport(httpx2.AsyncBaseTransport):
 
 
 def _plain(headers: Any) -> dict[str, str]:
-    """Return the headers less those of a body as it was sent."""
+    """Return the headers without those that describe the body as it was sent."""
     sent = ("content-encoding", "content-length", "transfer-encoding", "set-cookie")
     return {name: value for name, value in headers.items() if name.lower() not in sent}

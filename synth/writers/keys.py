@@ -1,4 +1,4 @@
-"""Keys: read from the environment, redacted from everything that is logged or stored."""
+"""API keys, read from the environment and redacted from everything that is logged or stored."""
 
 import logging
 import os
@@ -13,8 +13,7 @@ _secrets: set["Secret"] = set()
 
 
 class Secret:
-    """A key. Its value is sent to one origin and redacted from everything that is logged or
-    stored."""
+    """A key, sent to one origin and redacted from everything that is logged or stored."""
 
     def __init__(self, value: str) -> None:
         self.value = value
@@ -23,7 +22,7 @@ class Secret:
             rf"\\*(?:{re.escape(char)}|u00(?i:{ord(char):02x}))|%(?i:{ord(char):02x})|&#{ord(char)};"
             for char in value
         )
-        # a shorter value is no secret but a word, such as the `EMPTY` of vLLM
+        # a shorter value is not a secret but a word, such as the `EMPTY` of vLLM
         self._pattern = (
             re.compile("".join(f"(?:{c})" for c in characters))
             if len(value) >= _MIN_KEY_CHARS
@@ -36,11 +35,12 @@ class Secret:
 
 
 def read_key(*names: str) -> Secret:
-    """Return the first of these environment variables that is set. From now on no log record shows
-    it.
+    """Return the key in the first of these environment variables that is set.
+
+    From now on it is redacted from all log records.
 
     Raises:
-        UserError: none is set, or its value cannot be a key.
+        UserError: none is set, or its value has impossible characters.
     """
     for name in names:
         value = os.environ.get(name, "").strip()
@@ -63,8 +63,8 @@ def read_key(*names: str) -> Secret:
 
 
 def _redact_logs() -> None:
-    """Make every log record of this process lose the keys: the SDKs log headers, addresses and
-    answers too."""
+    """Redact the keys from every log record of this process: SDKs log headers, addresses and
+    answers."""
     make = logging.getLogRecordFactory()
 
     def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:

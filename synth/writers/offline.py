@@ -1,5 +1,4 @@
-"""A writer without a model: pieces of sentences of the embedded set, drawn by a hash. For trying
-out the whole path."""
+"""A writer without a model, for trying things out: pieces of the embedded set, drawn by a hash."""
 
 import hashlib
 import json
@@ -14,12 +13,11 @@ _SENTENCE = re.compile(r"\S.*?[.!?](?=\s|$)")
 _PIECE_WORDS = 4
 _SENTENCE_WORDS = 12
 _MIN_WORDS = 6
-"""Of a text, since shorter ones soon repeat; the checks allow that many for any length."""
+"""Shortest text, since shorter ones would repeat. The checks allow so many words for any length."""
 
 
 class OfflineWriter:
-    """Writes nothing of its own: its texts have the length asked for and do not mean what the
-    category asks."""
+    """Writes texts of the requested length that do not mean what their category says."""
 
     name = "offline"
     model = "helpful-mini"
@@ -43,8 +41,7 @@ class OfflineWriter:
         )
 
     async def write(self, request: Request) -> Answer:
-        """Return pieces drawn by the prompt and the sample index, as many as make the number of
-        words asked for."""
+        """Return pieces with the requested number of words, drawn by prompt and sample index."""
         seed = hashlib.sha256(
             f"{request.category}\n{request.sample_index}\n{request.prompt}".encode()
         ).hexdigest()
@@ -59,11 +56,11 @@ class OfflineWriter:
         )
 
     async def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing."""
 
 
 def _as_sentences(words: list[str]) -> str:
-    """Return words in sentences of a dozen, with a capital and a full stop."""
+    """Return words as sentences of twelve words, each with a capital letter and a full stop."""
     starts = range(0, len(words), _SENTENCE_WORDS)
     return " ".join(
         " ".join(words[i : i + _SENTENCE_WORDS]).lower().capitalize() + "." for i in starts

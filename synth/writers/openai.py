@@ -1,4 +1,4 @@
-"""Any server that speaks the chat-completions protocol of OpenAI: OpenAI itself, vLLM, Ollama."""
+"""Servers with OpenAI's chat-completions protocol: OpenAI itself, vLLM, Ollama and others."""
 
 import os
 from typing import Any
@@ -17,12 +17,11 @@ _OPENAI_URL = "https://api.openai.com/v1"
 
 
 class OpenAIWriter:
-    """Writes with a chat model. The key is read from OPENAI_API_KEY; a server of your own needs
-    none.
+    """Writes with a chat model. The key comes from OPENAI_API_KEY; a server of your own needs none.
 
     Args:
-        model: name that the server knows.
-        base_url: of the server, with its `/v1`; default: OPENAI_BASE_URL, else OpenAI's.
+        model: name of the model at the server.
+        base_url: address of the server, with `/v1`; default: OPENAI_BASE_URL, else OpenAI's.
 
     Raises:
         UserError: no key is set, and the server is OpenAI's.

@@ -1,4 +1,4 @@
-"""What a server's reply means."""
+"""What a server's reply means: an answer, a retry, or the end of the run."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +26,8 @@ def read_reply(
     """Return the answer in a reply, every field without the key.
 
     Args:
-        reply: of the server.
+        connection: the connection to the server.
+        reply: the server's reply.
         read_value: makes an answer of a JSON object and its text.
 
     Raises:
@@ -49,7 +50,7 @@ def answer_in(
     read_value: Callable[[dict[str, Any], str], Answer],
     reply: Reply = _SUCCESS,
 ) -> Answer:
-    """Return the answer in a JSON object that came with a success; see `read`."""
+    """Return the answer in the JSON object of a successful reply; see `read_reply`."""
     if value.get("error") and not value.get("candidates") and not value.get("choices"):
         return _answer_for_error_with_200(connection, reply, value, raw)
     answer = read_value(value, raw)
@@ -66,13 +67,12 @@ def answer_in(
 def answer_for_http_error(
     connection: Connection, reply: Reply, value: dict[str, Any] | None, raw: str | None = None
 ) -> Answer:
-    """Return what an HTTP status other than 200 means for a request: the server does not take
-    it as it is.
+    """Return an `invalid_answer` for an HTTP status by which the server rejects one request.
 
     Raises:
-        RetryLater: for what may pass (429, 5xx).
-        UserError: for what no request can get past (a redirect, a wrong key, a daily quota, an
-        unserved region).
+        RetryLater: for a status that may change (429, 5xx).
+        UserError: for a status that every request would get (a redirect, a wrong key, a daily
+            quota, an unserved region).
     """
     if 300 <= reply.status < 400:
         target = connection.show_url(reply.headers.get("location", "nowhere"))
@@ -87,9 +87,9 @@ def answer_for_http_error(
         raise RetryLater(reason, wait_s(value, reply.headers), raw=raw)
     if reply.status in _HOPELESS or _is_hopeless(value):
         raise UserError(
-            f"the server takes no request: {reason}. Check the key and its rights, the name of "
-            "the model, the "
-            "address and whether your region is served. All answers so far are stored."
+            f"the server accepts no request: {reason}. Check the key and its rights, the name of "
+            "the model, the address, and whether your region is served. All answers so far are "
+            "stored."
         )
     return replace(invalid_answer(reason), raw=raw or "")
 
@@ -97,7 +97,7 @@ def answer_for_http_error(
 def _answer_for_error_with_200(
     connection: Connection, reply: Reply, value: dict[str, Any], raw: str
 ) -> Answer:
-    """An error inside a success: what it cost is not known, so it counts as paid."""
+    """Return the answer for an error in a successful reply, which counts as paid."""
     error = value["error"]
     code = error.get("code") if isinstance(error, dict) else None
     reason = (
@@ -110,8 +110,7 @@ def _answer_for_error_with_200(
 
 
 def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that the server asks to wait: `google.rpc.RetryInfo`, else the header
-    Retry-After."""
+    """Return the seconds that a server asks to wait, in `google.rpc.RetryInfo` or Retry-After."""
     for detail in _details(error):
         delay = _DURATION.fullmatch(str(detail.get("retryDelay", "")))
         if delay and str(detail.get("@type", "")).endswith("google.rpc.RetryInfo"):
@@ -127,7 +126,7 @@ def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:
 
 
 def checked_text(text: str) -> tuple[str, str | None, str | None]:
-    """Return status, text and reason of a text that came whole."""
+    """Return the status, text and reason of a complete text."""
     if not text.strip():
         return "invalid", None, "empty text"
     try:
@@ -138,7 +137,7 @@ def checked_text(text: str) -> tuple[str, str | None, str | None]:
 
 
 def token_count(value: Any) -> int | None:
-    """Return a number of tokens as a server gave it, None where it cannot be one."""
+    """Return a server's number of tokens, None where it is impossible."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKENS
     return value if is_count else None
 
@@ -148,7 +147,7 @@ def _inner(value: Any) -> Any:
 
 
 def message_of(value: Any) -> str | None:
-    """Return what a server says in the JSON of an error."""
+    """Return the message in the JSON of an error."""
     inner = _inner(value)
     message = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
     return None if not message else str(message)
@@ -165,7 +164,7 @@ def _details(value: Any) -> list[dict[str, Any]]:
 
 
 def _daily_quota(value: Any) -> str | None:
-    """Return the name of the quota where it is one of a day, or of money."""
+    """Return the name of the quota where it is a daily one, or one of money."""
     for detail in _details(value):
         violations = detail.get("violations")
         for violation in violations if isinstance(violations, list) else []:
@@ -186,8 +185,8 @@ def _daily_quota(value: Any) -> str | None:
 
 
 def _is_hopeless(value: Any) -> bool:
-    """Whether an error is of the account or the place, not of the request. Google answers 400 to an
-    unknown key."""
+    """Return whether an error concerns the account or the region, not the request. Google answers
+    400 to an unknown key."""
     inner = _inner(value)
     state = inner.get("status") if isinstance(inner, dict) else None
     return state in _HOPELESS_STATES or any(

@@ -92,7 +92,7 @@ def test_plot_writes_each_format_at_the_width_that_was_asked_for(
         for step in (0, 1, 4, 8)
     ]
     source.write_text("step,category,logprob\n" + "".join(rows))
-    (tmp_path / "labels.yaml").write_text("chosen: trained on this\n")
+    (tmp_path / "labels.yaml").write_text("chosen: trained on y^+ or y_{i}\n")
     flags = [
         "--width",
         "3.25in",
@@ -111,19 +111,81 @@ def test_plot_writes_each_format_at_the_width_that_was_asked_for(
     assert (out / "changes_heldout.png").read_bytes().startswith(b"\x89PNG")
     pdf = (out / "changes_heldout.pdf").read_bytes()
     assert pdf.startswith(b"%PDF")
-    box = re.search(rb"MediaBox \[0 0 ([\d.]+)", pdf)
-    assert box is not None
-    assert float(box[1]) == pytest.approx(3.25 * 72, rel=0.03)
     svg = (out / "changes_heldout.svg").read_text()
-    assert "trained on this" in svg
+    assert "trained on y⁺ or yᵢ" in svg
     assert "non_response" not in svg
-    assert 'width="234' in svg
+    assert 'width="234pt' in svg
     page = (out / "changes_heldout.html").read_text()
     assert "vegaEmbed" in page
     assert not re.search(r'(src|href)="http', page), "it opens offline"
     table = pd.read_csv(out / "changes_heldout.csv")
     assert set(table["category"]) == {"chosen", "rejected"}
     assert {"change", "band_low", "band_high", "num_docs"} <= set(table.columns)
+
+
+def _page_widths(folder: Path) -> dict[str, float]:
+    boxes = {
+        path.stem: re.search(rb"MediaBox \[0 0 ([\d.]+)", path.read_bytes())
+        for path in folder.glob("*.pdf")
+    }
+    return {name: float(box[1]) for name, box in boxes.items() if box}
+
+
+@pytest.mark.parametrize(
+    ("width", "points"),
+    [
+        ("3.25in", 234),
+        pytest.param("12cm", 340.157, marks=pytest.mark.full),
+        pytest.param("7in", 504, marks=pytest.mark.full),
+    ],
+)
+def test_pages_have_the_width_asked_for(
+    sft_probe: Run, tmp_path: Path, width: str, points: float
+) -> None:
+    long = "a_category_of_forty_letters_and_a_few_more"
+    one = write_run(tmp_path / "one", curves={**CURVES, long: lambda step: -float(step)})
+    two = write_run(tmp_path / "two", seed=1)
+    flags = ["--width", width, "--font-size", 8, "--format", "pdf", "--out", tmp_path / "out"]
+    for runs in ([one], [one, two]):
+        result = sft_probe("plot", *runs, *flags)
+        assert result.returncode == 0, result.stderr
+    found = _page_widths(tmp_path / "out")
+    assert set(found) == {f"{name}_heldout" for name in (*NAMES, "comparison")}
+    assert all(size == pytest.approx(points, abs=0.01) for size in found.values()), found
+
+
+def test_a_figure_for_a_paper(sft_probe: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    out = tmp_path / "out"
+    flags = ["--figures", "changes,parts", "--no-title", "--out", out]
+    result = sft_probe("plot", f"ours={run}", *flags, "--format", "svg")
+    assert result.returncode == 0, result.stderr
+    names = ("changes_heldout", "parts_heldout")
+    suffixes = ("csv", "svg", "txt")
+    assert {path.name for path in out.iterdir()} == {f"{n}.{s}" for n in names for s in suffixes}
+    assert set(pd.read_csv(out / "changes_heldout.csv")["run"]) == {"ours"}
+    svg, caption = ((out / f"changes_heldout.{suffix}").read_text() for suffix in ("svg", "txt"))
+    assert caption.startswith("Change of log p(response | prompt) while fine-tuning on chosen. ")
+    assert "training noise." in caption
+    assert "while fine-tuning" not in svg
+    lines = re.findall(r'<path aria-label="[^"]*"[^>]*fill="none"[^>]*>', svg) or re.findall(
+        r"<path[^>]*stroke-dasharray[^>]*>", svg
+    )
+    dashes = {re.sub(r'.*stroke-dasharray="([^"]*)".*', r"\1", line) for line in lines}
+    assert len(dashes) >= len(CURVES), "lines are told apart without colour"
+    again = sft_probe("plot", run, "--figures", "levels,benchmarks", "--out", out)
+    assert "nothing to draw of these runs: benchmarks" in again.stderr
+    assert {path.suffix for path in out.glob("levels*")} == {".csv", ".pdf", ".png", ".txt"}
+
+
+def test_bands_of_levels_end_at_certainty(sft_probe: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", curves={"chosen": lambda step: 120.2 if step else 0.0})
+    result = sft_probe("plot", run, "--figures", "levels", "--format", "svg")
+    assert result.returncode == 0, result.stderr
+    table = pd.read_csv(run / "figures/levels_heldout.csv")
+    assert (table["level"] + table["band_high"] - table["change"]).max() > 0, "it would be above"
+    assert table["level_high"].max() == 0
+    assert (table["level_low"] <= table["level_high"])[1:].all()
 
 
 def test_control_characters_are_drawn_as_a_sign(sft_probe: Run, tmp_path: Path) -> None:
@@ -189,6 +251,12 @@ def test_plot_refuses_what_cannot_be_drawn_with_one_message(sft_probe: Run, tmp_
         sft_probe("plot", run, "--labels", tmp_path / "labels.yaml")
     )
     assert "no length like 3.25in" in user_error(sft_probe("plot", run, "--width", "wide"))
+    assert "Did you mean changes?" in user_error(sft_probe("plot", run, "--figures", "change"))
+    assert "not among the fonts" in user_error(sft_probe("plot", run, "--font", "No Such Font"))
+    (tmp_path / "labels.yaml").write_text("chosen: y^{@}\n")
+    assert "no @ above a line" in user_error(
+        sft_probe("plot", run, "--labels", tmp_path / "labels.yaml")
+    )
 
 
 def test_help_imports_no_heavy_library() -> None:

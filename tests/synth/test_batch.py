@@ -209,7 +209,7 @@ def test_a_batch_keeps_its_budget_and_goes_on_with_more(
 ) -> None:
     runs, server = batch
     with pytest.raises(
-        UserError, match=r"15 requests were not asked.*\$0\.0550.*raise --max-cost-usd"
+        UserError, match=r"15 requests were not sent.*\$0\.0550.*raise --max-cost-usd"
     ):
         runs.run(max_cost_usd=0.055)
     assert sum(server.calls.values()) == 5
@@ -222,7 +222,7 @@ def test_a_wrong_key_stops_a_batch_and_leaves_no_reservation(
 ) -> None:
     runs, server = batch
     server.job_faults = ["bad_key"]
-    with pytest.raises(UserError, match="takes no request") as caught:
+    with pytest.raises(UserError, match="accepts no request") as caught:
         runs.run()
     assert KEY not in str(caught.value)
     assert runs.store.cost_usd() == 0
@@ -240,7 +240,7 @@ def test_a_waiting_batch_reports_each_minute_and_gives_up_in_the_end(
         "sft_probe.synth.asking.batch.monotonic", itertools.count(0, 25).__next__
     )  # 25 s from look to look
     with pytest.raises(
-        UserError, match=r"no end of the batch jobs after .*the same command reads them later"
+        UserError, match=r"the batch jobs have not ended after .*the same command reads them later"
     ):
         runs.run(max_wait_s=600)
     lines = re.findall(

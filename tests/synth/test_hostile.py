@@ -61,7 +61,7 @@ def useless(message: str, status: str) -> Outcome:
 UNREADABLE = "no JSON object in UTF-8"
 GOOD = Outcome("", frozenset({"ok"}), 80, "", frozenset({"ok"}), is_final=True)
 REDIRECT = Outcome(
-    r"redirects \(HTTP 30\d\) to http://127.0.0.1:\d+/.*nowhere else", max_requests=1
+    r"redirects \(HTTP 30\d\) to http://127.0.0.1:\d+/.* alone, so the run ends", max_requests=1
 )
 FAULTS = {
     "redirect_302": REDIRECT,
@@ -69,14 +69,14 @@ FAULTS = {
     "redirect_key": REDIRECT,
     "bare_304": Outcome(r"redirects \(HTTP 304\) to nowhere", max_requests=1),
     "location": Outcome(
-        "takes no request: HTTP 400: User location is not supported", max_requests=1
+        "accepts no request: HTTP 400: User location is not supported", max_requests=1
     ),
     "daily": Outcome("daily quota is used up: GenerateRequestsPerDay", max_requests=1),
-    "no_credit": Outcome("takes no request: HTTP 402: pay first", max_requests=1),
+    "no_credit": Outcome("accepts no request: HTTP 402: pay first", max_requests=1),
     "no_model": Outcome(
-        "takes no request: HTTP 404", max_requests=1, batch_message="HTTP 404: no such model"
+        "accepts no request: HTTP 404", max_requests=1, batch_message="HTTP 404: no such model"
     ),
-    "bad_key": Outcome(r"takes no request: HTTP 400: API key \[key\] not valid", max_requests=1),
+    "bad_key": Outcome(r"accepts no request: HTTP 400: API key \[key\] not valid", max_requests=1),
     "bad_request": failed(
         "HTTP 400: too long", "invalid", batch_message="refuses a batch job: HTTP 400"
     ),

@@ -196,7 +196,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path, content: object) -> 
     else:
         with sqlite3.connect(path) as connection:
             connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(UserError, match=r"a\.sqlite .*Choose another"):
+    with pytest.raises(UserError, match=r"a\.sqlite .*choose another"):
         Store(path)
 
 

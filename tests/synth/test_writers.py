@@ -195,7 +195,7 @@ def test_errors_that_no_request_gets_past_stop_the_run_at_once(
     writer: Any, store: Store, fault: str, message: str
 ) -> None:
     with pytest.raises(
-        UserError, match=f"takes no request: HTTP 40.*{message}.*Check the key"
+        UserError, match=f"accepts no request: HTTP 40.*{message}.*Check the key"
     ) as caught:
         ask(prompt_with(fault), writer, store)
     assert KEY not in str(caught.value)
