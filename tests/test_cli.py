@@ -137,6 +137,7 @@ def test_synth_without_run_is_still_run(sft_probe: Run, tmp_path: Path) -> None:
         (["train", "--model_name_or_path", "./no-model"], "there is no config.json in it"),
         (["train", "--train_data", "no.jsonl"], "--train_data no.jsonl: there is no such file"),
         (["train", "--deepspeed", "zero22"], "Did you mean zero2?"),
+        (["train", "--config", "quickstart"], "--output_dir is missing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

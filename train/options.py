@@ -355,4 +355,6 @@ def check_inputs(flags: Sequence[str]) -> ProbeSet:
     if data is None:
         category = given.get("train_category", "chosen")
         parse_mixture(category, probe_set.categories, probe_set.source)
+    if "output_dir" not in given and given.get("dry_run", "false").lower() in ("false", "no", "0"):
+        raise UserError("--output_dir is missing: where shall the run go?")
     return probe_set
