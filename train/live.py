@@ -151,15 +151,6 @@ def record(
     return _path(folder, step)
 
 
-def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the mean log-prob of each category over held-out docs, in nats per response."""
-    logprobs: dict[str, list[float]] = {}
-    for row in rows:
-        if row["split"] == "heldout":
-            logprobs.setdefault(row["category"], []).append(row["logprob"])
-    return {category: sum(values) / len(values) for category, values in logprobs.items()}
-
-
 class EncodedTexts:
     """The docs of a probe set as token ids, and what the manifest says of them."""
 

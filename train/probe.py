@@ -20,7 +20,6 @@ from sft_probe.train.live import (
     EncodedTexts,
     dtypes_of,
     fault_of_other_rows,
-    means_of,
     name_of_model,
     score_docs,
     write_step,
@@ -31,6 +30,7 @@ from sft_probe.train.model import (
     num_virtual_tokens,
 )
 from sft_probe.train.schedule import resolve_steps
+from sft_probe.train.trackers import TRACKERS, Tracker, means_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -105,6 +105,7 @@ class ProbeCallback(TrainerCallback):
         }
         self.steps: list[int] = []
         self.docs: list[EncodedProbe] = []
+        self.trackers: list[Tracker] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
@@ -131,7 +132,7 @@ class ProbeCallback(TrainerCallback):
                 "the trainer has no processing_class: give ProbeCallback the tokenizer."
             )
         self.columns["model"] = self.columns["model"] or name_of_model(model)
-        self._begin(tokenizer, state, name_of(model.dtype))
+        self._begin(args, state, tokenizer, name_of(model.dtype))
         self.scorer = FittingScorer(
             self.max_tokens or default_max_tokens(str(model.device)),
             self.max_length,
@@ -141,7 +142,13 @@ class ProbeCallback(TrainerCallback):
         if state.global_step == 0 and 0 in self.steps:  # a resumed step was scored when it ended
             self._probe(args, state, whole)
 
-    def _begin(self, tokenizer: "PreTrainedTokenizerBase", state: TrainerState, dtype: str) -> None:
+    def _begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        tokenizer: "PreTrainedTokenizerBase",
+        dtype: str,
+    ) -> None:
         """Encode the docs, and let the first rank prepare `probe/` and its manifest."""
         path = self.folder / "manifest.json"
         recorded = read_object(path) if path.exists() and state.global_step else {}
@@ -165,6 +172,10 @@ class ProbeCallback(TrainerCallback):
         if state.is_world_process_zero:
             manifest = {**self.columns, "dtype": dtype, "steps": self.steps, **texts.manifest}
             write_json(path, manifest)
+            # the Trainer has opened their runs: its own callbacks come first
+            names = [name for name in TRACKERS if name in args.report_to]
+            categories = self.probe_set.categories
+            self.trackers = [Tracker(name, manifest, categories) for name in names]
 
     def _fault_of_earlier_rows(self, step: int, manifest: dict[str, Any]) -> str | None:
         """Remove the rows that this training writes again; return why it may not."""
@@ -209,7 +220,10 @@ class ProbeCallback(TrainerCallback):
             return
         order = {doc.doc_id: number for number, doc in enumerate(self.docs)}
         rows.sort(key=lambda row: order[row["doc_id"]])
-        self._report(write_step(self.folder, state.global_step, rows))
+        scored = write_step(self.folder, state.global_step, rows)
+        self._report(scored)
+        for tracker in self.trackers:
+            tracker.send(state.global_step, scored)
 
     def _step_columns(
         self, args: TrainingArguments, state: TrainerState, model: Any

@@ -219,6 +219,31 @@ class LmEval(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Track(Command):
+    """Send the scores of a run to Weights & Biases or Trackio, as a run of its own.
+
+    Swept scores, else those of the live probe: a curve for each category, on the axis `probe/step`,
+    and a table of the docs of each step.
+
+    Examples:
+        sft-probe track runs/mine --to wandb --project my-project
+    """
+
+    run: Positional[Annotated[Path, "RUN"]]
+    """The run directory."""
+    to: Literal["wandb", "trackio"] = "wandb"
+    """Where to send them."""
+    project: str = "sft-probe"
+    """Name of the project there."""
+
+    def execute(self) -> None:
+        """Send them."""
+        from sft_probe.train.trackers import send_run
+
+        send_run(self.run, self.to, self.project)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion(Command):
     """Print a script that completes commands and options in a shell.
 
@@ -257,6 +282,7 @@ COMMANDS: dict[str, type[Command]] = {
     "tasks-dir": TasksDir,
     "link-tasks": LinkTasks,
     "lm-eval": LmEval,
+    "track": Track,
     "completion": Completion,
 }
 """Every command by the words that call it, in the order of the help."""
