@@ -138,8 +138,8 @@ def plan_set(settings: SetSettings, left_out: list[LeftOut], tokenizer: Any = No
     Args:
         settings: the user's choices.
         left_out: receives the rows and docs that cannot be used.
-        tokenizer: of the untrained model where its answers are requested. Every prompt must fit
-            its chat template.
+        tokenizer: of the untrained model where its answers are requested. Every prompt must fit its
+            chat template.
 
     Raises:
         UserError: the source, a template or the splits are unusable.

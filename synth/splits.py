@@ -137,8 +137,8 @@ def split_docs(
         heldout_frac: share of the conversations to hold out. None keeps the source's own splits
             where it has both, else holds out 0.2.
         seed: of the hashes.
-        left_out: receives the held-out docs that share a conversation, a near-duplicate prompt or
-            a response with train.
+        left_out: receives the held-out docs that share a conversation, a near-duplicate prompt or a
+            response with train.
         rule: version of the rule, see `RULE`.
 
     Raises:

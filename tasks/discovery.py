@@ -86,8 +86,7 @@ def run_lm_eval(arguments: list[str]) -> None:
 
     Raises:
         UserError: an include path of the user's own is given (lm-eval takes only one), or a flag
-        that would make the
-            numbers of probe tasks wrong.
+            that would make the numbers of probe tasks wrong.
     """
     from lm_eval.__main__ import cli_evaluate
 

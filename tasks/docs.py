@@ -48,8 +48,7 @@ def load_docs(
         split: `train` or `heldout`.
         probe_set: path or id; default: the environment's SFT_PROBE_SET, else the embedded set.
         prompt_format: default: the probe set's own. What the name leaves open (see `PromptFormat`)
-        is chosen by a test
-            on all docs, where the tokenizer is known.
+            is chosen by a test on all docs, where the tokenizer is known.
         tokenizer: name or path; default: `pretrained`.
         pretrained: the model's name or path.
         revision: of the tokenizer on the hub.

@@ -76,15 +76,13 @@ class ProbeLM(HFLM):
 
     Args:
         max_tokens: how many tokens one forward pass reads; default: 16,384 on a GPU, 1,024 on a
-        CPU. Halved where
-            memory runs out.
+            CPU. Halved where memory runs out.
         token_columns: probe tasks also get `ProbeScore.token_columns`.
         **arguments: those of `hf`; `batch_size` is for generation alone.
 
     Raises:
         UserError: an encoder-decoder, mixed precision, code that comes with a model, or an adapter
-        that does more than
-            change layers is asked for.
+            that does more than change layers is asked for.
     """
 
     def __init__(

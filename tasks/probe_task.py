@@ -29,7 +29,7 @@ class ProbeTask(ConfigurableTask):
 
         Raises:
             UserError: a flag would change the prompts, or take requests from a cache that does not
-            know them.
+                know them.
         """
         for name, reason in _REFUSED.items():
             if arguments.get(name):

@@ -134,8 +134,7 @@ class SftArguments(TrainOptions, TrainingArguments):
                     )
 
     def _settle_cpu(self) -> None:
-        """`--use_cpu` would switch DeepSpeed off without a word; without a GPU it is what happens
-        anyway."""
+        """Set up training on the CPU: `--use_cpu` would switch DeepSpeed off without a word."""
         if not self.use_cpu or self.deepspeed == "none":
             return
         if not torch.cuda.is_available():
@@ -148,8 +147,8 @@ class SftArguments(TrainOptions, TrainingArguments):
             )
 
     def _settle_precision(self) -> None:
-        """Under DeepSpeed 16-bit weights get float32 masters, as with `--bf16` and `--fp16`; else
-        they get none."""
+        """Settle the precision: under DeepSpeed 16-bit weights get float32 masters, as with
+        `--bf16` and `--fp16`; else they get none."""
         flags = {"bfloat16": "bf16", "float16": "fp16"}
         for dtype, flag in flags.items():
             if getattr(self, flag) and self.dtype not in ("float32", dtype):
@@ -188,8 +187,8 @@ class SftArguments(TrainOptions, TrainingArguments):
         self.use_cpu = asked
 
     def _check_single_gpu(self) -> None:
-        """One process on several GPUs would be `torch.nn.DataParallel`, which gathers no loss of
-        each example."""
+        """Raise `UserError` for one process on several GPUs: `torch.nn.DataParallel` gathers no
+        loss of each example."""
         if self.n_gpu <= 1:
             return
         if self.deepspeed is None:

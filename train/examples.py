@@ -59,8 +59,8 @@ def assign(docs: Sequence[Doc], shares: Sequence[Share], seed: int) -> list[tupl
 def read_docs(
     source: str, *, prompt_column: str, response_column: str
 ) -> tuple[list[Doc], list[DroppedDoc]]:
-    """The docs of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory of them, or a hub data
-    set.
+    """Return the docs of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory of them, or a hub
+    data set.
 
     A row with `chosen` and `rejected` (HH transcripts, texts or messages) gives both categories;
     one with `messages`, or with a prompt and a response, gives `chosen`. Rows that give no doc come
@@ -68,7 +68,7 @@ def read_docs(
 
     Raises:
         UserError: there is no such source, it is damaged, or the rows do not all have the same
-        categories.
+            categories.
     """
     docs, dropped = [], []
     seen: dict[str, str] = {}
@@ -140,8 +140,7 @@ def _parse(row: Row, prompt_column: str, response_column: str) -> Parsed:
 def without_heldout(
     docs: Sequence[Doc], heldout: Sequence[Doc]
 ) -> tuple[list[Doc], list[DroppedDoc]]:
-    """Takes out the docs whose conversation, known by its first user turn, is probed as held
-    out."""
+    """Take out the docs whose conversation, known by its first user turn, is probed as held out."""
     held = {root_id(doc.messages): doc.doc_id for doc in heldout}
     twins = {doc.doc_id: held.get(doc.conversation_id) for doc in docs}
     dropped = [
@@ -153,7 +152,8 @@ def without_heldout(
 
 
 def sha256_of_source(source: str | None) -> str | None:
-    """Of all local files of a source; `None` for the hub, whose name stands for it."""
+    """Return the hash of all local files of a source; `None` for the hub, whose name stands for
+    it."""
     files = source_sha256(source) if source else {}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest() if files else None
 
@@ -214,7 +214,7 @@ def build_examples(
     max_prompt_tokens: int | None,
     dropped: Sequence[DroppedDoc],
 ) -> TrainingExamples:
-    """Encodes docs for SFT.
+    """Encode docs for SFT.
 
     Prompts over `max_prompt_tokens` lose whole turns on the left; responses are never cut: a doc
     that does not fit `max_length` tokens, or that the format refuses, is dropped and named. Without
@@ -258,7 +258,8 @@ def _encode(
     prompt_format: PromptFormat,
     max_length: int,
 ) -> tuple[list[int], list[int]]:
-    """Ids of context and continuation; raises `UserError` where the doc is to be dropped."""
+    """Return the ids of context and continuation. Raises `UserError` where the doc is to be
+    dropped."""
     pair = encode_pair(tokenizer, prompt, response, in_use=prompt_format.in_use)
     if pair is None:
         raise UserError(no_pair_reason(prompt_format.in_use))
@@ -282,7 +283,7 @@ def _empty_prompt_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def describe_first(dropped: Sequence[DroppedDoc]) -> str:
-    """Why the first few docs were dropped, for a message."""
+    """Say why the first few docs were dropped, for a message."""
     more = [f"and {len(dropped) - 3} more"] if len(dropped) > 3 else []
     return "; ".join([*(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3]), *more])
 
@@ -293,8 +294,8 @@ def _cut_turns(
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_tokens: int | None,
 ) -> Sequence[dict[str, str]]:
-    """The longest run of last turns, starting with a user's, that fits; raises `UserError` where
-    none does."""
+    """Return the longest run of last turns, starting with a user's, that fits. Raises `UserError`
+    where none does."""
     if max_prompt_tokens is None:
         return doc.messages
     starts = [0, *(i for i, turn in enumerate(doc.messages) if i and turn["role"] == "user")]
@@ -313,7 +314,8 @@ class PadRight:
     pad_id: int
 
     def __call__(self, items: Sequence[tuple[int, Example]]) -> dict[str, Any]:
-        """Padding is masked and carries no label, also where the pad token is the terminator."""
+        """Pad a batch: padding is masked and carries no label, also where the pad token is the
+        terminator."""
         longest = max(len(example.input_ids) for _, example in items)
         batch: dict[str, Any] = {
             "input_ids": torch.full((len(items), longest), self.pad_id),

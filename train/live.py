@@ -126,7 +126,7 @@ def record(
 
     Raises:
         UserError: the run has rows of this step already, or rows of another probe set, format or
-        length.
+            length.
     """
     folder = make_dir(Path(run) / "probe")
     if fault := fault_of_other_rows(folder, getattr(rows, "manifest", {})):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def add_lora(model: Any, arguments: "SftArguments") -> Any:
-    """The model with trainable LoRA layers, the rest frozen; without dropout.
+    """Return the model with trainable LoRA layers, the rest frozen; without dropout.
 
     Raises:
         UserError: the target modules are not in the model.
@@ -73,7 +73,7 @@ def most_common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
 
 
 def has_masters(model: Any) -> bool:
-    """True where a 16-bit model trains on float32 masters (DeepSpeed's); any rank, no
+    """Return whether a 16-bit model trains on float32 masters (DeepSpeed's); on any rank, no
     collective."""
     return bool(model.dtype != torch.float32) and any(
         hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
@@ -166,7 +166,7 @@ def score_adapted(
 
     Raises:
         UserError: the adapter cannot score a text on its own (it needs a task id, for instance);
-        its type is named.
+            its type is named.
     """
     if adapter_type(model) is None or _is_in_layers(model):
         yield from scorer.score(inner_model(model), items)
@@ -218,7 +218,7 @@ a threshold."""
 
 
 def model_version(name: str) -> str | None:
-    """A hash of the config and weights of a local model; of a hub model the commit. Raises
+    """Return a hash of the config and weights of a local model; of a hub model the commit. Raises
     `UserError` for no model."""
     folder = Path(resolve_model(name))
     if not folder.is_dir():
@@ -232,7 +232,8 @@ def model_version(name: str) -> str | None:
 
 
 def load_trained_model(arguments: "SftArguments") -> Any:
-    """The model to train, in train mode, without dropout, with its LoRA where one is asked for."""
+    """Return the model to train, in train mode, without dropout, with its LoRA where one is asked
+    for."""
     model = load_model(
         arguments.model_name_or_path,
         arguments.dtype,

@@ -154,7 +154,7 @@ def parse_mixture(text: str, categories: Sequence[str], source: str) -> list[Sha
 
     Raises:
         UserError: an unknown category, one that comes twice, or a fraction that is not above 0 and
-        at most 1.
+            at most 1.
     """
     shares = []
     for item in text.split(","):

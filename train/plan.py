@@ -50,7 +50,7 @@ class RunPlan:
 
 
 def plan_run(arguments: SftArguments, trainer: Trainer, model: Any) -> RunPlan:
-    """Resolves the schedules for this data and number of processes, and sizes what is saved of
+    """Resolve the schedules for this data and number of processes, and size what is saved of
     `model`."""
     _, steps_per_epoch, *_, max_steps = trainer.set_initial_training_values(
         arguments, trainer.get_train_dataloader()
@@ -89,7 +89,7 @@ def plan_run(arguments: SftArguments, trainer: Trainer, model: Any) -> RunPlan:
 
 
 def check_disk(plan: RunPlan, folder: Path) -> None:
-    """Raises `UserError` where the run does not fit the disk of `folder`, which need not exist
+    """Raise `UserError` where the run does not fit the disk of `folder`, which need not exist
     yet."""
     own = sum(
         path.stat().st_size for path in folder.rglob("*.*") if path.is_file()
@@ -130,7 +130,7 @@ def describe(
     prompt_format: PromptFormat,
     examples: TrainingExamples,
 ) -> str:
-    """The plan as text, the same on every rank; a collective where there are several.
+    """Return the plan as text, the same on every rank; a collective where there are several.
 
     Raises:
         UserError: the model does not exist, or the run does not fit the disk.
@@ -185,8 +185,8 @@ def describe(
 
 
 def _counts(arguments: SftArguments, trainer: Trainer, plan: RunPlan) -> torch.Tensor:
-    """[max_steps, 4] int64 over all ranks: examples, labelled tokens, positions and padding of each
-    step."""
+    """Return [max_steps, 4] int64 over all ranks: examples, labelled tokens, positions and padding
+    of each step."""
     counts = torch.zeros((plan.max_steps, 4), dtype=torch.int64)
     step = 0
     for micro_step, is_last, batch in _batches(trainer.get_train_dataloader()):
@@ -202,8 +202,8 @@ def _counts(arguments: SftArguments, trainer: Trainer, plan: RunPlan) -> torch.T
 
 
 def _batches(dataloader: Any) -> Iterator[tuple[int, bool, dict[str, torch.Tensor]]]:
-    """Endless epochs, in the order of training: number within the epoch, whether it is its last
-    one, and the batch."""
+    """Yield batches of endless epochs in the order of training: number within the epoch, whether it
+    is its last one, and the batch."""
     epoch = 0
     while True:
         dataloader.set_epoch(epoch)

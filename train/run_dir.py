@@ -91,7 +91,7 @@ def is_complete(run_dir: Path, request: dict[str, Any]) -> bool:
 
     Raises:
         UserError: it holds a run of another request (the difference is named), or weights that no
-        request is recorded for.
+            request is recorded for.
     """
     earlier = _recorded_request(run_dir)
     if earlier is None:

@@ -25,8 +25,8 @@ from sft_probe.errors import UserError
 def resolve_steps(
     text: str, *, flag: str, args: TrainingArguments, state: TrainerState, dataloader: Any
 ) -> list[int]:
-    """`parse_steps` for a training that is about to begin; in one without a known length the only
-    epoch ends last."""
+    """Parse a schedule for a training that is about to begin; in one without a known length the
+    only epoch ends last."""
     num_batches = (
         len(dataloader)
         if has_length(dataloader)
@@ -37,7 +37,7 @@ def resolve_steps(
 
 
 def parse_steps(text: str, *, flag: str, max_steps: int, steps_per_epoch: int) -> list[int]:
-    """Resolves `"0,1,2,4,...,512,+100,epoch,last"` to sorted steps within `0..max_steps`.
+    """Resolve `"0,1,2,4,...,512,+100,epoch,last"` to sorted steps within `0..max_steps`.
 
     Steps beyond the last one are left out, so that one recipe serves short and long runs.
 
@@ -49,7 +49,7 @@ def parse_steps(text: str, *, flag: str, max_steps: int, steps_per_epoch: int) -
 
     Raises:
         UserError: the text is not in the grammar, or the number after `...` is not in the
-        progression.
+            progression.
     """
     steps: set[int] = set()
     numbers: list[int] = []  # those that stand together right before a part
@@ -93,7 +93,7 @@ def _named(name: str, max_steps: int, steps_per_epoch: int) -> Iterator[int]:
 
 
 def _progression(numbers: list[int], following: str, max_steps: int, value: str) -> Iterator[int]:
-    """What stands between `numbers` and `following`, as far as `max_steps`."""
+    """Return what stands between `numbers` and `following`, as far as `max_steps`."""
     if len(numbers) < 2 or numbers[-1] <= numbers[-2] or not _is_number(following):
         raise UserError(
             f"{value}: ... stands between two rising numbers and the one to reach, as in "

@@ -303,7 +303,7 @@ def _run(
 
     Raises:
         UserError: the Trainer cannot be set up with these flags, or a loss or weight is no longer
-        finite.
+            finite.
     """
     started_finite = weights_are_finite(trainer.model, trainer.args.device)
     try:

@@ -74,12 +74,13 @@ class SnapshotCallback(TrainerCallback):
         weights_dir: gets a directory per step.
         snapshot_steps: in the grammar of `schedule.py`.
         snapshot_dtype: `training` (as the model computes), `float32` (its masters), or `None`:
-        masters where there are. tokenizer: saved with the weights.
+            masters where there are.
+        tokenizer: saved with the weights.
         losses: whose counts go into `meta.json`.
 
     Raises:
         UserError: the weights of two steps are equal although there was an update with a learning
-        rate above 0.
+            rate above 0.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class SnapshotCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
     ) -> None:
-        """Step 0: the weights as training got them. Only now are the numbers of steps known."""
+        """Save step 0: the weights as training got them. Only now are the numbers of steps
+        known."""
         asked = resolve_steps(
             self.snapshot_steps,
             flag="--snapshot_steps",
@@ -116,7 +118,7 @@ class SnapshotCallback(TrainerCallback):
     def on_step_end(
         self, _args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
     ) -> None:
-        """Saves if this step is asked for."""
+        """Save if this step is asked for."""
         if state.global_step in self.steps:
             self._save(state, kwargs["model"])
 
@@ -137,7 +139,7 @@ class SnapshotCallback(TrainerCallback):
         self.losses.lr_since_snapshot = 0.0
 
     def save_s(self) -> float:
-        """Seconds spent on saving, in all attempts at the run."""
+        """Return the seconds spent on saving, in all attempts at the run."""
         metas = self.weights_dir.glob("step_*/meta.json")
         return float(sum(read_object(path, {"save_s": float})["save_s"] for path in metas))
 
@@ -171,8 +173,8 @@ class SnapshotCallback(TrainerCallback):
         write_json(folder / "meta.json", meta)
 
     def _duplicate_of(self, step: int, sha256: dict[str, str]) -> int | None:
-        """The snapshot before, where it has the same weights for want of an update (rate 0, or fp16
-        overflow)."""
+        """Return the snapshot before, where it has the same weights for want of an update (rate 0,
+        or fp16 overflow)."""
         earlier = [other for other in self.steps if other < step]
         if not earlier:
             return None

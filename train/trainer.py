@@ -52,7 +52,7 @@ class SftTrainer(Trainer):
 
     Raises:
         UserError: when training begins: the model is no causal LM, or its losses are not those of
-        its plain forward.
+            its plain forward.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,18 +68,19 @@ class SftTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One micro-batch; what it held is kept for `take_shown`."""
+        """Train on one micro-batch; what it held is kept for `take_shown`."""
         self._example_index = inputs.pop("example_index")
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; while the model runs, only labelled positions reach its head."""
+        """Compute the Trainer's loss; while the model runs, only labelled positions reach its
+        head."""
         with self._head_rows.select(_predicting_rows(inputs["labels"]), inputs["labels"].shape):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-        """Losses [R], in nats, of the labelled tokens of `labels` [B, L], row by row."""
+        """Return the losses [R], in nats, of the labelled tokens of `labels` [B, L], row by row."""
         logits = self._head_rows.of(outputs.logits, _predicting_rows(labels))
         targets = labels[:, 1:]
         return functional.cross_entropy(
@@ -128,8 +129,8 @@ class SftTrainer(Trainer):
             )
 
     def _noise(self, items: list[Continuation]) -> float:
-        """The largest difference, in nats, among a few training passes; the random state stays as
-        it was."""
+        """Return the largest difference, in nats, among a few training passes; the random state
+        stays as it was."""
         model = inner_model(self.model)
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _mode(model, training=True):
@@ -137,7 +138,7 @@ class SftTrainer(Trainer):
         return float(np.nan_to_num(np.ptp(passes, axis=0).max()))
 
     def _losses_of(self, items: list[Continuation]) -> npt.NDArray[np.float32]:
-        """Losses of the continuations, as in training: one padded batch."""
+        """Return the losses of the continuations, as in training: one padded batch."""
         model = inner_model(self.model)
         batch = PadRight(0)([(0, _example(item)) for item in items])
         labels = batch["labels"].to(model.device)
@@ -149,8 +150,8 @@ class SftTrainer(Trainer):
         return losses
 
     def take_shown(self) -> list[tuple[int, float]]:
-        """Index and summed loss (nats, before the update) of each example shown to this rank since
-        the last call."""
+        """Return index and summed loss (nats, before the update) of each example shown to this rank
+        since the last call."""
         if not self._shown:
             return []
         indices = [index for part, _ in self._shown for index in part]
@@ -171,7 +172,7 @@ class _TryFirst(TrainerCallback):
 
 
 def _predicting_rows(labels: torch.Tensor) -> torch.Tensor:
-    """Where, in the flattened batch, the next token has a label: int64 [R]."""
+    """Return where, in the flattened batch, the next token has a label: int64 [R]."""
     targets = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
     return torch.nonzero(targets.flatten() != IGNORED_LABEL)[:, 0]
 
@@ -184,7 +185,7 @@ def _example(item: Continuation) -> Example:
 
 @contextmanager
 def _mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
-    """Every module in training or evaluation mode for the length of a block, and each as it was
+    """Put every module into training or evaluation mode for the length of a block, and restore each
     afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
@@ -230,11 +231,11 @@ class LossLog(TrainerCallback):
         return self.times_shown.total()
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
-        """Notes the learning rate that is about to be used."""
+        """Note the learning rate that is about to be used."""
         self.lr = float(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Adds up the step."""
+        """Add up the step."""
         if (
             self.lr is not None and not self.trainer.accelerator.optimizer_step_was_skipped
         ):  # as fp16 does on overflow
@@ -256,7 +257,7 @@ class LossLog(TrainerCallback):
             _append(self.run_dir / LOG_NAMES[1], rows)
 
     def totals(self) -> dict[str, int]:
-        """Examples and labelled tokens since the start of the run."""
+        """Return examples and labelled tokens since the start of the run."""
         return {"examples_seen": self.examples_seen, "tokens_seen": self.tokens_seen}
 
     def _row(self, step: int, order: int, index: int, loss: float) -> dict[str, Any]:
@@ -274,7 +275,7 @@ class LossLog(TrainerCallback):
         }
 
     def state(self) -> dict[str, Any]:
-        """For a resume state."""
+        """Return what a resume state keeps."""
         return {
             "times_shown": dict(self.times_shown),
             "tokens_seen": self.tokens_seen,
@@ -284,7 +285,7 @@ class LossLog(TrainerCallback):
         }
 
     def restore(self, state: dict[str, Any], step: int) -> None:
-        """Takes up a resume state; later lines of the files are taken out."""
+        """Take up a resume state; later lines of the files are taken out."""
         self.times_shown = Counter(
             {int(index): times for index, times in state["times_shown"].items()}
         )
@@ -297,7 +298,7 @@ class LossLog(TrainerCallback):
                 _cut(self.run_dir / name, step)
 
     def write_exposure(self) -> None:
-        """How often each example was shown, in file order."""
+        """Write how often each example was shown, in file order."""
         rows = [
             {
                 **self.columns,
@@ -313,7 +314,7 @@ class LossLog(TrainerCallback):
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Lines for whoever watches; they are durable once a resume state is (`resume.py` syncs
+    """Append lines for whoever watches; they are durable once a resume state is (`run_dir.py` syncs
     them)."""
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -323,7 +324,7 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`; the last line of a killed run may be a part of one."""
+    """Keep the lines up to `step`; the last line of a killed run may be a part of one."""
     lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
     rows = [json.loads(line) for line in lines]
     write_jsonl(path, [row for row in rows if row["step"] <= step])

@@ -113,8 +113,7 @@ def _curves(
         keys: what tells the lines apart.
         value: `change` or `level`.
         title: title of the y axis.
-        marks: `step what`, drawn as vertical rules.
-        most: most steps that are named on the axis.
+        marks: `step what`, drawn as vertical rules. most: most steps that are named on the axis.
     """
     low, high = ("band_low", "band_high") if value == "change" else ("level_low", "level_high")
     steps = table["step"].tolist()

@@ -56,7 +56,7 @@ class Analysis:
 def analyze(
     paths: Sequence[Path], *, include_eos: bool = False, categories: Sequence[str] | None = None
 ) -> Analysis:
-    """Reads runs or files and computes their tables.
+    """Read runs or files and computes their tables.
 
     Args:
         paths: what `load_recording` reads.

@@ -199,7 +199,7 @@ def _table_of_means(recording: Recording, categories: Sequence[str] | None) -> p
 
 
 def groups_of_runs(recordings: Sequence[Recording]) -> list[list[Recording]]:
-    """Runs that differ in their order seeds alone, two or more in each group."""
+    """Run that differ in their order seeds alone, two or more in each group."""
     groups: dict[str, list[Recording]] = {}
     for recording in recordings:
         if recording.means is None and recording.train_category:

@@ -15,8 +15,7 @@ def cluster_ids(*labels: Sequence[object] | Ints) -> Ints:
 
     Args:
         *labels: each `[docs]`: conversations, texts of one category, or cluster numbers; `None` is
-        shared with no other
-            doc.
+            shared with no other doc.
     """
     num_docs = len(labels[0])
     rows: list[int] = []

@@ -10,8 +10,8 @@ from sft_probe.analysis.stats.intervals import Floats
 
 
 def crossing(curve: Floats, level: float) -> Floats | None:
-    """Weights over the points of `curve`, linear between them, that give where it first reaches
-    `level`.
+    """Return weights over the points of `curve`, linear between them, that give where it first
+    reaches `level`.
 
     `None` where it stays below.
     """
@@ -40,8 +40,8 @@ def matched_gain(last_gains: Sequence[float]) -> float:
 
 
 def half_step(steps: Sequence[float] | pd.Series, changes: Sequence[float] | pd.Series) -> float:
-    """Where a curve, linear between its points, first reaches half of its last value; NaN where
-    that is 0."""
+    """Return where a curve, linear between its points, first reaches half of its last value; NaN
+    where that is 0."""
     x, y = np.asarray(steps, dtype=float), np.asarray(changes, dtype=float)
     if math.isnan(y[-1]) or y[-1] == 0:
         return math.nan

@@ -10,8 +10,8 @@ from sft_probe.files import find
 
 
 def read_generations(directory: Path) -> pd.DataFrame:
-    """All answers of a sweep; of a step with several counts of docs, those of the largest. Empty
-    without any."""
+    """Return all answers of a sweep; of a step with several counts of docs, those of the largest.
+    Empty without any."""
     largest: dict[Path, Path] = {}
     for path in find(directory, "sweep/step_*/generate_*/generations.jsonl"):
         step = path.parent.parent
@@ -23,7 +23,7 @@ def read_generations(directory: Path) -> pd.DataFrame:
 
 
 def on_common_docs(table: pd.DataFrame) -> pd.DataFrame:
-    """The answers to prompts that every step has, so that steps can be compared."""
+    """Return the answers to prompts that every step has, so that steps can be compared."""
     shared = table.groupby("doc_id")["step"].nunique() == table["step"].nunique()
     return table[table["doc_id"].map(shared)]
 

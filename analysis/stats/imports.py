@@ -87,8 +87,7 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, str, tuple[str, ...]]:
 
     Raises:
         UserError: a line is no JSON object, no key `logps_eval_prob_train/CATEGORY` is finite in
-        all lines, or there is
-            one evaluation only.
+            all lines, or there is one evaluation only.
     """
     lines = list(_read_samples(path))
     if not lines:
@@ -243,7 +242,8 @@ def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _logprob(sample: dict[str, Any]) -> float | None:
-    """Of a sample with one loglikelihood request, `[[["-12.3", "False"]]]`; else `None`."""
+    """Return the log-prob of a sample with one loglikelihood request, `[[["-12.3", "False"]]]`;
+    else `None`."""
     answers = sample.get("resps")
     try:
         ((answer,),) = answers  # type: ignore[misc]

@@ -159,7 +159,8 @@ def estimate(
         values: [docs, points], or [docs, categories, points].
         clusters: [docs] or [docs, categories], from `cluster_ids`.
         denominators: shape of the values, e.g. tokens; the mean is then sum of values / sum of
-        denominators. band: whether to compute the band.
+            denominators.
+        band: whether to compute the band.
         num_resamples: of the bootstrap.
         seed: of the bootstrap.
     """
@@ -253,7 +254,7 @@ def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
 
 
 def _resampled_t(sums: _Sums, draws: Floats) -> Floats:
-    """[resamples, points], t of each resample of clusters; infinite where a resample has no
+    """Return [resamples, points], t of each resample of clusters; infinite where a resample has no
     variance."""
     if not sums.errors.shape[1]:
         return np.empty((len(draws), 0))
@@ -272,7 +273,7 @@ def _resampled_t(sums: _Sums, draws: Floats) -> Floats:
 
 
 def _degrees(fit: _Fit, resampled: Floats) -> Floats:
-    """[points], degrees of freedom whose t quantile is that of the resampled t, at most the
+    """Return [points], degrees of freedom whose t quantile is that of the resampled t, at most the
     effective clusters less 1.
 
     The degrees stay above 1: below, the bootstrap says no more than that a few docs carry the
@@ -298,8 +299,8 @@ def _critical(
     *,
     seed: int,
 ) -> float:
-    """Quantile of the largest |t| over the usable points; NaN where their joint clusters are too
-    few."""
+    """Return the quantile of the largest |t| over the usable points; NaN where their joint clusters
+    are too few."""
     kept = [number for number, points in enumerate(usable) if points.any()]
     if not kept:
         return float("nan")
@@ -383,7 +384,7 @@ def add_runs(found: Estimate, *run_means: Floats) -> Estimate:
     Args:
         found: the estimate over docs, of values averaged over runs.
         *run_means: each `[runs, points]`, two runs or more: what the runs of one independent set
-        contribute.
+            contribute.
     """
     variances = [found.stderr**2, *(means.var(axis=0, ddof=1) / len(means) for means in run_means)]
     total = np.sum(variances, axis=0)
@@ -410,7 +411,8 @@ def over_runs_and_docs(values: Floats, clusters: Ints) -> Estimate:
 
     Args:
         values: [runs, docs, points] or [runs, docs, categories, points]; NaN in all runs or in
-        none. clusters: [docs] or [docs, categories]
+            none.
+        clusters: [docs] or [docs, categories]
     """
     found = estimate(values.mean(axis=0), clusters)
     return add_runs(found, weighted_mean(np.moveaxis(values, 1, 0))) if len(values) > 1 else found

@@ -45,7 +45,7 @@ def add_measures(rows: pa.Table) -> pd.DataFrame:
 
 
 def _sums_by_position(tokens: pa.ListArray) -> dict[str, Floats]:
-    """[rows] for each part; NaN where a row has no token log-probs."""
+    """Return [rows] for each part; NaN where a row has no token log-probs."""
     lengths = tokens.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     totals = np.concatenate(
         [[0.0], np.cumsum(tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float64))]
@@ -84,12 +84,12 @@ class Cube:
         return count_text(self.clusters.max(axis=0) + 1)
 
     def change(self, measure: str) -> Floats:
-        """[docs, categories, steps], paired change from the first step, in nats."""
+        """Return [docs, categories, steps], the paired change from the first step, in nats."""
         values = self.arrays[measure]
         return values - values[:, :, :1]
 
     def at_start(self, name: str) -> Floats:
-        """[docs, categories, steps]: the first step's `num_tokens` or `num_bytes`, at every
+        """Return [docs, categories, steps]: the first step's `num_tokens` or `num_bytes`, at every
         step."""
         values = self.arrays[name]
         return np.broadcast_to(values[:, :, :1], values.shape)
@@ -98,13 +98,13 @@ class Cube:
 def cube(
     rows: pd.DataFrame, categories: Sequence[str], texts: dict[str, dict[str, str]] | None = None
 ) -> Cube:
-    """Arrays from the rows of one run, source and split.
+    """Return arrays from the rows of one run, source and split.
 
     Args:
         rows: from `add_measures`.
         categories: their order.
         texts: doc id to category to response; docs that share a category's response share its
-        cluster.
+            cluster.
     """
     docs = pd.Categorical(rows["doc_id"])
     doc_ids = [str(name) for name in docs.categories]

@@ -84,8 +84,8 @@ class Recording:
         return self.manifest.get("train_category") or self.probe.get("train_category")
 
     def target(self, categories: Sequence[str]) -> str | None:
-        """Which of these categories holds the responses that the run was trained on; `None` where
-        none does."""
+        """Return which of these categories holds the responses that the run was trained on; `None`
+        where none does."""
         trained = str(self.train_category)
         return next(
             (name for name in (trained, trained.removesuffix("_no_prompt")) if name in categories),
@@ -113,7 +113,7 @@ class Recording:
         return "?" if seed is None else str(seed)
 
     def sums(self, measure: str) -> str:
-        """What is in the sums of a measure, in words."""
+        """Say what is in the sums of a measure."""
         if self.means is not None:
             return "as published"
         return "with the terminator" if measure == "logprob_with_eos" else "without the terminator"
@@ -125,7 +125,7 @@ class Recording:
         return sorted(frame["split"].unique(), key=["heldout", "train"].index)
 
     def categories(self, split: str) -> list[str]:
-        """Those with rows, in the order of the probe set, else the standard one."""
+        """Return the categories with rows, in the order of the probe set, else the standard one."""
         frame = self.rows if self.means is None else self.means
         present = list(dict.fromkeys(frame.loc[frame["split"] == split, "category"]))
         order = list(self.probe.get("categories") or CATEGORIES)
@@ -134,7 +134,7 @@ class Recording:
         ]
 
     def cube(self, split: str, categories: Sequence[str] | None = None) -> Cube:
-        """Arrays over docs of one split."""
+        """Return arrays over docs of one split."""
         rows = self.rows[self.rows["split"] == split]
         names = list(categories or self.categories(split))
         return cube(rows[rows["category"].isin(names)], names, self.texts)
@@ -165,7 +165,7 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 
 
 def load_recording(path: Path) -> Recording:
-    """Reads a run directory, a parquet file of score rows, a directory of lm-eval's results, or
+    """Read a run directory, a parquet file of score rows, a directory of lm-eval's results, or
     means."""
     if not path.exists():
         raise UserError(f"{path} does not exist.")
@@ -338,7 +338,8 @@ def _notes(
 
 
 def _disagreement(swept: pd.DataFrame, live: list[Path]) -> list[str]:
-    """Where the live probe and the sweep scored the same response at the same step and differ."""
+    """Say where the live probe and the sweep scored the same response at the same step and
+    differ."""
     keys = ["step", "split", "category", "doc_id"]
     columns = [*keys, "logprob"]
     both = swept[columns].merge(

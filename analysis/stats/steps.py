@@ -49,7 +49,7 @@ def find_step(name: str) -> NamedStep | None:
 
     Raises:
         UserError: the name tells several steps, or one that is no plain number, such as 1e3, 10k or
-        a date.
+            a date.
     """
     for unit in (STEP, EPOCH):
         numbers = {_plain_number(name, match) for match in _pattern(unit).finditer(name)}

@@ -20,7 +20,7 @@ def tables_lock(directory: Path) -> FileLock:
 
 
 def write_tables(directory: Path) -> list[Path]:
-    """Writes `scores.parquet`, `trajectory.csv`, and `benchmarks.csv` and `generations.parquet`
+    """Write `scores.parquet`, `trajectory.csv`, and `benchmarks.csv` and `generations.parquet`
     where there are any.
 
     Returns what was written.
@@ -55,7 +55,7 @@ def write_tables(directory: Path) -> list[Path]:
 
 
 def _trajectories(directory: Path, scores: pa.Table) -> pd.DataFrame:
-    """The trajectory of each source, live before swept: the two never share a curve."""
+    """Return the trajectory of each source, live before swept: the two never share a curve."""
     tables = []
     for source in ("live", "lm_eval"):
         rows = scores.filter(pyarrow.compute.equal(scores["source"], source))

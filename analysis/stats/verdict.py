@@ -49,7 +49,7 @@ COLUMNS = [
 
 
 def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFrame:
-    """One row per run, split and category, from `change_table`; nats per response.
+    """Return one row per run, split and category, from `change_table`; nats per response.
 
     `change` is that of the last step with its 95 % interval over prompts; `sign` is +, - or 0 by a
     t-test of the last step, adjusted by Holm over the categories of a run and split (`p_holm`).
@@ -198,8 +198,8 @@ def cluster_warnings(rows: pd.DataFrame) -> list[str]:
 
 
 def has_moved(curve: pd.DataFrame, sign: str) -> bool:
-    """Whether the last change is certain: by its sign, or for means without any error by their
-    size."""
+    """Return whether the last change is certain: by its sign, or for means without any error by
+    their size."""
     return sign in "+-" or (sign == "?" and bool(_is_certain(curve, "band_low", "band_high")[-1]))
 
 
@@ -211,8 +211,8 @@ def _place(last: float, *, turned: float, certain: bool) -> str:
 
 
 def _is_certain(curve: pd.DataFrame, low: str, high: str) -> Bools:
-    """Whether the band of each step excludes 0; for means without any error, whether a change is a
-    tenth of the range.
+    """Return whether the band of each step excludes 0; for means without any error, whether a
+    change is a tenth of the range.
 
     Where errors are known and bands are not, nothing is certain.
     """
@@ -224,8 +224,8 @@ def _is_certain(curve: pd.DataFrame, low: str, high: str) -> Bools:
 
 
 def _turn(curve: pd.DataFrame) -> int | None:
-    """Index of a peak or trough between the ends, certain in itself, from which the curve certainly
-    went back.
+    """Return the index of a peak or trough between the ends, certain in itself, from which the
+    curve certainly went back.
 
     Of two, the one that is further from the last step.
     """

@@ -29,8 +29,8 @@ _CHUNK = 64
 
 
 def divergences(run: Path) -> pd.DataFrame:
-    """Rows `run step doc_id category split kl_sum num_tokens weights` of every snapshot, kept in
-    `RUN/kl`.
+    """Return rows `run step doc_id category split kl_sum num_tokens weights` of every snapshot,
+    kept in `RUN/kl`.
 
     `kl_sum` is KL(start || step) in nats, summed over the `num_tokens` positions that predict a
     held-out response (the `chosen` one, or of the first category where a set has none) and its
@@ -121,8 +121,8 @@ def _rows(
 
 @torch.inference_mode()
 def kl_sum(start: Any, model: Any, doc: EncodedDoc, category: str, end: int) -> float:
-    """KL(start || model) in nats, summed over the positions that predict the response and `end`, in
-    float64."""
+    """Return KL(start || model) in nats, summed over the positions that predict the response and
+    `end`, in float64."""
     ids = torch.tensor(
         [[*doc.prompt_ids, *doc.continuation_ids[category], end]], device=model.device
     )

@@ -90,8 +90,8 @@ def spread(values: Floats, ends: Sequence[int], parts: Sequence[Piece]) -> Float
 
     Args:
         values: [tokens].
-        ends: where each token ends, in characters of the text that `parts` covers; what lies
-            before the text ends at 0.
+        ends: where each token ends, in characters of the text that `parts` covers; what lies before
+            the text ends at 0.
         parts: from `pieces`; not empty.
 
     Returns:

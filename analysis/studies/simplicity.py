@@ -53,7 +53,7 @@ COLUMNS = [
 
 
 def first_epoch(directory: Path) -> pd.DataFrame | None:
-    """`first_epoch.jsonl` of a run in the order of training; `None` where there is none.
+    """Return `first_epoch.jsonl` of a run in the order of training; `None` where there is none.
 
     Raises:
         UserError: a line is no row of losses, or a doc stands there twice.
@@ -101,7 +101,7 @@ class Simplicity:
 
 
 def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
-    """Code lengths of finished runs.
+    """Compute the code lengths of finished runs.
 
     `code_length` is the prequential one, the sum of all first-epoch losses (Blier & Ollivier 2018,
     arXiv 1802.07044). `learned_bits` is what the same texts cost before training less that, where
@@ -112,7 +112,7 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
 
     Raises:
         UserError: a run has no scores or no `first_epoch.jsonl`; with the KL, if it has no snapshot
-        of step 0.
+            of step 0.
     """
     recordings = load_recordings(paths)
     losses: dict[str, pd.DataFrame] = {}
@@ -174,7 +174,7 @@ def _row(recording: Recording, losses: pd.DataFrame) -> dict[str, object]:
 
 
 def _start_losses(recording: Recording, losses: pd.DataFrame) -> dict[str, float]:
-    """Doc id to the loss of its training text at step 0, in nats, from score rows of trained
+    """Return doc id to the loss of its training text at step 0, in nats, from score rows of trained
     prompts."""
     rows = recording.rows
     if recording.means is not None or recording.train_category is None:
@@ -192,8 +192,8 @@ def _start_losses(recording: Recording, losses: pd.DataFrame) -> dict[str, float
 
 
 def _gain(recording: Recording) -> pd.DataFrame | None:
-    """`step examples_seen gain`: the held-out change of a run's own category in nats per body
-    token, where known."""
+    """Return `step examples_seen gain`: the held-out change of a run's own category in nats per
+    body token, where known."""
     if recording.means is not None or "heldout" not in recording.splits:
         return None
     if (target := recording.target(recording.categories("heldout"))) is None:
@@ -326,7 +326,7 @@ def _difference(nats: Floats, clusters: Ints, num_bytes: int) -> dict[str, objec
 
 
 def _owners(recording: Recording) -> dict[str, str]:
-    """For a run on `random`, doc id to the doc whose text it was trained on."""
+    """Return, for a run on `random`, doc id to the doc whose text it was trained on."""
     if recording.train_category != "random" or recording.probe_set is None:
         return {}
     return {
@@ -337,7 +337,7 @@ def _owners(recording: Recording) -> dict[str, str]:
 
 
 def write_simplicity(found: Simplicity, folder: Path) -> list[Path]:
-    """Writes `simplicity.csv` and, where there is one, `simplicity_contrasts.csv`; returns their
+    """Write `simplicity.csv` and, where there is one, `simplicity_contrasts.csv`; return their
     paths."""
     make_dir(folder)
     tables = {"simplicity": found.runs, "simplicity_contrasts": found.contrasts}

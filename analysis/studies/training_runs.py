@@ -31,7 +31,7 @@ def train_rows(
     shard: tuple[int, int],
     extra: Sequence[str],
 ) -> list[str]:
-    """Trains what is missing and returns `ROW=RUN` for the runs of this shard, in
+    """Train what is missing and return `ROW=RUN` for the runs of this shard, in
     `folder/<row>-order<k>`.
 
     A run that is complete is left alone, one that was cut off goes on. All categories are probed at
@@ -39,7 +39,8 @@ def train_rows(
 
     Args:
         rows: categories as for `--train_category`, data files as for `--train_data`, `tagged`,
-        `half_1`, `half_2`. folder: of all runs.
+            `half_1`, `half_2`.
+        folder: of all runs.
         recipe: of `sft-probe train`, a file or a name.
         num_orders: how many data orders (`--data_seed 0, 1, ...`) each row is trained in.
         shard: (i, n): every n-th run, from the i-th.
@@ -111,7 +112,8 @@ def _probe_set_of(recipe: str | Path, extra: Sequence[str]) -> str:
 
 
 def contrast_rows(probe_set: ProbeSet) -> list[dict[str, Any]]:
-    """Chat rows of the train split: each prompt twice, asking for the better or the worse answer.
+    """Yield chat rows of the train split: each prompt twice, asking for the better or the worse
+    answer.
 
     A model that fits this set has to tell chosen from rejected; one that learns "responses in
     general" cannot.
@@ -137,8 +139,8 @@ def contrast_rows(probe_set: ProbeSet) -> list[dict[str, Any]]:
 
 
 def half_rows(probe_set: ProbeSet, half: int) -> list[dict[str, Any]]:
-    """Chat rows of the chosen responses of every other conversation of the train split, from the
-    `half`-th (0 or 1)."""
+    """Yield chat rows of the chosen responses of every other conversation of the train split, from
+    the `half`-th (0 or 1)."""
     docs = probe_set.of_split("train")
     conversations = list(dict.fromkeys(doc.conversation_id for doc in docs))
     own = set(conversations[half::2])

@@ -65,12 +65,12 @@ class Transfer:
 
 
 def transfer(sources: Sequence[str]) -> Transfer:
-    """Reads runs, each `RUN` or `ROW=RUN`; runs of one row are its seeds. Rows are named by their
+    """Read runs, each `RUN` or `ROW=RUN`; runs of one row are its seeds. Rows are named by their
     training category.
 
     Raises:
         UserError: under two rows, or runs that share no docs, categories and steps, or rows without
-        body log-probs.
+            body log-probs.
     """
     rows: dict[str, list[Recording]] = {}
     for source in sources:
@@ -127,7 +127,7 @@ def _cluster_sizes(gains: Gains) -> pd.DataFrame:
 
 
 def _seed_notes(gains: list[Gains]) -> list[str]:
-    """What the intervals over so few runs do not cover."""
+    """Say what the intervals over so few runs do not cover."""
     fewest = min(len(gain.change) for gain in gains)
     if fewest == 1:
         return [
@@ -138,8 +138,8 @@ def _seed_notes(gains: list[Gains]) -> list[str]:
 
 
 def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], int]:
-    """Gains of all rows on the docs that every run scored at every common step; how many docs and
-    how many complete."""
+    """Return the gains of all rows on the docs that every run scored at every common step; how many
+    docs and how many complete."""
     runs = [recording for group in rows.values() for recording in group]
     if any("heldout" not in recording.splits for recording in runs):
         raise UserError(
@@ -186,7 +186,7 @@ def _gains(rows: dict[str, list[Recording]]) -> tuple[list[Gains], list[str], in
 
 
 def _order_seeds(row: str, group: Sequence[Recording]) -> list[str]:
-    """Of the runs of a row; their places where one does not tell its own."""
+    """Return the order seeds of the runs of a row; their places where one does not tell its own."""
     seeds = [run.order_seed for run in group]
     if "?" in seeds:
         return [str(place) for place in range(len(seeds))]
@@ -214,7 +214,7 @@ def _target(row: str, recording: Recording, categories: list[str]) -> str:
 
 
 def _owners(gains: list[Gains]) -> list[int | None]:
-    """For each category, the row of its name, else the first that has it as its target."""
+    """Return, for each category, the row of its name, else the first that has it as its target."""
     names, targets = [gain.name for gain in gains], [gain.target for gain in gains]
     return [
         names.index(name) if name in names else targets.index(name) if name in targets else None
@@ -223,7 +223,7 @@ def _owners(gains: list[Gains]) -> list[int | None]:
 
 
 def _columns(name: str, found: Estimate | None, prefix: str = "") -> dict[str, float]:
-    """The value and interval of an estimate of one point; NaN for `None`."""
+    """Return the value and interval of an estimate of one point; NaN for `None`."""
     values = (math.nan,) * 3 if found is None else (found.mean[0], found.low[0], found.high[0])
     return dict(zip((name, f"{prefix}low", f"{prefix}high"), map(float, values), strict=True))
 
@@ -266,8 +266,8 @@ def _differences(gains: list[Gains]) -> list[dict[str, object]]:
 
 
 def _omega(one: Gains, two: Gains) -> dict[str, object] | None:
-    """Of rows with other targets; of one target only the noise floor, from disjoint halves of its
-    training set."""
+    """Return omega of rows with other targets; of one target only the noise floor, from disjoint
+    halves of its training set."""
     names: dict[str, object] = {"row": one.name, "other": two.name}
     if one.target == two.target:
         if {one.name, two.name} != set(HALVES):
@@ -300,8 +300,8 @@ def _curve(one: Gains, two: Gains) -> pd.DataFrame:
 
 
 def _shares(gains: list[Gains]) -> list[dict[str, object]]:
-    """The headline: the share of chosen's held-out gain that texts without their prompts already
-    give."""
+    """Return the headline: the share of chosen's held-out gain that texts without their prompts
+    already give."""
     by_name = {gain.name: gain for gain in gains}
     found: list[dict[str, object]] = []
     for name in _HEADLINE:
@@ -314,7 +314,7 @@ def _shares(gains: list[Gains]) -> list[dict[str, object]]:
 
 
 def write_transfer(found: Transfer, folder: Path) -> list[Path]:
-    """Writes a CSV of each table that is not empty; returns the paths."""
+    """Write a CSV of each table that is not empty; return the paths."""
     make_dir(folder)
     names = ("matrix", "selectivity", "omega", "curves", "differences", "shares")
     tables = {folder / f"transfer_{name}.csv": getattr(found, name) for name in names}

@@ -135,8 +135,8 @@ def effective_rank(matrix: torch.Tensor) -> float:
     """Return exp(entropy) of a matrix's singular values divided by their sum; NaN of zeros.
 
     Args:
-        matrix: float64 [rows, columns]. Singular values are square roots of the eigenvalues of
-            the smaller Gram matrix, so that a tall matrix costs what its width does.
+        matrix: float64 [rows, columns]. Singular values are square roots of the eigenvalues of the
+            smaller Gram matrix, so that a tall matrix costs what its width does.
     """
     gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()

@@ -109,7 +109,7 @@ def checkpoints_matching(patterns: Sequence[str]) -> tuple[list[Checkpoint], lis
 
     Raises:
         UserError: nothing matches, a name tells no step or several, two tell the same, or steps are
-        mixed with epochs.
+            mixed with epochs.
     """
     given = {folder: step for pattern in patterns for folder, step in _matches(pattern).items()}
     if not given:
@@ -162,7 +162,7 @@ def hub_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:
 
     Raises:
         UserError: a name tells no step or several, two tell the same, or steps are mixed with
-        epochs.
+            epochs.
     """
     names = {name: (name, step) for name, step in map(split_explicit, revisions)}
     steps = _read_steps(names)

@@ -47,7 +47,7 @@ def identify(checkpoint: Checkpoint, known: Identity | None = None) -> Identity:
     Args:
         checkpoint: of which nothing is downloaded that `known` makes unnecessary.
         known: recorded earlier for this step; hashes of files that have not been touched since are
-        taken from it.
+            taken from it.
 
     Raises:
         UserError: files are missing.

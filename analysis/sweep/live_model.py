@@ -92,8 +92,7 @@ class LiveModel:
 
         Raises:
             UserError: it is of another architecture than the others, its tokenizer gives other ids,
-            or its weights do
-                not fit.
+                or its weights do not fit.
         """
         folder = local_folder(checkpoint.model, checkpoint.revision)
         self._check_config(checkpoint, folder)

@@ -89,12 +89,11 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
     Args:
         request: what the user asked for.
         checkpoints: the first one that can be read decides; the others are reported when it is
-        their turn.
+            their turn.
 
     Raises:
         UserError: training has not finished, the probe set has changed or has another format than
-        the run, no
-            checkpoint can be read, or no doc fits.
+            the run, no checkpoint can be read, or no doc fits.
     """
     foreign = bool(request.checkpoints or request.model)
     manifest = {} if foreign else _run_manifest(request.directory)

@@ -63,7 +63,7 @@ class Scorer:
         request: what to score.
         settings: what all steps share.
         max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory
-        runs out.
+            runs out.
         benchmarks: those of the request.
     """
 
@@ -103,7 +103,8 @@ class Scorer:
 
         Raises:
             UserError: the checkpoint cannot be scored; after an unforeseen error it names the file
-            with the traceback. StepBusyError: another process is scoring it.
+                with the traceback.
+            StepBusyError: another process is scoring it.
         """
         folder = step_folder(self.request.directory, checkpoint.step)
         try:

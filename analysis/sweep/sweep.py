@@ -34,7 +34,7 @@ def sweep(request: SweepRequest) -> list[Path]:
 
     Raises:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
-        be.
+            be.
     """
     checkpoints, problems = _find(request)
     if not checkpoints:

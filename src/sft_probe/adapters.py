@@ -44,7 +44,7 @@ def attach_adapter(base: Any, folder: Path) -> "PeftModel":
 
     Raises:
         UserError: config or tensors have a fault, or the adapter is of a kind that does more than
-        change layers.
+            change layers.
     """
     from peft import PeftModel
 
@@ -138,9 +138,8 @@ def check_adapter(model: "PeftModel", name: str) -> None:
 
     Raises:
         UserError: it does not, as for learned prompts and for hooks around the model; no two passes
-        are equal; or a
-            token changes what was predicted before it, so that the result depends on what else is
-            in a batch.
+            are equal; or a token changes what was predicted before it, so that the result depends
+            on what else is in a batch.
     """
     _check_kind(model.active_peft_config, name)
     kind = model.active_peft_config.peft_type.value

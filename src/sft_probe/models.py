@@ -100,12 +100,11 @@ def load_model(
         dtype: float32, bfloat16 or float16.
         revision: of a hub model.
         attn_implementation: sdpa, eager, flash_attention_2, ...; default: what transformers
-        chooses.
+            chooses.
 
     Raises:
         UserError: there is no such model, it is an adapter, its weights are damaged, some of its
-        tensors are missing
-            or left over, or it needs Python code of its own.
+            tensors are missing or left over, or it needs Python code of its own.
     """
     import torch
 

@@ -147,7 +147,7 @@ def load_probe_set(source: str) -> ProbeSet:
 
     Raises:
         UserError: the set does not exist, or has a fault that leaving out a doc cannot repair;
-        names file and line.
+            names file and line.
     """
     probe_set = read_probe_set(source)
     fatal = [fault for fault in probe_set.faults if not fault.skippable]

@@ -52,7 +52,7 @@ class PromptFormat:
 
     Raises:
         UserError: the name is no format and no file, or `chat` is asked of a tokenizer without a
-        template.
+            template.
     """
 
     def __init__(self, spec: str, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
@@ -119,12 +119,11 @@ def resolve_format(
         tokenizer: of the model.
         docs: all that the run will train on or score.
         recorded: the name or source of the format that the run has used so far; nothing is chosen
-        again.
+            again.
 
     Raises:
         UserError: the format is unusable, the tokenizer puts something other than EOS after a text,
-        or the template
-            reads a clock and what is recorded names no time.
+            or the template reads a clock and what is recorded names no time.
     """
     _check_suffix(tokenizer)
     spec = _recorded_spec(given, recorded) or given

@@ -61,7 +61,7 @@ class ChatTemplate:
 
         Raises:
             UserError: the template refuses the messages, or leaves the question out, as one does
-            that expects images.
+                that expects images.
         """
         text = self._render(messages, add_generation_prompt=True)
         if messages[-1]["content"].strip() not in text:

@@ -20,8 +20,7 @@ def check_weight_files(folder: Path) -> None:
 
     Raises:
         UserError: there is neither, a file is missing or damaged, or the index has another shape
-        than transformers
-            reads.
+            than transformers reads.
     """
     for path in weight_files(folder):
         check_safetensors(path)

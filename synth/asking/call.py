@@ -67,7 +67,7 @@ class Caller:
 
         Raises:
             UserError: the budget is spent, the writer cannot work, or another version of the model
-            answered.
+                answered.
         """
         held: _Reservation | None = None
         failure, num_billed, attempt = failed_answer(""), 0, 0

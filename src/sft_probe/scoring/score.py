@@ -99,7 +99,7 @@ class FittingScorer:
         max_tokens: the budget at first, as for `score`.
         longest: as for `choose_mode`.
         may_shrink: False where other processes take part in each forward pass and would still go by
-        the old budget.
+            the old budget.
         with_columns: as for `score`.
     """
 
@@ -165,8 +165,7 @@ def choose_mode(model: "PreTrainedModel", longest: int) -> ForwardMode:
     Args:
         model: as for `score`.
         longest: the most tokens that an item will have: docs are longer than the model's sliding
-        window, and whatever
-            else its config gives a length to, where items can be.
+            window, and whatever else its config gives a length to, where items can be.
 
     Raises:
         UserError: the model is no causal LM, or no mode gives what its plain forward gives.
@@ -242,8 +241,8 @@ def score(
         model: a causal LM in eval mode, on the device where it is to run.
         items: token ids; ids that start alike are computed once.
         max_tokens: the budget of one forward pass. It counts tokens read by the body; beside them
-        as many rows go
-            through the head at a time as weigh the same, V / (32 x hidden) tokens each.
+            as many rows go through the head at a time as weigh the same, V / (32 x hidden) tokens
+            each.
         mode: what `choose_mode` returned for this model, or `PLAIN`.
         head_rows: rows that go through the head at a time, instead of that.
         with_columns: also give `Score.columns`.
