@@ -227,6 +227,7 @@ class Track(Command):
 
     Examples:
         sft-probe track runs/mine --to wandb --project my-project
+        sft-probe track runs/mine --to trackio
     """
 
     run: Positional[Annotated[Path, "RUN"]]

@@ -86,12 +86,9 @@ def test_the_probe_has_an_axis_and_tables_in_wandb(
     for row in probed:
         mean = rows.loc[(row["probe/step"], "heldout", "chosen"), "logprob"].mean()
         assert row["probe/chosen"] == pytest.approx(mean)
-        table = json.loads(
-            (
-                next(tmp_path.glob("wandb/offline-run-*/files")) / row["probe/docs"]["path"]
-            ).read_text()
-        )
-        assert len(table["data"]) == 6  # 3 docs, 2 categories
+        assert row["probe/docs/nrows"] == 6  # 3 docs, 2 categories
+        path = next(tmp_path.glob("wandb/offline-run-*/files")) / row["probe/docs/path"]
+        assert len(json.loads(path.read_text())["data"]) == 6
     assert {"name": "probe/other", "axis": "probe/step"} in metrics
     assert config["probe/prompt_format"] == "hh"
     assert [row["train/global_step"] for row in history if "train/loss" in row] == [1, 2, 3, 4, 5]
