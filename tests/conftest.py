@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from processes import TIMEOUT_S, run_forked
 from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# a shell starts what runs in the background with Ctrl-C ignored, and programs inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # a machine that is busy is no fault
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sft_probe.errors import UserError, did_you_mean, one_of
-from sft_probe.files import write_text
+from sft_probe.files import write_bytes
 from sft_probe.options import Option, about, as_text, options_of, usage
 
 log = logging.getLogger(__name__)
@@ -195,8 +195,10 @@ def config_of(command: Any) -> dict[str, Any]:
 
 
 def write_config(path: Path, prog: str, values: Mapping[str, Any]) -> None:
-    """Write the YAML file with which `--config` runs a command again."""
+    """Write the YAML file with which `--config` runs a command again, unless it is there."""
     import yaml
 
-    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10_000)
-    write_text(path, f"# Run again with: {prog} --config {path}\n{text}")
+    options = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10_000)
+    content = f"# Run again with: {prog} --config {path}\n{options}".encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_bytes(path, content)

@@ -94,4 +94,4 @@ def test_flags_of_benchmarks_are_refused_without_a_benchmark(
 ) -> None:
     for flags in (("--apply_chat_template",), ("--num_fewshot", 5), ("--limit", 5)):
         message = user_error(sft_probe("sweep", swept_run, *flags))
-        assert f"{flags[0]} is for" in message
+        assert f"{str(flags[0]).replace('_', '-')} is for" in message

@@ -415,7 +415,7 @@ def test_every_recipe_passes_a_dry_run(
     )
     assert result.returncode == 0, result.stderr
     assert "64 examples of chosen" in result.stdout
-    assert re.search(r"^ +1 .*snapshot", result.stdout, re.MULTILINE)
+    assert re.search(r"^ +0 .*snapshot", result.stdout, re.MULTILINE)
 
 
 def test_means_of_the_live_probe_are_logged_beside_the_loss(
