@@ -50,7 +50,7 @@ _REQUIRED = {
     "eval_strategy": "no",
     "eval_on_start": False,
     "load_best_model_at_end": False,
-    "resume_from_checkpoint": None,  # the same command goes on by itself
+    "resume_from_checkpoint": None,  # the same command resumes by itself
     "save_on_each_node": False,  # all nodes see one run directory
     "logging_nan_inf_filter": False,  # the console would show another loss than the files
     "dataloader_in_order": True,

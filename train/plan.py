@@ -1,4 +1,4 @@
-"""What a run will do and need, told before a weight is loaded (`--dry-run`), and checked against
+"""What a run will do and need, said before a weight is loaded (`--dry-run`), and checked against
 the disk."""
 
 import copy

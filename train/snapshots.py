@@ -134,7 +134,7 @@ class SnapshotCallback(TrainerCallback):
                     self._write(folder, state, model, weights, start)
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"cannot write {target}: {error}. Mend it, and the same command goes on."
+                    f"cannot write {target}: {error}. Fix that; the same command resumes."
                 ) from error
         self.losses.lr_since_snapshot = 0.0
 

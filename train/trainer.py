@@ -386,8 +386,7 @@ def weights_are_finite(model: Any, device: torch.device) -> bool:
 
 
 def save_last_good_step(trainer: SftTrainer, losses: LossLog, latest: Path | None) -> UserError:
-    """Save a state of the step before a loss that is not finite, and return what the user is to be
-    told.
+    """Save a state of the step before a loss that is not finite; return the message about it.
 
     A collective: every rank calls it. The state is that of a run which stopped after that step,
     since nothing of the spoiled step has reached weights, optimizer or counts.

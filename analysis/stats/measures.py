@@ -69,7 +69,7 @@ class Cube:
     categories: list[str]
     steps: list[int]
     clusters: Ints
-    """[docs, categories], numbered anew for each category"""
+    """[docs, categories], numbered for each category apart"""
     arrays: dict[str, Floats]
     """`MEASURES`, `num_tokens` and `num_bytes`; NaN where there is no row."""
 

@@ -34,8 +34,8 @@ def train_rows(
     """Train what is missing and return `ROW=RUN` for the runs of this shard, in
     `folder/<row>-order<k>`.
 
-    A run that is complete is left alone, one that was cut off goes on. All categories are probed at
-    `log2` and the last step, unless the recipe or `extra` says otherwise.
+    A run that is complete is left alone, one that was interrupted resumes. All categories are
+    probed at `log2` and the last step, unless the recipe or `extra` says otherwise.
 
     Args:
         rows: categories as for `--train_category`, data files as for `--train_data`, `tagged`,

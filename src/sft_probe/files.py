@@ -64,7 +64,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove what killed processes left half-written in `folder`, of the file or directory `name`
     or of all.
 
-    The caller holds the lock of what is written there, so that nobody else is writing it.
+    The caller holds the lock of what is written there, so that no other process writes it.
     """
     for path in folder.glob(f".{name}*.tmp"):
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""glibc's malloc, told to keep what it frees."""
+"""A setting of glibc's malloc: keep what is freed."""
 
 import ctypes
 import sys
