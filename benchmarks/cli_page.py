@@ -20,7 +20,8 @@ Dashes and underscores are both read in every option. `sft-probe COMMAND --help`
 page in the terminal, and for `train` also the options of `transformers.TrainingArguments`.
 `--config FILE` reads options from a YAML file, with underscores in their names. Every run writes
 such a file: `RUN/config.yaml` (train), `RUN/sweep/config.yaml`, `SET/synthesis/config.yaml` and
-`transfer/config.yaml`. A mistake ends with one line and exit code 2, Ctrl-C with one line and 130.
+`transfer/config.yaml`. A mistake ends with one line and exit code 2, Ctrl-C with one line and 130
+(`train`: with a resume state and 75).
 `SFT_PROBE_VERBOSE=1` shows the messages of the libraries below.
 """
 

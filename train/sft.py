@@ -185,9 +185,8 @@ def _train_unless_complete(
     (is_complete,) = broadcast_object_list(
         [arguments.should_save and run_dir.is_complete(folder, request)]
     )
-    if arguments.should_save:
-        write_config(folder / "config.yaml", PROG, config)
     if arguments.should_save and not is_complete:
+        write_config(folder / "config.yaml", PROG, config)
         for drop in plan.find_unscorable(probe_set, prompt_format, tokenizer, arguments.max_length):
             log.warning("held out, but cannot be scored: %s: %s", drop.doc_id, drop.reason)
     if is_complete:

@@ -108,8 +108,8 @@ def checkpoints_matching(patterns: Sequence[str]) -> tuple[list[Checkpoint], lis
     The step is the one of `PATH=STEP`, else that of `trainer_state.json`, else the one in the name.
 
     Raises:
-        UserError: nothing matches, a name tells no step or several, two tell the same, or steps are
-            mixed with epochs.
+        UserError: a pattern matches nothing, a name tells no step or several, two tell the same, or
+            steps are mixed with epochs.
     """
     given = {folder: step for pattern in patterns for folder, step in _matches(pattern).items()}
     if not given:
@@ -151,6 +151,9 @@ def _matches(pattern: str) -> dict[Path, int | None]:
     matches = glob.glob(pattern)  # noqa: PTH207 - absolute or relative
     name, step = (pattern, None) if matches else split_explicit(pattern)
     folders = [Path(match) for match in matches or glob.glob(name) if Path(match).is_dir()]  # noqa: PTH207
+    # a file is skipped: a shell may have put it in the place of `out/*`
+    if not matches and not folders:
+        raise UserError(f"no directory matches {name}.")
     if step is not None and len(folders) > 1:
         raise UserError(f"{name} matches {len(folders)} directories; only one can be step {step}.")
     return dict.fromkeys(folders, step)

@@ -28,6 +28,7 @@ from sft_probe.errors import UserError
 log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
+_NUM_STARTS = 5
 _CONNECT_TIMEOUT_S = 10
 
 
@@ -36,7 +37,7 @@ def connect(request: SweepRequest) -> SweepRequest:
     workers' device.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster answers at the address, or Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = request.ray_address or os.environ.get("RAY_ADDRESS")
@@ -44,11 +45,29 @@ def connect(request: SweepRequest) -> SweepRequest:
     try:
         if host and port.isdigit():  # Ray itself tries for many minutes
             socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, logging_level=logging.WARNING, ignore_reinit_error=True)
+        _start_ray(address)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach a Ray cluster at {address}: {str(error)[:200]}") from error
     return replace(
         request, device=request.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+    )
+
+
+def _start_ray(address: str | None) -> None:
+    """Start Ray or join a cluster. A node has 30 s to start, which Ray has no setting for, so that
+    a busy machine gets more tries."""
+    for _ in range(_NUM_STARTS):
+        try:
+            ray.init(address=address, logging_level=logging.WARNING, ignore_reinit_error=True)
+        except Exception as error:  # Ray raises this class itself
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+        else:
+            return
+    raise UserError(
+        f"Ray has not started in {_NUM_STARTS} tries of 30 s. Run the command again when the "
+        "machine is less busy, or without --engine ray."
     )
 
 

@@ -249,7 +249,7 @@ def _files_of(source: str) -> list[Path]:
         raise UserError(
             f"{source} is not a probe set, which is a directory with .jsonl files or one such "
             "file. To make a probe set of a table or of preference pairs, see `sft-probe probe-set "
-            "--help` (--from-table) and `sft-probe synth --help` (--source)."
+            "--help` (--from-table) and `sft-probe synth run --help` (--source)."
         )
     return files
 

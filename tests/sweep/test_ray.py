@@ -1,5 +1,6 @@
 """The sweep on a local Ray cluster."""
 
+import contextlib
 import shutil
 import signal
 import time
@@ -24,9 +25,10 @@ def checkpoints(tiny_run: Path, tmp_path: Path) -> Path:
 def kill_a_worker_in_mid_step(process: Forked) -> None:
     while process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
-            if child.cmdline()[:1] == ["ray::StepWorker.score"]:
-                child.send_signal(signal.SIGKILL)
-                return
+            with contextlib.suppress(psutil.Error):  # it may have ended since
+                if child.cmdline()[:1] == ["ray::StepWorker.score"]:
+                    child.send_signal(signal.SIGKILL)
+                    return
         time.sleep(0.03)
     pytest.fail("the sweep has ended before a worker was seen to score")
 

@@ -187,3 +187,12 @@ def test_steps_are_read_from_directories_as_from_revisions(tmp_path: Path) -> No
         checkpoints_matching([f"{tmp_path}/*"])
     with pytest.raises(UserError, match="only one can be step 7"):
         checkpoints_matching([f"{tmp_path}/checkpoint-*=7"])
+
+
+def test_a_pattern_that_matches_nothing_is_named_beside_others_that_do(tmp_path: Path) -> None:
+    (tmp_path / "out/checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out/trainer.log").touch()
+    good = [str(tmp_path / "out/checkpoint-*"), str(tmp_path / "out/trainer.log")]
+    assert [point.step for point in checkpoints_matching(good)[0]] == [2]
+    with pytest.raises(UserError, match=r"no directory matches .*outt"):
+        checkpoints_matching([*good, str(tmp_path / "outt/checkpoint-*")])
