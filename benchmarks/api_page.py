@@ -31,7 +31,7 @@ def page() -> str:
     for name, member in vars(sft_probe.Runs).items():
         if not name.startswith("_"):
             sections.append(_section(name, member, level=3))
-    for name in ("compare", "load_probe_set", "score", "ProbeCallback"):
+    for name in ("compare", "load_probe_set", "score", "record", "ProbeCallback"):
         sections.append(_section(name, getattr(sft_probe, name)))
         if name == "compare":
             sections.append(_section("Comparison", Comparison))

@@ -92,7 +92,11 @@ def test_score_gives_what_a_sweep_gives(swept_run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.train()
-    ours = sft_probe.score(model, tokenizer).set_index(["category", "doc_id"]).sort_index()
+    ours = (
+        pd.DataFrame(sft_probe.score(model, tokenizer))
+        .set_index(["category", "doc_id"])
+        .sort_index()
+    )
     assert model.training, "left as it was"
     rows = pd.read_parquet(swept_run / "scores.parquet").query("step == 4 and source == 'lm_eval'")
     theirs = rows.set_index(["category", "doc_id"]).sort_index()

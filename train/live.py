@@ -71,6 +71,8 @@ def score(
         if step in (0, 1, 2, 4, 8, 16):
             record("runs/mine", step, score(model, tokenizer, "my-set.jsonl"))
 
+    `pandas.DataFrame(score(model, tokenizer))` is a table of the rows.
+
     Args:
         model: a causal LM of `transformers`, with a PEFT adapter or without.
         tokenizer: the model's tokenizer.

@@ -39,20 +39,20 @@ class Tracker:
     """
 
     def __init__(self, name: str, manifest: dict[str, Any], categories: Iterable[str]) -> None:
-        self.library = importlib.import_module(name)
+        self.module = importlib.import_module(name)
         config = {f"probe/{key}": manifest[key] for key in _CONFIG if key in manifest}
-        self.library.config.update(config, allow_val_change=True)
+        self.module.config.update(config, allow_val_change=True)
         if name == "wandb":  # Trackio lets its reader choose any metric as the axis
-            self.library.define_metric(AXIS, hidden=True)
+            self.module.define_metric(AXIS, hidden=True)
             for category in categories:
-                self.library.define_metric(f"probe/{category}", step_metric=AXIS)
+                self.module.define_metric(f"probe/{category}", step_metric=AXIS)
 
     def send(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Log the mean log-probs of one step (nats per response), and a table of its docs."""
         values = [[row[name] for name in _TABLE] for row in rows]
-        table = self.library.Table(columns=list(_TABLE), data=values)
+        table = self.module.Table(columns=list(_TABLE), data=values)
         means = {f"probe/{category}": mean for category, mean in means_of(rows).items()}
-        self.library.log({AXIS: step, **means, "probe/docs": table})
+        self.module.log({AXIS: step, **means, "probe/docs": table})
 
 
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

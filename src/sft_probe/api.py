@@ -15,9 +15,6 @@ from sft_probe.probe_set import load_probe_set as _load_probe_set
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from sft_probe.scoring.score import Score
 
 
 def load(*paths: str | Path) -> "Runs":
@@ -279,87 +276,3 @@ def load_probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
         sft_probe.load_probe_set("helpful-mini").docs[0].responses["chosen"]
     """
     return _load_probe_set(str(source))
-
-
-def score(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    probe_set: str | Path = DEFAULT_PROBE_SET,
-    *,
-    split: str = "heldout",
-    prompt_format: str | None = None,
-    max_length: int = 1024,
-    max_tokens: int | None = None,
-) -> pd.DataFrame:
-    """Score every response of a probe set under a model that is in memory; one row per response.
-
-    Log-probs are in nats: `logprob` of the response, `logprob_first` of its first visible token,
-    `logprob_eos` of the terminator, `token_logprobs` of all tokens.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        probe_set: what `load_probe_set` reads.
-        split: `heldout` or `train`.
-        prompt_format: `hh`, `chat`, `plain` or a Jinja file; default: that of the probe set.
-        max_length: tokens of prompt, response and terminator; longer docs are left out.
-        max_tokens: tokens in one forward pass; default: by device.
-
-    Example:
-        sft_probe.score(model, tokenizer).groupby("category")["logprob"].mean()
-    """
-    from sft_probe.prompts import (
-        PromptFormat,
-        encode_probe_set,
-        first_visible,
-        resolve_format,
-        terminator_id,
-    )
-    from sft_probe.scoring.packing import Continuation
-    from sft_probe.scoring.score import FittingScorer, default_max_tokens
-
-    texts = load_probe_set(probe_set)
-    found = resolve_format(prompt_format or texts.prompt_format, tokenizer, texts.docs, None)
-    rendered = PromptFormat(found.source, tokenizer)
-    encoded, _ = encode_probe_set(texts, rendered, tokenizer, max_length)
-    places = [
-        (item, category)
-        for item in encoded
-        if item.doc.split == split
-        for category in item.continuation_ids
-    ]
-    end = terminator_id(rendered.name, tokenizer)
-    items = [Continuation(doc.prompt_ids, doc.continuation_ids[name], end) for doc, name in places]
-    scorer = FittingScorer(max_tokens or default_max_tokens(str(model.device)), max_length)
-    was_training = model.training
-    model.eval()
-    try:
-        scores = dict(scorer.score(model, items))
-    finally:
-        model.train(was_training)
-    return pd.DataFrame(
-        [
-            {
-                "doc_id": doc.doc.doc_id,
-                "conversation_id": doc.doc.conversation_id,
-                "category": name,
-                "split": split,
-                "prompt_format": rendered.name,
-                **_columns_of(scores[number], first_visible(tokenizer, doc.continuation_ids[name])),
-                "num_bytes": len(doc.doc.responses[name].encode()),
-            }
-            for number, (doc, name) in enumerate(places)
-        ]
-    )
-
-
-def _columns_of(score: "Score", first: int) -> dict[str, Any]:
-    """Return the columns of one response; `first` is the index of its first visible token."""
-    return {
-        "num_tokens": len(score.token_logprobs),
-        "logprob": score.logprob,
-        "logprob_first": float(score.token_logprobs[first]),
-        "logprob_eos": score.logprob_eos,
-        "token_logprobs": score.token_logprobs,
-        "is_greedy": score.is_greedy,
-    }
