@@ -26,6 +26,7 @@ from sft_probe.analysis.figures.runs import (
     generation_figure,
 )
 from sft_probe.analysis.stats.analyze import Analysis, analyze
+from sft_probe.analysis.stats.intervals import MIN_CLUSTERS
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.errors import UserError, did_you_mean
@@ -231,7 +232,7 @@ def _runs_figure(analysis: Analysis, split: str, style: Style) -> Iterator[Figur
             f"Change of log p(response | prompt), {SPLIT_NAMES[split]}, "
             f"{len(analysis.recordings)} runs"
         ),
-        subtitle=[f"{_BANDS} of one run; they say nothing of training noise"],
+        subtitle=[_bands_text(table)],
         table=table,
         build=partial(changes_chart, table, categories, pd.DataFrame(), style)
         if by_run
@@ -261,6 +262,15 @@ def boundaries(recording: Recording) -> pd.DataFrame:
     return pd.DataFrame(inside, columns=["step", "what"]) if inside else pd.DataFrame()
 
 
+def _bands_text(table: pd.DataFrame) -> str:
+    """Return what the bands of one run are, or why none is drawn."""
+    if table["stderr"].isna().all():
+        return "Too few prompts for intervals"
+    if table["band_low"].isna().all():
+        return f"Too few prompts for bands (under {MIN_CLUSTERS} effective clusters)"
+    return f"{_BANDS} of one run; they say nothing of training noise"
+
+
 def _subtitle(recording: Recording, split: str, table: pd.DataFrame) -> list[str]:
     """Return what a reader must know of the curves of one run."""
     sums = recording.sums(str(table["measure"].iloc[0]))
@@ -271,8 +281,6 @@ def _subtitle(recording: Recording, split: str, table: pd.DataFrame) -> list[str
     lines = [
         f"Model {recording.model}; probe set {probe.get('probe_set', '?')}, {docs}; prompt format "
         f"{probe.get('prompt_format', '?')}; {probe.get('dtype', '?')}; sums {sums}",
-        "Too few prompts for intervals"
-        if table["stderr"].isna().all()
-        else f"{_BANDS} of one run; they say nothing of training noise",
+        _bands_text(table),
     ]
     return [*lines, *(note[0].upper() + note[1:] for note in recording.notes)]

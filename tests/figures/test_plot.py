@@ -13,7 +13,9 @@ import pytest
 from helpers import SHARED, Run, needs_shared, user_error
 from score_files import CURVES, write_run
 
-from sft_probe.analysis.figures.figure import COLORS, colors_of
+from sft_probe.analysis.figures.figure import COLORS, Style, colors_of
+from sft_probe.analysis.figures.plot import figures_of
+from sft_probe.analysis.stats.analyze import analyze
 from sft_probe.probe_set import CATEGORIES
 
 NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", "trajectory")
@@ -269,3 +271,20 @@ def test_help_imports_no_heavy_library() -> None:
     )
     assert "quickstart" in result.stdout
     assert result.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+@pytest.mark.parametrize(
+    ("num_docs", "text"),
+    [(8, "Too few prompts for bands (under 10 effective clusters)"), (24, "Bands: 95 %")],
+)
+def test_a_caption_speaks_of_bands_where_there_are_some(
+    num_runs: int, num_docs: int, text: str, tmp_path: Path
+) -> None:
+    runs = [
+        write_run(tmp_path / str(seed), seed=seed, num_docs=num_docs) for seed in range(num_runs)
+    ]
+    figures = {figure.name: figure for figure in figures_of(analyze(runs), Style())}
+    caption = figures["changes_heldout"].caption
+    assert text in caption
+    assert ("Bands" in caption) == (num_docs == 24)
