@@ -392,7 +392,7 @@ def training_loss_error(model: Any, reference: Any) -> tuple[float, float]:
         )
         for item in items
     ]
-    batch = PadRight(0)(list(enumerate(examples)))
+    batch = PadRight(0)([[row] for row in enumerate(examples)])
     batch.pop("example_index")
     num_tokens = sum(example.num_tokens for example in examples)
     loss = float(trainer.compute_loss(model, batch, num_items_in_batch=num_tokens))

@@ -211,7 +211,7 @@ def test_padding_keeps_the_terminator_label_where_pad_is_eos() -> None:
         Example(input_ids=[5, 6, 0], labels=[-100, 6, 0], **where),
         Example(input_ids=[7, 0], labels=[7, 0], **where),
     ]
-    batch = PadRight(pad_id=0)(list(enumerate(examples)))
+    batch = PadRight(pad_id=0)([[row] for row in enumerate(examples)])
     assert batch["labels"].tolist() == [[-100, 6, 0], [7, 0, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]

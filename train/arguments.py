@@ -8,7 +8,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from sft_probe.errors import UserError
 from sft_probe.models import DTYPES, load_tokenizer
 from sft_probe.train import launch
-from sft_probe.train.options import TrainOptions, expand
+from sft_probe.train.options import OBJECTIVES, ObjectiveOptions, TrainOptions, expand
 from sft_probe.train.snapshots import SNAPSHOT_DTYPES
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,
     "snapshot_dtype": (None, *SNAPSHOT_DTYPES),
+    "objective": OBJECTIVES,
+    "loss_type": ("sigmoid", "ipo"),
     "train_sampling_strategy": (
         "random",
         "sequential",
@@ -113,6 +115,36 @@ class SftArguments(TrainOptions, TrainingArguments):
                     f"--{name} {value} does not work here. Leave it out: it must be {required}."
                 )
         self._check_texts()
+        self._check_preference()
+
+    def _check_preference(self) -> None:
+        """Raise `UserError` for values that no preference stage can have, and for its options
+        without it."""
+        if self.objective == "sft":
+            for option in fields(ObjectiveOptions):
+                if getattr(self, option.name) != option.default:
+                    raise UserError(f"--{option.name} is for --objective dpo.")
+            return
+        if self.beta <= 0:
+            raise UserError(f"--beta {self.beta}: it must be above 0; at 0 a pair teaches nothing.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: from 0 to below 0.5.")
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise UserError("--label_smoothing is for --loss_type sigmoid.")
+        if self.sft_weight < 0:
+            raise UserError(f"--sft_weight {self.sft_weight}: it must be 0 or more.")
+        if self.train_category != "chosen":
+            raise UserError(
+                f"--train_category {self.train_category}: --objective dpo trains on chosen over "
+                "rejected. Leave it out."
+            )
+
+    @property
+    def data_name(self) -> str:
+        """What a run trains on, for messages."""
+        if self.objective == "dpo":
+            return "pairs of chosen and rejected"
+        return f"examples of {self.train_category}"
 
     def _check_texts(self) -> None:
         """Raise `UserError` for flags with a syntax of their own, which the Trainer reads late or

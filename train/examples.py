@@ -183,12 +183,14 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingExamples:
-    """A map-style data set for `transformers.Trainer`, in file order; an item is the example's
-    index and its ids."""
+    """A map-style data set for `transformers.Trainer`, in file order; an item is an example, or a
+    pair of them, each with its index in `examples`."""
 
     examples: list[Example]
     dropped: list[DroppedDoc]
     num_cut_prompts: int
+    per_item: int = 1
+    """2 for pairs: chosen and rejected of one prompt, one after the other."""
 
     @property
     def sha256(self) -> str:
@@ -199,10 +201,11 @@ class TrainingExamples:
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.examples) // self.per_item
 
-    def __getitem__(self, index: int) -> tuple[int, Example]:
-        return index, self.examples[index]
+    def __getitem__(self, index: int) -> list[tuple[int, Example]]:
+        first = index * self.per_item
+        return list(enumerate(self.examples[first : first + self.per_item], start=first))
 
 
 def build_examples(
@@ -213,8 +216,9 @@ def build_examples(
     max_length: int,
     max_prompt_tokens: int | None,
     dropped: Sequence[DroppedDoc],
+    per_item: int = 1,
 ) -> TrainingExamples:
-    """Encode docs for SFT.
+    """Encode docs for training.
 
     Prompts over `max_prompt_tokens` lose whole turns on the left; responses are never cut: a doc
     that does not fit `max_length` tokens, or that the format refuses, is dropped and named. Without
@@ -224,51 +228,68 @@ def build_examples(
     Args:
         docs: each with the share of the mixture that it is for, as from `assign`.
         dropped: what was left out before.
+        per_item: 2 makes pairs of the shares of each doc, which are dropped as pairs.
 
     Raises:
         UserError: no doc is left to train on.
     """
     end_id = terminator_id(prompt_format.name, tokenizer)
-    kept, num_cut = [], 0
+    kept: list[Example] = []
+    num_cut = 0
     dropped = list(dropped)
-    for doc, share in docs:
+    for item in zip(*[iter(docs)] * per_item, strict=True):
+        doc = item[0][0]
         try:
             messages = _cut_turns(doc, prompt_format, tokenizer, max_prompt_tokens)
             prompt = prompt_format.render(messages)
-            context, continuation = _encode(
-                tokenizer, prompt, doc.responses[share.category], prompt_format, max_length
-            )
+            made = [
+                _example(
+                    doc,
+                    share,
+                    _encode(tokenizer, prompt, doc, share, prompt_format, max_length=max_length),
+                    end_id,
+                )
+                for _, share in item
+            ]
+            if per_item > len({tuple(example.input_ids) for example in made}):
+                raise UserError("chosen and rejected are the same text")
         except UserError as error:
             dropped.append(DroppedDoc(doc_id=doc.doc_id, reason=str(error)))
             continue
-        prompt_ids = context if share.with_prompt else [_empty_prompt_id(tokenizer)]
-        kept.append(_example(doc, share, prompt_ids, [*continuation, end_id]))
+        kept += made
         num_cut += len(messages) < len(doc.messages)
     if not kept:
         raise UserError(
             f"no doc is left to train on; {len(dropped)} were dropped: {describe_first(dropped)}"
         )
-    return TrainingExamples(examples=kept, dropped=dropped, num_cut_prompts=num_cut)
+    return TrainingExamples(
+        examples=kept, dropped=dropped, num_cut_prompts=num_cut, per_item=per_item
+    )
 
 
 def _encode(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: Prompt,
-    response: str,
+    doc: Doc,
+    share: Share,
     prompt_format: PromptFormat,
+    *,
     max_length: int,
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of context and continuation. Raises `UserError` where the doc is to be
-    dropped."""
-    pair = encode_pair(tokenizer, prompt, response, in_use=prompt_format.in_use)
+    """Return the ids of what stands before the response, and those of the response. Raises
+    `UserError` where the doc is to be dropped."""
+    pair = encode_pair(
+        tokenizer, prompt, doc.responses[share.category], in_use=prompt_format.in_use
+    )
     if pair is None:
         raise UserError(no_pair_reason(prompt_format.in_use))
     if len(pair[0]) + len(pair[1]) + 1 > max_length:
         raise UserError(f"over max_length {max_length} tokens")
-    return pair
+    return pair if share.with_prompt else ([_empty_prompt_id(tokenizer)], pair[1])
 
 
-def _example(doc: Doc, share: Share, prompt_ids: list[int], target_ids: list[int]) -> Example:
+def _example(doc: Doc, share: Share, ids: tuple[list[int], list[int]], end_id: int) -> Example:
+    prompt_ids, target_ids = ids[0], [*ids[1], end_id]
     return Example(
         input_ids=prompt_ids + target_ids,
         labels=[IGNORED_LABEL] * len(prompt_ids) + target_ids,
@@ -313,18 +334,19 @@ class PadRight:
 
     pad_id: int
 
-    def __call__(self, items: Sequence[tuple[int, Example]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[list[tuple[int, Example]]]) -> dict[str, Any]:
         """Pad a batch: padding is masked and carries no label, also where the pad token is the
         terminator."""
-        longest = max(len(example.input_ids) for _, example in items)
+        rows = [row for item in items for row in item]
+        longest = max(len(example.input_ids) for _, example in rows)
         batch: dict[str, Any] = {
-            "input_ids": torch.full((len(items), longest), self.pad_id),
-            "attention_mask": torch.zeros((len(items), longest), dtype=torch.int64),
-            "labels": torch.full((len(items), longest), IGNORED_LABEL),
+            "input_ids": torch.full((len(rows), longest), self.pad_id),
+            "attention_mask": torch.zeros((len(rows), longest), dtype=torch.int64),
+            "labels": torch.full((len(rows), longest), IGNORED_LABEL),
         }
-        for row, (_, example) in enumerate(items):
+        for row, (_, example) in enumerate(rows):
             length = len(example.input_ids)
             batch["input_ids"][row, :length] = torch.tensor(example.input_ids)
             batch["attention_mask"][row, :length] = 1
             batch["labels"][row, :length] = torch.tensor(example.labels)
-        return {**batch, "example_index": [index for index, _ in items]}
+        return {**batch, "example_index": [index for index, _ in rows]}

@@ -17,6 +17,8 @@ from sft_probe.options import Command, Option, as_text, options_of
 from sft_probe.probe_set import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
 
 PROG = "sft-probe train"
+OBJECTIVES = ("sft", "dpo")
+PAIR = ("chosen", "rejected")
 
 
 @dataclass
@@ -38,6 +40,25 @@ class ModelOptions:
     deepspeed: str | None = None
     """cpu, zero1, zero2, zero3, zero3_offload, a JSON file, or none. Default: zero2 with a GPU, cpu
     without."""
+
+
+@dataclass
+class ObjectiveOptions:
+    """Objective"""
+
+    objective: str = "sft"
+    """sft, or dpo: the preference stage, on pairs of chosen and rejected (docs/training.md)."""
+    beta: float = 0.1
+    """dpo: strength of the pull towards the reference."""
+    loss_type: str = "sigmoid"
+    """dpo: loss of a pair, sigmoid or ipo."""
+    label_smoothing: float = 0.0
+    """dpo: chance that a pair is the wrong way round, below 0.5."""
+    sft_weight: float = 0.0
+    """dpo: weight of the SFT loss on chosen that is added."""
+    reference: str | None = None
+    """dpo: model whose log-probs the loss compares with. Default: the one that training starts
+    from."""
 
 
 @dataclass
@@ -83,7 +104,7 @@ class TrainerDefaults:
 
 
 @dataclass
-class TrainOptions(ModelOptions, StepOptions, TrainerDefaults):
+class TrainOptions(ModelOptions, ObjectiveOptions, StepOptions, TrainerDefaults):
     """What is trained, on what, and where it goes."""
 
     output_dir: str | None = None
@@ -121,6 +142,7 @@ class Train(TrainOptions, Command):
         sft-probe train --config quickstart --output_dir runs/mine
         sft-probe train --probe_set sets/mine --train_category rejected --output_dir runs/rejected
         sft-probe train --config runs/mine/config.yaml --seed 1 --output_dir runs/again
+        sft-probe train --config quickstart_dpo --output_dir runs/dpo
         sft-probe train --config hh_pythia --dry_run
     """
 
@@ -176,6 +198,24 @@ def parse_mixture(text: str, categories: Sequence[str], source: str) -> list[Sha
     if len({share.name for share in shares}) < len(shares):
         raise UserError(f"--train_category {text}: a category comes twice.")
     return shares
+
+
+def mixture_of(
+    objective: str | None, train_category: str, categories: Sequence[str], source: str
+) -> list[Share]:
+    """Return the mixture that is trained on: both sides of each pair in the preference stage.
+
+    Raises:
+        UserError: the source lacks a category.
+    """
+    if objective != "dpo":
+        return parse_mixture(train_category, categories, source)
+    if missing := [name for name in PAIR if name not in categories]:
+        raise UserError(
+            f"--objective dpo needs `chosen` and `rejected` of each prompt; {source} has no "
+            f"`{missing[0]}`, only {', '.join(categories)}."
+        )
+    return [Share(name=name, category=name, with_prompt=True, fraction=1.0) for name in PAIR]
 
 
 def _fraction(text: str, flag: str) -> float:
@@ -354,7 +394,7 @@ def check_inputs(flags: Sequence[str]) -> ProbeSet:
     probe_set = load_probe_set(given.get("probe_set", DEFAULT_PROBE_SET))
     if data is None:
         category = given.get("train_category", "chosen")
-        parse_mixture(category, probe_set.categories, probe_set.source)
+        mixture_of(given.get("objective"), category, probe_set.categories, probe_set.source)
     if "output_dir" not in given and given.get("dry_run", "false").lower() in ("false", "no", "0"):
         raise UserError("--output_dir is missing: where shall the run go?")
     return probe_set

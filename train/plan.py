@@ -150,7 +150,7 @@ def describe(
             data_collator=PadRight(terminator_id(prompt_format.name, tokenizer)),
         )
         plan = plan_run(arguments, trainer, model)
-    counts = _counts(arguments, trainer, plan)
+    counts = _counts(arguments, trainer, examples, plan)
     folder = Path(str(arguments.output_dir))
     check_disk(plan, folder)
     positions, padding = int(counts[:, 2].sum()), int(counts[:, 3].sum())
@@ -158,7 +158,7 @@ def describe(
         [
             f"model    {arguments.model_name_or_path}: {num_parameters:,} parameters, "
             f"{arguments.dtype}",
-            f"data     {len(examples)} examples of {arguments.train_category} "
+            f"data     {len(examples)} {arguments.data_name} "
             f"({len(examples.dropped)} dropped, "
             f"{examples.num_cut_prompts} prompts cut)",
             *(f"         dropped: {drop.doc_id}: {drop.reason}" for drop in examples.dropped),
@@ -184,7 +184,9 @@ def describe(
     )
 
 
-def _counts(arguments: SftArguments, trainer: Trainer, plan: RunPlan) -> torch.Tensor:
+def _counts(
+    arguments: SftArguments, trainer: Trainer, examples: TrainingExamples, plan: RunPlan
+) -> torch.Tensor:
     """Return [max_steps, 4] int64 over all ranks: examples, labelled tokens, positions and padding
     of each step."""
     counts = torch.zeros((plan.max_steps, 4), dtype=torch.int64)
@@ -192,7 +194,12 @@ def _counts(arguments: SftArguments, trainer: Trainer, plan: RunPlan) -> torch.T
     for micro_step, is_last, batch in _batches(trainer.get_train_dataloader()):
         mask, labels = batch["attention_mask"], batch["labels"]
         counts[step] += torch.tensor(
-            [len(mask), int((labels != IGNORED_LABEL).sum()), mask.numel(), int((mask == 0).sum())]
+            [
+                len(mask) // examples.per_item,
+                int((labels != IGNORED_LABEL).sum()),
+                mask.numel(),
+                int((mask == 0).sum()),
+            ]
         )
         step += is_last or (micro_step + 1) % arguments.gradient_accumulation_steps == 0
         if step == plan.max_steps:

@@ -44,7 +44,19 @@ from sft_probe.train.examples import (
     without_heldout,
 )
 from sft_probe.train.model import PrecisionCallback, load_trained_model, model_version
-from sft_probe.train.options import PROG, check_inputs, expand, given_options, parse_mixture
+from sft_probe.train.options import (
+    PROG,
+    check_inputs,
+    expand,
+    given_options,
+    mixture_of,
+)
+from sft_probe.train.preference import (
+    PreferenceTrainer,
+    preference_loss,
+    reference_logprobs,
+    reference_sha256,
+)
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.run_dir import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.schedule import parse_steps
@@ -107,8 +119,11 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     docs, categories, dropped = _train_docs(arguments, probe_set)
     prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
-    shares = parse_mixture(
-        arguments.train_category, categories, arguments.train_data or arguments.probe_set
+    shares = mixture_of(
+        arguments.objective,
+        arguments.train_category,
+        categories,
+        arguments.train_data or arguments.probe_set,
     )
     examples = build_examples(
         assign(docs, shares, arguments.seed),
@@ -117,6 +132,7 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
         max_length=arguments.max_length,
         max_prompt_tokens=arguments.max_prompt_tokens,
         dropped=dropped,
+        per_item=2 if arguments.objective == "dpo" else 1,
     )
     return tokenizer, prompt_format, examples
 
@@ -216,7 +232,12 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    trainer, precision = _make_trainer(arguments, examples, end_id)
+    reference = (
+        reference_logprobs(arguments, tokenizer, examples, folder)
+        if arguments.objective == "dpo"
+        else None
+    )
+    trainer, precision = _make_trainer(arguments, examples, end_id, reference)
     state = latest_state(folder)
     losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
     snapshots = SnapshotCallback(
@@ -269,26 +290,38 @@ def train(
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
         "noise_nats": trainer.noise_nats,
+        "objective": arguments.objective,
+        **({} if reference is None else {"reference_sha256": reference_sha256(folder)}),
         **_about(arguments, probe_set, examples),
     }
 
 
 def _make_trainer(
-    arguments: SftArguments, examples: TrainingExamples, end_id: int
+    arguments: SftArguments,
+    examples: TrainingExamples,
+    end_id: int,
+    reference: torch.Tensor | None,
 ) -> tuple[FiniteTrainer, PrecisionCallback]:
-    """Load the model and return its trainer.
+    """Load the model and return its trainer: of pairs where there are log-probs of a reference.
 
     Raises:
         UserError: the Trainer or the launcher refuses the flags.
     """
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
+    options: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": examples,
+        "data_collator": PadRight(end_id),
+        "callbacks": [precision],
+    }
     with as_user_error():
-        trainer = FiniteTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=examples,
-            data_collator=PadRight(end_id),
-            callbacks=[precision],
+        trainer = (
+            FiniteTrainer(**options)
+            if reference is None
+            else PreferenceTrainer(
+                preference=preference_loss(arguments), reference=reference, **options
+            )
         )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
@@ -331,7 +364,7 @@ def _about(
         "num_examples": len(examples),
         "num_cut_prompts": examples.num_cut_prompts,
         "dropped": [vars(drop) for drop in examples.dropped],
-        "doc_ids": [example.doc_id for example in examples.examples],
+        "doc_ids": [example.doc_id for example in examples.examples[:: examples.per_item]],
         "arguments": arguments.to_dict(),
         "versions": run_dir.versions(),
         "git_revision": run_dir.git_revision(),
@@ -393,9 +426,9 @@ def _log_plan(arguments: SftArguments, examples: TrainingExamples, resumption: s
     for drop in examples.dropped:
         log.warning("not trained on: %s: %s", drop.doc_id, drop.reason)
     log.info(
-        "training on %d examples of `%s` (%d dropped, %d prompts cut); snapshots at steps %s",
+        "training on %d %s (%d dropped, %d prompts cut); snapshots at steps %s",
         len(examples),
-        arguments.train_category,
+        arguments.data_name,
         len(examples.dropped),
         examples.num_cut_prompts,
         arguments.snapshot_steps,

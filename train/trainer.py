@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,7 @@ class SftTrainer(Trainer):
     def _losses_of(self, items: list[Continuation]) -> npt.NDArray[np.float32]:
         """Return the losses of the continuations, as in training: one padded batch."""
         model = inner_model(self.model)
-        batch = PadRight(0)([(0, _example(item)) for item in items])
+        batch = PadRight(0)([[(0, _example(item))] for item in items])
         labels = batch["labels"].to(model.device)
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad(), self._head_rows.select(_predicting_rows(labels), labels.shape):
@@ -158,6 +158,18 @@ class SftTrainer(Trainer):
         sums = torch.cat([part for _, part in self._shown]).tolist()
         self._shown = []
         return list(zip(indices, sums, strict=True))
+
+    def step_columns(
+        self, shown: Sequence[tuple[int, float]], examples: Sequence[Example]
+    ) -> dict[str, float]:
+        """Return what `losses.jsonl` says of a step that showed these examples (index, summed
+        loss): the mean loss over labelled tokens, in nats."""
+        num_tokens = sum(examples[index].num_tokens for index, _ in shown)
+        return {"loss": sum(loss for _, loss in shown) / num_tokens}
+
+    def example_columns(self, _index: int, _loss: float) -> dict[str, float]:
+        """Return what `first_epoch.jsonl` says of an example beside its loss."""
+        return {}
 
 
 class _TryFirst(TrainerCallback):
@@ -218,6 +230,7 @@ class LossLog(TrainerCallback):
         self.run_dir = run_dir
         self.trainer = trainer
         self.examples = examples.examples
+        self.per_item = examples.per_item
         self.columns = columns
         self.times_shown: Counter[int] = Counter()
         self.tokens_seen = 0
@@ -227,8 +240,8 @@ class LossLog(TrainerCallback):
 
     @property
     def examples_seen(self) -> int:
-        """Over all ranks and epochs."""
-        return self.times_shown.total()
+        """Over all ranks and epochs; a pair is one."""
+        return self.times_shown.total() // self.per_item
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Note the learning rate that is about to be used."""
@@ -244,13 +257,14 @@ class LossLog(TrainerCallback):
         if args.world_size > 1:
             shown = gather_object(shown)
         num_tokens = sum(self.examples[index].num_tokens for index, _ in shown)
-        order = self.examples_seen
+        order = self.times_shown.total()
         self.times_shown.update(index for index, _ in shown)
         self.tokens_seen += num_tokens
-        self.loss = sum(loss for _, loss in shown) / num_tokens
+        found = self.trainer.step_columns(shown, self.examples)
+        self.loss = found["loss"]
         if not state.is_world_process_zero:
             return
-        row = {"step": state.global_step, "epoch": state.epoch, "loss": self.loss, "lr": self.lr}
+        row = {"step": state.global_step, "epoch": state.epoch, **found, "lr": self.lr}
         _append(self.run_dir / LOG_NAMES[0], [{**self.columns, **row, **self.totals()}])
         if state.epoch <= 1:
             rows = [self._row(state.global_step, order + i, *item) for i, item in enumerate(shown)]
@@ -272,6 +286,7 @@ class LossLog(TrainerCallback):
             "loss_sum": loss,
             "num_tokens": example.num_tokens,
             "num_bytes": example.num_bytes,
+            **self.trainer.example_columns(index, loss),
         }
 
     def state(self) -> dict[str, Any]:
