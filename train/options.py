@@ -148,8 +148,8 @@ class Train(TrainOptions, Command):
 
     config: Annotated[str | None, "FILE|NAME"] = None
     """Recipe: a YAML file of options, such as the config.yaml that every run writes, or the name of
-    an included one (quickstart, hh_pythia, hh_qwen, hh_qwen_lora, ultrafeedback). Options on the
-    command line win."""
+    an included one (quickstart, hh_pythia, hh_qwen, hh_qwen_lora, ultrafeedback; quickstart_dpo,
+    hh_pythia_dpo, hh_qwen_dpo). Options on the command line win."""
 
 
 _NO_PROMPT = "_no_prompt"

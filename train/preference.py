@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -210,7 +211,7 @@ def _score(arguments: SftArguments, name: str, examples: TrainingExamples) -> li
         ).to(arguments.device)
     scorer = FittingScorer(default_max_tokens(str(arguments.device)), arguments.max_length)
     items = [_continuation(example) for example in examples.examples]
-    found = dict(scorer.score(model, items))
+    found = dict(tqdm(scorer.score(model, items), total=len(items), desc="reference"))
     sums = [found[index].logprob + (found[index].logprob_eos or 0.0) for index in range(len(items))]
     for example, value in zip(examples.examples, sums, strict=True):
         if not math.isfinite(value):
@@ -232,7 +233,7 @@ def _unsharded() -> Iterator[None]:
     """Have transformers load whole models inside of the block: under ZeRO-3 it would give each rank
     a share, and wait for all of them."""
     config = hf_deepspeed.deepspeed_config()
-    # the Trainer's own object, kept by transformers as a private weak reference
+    # private: a weak reference to the Trainer's own object, which the public setter would need
     kept = hf_deepspeed._hf_deepspeed_config_weak_ref
     if config is not None:
         hf_deepspeed.unset_hf_deepspeed_config()

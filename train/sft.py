@@ -60,7 +60,7 @@ from sft_probe.train.preference import (
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.run_dir import STOPPED_EXIT_CODE, ResumeCallback, latest_state
 from sft_probe.train.schedule import parse_steps
-from sft_probe.train.snapshots import SnapshotCallback
+from sft_probe.train.snapshots import SnapshotCallback, parent_of
 from sft_probe.train.trainer import (
     FiniteTrainer,
     LossLog,
@@ -358,6 +358,7 @@ def _about(
     arguments: SftArguments, probe_set: ProbeSet, examples: TrainingExamples
 ) -> dict[str, Any]:
     return {
+        "parent": parent_of(arguments.model_name_or_path),
         "probe_set": probe_set.absolute_source,
         "train_data": arguments.train_data,
         "max_length": arguments.max_length,

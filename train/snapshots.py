@@ -67,6 +67,17 @@ def _master(parameter: torch.nn.Parameter) -> torch.Tensor:
 SNAPSHOT_DTYPES = ("training", "float32")
 
 
+def parent_of(model: str) -> dict[str, Any] | None:
+    """Return `run_dir`, `step` and `sha256` of the snapshot that a run continues from; `None` where
+    the model is none."""
+    path = Path(model, "meta.json")
+    if path.parent.parent.name != "weights" or not path.is_file():
+        return None
+    meta = read_object(path, {"step": int, "sha256": dict})
+    run_dir = path.resolve().parents[2]
+    return {"run_dir": str(run_dir), "step": meta["step"], "sha256": meta["sha256"]}
+
+
 class SnapshotCallback(TrainerCallback):
     """Saves the weights at the given steps, 0 and the last one among them.
 

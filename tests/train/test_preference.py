@@ -316,3 +316,14 @@ def test_a_dry_run_counts_pairs(flags: list[str], sft_probe: Run) -> None:
     result = sft_probe("train", *flags, "--dry_run")
     assert result.returncode == 0, result.stderr
     assert "8 pairs of chosen and rejected" in result.stdout
+
+
+def test_a_run_that_continues_from_a_snapshot_names_its_parent(
+    tiny_run: Path, flags: list[str], tmp_path: Path, sft_probe: Run
+) -> None:
+    snapshot = tiny_run / "weights/step_000004"
+    model = ["--model_name_or_path", snapshot, "--output_dir", tmp_path / "run"]
+    assert sft_probe("train", *flags, *model).returncode == 0
+    parent = json.loads((tmp_path / "run/manifest.json").read_text())["parent"]
+    meta = json.loads((snapshot / "meta.json").read_text())
+    assert parent == {"run_dir": str(tiny_run), "step": 4, "sha256": meta["sha256"]}
