@@ -18,7 +18,8 @@ from sft_probe.analysis.figures.plot import figures_of
 from sft_probe.analysis.stats.analyze import analyze
 from sft_probe.probe_set import CATEGORIES
 
-NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", "trajectory")
+NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "squeezing", "tokens")
+NAMES += ("trajectory",)
 
 
 def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
