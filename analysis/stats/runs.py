@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from sft_probe.analysis.stats.imports import read_lm_eval, read_means, read_metrics
 from sft_probe.analysis.stats.measures import Cube, add_measures, cube
-from sft_probe.errors import UserError
+from sft_probe.analysis.stats.places import kind_of, named_path
+from sft_probe.errors import UserError, unknown
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
@@ -147,13 +148,6 @@ class Recording:
         return cube(rows[rows["category"].isin(names)], names, self.texts)
 
 
-def named_path(path: Path) -> tuple[str, Path]:
-    """Return the name and the path of `NAME=PATH`; the name is empty for a path alone."""
-    name, equals, rest = str(path).partition("=")
-    is_named = bool(equals and rest) and "/" not in name and not path.exists()
-    return (name, Path(rest)) if is_named else ("", path)
-
-
 def load_recordings(paths: Sequence[Path]) -> list[Recording]:
     """Read every run, and name it as in `NAME=RUN`; equal names are numbered.
 
@@ -174,43 +168,40 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 def load_recording(path: Path) -> Recording:
     """Read a run directory, a parquet file of score rows, a directory of lm-eval's results, or
     means."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
-    if path.suffix in (".csv", ".json"):
-        means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
-        notes = (
-            "means over docs as they were published: no intervals, and the terminator may be in "
-            "the sums",
-            *notes,
-        )
-        return Recording(
-            name=path.stem,
-            path=path,
-            rows=pd.DataFrame(),
-            means=means,
-            step_unit=step_unit,
-            notes=notes,
-        )
-    if path.is_file():
+    kind = kind_of(path)
+    if kind == "means":
+        return _of_means(path)
+    if kind == "rows":
         return _of_rows(path, path.parent, read_scores_parquet(path))
-    rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
-    if rows:
+    if kind == "run":
+        rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
         return _of_rows(path, path, read_scores(rows))
-    if (path / "scores.parquet").is_file():
+    if kind == "table":
         return _of_rows(path, path, read_scores_parquet(path / "scores.parquet"))
-    if find(path, "**/results_*.json"):
-        table, texts, prompts, notes = read_lm_eval(path)
-        return Recording(
-            name=path.resolve().name,
-            path=path,
-            rows=add_measures(table),
-            texts=texts,
-            prompts=prompts,
-            notes=notes,
-        )
-    raise UserError(
-        f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe "
-        "train --probe_steps`), no scores.parquet and no results of lm-eval."
+    table, texts, prompts, notes = read_lm_eval(path)
+    return Recording(
+        name=path.resolve().name,
+        path=path,
+        rows=add_measures(table),
+        texts=texts,
+        prompts=prompts,
+        notes=notes,
+    )
+
+
+def _of_means(path: Path) -> Recording:
+    means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
+    first = (
+        "means over docs as they were published: no intervals, and the terminator may be in the "
+        "sums"
+    )
+    return Recording(
+        name=path.stem,
+        path=path,
+        rows=pd.DataFrame(),
+        means=means,
+        step_unit=step_unit,
+        notes=(first, *notes),
     )
 
 
@@ -225,10 +216,8 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         raise UserError(f"{path} holds no score rows.")
     frame = add_measures(table)
     for name, known in (("split", {"heldout", "train"}), ("source", {"lm_eval", "live"})):
-        if unknown := set(frame[name].map(str)) - known:
-            raise UserError(
-                f"{path}: the {name} {min(unknown)!r} is none of {', '.join(sorted(known))}."
-            )
+        if other := set(frame[name].map(str)) - known:
+            raise unknown(name, min(other), sorted(known), where=str(path))
     repeated = frame.duplicated(list(KEY))
     if repeated.any():
         first = frame[repeated].iloc[0]
