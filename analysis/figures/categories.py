@@ -31,8 +31,7 @@ def curves_of(changes: pd.DataFrame, measure: str, split: str, style: Style) -> 
     """Return what a figure of changes draws: one measure per response of one split, with `label`
     and bands of levels, which end at log p = 0."""
     table = changes[(changes["split"] == split) & (changes["unit"] == PER_RESPONSE)]
-    shown = measure if (table["measure"] == measure).any() else "logprob_with_eos"
-    table = table[table["measure"] == shown].copy()
+    table = table[table["measure"] == measure].copy()
     table["label"] = [style.label(str(name)) for name in table["category"]]
     start = table["level"] - table["change"]
     table["level_low"] = np.minimum(start + table["band_low"], 0.0)

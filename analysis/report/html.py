@@ -121,7 +121,7 @@ def html_report(analysis: Analysis) -> str:
     nothing."""
     sections = _figure_sections(analysis)
     specs = {figure["id"]: figure["spec"] for section in sections for figure in section["figures"]}
-    with_docs = [recording for recording in analysis.recordings if recording.means is None]
+    with_docs = [recording for recording in analysis.recordings if len(recording.rows)]
     docs = [
         browser(recording, analysis.measure, _DOC_BYTES // len(with_docs))
         for recording in with_docs
@@ -263,6 +263,8 @@ def _change_text(row: "pd.Series[Any]") -> str:
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     """Return what rose, fell and did not move in one sentence, from held-out prompts if there are
     any."""
+    if verdict.empty:
+        return f"{recording.name}: benchmarks alone."
     split = str(verdict["split"].iloc[0])
     rows = verdict[verdict["split"] == split]
     parts = []

@@ -25,20 +25,25 @@ MEASURES = ("logprob", "logprob_with_eos", *PARTS, *POSITIONS)
 """Columns of nats: all but `eos` and `logprob_with_eos` without the terminator."""
 
 
+_NUMBERS = ("logprob", "logprob_first", "logprob_eos", "num_tokens", "num_bytes")
+
+
 def add_measures(rows: pa.Table) -> pd.DataFrame:
     """Return score rows as a frame without the columns of tokens, with one for each of
     `MEASURES`.
 
     `first` is `logprob_first`, `body` the rest of `logprob`; parts by position are null without
-    token log-probs.
+    token log-probs. `logprob_with_eos` is the sum of both, or as a run that was scored elsewhere
+    gives it.
     """
     frame: pd.DataFrame = rows.drop_columns(["token_logprobs", *TOKEN_COLUMNS]).to_pandas()
-    for name in ("logprob", "logprob_first", "logprob_eos", "num_tokens", "num_bytes"):
+    for name in (*_NUMBERS, "logprob_with_eos"):
         frame[name] = frame[name].astype("float64")
     frame["first"] = frame["logprob_first"]
     frame["body"] = frame["logprob"] - frame["logprob_first"]
     frame["eos"] = frame["logprob_eos"]
-    frame["logprob_with_eos"] = frame["logprob"] + frame["logprob_eos"]
+    whole = frame["logprob"] + frame["logprob_eos"]
+    frame["logprob_with_eos"] = whole.fillna(frame["logprob_with_eos"])
     for name, sums in _sums_by_position(rows["token_logprobs"].combine_chunks()).items():
         frame[name] = sums
     return frame
