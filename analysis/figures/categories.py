@@ -117,7 +117,7 @@ def _curves(
     low, high = ("band_low", "band_high") if value == "change" else ("level_low", "level_high")
     steps = table["step"].tolist()
     scale = alt.Scale(zero=value == "change")
-    x = step_axis(steps, f"{table['step_unit'].iloc[0]} (log)", most)
+    x = step_axis(steps, f"{' or '.join(table['step_unit'].unique())} (log)", most)
     base = alt.Chart(table).encode(x=x, color=keys.color, detail="run:N")
     y = alt.Y(f"{value}:Q", scale=scale, title=title)
     line = base.mark_line(strokeWidth=1.6).encode(y=y, strokeDash=keys.dash)

@@ -17,7 +17,12 @@ from sft_probe.analysis.stats.changes import (
     table_over_runs,
 )
 from sft_probe.analysis.stats.clusters import count_text
-from sft_probe.analysis.stats.comparison import Comparison, compare_recordings, comparison_text
+from sft_probe.analysis.stats.comparison import (
+    Comparison,
+    cautions,
+    compare_recordings,
+    comparison_text,
+)
 from sft_probe.analysis.stats.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
@@ -182,11 +187,11 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
         own = analysis.verdict[analysis.verdict["run"] == recording.name]
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis, form))
-        if recording.benchmarks is not None:
-            blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
+        blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
         blocks.append("\n".join(f"! {note}" for note in (*recording.notes, *_scope(recording))))
+    blocks.append("\n".join(f"! {caution}" for caution in cautions(analysis.recordings)))
     blocks.append(over_runs_text(analysis.over_runs, form))
     if analysis.comparison is not None:
         blocks.append(comparison_text(analysis.comparison, form))

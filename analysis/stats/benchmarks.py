@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -60,12 +60,20 @@ def benchmark_changes(table: pd.DataFrame) -> pd.DataFrame:
     return found.iloc[moved.sort_values(ascending=False, kind="stable").index]
 
 
-def benchmarks_text(table: pd.DataFrame, step_unit: str, form: Form = "text") -> str:
-    """Return a table of what benchmarks and other measures changed, 20 at most; empty where all
-    have one step only."""
-    found = benchmark_changes(table)
+class ShownBenchmarks(NamedTuple):
+    """What is printed of benchmarks."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def shown_benchmarks(table: pd.DataFrame | None, step_unit: str) -> ShownBenchmarks | None:
+    """Return what benchmarks and other measures changed, 20 at most; none where all have one step
+    only."""
+    found = benchmark_changes(table) if table is not None else pd.DataFrame()
     if found.empty:
-        return ""
+        return None
     shown = found.head(_MAX_ROWS)
     rows = [
         [
@@ -77,9 +85,20 @@ def benchmarks_text(table: pd.DataFrame, step_unit: str, form: Form = "text") ->
         ]
         for _, row in shown.iterrows()
     ]
-    steps = f"{step_unit} {found['first_step'].min()} to {found['last_step'].max()}"
-    more = f"; {len(shown)} of {len(found)}, those that moved most for their standard error"
-    title = f"benchmarks and other measures, {steps}" + (more if len(found) > len(shown) else "")
+    title = (
+        f"benchmarks and other measures, {step_unit} {found['first_step'].min()} to "
+        f"{found['last_step'].max()}; both steps taken as independent, so that intervals are too "
+        "wide"
+    )
+    if len(found) > len(shown):
+        title += f"; {len(shown)} of {len(found)}, those that moved most for their standard error"
     columns = ["benchmark", "metric", "filter", "first", "last", "change", "95 % interval"]
-    notes = "! both steps taken as independent, so these intervals are too wide"
-    return f"{title}\n{notes}\n\n{text_table(columns, rows, form, left=3)}"
+    return ShownBenchmarks(title, columns, rows)
+
+
+def benchmarks_text(table: pd.DataFrame | None, step_unit: str, form: Form = "text") -> str:
+    """Return a table of what benchmarks and other measures changed, or nothing."""
+    shown = shown_benchmarks(table, step_unit)
+    if shown is None:
+        return ""
+    return f"{shown.title}\n\n{text_table(shown.columns, shown.rows, form, left=3)}"

@@ -113,11 +113,10 @@ def test_published_log_probs_of_docs_give_the_published_table(
     assert sft_probe("analyze", tmp_path / "run").returncode == 0
     verdict = pd.read_csv(tmp_path / "run/analysis/verdict.csv").set_index("category")
     assert len(verdict) == 12
-    for name, numbers in expected.items():
-        found = verdict.loc[name, ["start", "change", "stderr"]].to_list()
-        assert found == pytest.approx(list(numbers), abs=0.0051), name
-    assert verdict.loc["irr_train", "num_clusters"] == 306
-    assert "chosen rose 11.8 nats by evaluation 25, then fell" in verdict.loc["chosen", "sentence"]
+    found = verdict.loc[list(expected), ["start", "change", "stderr"]].to_numpy()
+    np.testing.assert_allclose(found, np.array(list(expected.values())), atol=0.0051)
+    assert verdict["num_clusters"]["irr_train"] == 306
+    assert "chosen rose 11.8 nats by evaluation 25, then fell" in verdict["sentence"]["chosen"]
 
 
 FAULTS_OF_ARRAYS = {
@@ -431,3 +430,16 @@ def test_sums_with_and_without_the_terminator_share_no_table(
     result = sft_probe("analyze", own, "runs/theirs", "--include-eos")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("nats per response with the terminator") == 2
+    for words in (
+        "! steps count different things, so no axis is shared: optimizer step (own); evaluation",
+        "! scored on held-out prompts (own); prompts trained on (theirs): compare splits of one",
+        "! no doc is common to all runs: compare changes, not levels",
+        "nothing can be paired",
+    ):
+        assert words in result.stdout, result.stdout
+    both = ("own", "runs/theirs", "--include-eos")
+    message = user_error(sft_probe("plot", *both, "--color", "run"))
+    assert "--color run puts all runs on one axis, but steps count different things" in message
+    for command in ("plot", "report"):
+        assert sft_probe(command, *both).returncode == 0
+    assert "compare splits of one kind" in Path("report.html").read_text()
