@@ -17,6 +17,7 @@ from sft_probe.analysis.figures.categories import (
     parts_of,
     runs_chart,
 )
+from sft_probe.analysis.figures.distribution import squeezing_figure
 from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
 from sft_probe.analysis.figures.runs import (
@@ -43,6 +44,7 @@ _OF_A_SPLIT = (
     "changes",
     "levels",
     "parts",
+    "squeezing",
     "docs",
     "tokens",
     "length",
@@ -152,6 +154,10 @@ def _makers_of_one(analysis: Analysis, recording: Recording, style: Style) -> _M
         for name in ("trajectory", "changes", "levels"):
             yield (name, split), partial(_curve_figure, name, recording, split, table, style)
         yield ("parts", split), partial(_parts_figure, changes, split, categories, style)
+        yield (
+            ("squeezing", split),
+            partial(squeezing_figure, table, analysis.distribution, split, style),
+        )
         if recording.means is None:
             measure = analysis.measure
             yield ("docs", split), partial(doc_curves, split, arrays, measure, style)

@@ -218,6 +218,7 @@ def _of_run(analysis: Analysis, recording: Recording) -> Analysis:
         changes=analysis.changes[analysis.changes["run"] == recording.name],
         verdict=analysis.verdict[analysis.verdict["run"] == recording.name],
         contrasts=analysis.contrasts,
+        distribution=analysis.distribution,
         over_runs=pd.DataFrame(),
     )
 
@@ -230,7 +231,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
             f"{rows['first_step'].iloc[0]} to "
             f"{rows['last_step'].iloc[0]}",
             "rows": [_cells(row) for _, row in rows.iterrows()],
-            "sentences": sentences_of(rows, analysis.contrasts),
+            "sentences": sentences_of(rows, analysis),
         }
         for split, rows in own.groupby("split", sort=False)
     ]
@@ -357,6 +358,8 @@ def _md(text: str) -> str:
 
 
 MAX_CHARACTERS = 4000
+_OF_TOKENS = {"ranks": ("token_ranks", 1), "entropies": ("token_entropies", 100)}
+"""What the browser says of a token beside its change: column, and how many units make 1."""
 
 
 def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any]:
@@ -364,7 +367,8 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
     counts the others.
 
     `curves` are levels of `measure` in nats, at `steps`; `tokens` hold the change of each token in
-    hundredths of a nat, at each of `ticks`. Texts are cut at 4,000 characters.
+    hundredths of a nat, at each of `ticks`, and what is in `_OF_TOKENS` at the first and the last
+    of them. Texts are cut at 4,000 characters.
     """
     split = recording.splits[0]
     arrays = recording.cube(split)
@@ -425,6 +429,11 @@ def _tokens(
             for step in steps
         ]
         found[category] = {"texts": words, "changes": changes}
+    for name, (column, unit) in _OF_TOKENS.items():
+        for category, levels in token_levels(recording, rows, column).items():
+            ends = [levels.get(step) for step in (steps[0], steps[-1])]
+            if category in found and all(ends):
+                found[category][name] = [[round(unit * x) for x in end or ()] for end in ends]
     return found
 
 

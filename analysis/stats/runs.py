@@ -19,7 +19,7 @@ from sft_probe.errors import UserError
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
-from sft_probe.scores import KEY, SCHEMA, read_scores, read_scores_parquet
+from sft_probe.scores import KEY, SCHEMA, TOKEN_COLUMNS, read_scores, read_scores_parquet
 
 _KINDS = {
     "model": str | None,
@@ -60,8 +60,8 @@ class Recording:
     path: Path
     rows: pd.DataFrame
     """From `add_measures`, of one source; empty where only means are known."""
-    tokens: pa.ListArray | None = None
-    """Token log-probs; the index of `rows` counts them."""
+    tokens: pa.Table | None = None
+    """`token_logprobs` and `TOKEN_COLUMNS`; the index of `rows` counts its rows."""
     means: pd.DataFrame | None = None
     """`split category step value`, where no doc is known; nats with the terminator, as they were
     published."""
@@ -119,6 +119,13 @@ class Recording:
         if self.means is not None:
             return measure == "logprob_with_eos"
         return bool(self.rows[measure].notna().any())
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of logits of the model, where a sweep recorded its config."""
+        config = self.probe.get("model_config") or {}
+        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        return int(size) if size else None
 
     def sums(self, measure: str) -> str:
         """Say what is in the sums of a measure."""
@@ -263,7 +270,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         path=path,
         rows=rows,
         step_unit=probe.get("step_unit", "optimizer step"),
-        tokens=table["token_logprobs"].combine_chunks(),
+        tokens=table.select(["token_logprobs", *TOKEN_COLUMNS]).combine_chunks(),
         manifest=manifest,
         probe=probe,
         probe_set=probe_set,

@@ -147,8 +147,8 @@ class Runs(Sequence["Runs"]):
     def analysis(
         self, *, categories: Sequence[str] | None = None, include_eos: bool = False
     ) -> Analysis:
-        """Return all tables of `sft-probe analyze`: `changes`, `verdict`, `contrasts`, `over_runs`
-        and, of two runs, `comparison`.
+        """Return all tables of `sft-probe analyze`: `changes`, `verdict`, `contrasts`,
+        `distribution`, `over_runs` and, of two runs, `comparison`.
 
         Args:
             categories: default: all.
@@ -180,8 +180,8 @@ class Runs(Sequence["Runs"]):
         """Return a figure of `sft-probe plot` as an Altair chart, which shows itself in a notebook.
 
         Args:
-            figure: `changes`, `levels`, `trajectory`, `parts`, `docs`, `tokens`, `length`,
-                `data_card`, `benchmarks`, `generations` or `code_length`.
+            figure: `changes`, `levels`, `trajectory`, `parts`, `squeezing`, `docs`, `tokens`,
+                `length`, `data_card`, `benchmarks`, `generations` or `code_length`.
             split: `heldout` or `train`.
             categories: default: all.
             include_eos: whether the terminator is counted in.
