@@ -52,7 +52,7 @@ class Thinking:
 NO_THINKING = Thinking({}, 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _RemoteWriterId:
     """A remote writer that is not connected, for an estimate."""
 
