@@ -141,11 +141,7 @@ class Account:
         return replace(answer, status="error", text=None, reason=f"version {version!r} answered")
 
     async def save(
-        self,
-        request: Request,
-        answer: Answer,
-        attempts: int = 1,
-        held: Reservation | None = None,
+        self, request: Request, answer: Answer, attempts: int = 1, held: Reservation | None = None
     ) -> Answer:
         """Store an answer with its cost, in place of its reservation; return it as stored."""
         kept = self.checked(answer)
