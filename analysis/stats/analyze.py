@@ -8,10 +8,27 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.changes import change_table, groups_of_runs, table_over_runs
+from sft_probe.analysis.stats.benchmarks import benchmarks_text
+from sft_probe.analysis.stats.changes import (
+    COLUMNS,
+    HEADLINES,
+    change_table,
+    groups_of_runs,
+    table_over_runs,
+)
 from sft_probe.analysis.stats.clusters import count_text
-from sft_probe.analysis.stats.comparison import Comparison, compare_recordings, comparison_text
+from sft_probe.analysis.stats.comparison import (
+    Comparison,
+    cautions,
+    compare_recordings,
+    comparison_text,
+)
 from sft_probe.analysis.stats.contrasts import contrast_table, pmi_sentence
+from sft_probe.analysis.stats.distribution import (
+    distribution_table,
+    distribution_text,
+    squeezing_sentence,
+)
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
 from sft_probe.analysis.stats.runs import (
@@ -33,7 +50,7 @@ _COLUMNS = (
 )
 
 _ONE_RUN = "intervals hold for other prompts; this is one run, so they leave out training noise"
-_TABLES = ("changes", "contrasts", "over_runs", "verdict")
+_TABLES = ("changes", "contrasts", "distribution", "over_runs", "verdict")
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
 """At worst, where the variance between runs is 10 to 30 times that over prompts: docs/claims.md"""
 
@@ -48,6 +65,8 @@ class Analysis:
     changes: pd.DataFrame
     verdict: pd.DataFrame
     contrasts: pd.DataFrame
+    distribution: pd.DataFrame
+    """Changes of argmax mass, entropy and others; empty where rows have no such columns."""
     over_runs: pd.DataFrame
     comparison: Comparison | None = None
     """The first run less the second one, where there are two."""
@@ -77,20 +96,11 @@ def tables_of(
 ) -> Analysis:
     """Compute the tables of runs that were read; arguments as for `analyze`."""
     _check_categories(recordings, categories or ())
-    measure = "logprob_with_eos" if include_eos else "logprob"
-    for recording in recordings:
-        if (
-            include_eos
-            and recording.means is None
-            and recording.rows["logprob_with_eos"].isna().all()
-        ):
-            raise UserError(
-                f"{recording.path} has no scores of the terminator: leave out --include-eos."
-            )
-    changes = pd.concat(
-        [change_table(recording, categories) for recording in recordings], ignore_index=True
-    )
+    measure = common_measure(recordings, include_eos=include_eos)
+    tables = [change_table(recording, categories) for recording in recordings if recording.splits]
+    changes = pd.concat(tables or [pd.DataFrame(columns=COLUMNS)], ignore_index=True)
     contrasts = [contrast_table(recording, measure) for recording in recordings]
+    distribution = [distribution_table(recording, categories) for recording in recordings]
     groups = [
         table_over_runs(group, measure, categories).assign(
             model=group[0].model,
@@ -106,11 +116,36 @@ def tables_of(
         changes=changes,
         verdict=verdict_table(changes, measure),
         contrasts=pd.concat(contrasts, ignore_index=True),
+        distribution=pd.concat(distribution, ignore_index=True),
         over_runs=pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(),
         comparison=compare_recordings(recordings[0], recordings[1], measure, categories)
         if len(recordings) == 2
         else None,
     )
+
+
+def common_measure(recordings: Sequence[Recording], *, include_eos: bool = False) -> str:
+    """Return the log-prob that all runs have: without the terminator, where that is known.
+
+    Raises:
+        UserError: there is none, or only one with the terminator, which was not asked for; names
+            the runs.
+    """
+    probed = [recording for recording in recordings if recording.splits]
+    plain, whole = ([run.name for run in probed if run.has(name)] for name in HEADLINES)
+    if include_eos or not plain:
+        for run in probed:
+            if not run.has("logprob_with_eos"):
+                raise UserError(
+                    f"{run.path} has no scores of the terminator: leave out --include-eos."
+                )
+        return "logprob_with_eos"
+    if others := [run.name for run in probed if run.name not in plain]:
+        remedy = "Give --include-eos, to count it in everywhere."
+        if lacking := [name for name in plain if name not in whole]:
+            remedy = f"{', '.join(lacking)} has no scores of it: they cannot be shown together."
+        raise UserError(f"sums of {', '.join(others)} hold the terminator, as published. {remedy}")
+    return "logprob"
 
 
 def _check_categories(recordings: Sequence[Recording], categories: Sequence[str]) -> None:
@@ -126,8 +161,8 @@ def _check_categories(recordings: Sequence[Recording], categories: Sequence[str]
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
     """Write every table that is not empty as CSV and parquet; return the paths.
 
-    They are `changes`, `contrasts`, `verdict`, with repeats of a run `over_runs`, and for two runs
-    `comparison`, `comparison_benchmarks` and `comparison_settings`.
+    They are `changes`, `contrasts`, `distribution`, `verdict`, with repeats of a run `over_runs`,
+    and for two runs `comparison`, `comparison_benchmarks` and `comparison_settings`.
     """
     make_dir(folder)
     tables = {name: getattr(analysis, name) for name in _TABLES}
@@ -161,9 +196,14 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
         own = analysis.verdict[analysis.verdict["run"] == recording.name]
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis, form))
+            blocks.append(
+                distribution_text(analysis.distribution, recording.name, str(split), form)
+            )
+        blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
         blocks.append("\n".join(f"! {note}" for note in (*recording.notes, *_scope(recording))))
+    blocks.append("\n".join(f"! {caution}" for caution in cautions(analysis.recordings)))
     blocks.append(over_runs_text(analysis.over_runs, form))
     if analysis.comparison is not None:
         blocks.append(comparison_text(analysis.comparison, form))
@@ -180,7 +220,7 @@ def verdict_tables(analysis: Analysis, form: Form) -> str:
 
 def _scope(recording: Recording) -> list[str]:
     """Return what the intervals of one run hold for; nothing where only means are known."""
-    return [] if recording.means is not None else [_ONE_RUN]
+    return [_ONE_RUN] if len(recording.rows) else []
 
 
 def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
@@ -190,7 +230,7 @@ def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
         recording: a run.
         verdict: its rows of the verdict.
     """
-    if recording.means is not None:
+    if recording.rows.empty:
         return list(recording.notes)
     warnings = [
         f"{SPLIT_NAMES[str(split)]}: {warning}"
@@ -200,16 +240,22 @@ def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
     return [*recording.notes, *warnings, *_scope(recording)]
 
 
-def sentences_of(rows: pd.DataFrame, contrasts: pd.DataFrame) -> list[str]:
-    """Return the sentences on one run and split: one per category, and one on what hangs on the
-    prompt.
+def sentences_of(rows: pd.DataFrame, analysis: Analysis) -> list[str]:
+    """Return the sentences on one run and split: one per category, one on what hangs on the
+    prompt, and one where argmax mass rises while categories fall.
 
     Args:
         rows: of the verdict.
-        contrasts: from `contrast_table`.
+        analysis: all tables.
     """
-    pmi = pmi_sentence(contrasts, str(rows["run"].iloc[0]), str(rows["split"].iloc[0]))
-    return [*rows["sentence"], *([f"{pmi}; intervals over prompts; one run"] if pmi else [])]
+    pmi = pmi_sentence(analysis.contrasts, str(rows["run"].iloc[0]), str(rows["split"].iloc[0]))
+    more = [
+        sentence for sentence in (pmi, squeezing_sentence(rows, analysis.distribution)) if sentence
+    ]
+    return [
+        *rows["sentence"],
+        *(f"{sentence}; intervals over prompts; one run" for sentence in more),
+    ]
 
 
 def _block(
@@ -231,7 +277,7 @@ def _block(
             "",
             text_table(_COLUMNS, [_cells(row) for _, row in rows.iterrows()], form),
             "",
-            *(f"- {sentence}" for sentence in sentences_of(rows, analysis.contrasts)),
+            *(f"- {sentence}" for sentence in sentences_of(rows, analysis)),
         ]
     )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sft_probe.analysis.stats.analyze import Analysis, tables_of, verdict_text
+from sft_probe.analysis.stats.analyze import Analysis, common_measure, tables_of, verdict_text
 from sft_probe.analysis.stats.comparison import Comparison, compare_recordings
 from sft_probe.analysis.stats.runs import Recording, load_recordings
 from sft_probe.errors import UserError
@@ -21,8 +21,7 @@ def load(*paths: str | Path) -> "Runs":
     """Read finished runs.
 
     Args:
-        paths: run directories, parquet files of score rows, directories of lm-eval's results, or
-            CSVs of means.
+        paths: run directories, parquet files of score rows, or what `sft-probe import` reads.
 
     Example:
         runs = sft_probe.load("runs/a", "runs/b")
@@ -148,8 +147,8 @@ class Runs(Sequence["Runs"]):
     def analysis(
         self, *, categories: Sequence[str] | None = None, include_eos: bool = False
     ) -> Analysis:
-        """Return all tables of `sft-probe analyze`: `changes`, `verdict`, `contrasts`, `over_runs`
-        and, of two runs, `comparison`.
+        """Return all tables of `sft-probe analyze`: `changes`, `verdict`, `contrasts`,
+        `distribution`, `over_runs` and, of two runs, `comparison`.
 
         Args:
             categories: default: all.
@@ -181,8 +180,8 @@ class Runs(Sequence["Runs"]):
         """Return a figure of `sft-probe plot` as an Altair chart, which shows itself in a notebook.
 
         Args:
-            figure: `changes`, `levels`, `trajectory`, `parts`, `docs`, `tokens`, `length`,
-                `data_card`, `benchmarks`, `generations` or `code_length`.
+            figure: `changes`, `levels`, `trajectory`, `parts`, `squeezing`, `docs`, `tokens`,
+                `length`, `data_card`, `benchmarks`, `generations` or `code_length`.
             split: `heldout` or `train`.
             categories: default: all.
             include_eos: whether the terminator is counted in.
@@ -261,9 +260,9 @@ def compare(
     Example:
         print(sft_probe.compare("runs/a", "runs/b"))
     """
-    one, two = load_recordings([Path(a), Path(b)])
-    measure = "logprob_with_eos" if include_eos else "logprob"
-    return compare_recordings(one, two, measure, categories)
+    runs = load_recordings([Path(a), Path(b)])
+    measure = common_measure(runs, include_eos=include_eos)
+    return compare_recordings(runs[0], runs[1], measure, categories)
 
 
 def load_probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:

@@ -18,7 +18,10 @@ from sft_probe.analysis.figures.plot import figures_of
 from sft_probe.analysis.stats.analyze import analyze
 from sft_probe.probe_set import CATEGORIES
 
-NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", "trajectory")
+NAMES = (
+    *("changes", "data_card", "docs", "length", "levels", "parts", "squeezing", "tokens"),
+    "trajectory",
+)
 
 
 def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
@@ -145,7 +148,8 @@ def test_pages_have_the_width_asked_for(
     sft_probe: Run, tmp_path: Path, width: str, points: float
 ) -> None:
     long = "a_category_of_forty_letters_and_a_few_more"
-    one = write_run(tmp_path / "one", curves={**CURVES, long: lambda step: -float(step)})
+    curves = {**CURVES, long: lambda step: -float(step)}
+    one = write_run(tmp_path / "one", curves=curves, argmax=float)
     two = write_run(tmp_path / "two", seed=1)
     flags = ["--width", width, "--font-size", 8, "--format", "pdf", "--out", tmp_path / "out"]
     for runs in ([one], [one, two]):

@@ -71,6 +71,7 @@ def test_a_report_opens_in_a_browser_without_errors_or_requests(
     }
     assert drawn == {
         "data_card",
+        "squeezing",
         "changes",
         "levels",
         "parts",
