@@ -10,7 +10,9 @@ from typing import Any, Literal
 from sft_probe.errors import UserError, check_names
 from sft_probe.files import check_exists, find, read_object
 
-Kind = Literal["means", "rows", "run", "table", "lm_eval"]
+IMPORT_MANIFEST = "import.json"
+Kind = Literal["rows", "import", "run", "table", "export"]
+_EXPORTS = ("**/results_*.json", "*metrics.json", "trainer_state.json", "*step*.json")
 
 
 def named_path(path: Path) -> tuple[str, Path]:
@@ -21,27 +23,36 @@ def named_path(path: Path) -> tuple[str, Path]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return what a path holds: published `means`, a parquet file of score `rows`, a `run` with
-    rows of its steps, a `table` of rows in a directory, or results of `lm_eval`.
+    """Return what a path holds.
+
+    Returns:
+        `rows`: a parquet file of score rows; `import`: a directory that `sft-probe import` wrote;
+        `run`: one with rows of its steps; `table`: one with `scores.parquet`; `export`: what other
+        programs wrote.
 
     Raises:
         UserError: it does not exist, or holds nothing of that.
     """
     check_exists(path)
-    if path.suffix in (".csv", ".json"):
-        return "means"
     if path.is_file():
-        return "rows"
+        return "rows" if path.suffix == ".parquet" else "export"
+    if is_import(path):
+        return "import"
     if any(path.glob("sweep/step_*/*/rows.jsonl")) or any(path.glob("probe/step_*.jsonl")):
         return "run"
     if (path / "scores.parquet").is_file():
         return "table"
-    if find(path, "**/results_*.json"):
-        return "lm_eval"
+    if any(find(path, pattern) for pattern in _EXPORTS):
+        return "export"
     raise UserError(
         f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe "
         "train --probe_steps`), no scores.parquet and no results of lm-eval."
     )
+
+
+def is_import(directory: Path) -> bool:
+    """Return whether a directory is that of an imported run."""
+    return (directory / IMPORT_MANIFEST).is_file()
 
 
 def check_runs(paths: Sequence[Path], categories: Sequence[str] | None = None) -> None:

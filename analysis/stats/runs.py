@@ -11,14 +11,16 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.imports import read_lm_eval, read_means, read_metrics
+from sft_probe.analysis.stats.imports.choose import import_runs
+from sft_probe.analysis.stats.imports.imported import Imported
+from sft_probe.analysis.stats.imports.store import read_import
 from sft_probe.analysis.stats.measures import Cube, add_measures, cube
 from sft_probe.analysis.stats.places import kind_of, named_path
 from sft_probe.errors import UserError, unknown
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
-from sft_probe.scores import KEY, TOKEN_COLUMNS, read_scores, read_scores_parquet
+from sft_probe.scores import KEY, SCHEMA, TOKEN_COLUMNS, read_scores, read_scores_parquet
 
 _KINDS = {
     "model": str | None,
@@ -113,6 +115,12 @@ class Recording:
         seed = self.manifest.get("order_seed", self.probe.get("order_seed"))
         return "?" if seed is None else str(seed)
 
+    def has(self, measure: str) -> bool:
+        """Return whether a log-prob is known: `logprob`, or `logprob_with_eos`."""
+        if self.means is not None:
+            return measure == "logprob_with_eos"
+        return bool(self.rows[measure].notna().any())
+
     @property
     def vocab_size(self) -> int | None:
         """Number of logits of the model, where a sweep recorded its config."""
@@ -169,39 +177,44 @@ def load_recording(path: Path) -> Recording:
     """Read a run directory, a parquet file of score rows, a directory of lm-eval's results, or
     means."""
     kind = kind_of(path)
-    if kind == "means":
-        return _of_means(path)
     if kind == "rows":
         return _of_rows(path, path.parent, read_scores_parquet(path))
+    if kind == "import":
+        return _of_import(path, [read_import(path)])
     if kind == "run":
         rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
         return _of_rows(path, path, read_scores(rows))
     if kind == "table":
         return _of_rows(path, path, read_scores_parquet(path / "scores.parquet"))
-    table, texts, prompts, notes = read_lm_eval(path)
+    return _of_import(path, import_runs(path))
+
+
+def _of_import(path: Path, runs: Sequence[Imported]) -> Recording:
+    """Return what an import has read as a recording."""
+    if len(runs) > 1:
+        raise UserError(
+            f"{path} holds {len(runs)} models: `sft-probe import {path} --out runs/NAME` makes a "
+            "run of each."
+        )
+    (run,) = runs
+    notes = run.notes
+    if run.means is not None:
+        notes = (
+            "means over docs as they were published: no intervals, and the terminator may be in "
+            "the sums",
+            *notes,
+        )
     return Recording(
-        name=path.resolve().name,
+        name=run.name,
         path=path,
-        rows=add_measures(table),
-        texts=texts,
-        prompts=prompts,
+        rows=add_measures(run.rows if run.rows is not None else SCHEMA.empty_table()),
+        means=run.means,
+        step_unit=run.step_unit,
+        probe={**run.settings, "model": run.model, "form": run.form},
+        texts=run.texts,
+        prompts=run.prompts,
+        benchmarks=run.benchmarks,
         notes=notes,
-    )
-
-
-def _of_means(path: Path) -> Recording:
-    means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
-    first = (
-        "means over docs as they were published: no intervals, and the terminator may be in the "
-        "sums"
-    )
-    return Recording(
-        name=path.stem,
-        path=path,
-        rows=pd.DataFrame(),
-        means=means,
-        step_unit=step_unit,
-        notes=(first, *notes),
     )
 
 
