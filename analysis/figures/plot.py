@@ -33,6 +33,7 @@ from sft_probe.analysis.stats.intervals import MIN_CLUSTERS
 from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tables import write_tables
+from sft_probe.errors import UserError
 from sft_probe.files import make_dir
 
 log = logging.getLogger(__name__)
