@@ -407,7 +407,7 @@ def test_runs_that_cannot_be_averaged_are_refused_with_the_reason(
         sft_probe("analyze", write_run(tmp_path / "short", steps=[0]))
     )
     run = write_run(tmp_path / "twice")
-    assert "the runs have only chosen, rejected" in user_error(
+    assert "Use one of chosen, rejected" in user_error(
         sft_probe("analyze", run, "--categories", "nonsense")
     )
     shutil.copy(run / "probe/step_000001.jsonl", run / "probe/step_000002.jsonl")
