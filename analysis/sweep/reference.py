@@ -33,6 +33,12 @@ def find_reference(name: str, checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     return Checkpoint(step=0, model=model, source=model, revision=revision or "main")
 
 
+def reference_name(reference: Checkpoint) -> str:
+    """Return `step 0` for a checkpoint of the sweep, else the name of the model."""
+    is_model = reference.source == reference.model
+    return reference.name if is_model else f"{reference.step_unit} {reference.step}"
+
+
 def is_beside(part: Path, reference: Identity) -> bool:
     """Return whether a part was scored beside a reference with these weights."""
     known = recorded(part, REFERENCE)

@@ -37,7 +37,7 @@ from sft_probe.analysis.sweep.ownership import (
     stale_parts,
     step_folder,
 )
-from sft_probe.analysis.sweep.reference import REFERENCE, is_beside
+from sft_probe.analysis.sweep.reference import REFERENCE, is_beside, reference_name
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.settings import SweepSettings, record
 from sft_probe.errors import UserError
@@ -185,8 +185,11 @@ class Scorer:
     @cached_property
     def _reference_identity(self) -> Identity:
         assert self.reference is not None  # noqa: S101 - the callers' branch
-        identity = identify(self.reference)
-        check_undamaged(self.reference, identity)
+        try:
+            identity = identify(self.reference)
+            check_undamaged(self.reference, identity)
+        except UserError as error:
+            raise UserError(f"--reference: {error}") from error
         return identity
 
     def _scored_alone(self, parts: dict[str, Path]) -> list[Path]:
@@ -221,16 +224,12 @@ class Scorer:
                 token_columns=self.request.columns == "all",
             )
         if self.reference is not None:
-            lm.compare_with(self._reference_model(self.reference))
+            live = LiveModel(self.request.dtype, self.request.resolved_device, self.settings)
+            try:
+                lm.compare_with(live.load(self.reference, any_config=True))
+            except UserError as error:
+                raise UserError(f"--reference {self.reference.name}: {error}") from error
         self.lm = lm
-
-    def _reference_model(self, reference: Checkpoint) -> Any:
-        request = self.request
-        live = LiveModel(request.dtype, request.resolved_device, self.settings)
-        try:
-            return live.load(reference, any_config=True)
-        except UserError as error:
-            raise UserError(f"--reference {reference.name}: {error}") from error
 
     def _score_probes(self, checkpoint: Checkpoint, split: str, folder: Path) -> None:
         if split not in self.probe_tasks:
@@ -264,6 +263,8 @@ class Scorer:
                 write_jsonl(
                     temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults]
                 )
+        if self.reference is not None:
+            record(self.request.directory, reference=reference_name(self.reference))
 
     def _row(
         self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint

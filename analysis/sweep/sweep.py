@@ -23,7 +23,7 @@ from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.reference import find_reference
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.analysis.sweep.settings import fix_settings, record, resolve_settings
+from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
 from sft_probe.analysis.sweep.step import Scorer, is_scored, parts_asked_for
 from sft_probe.errors import UserError
 
@@ -54,10 +54,6 @@ def sweep(request: SweepRequest) -> list[Path]:
         )  # refused before anything is scored
     max_tokens = fix_settings(settings, request)
     claim_sources(request.directory, checkpoints)
-    if reference is not None:
-        is_own = reference in checkpoints
-        name = f"step {reference.step}" if is_own else reference.name
-        record(request.directory, reference=name)
     for drop in settings.dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
     log.info(

@@ -62,7 +62,7 @@ def test_what_is_scored_beside_the_reference_is_scored_once(
     assert not set(_times(run).items()) & set(before.items())
     assert _kl(run)[4] < 1e-6 < _kl(run)[0]
     shown = sft_probe("analyze", run).stdout
-    assert "distance from step 4 per token" in shown
+    assert "distance from optimizer step 4 per token" in shown
 
 
 def test_a_dry_run_does_not_count_what_has_no_distance(sft_probe: Run, swept_run: Path) -> None:
@@ -101,7 +101,9 @@ def test_a_reference_that_gives_no_divergence_is_refused(
     message = user_error(sft_probe("sweep", run, "--reference", larger))
     assert f"the reference has {config.vocab_size} logits" in message
     assert _times(run) == before, "what was scored stays"
-    assert "--reference" in user_error(sft_probe("sweep", run, "--reference", tmp_path / "none"))
+    assert "--reference: no directory" in user_error(
+        sft_probe("sweep", run, "--reference", tmp_path / "none")
+    )
 
 
 @pytest.mark.full
