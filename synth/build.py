@@ -23,10 +23,11 @@ from sft_probe.synth.categories import (
     order_topics,
     permuted,
     read_topics,
+    request_of,
     topic_of,
 )
 from sft_probe.synth.checks import JUDGED, fault_in, fault_of, opinion_request
-from sft_probe.synth.duplicates import NearDuplicates, count_words
+from sft_probe.synth.duplicates import NearDuplicates
 from sft_probe.synth.sources import hub_revision, read_pairs
 from sft_probe.synth.splits import (
     RULE,
@@ -42,10 +43,6 @@ Ask = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
 """Yields each request with its answer, in order. The second argument is the number of requests."""
 Checked = tuple[Request, Answer, str | None]
 """A request, its answer, and the fault of the answer."""
-
-
-def _ignore(_: str) -> None:
-    """Do nothing with a fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +135,7 @@ def plan_set(settings: SetSettings, left_out: list[LeftOut], tokenizer: Any = No
     Args:
         settings: the user's choices.
         left_out: receives the rows and docs that cannot be used.
-        tokenizer: of the untrained model where its answers are requested. Every prompt must fit its
-            chat template.
+        tokenizer: of the untrained model, whose chat template must fit every prompt, if requested.
 
     Raises:
         UserError: the source, a template or the splits are unusable.
@@ -193,7 +189,9 @@ def _topics(drawn: list[Doc], settings: SetSettings) -> dict[str, str]:
     return {doc.doc_id: topic_of(parts, _key(doc, settings.seed)) for doc in drawn}
 
 
-def write_texts(plan: SetPlan, ask: Ask, note_fault: Callable[[str], None] = _ignore) -> Written:
+def write_texts(
+    plan: SetPlan, ask: Ask, note_fault: Callable[[str], None] = lambda _: None
+) -> Written:
     """Have every text written and checked, and a text that fails a second time.
 
     Docs with a text that fails twice go to `plan.left_out`.
@@ -272,22 +270,22 @@ class _Checker:
             yield from checked
             return
         held, extra = list(checked), self._plan.settings.thinking_tokens
-        opinions = {
-            i: opinion_request(request, str(answer.text), extra)
-            for i, (request, answer, fault) in enumerate(held)
-            if fault is None
-        }
-        found: dict[str, str | None] = {}
-        for opinion, answer in _answered(self._ask(iter(opinions.values()), len(opinions))):
-            found[opinion.prompt] = fault = fault_in(answer)
+        opinions = [
+            None if fault else opinion_request(request, str(answer.text), extra)
+            for request, answer, fault in held
+        ]
+        asked = [opinion for opinion in opinions if opinion]
+        bad: set[str] = set()
+        for opinion, answer in _answered(self._ask(iter(asked), len(asked))):
+            fault = fault_in(answer)
             self.written.opinions[fault or "yes"] += 1
             if fault == JUDGED:
+                bad.add(opinion.prompt)
                 self._note_fault(fault)
             if trial:
                 trial.note(opinion.category, answer, fault)
-        for i, (request, answer, fault) in enumerate(held):
-            is_bad = i in opinions and found.get(opinions[i].prompt) == JUDGED
-            yield request, answer, JUDGED if is_bad else fault
+        for (request, answer, fault), own in zip(held, opinions, strict=True):
+            yield request, answer, JUDGED if own and own.prompt in bad else fault
 
     def leave_out(self, request: Request, fault: str, why: str) -> None:
         """Leave a doc out for the fault of one of its texts."""
@@ -380,15 +378,12 @@ def _fits(doc: Doc, prompt_format: PromptFormat, left_out: list[LeftOut]) -> boo
 
 def _untrained_request(doc: Doc, prompt_format: PromptFormat) -> Request:
     prompt = prompt_format.render(list(doc.messages))
-    num_words = count_words(doc.responses["chosen"])
-    return Request(
-        doc_id=doc.doc_id,
-        category="untrained",
+    return request_of(
+        doc,
+        "untrained",
         template=UNTRAINED_TEMPLATE,
         template_sha256=hashlib.sha256(prompt_format.name.encode()).hexdigest(),
         prompt=(prompt.text + prompt.separator).rstrip(" "),
         source_text=doc.messages[-1]["content"],
-        num_words=num_words,
         temperature=0.0,
-        max_output_tokens=max(1024, 4 * num_words),
     )

@@ -3,7 +3,7 @@
 import html
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sft_probe.synth.build import SetPlan, Written
 from sft_probe.synth.duplicates import count_words, near_duplicates, prompt_text
 from sft_probe.synth.sources import source_files, source_sha256
 from sft_probe.synth.splits import RULE
+from sft_probe.text_table import text_table
 
 _LOG = logging.getLogger(__name__)
 WORK_DIR = "synthesis"
@@ -37,6 +38,7 @@ _RULE_FILE = f"{WORK_DIR}/rule.json"
 FIGURE = "lengths.png"
 _WRITTEN = (*(f"{split}.jsonl" for split in SPLITS), "README.md", "probe_set.json", FIGURE)
 _DATA_FILES = [{"split": split, "path": f"{split}.jsonl"} for split in SPLITS]
+_LEFT_OUT = ("doc_id", "reason", "detail")
 SetRow = dict[str, Any]
 """One line of a set's JSONL file."""
 
@@ -67,15 +69,11 @@ def rule_of(out: Path) -> int:
     """Return the version of the rule (`splits.RULE`) that a directory was begun with."""
     if (out / _RULE_FILE).is_file():
         return int(read_json(out / _RULE_FILE)["rule"])
-    return 1 if _holds_answers(out / STORE) else RULE
-
-
-def _holds_answers(store: Path) -> bool:
-    """Return whether anything was requested; an estimate by version 0.1 left an empty store."""
-    if not store.is_file():
-        return False
-    with open_copy(store) as copy:  # so that an estimate writes nothing
-        return bool(copy.counts())
+    if not (out / STORE).is_file():
+        return RULE
+    with open_copy(out / STORE) as copy:  # so that an estimate writes nothing
+        # version 0.1 wrote no rule; its estimates left an empty store
+        return 1 if copy.counts() else RULE
 
 
 def begin_set(out: Path) -> None:
@@ -187,9 +185,7 @@ def write_left_out(out: Path, left_out: Sequence[LeftOut]) -> None:
     rows = (
         {
             **(item.place._asdict() if item.place else {}),
-            **({"doc_id": item.doc_id} if item.doc_id else {}),
-            "reason": item.reason,
-            **({"detail": item.detail} if item.detail else {}),
+            **{name: value for name in _LEFT_OUT if (value := getattr(item, name))},
         }
         for item in left_out
     )
@@ -200,20 +196,23 @@ def overlap_of(docs: Sequence[Doc]) -> dict[str, int]:
     """Count the conversations, near-duplicate prompts, responses and partners of `random` that the
     splits share."""
     split_of = {doc.doc_id: doc.split for doc in docs}
-    conversations, responses = defaultdict(set), defaultdict(set)
-    for doc in docs:
-        conversations[doc.conversation_id].add(doc.split)
-        for text in doc.responses.values():
-            responses[text].add(doc.split)
     pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
+    partners = [(doc, doc.random_doc_id) for doc in docs if doc.random_doc_id]
     return {
-        "conversations": sum(len(splits) > 1 for splits in conversations.values()),
+        "conversations": _num_in_both((doc.conversation_id, doc.split) for doc in docs),
         "near_duplicate_prompts": sum(docs[i].split != docs[j].split for i, j in pairs),
-        "responses": sum(len(splits) > 1 for splits in responses.values()),
-        "random_partners": sum(
-            split_of[doc.random_doc_id] != doc.split for doc in docs if doc.random_doc_id
-        ),
+        "responses": _num_shared_responses(docs),
+        "random_partners": sum(split_of[partner] != doc.split for doc, partner in partners),
     }
+
+
+def _num_shared_responses(docs: Sequence[Doc]) -> int:
+    return _num_in_both((text, doc.split) for doc in docs for text in doc.responses.values())
+
+
+def _num_in_both(values: Iterable[tuple[str, str]]) -> int:
+    """Return how many values, given with their splits, are in several splits."""
+    return sum(count > 1 for count in Counter(value for value, _ in set(values)).values())
 
 
 def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[str, Any]:
@@ -249,10 +248,10 @@ def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[st
 
 
 def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    nested: dict[str, dict[str, int]] = {}
+    nested: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for (category, fault), count in sorted(counts.items()):
-        nested.setdefault(category, {})[fault] = count
-    return nested
+        nested[category][fault] = count
+    return dict(nested)
 
 
 def write_card(
@@ -263,35 +262,44 @@ def write_card(
     provenance: dict[str, Any],
 ) -> None:
     """Write the dataset card `README.md`, with a figure where the extra `report` is installed."""
+    from jinja2 import Environment, PackageLoader
+
     table = length_table(docs, list(writers))
-    has_figure = _write_figure(out / FIGURE, table)
     header = {
         "license": provenance["license"],
         "task_categories": ["text-generation"],
         "tags": ["sft-probe", "preference", "synthetic"],
         "configs": [{"config_name": "default", "data_files": _DATA_FILES}],
     }
-    counts = Counter(doc.split for doc in docs)
-    parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
-        f"# {_text(out.resolve().name)}",
-        f"A probe set of sft-probe: {counts['train']} train and {counts['heldout']} held-out "
-        "prompts, each with "
-        f"{len(writers)} categories of response; prompt format {_text(prompt_format)}. Read it "
-        "with `datasets.load_dataset` or give the directory to `sft-probe train --probe_set`. "
-        f"Licence of the source: {_text(provenance['license'])}; texts of a model are under its "
-        "maker's terms.",
-        "## Categories and lengths in words",
-        _lengths(table, writers),
-        f"![lengths of the categories]({FIGURE})" if has_figure else "",
-        "## Where it comes from",
-        *_sections(provenance),
-        "`probe_set.json` holds all of this with hashes. Words are split at white space, and are "
-        "characters where a "
-        "script has none. The ratio is to the chosen response of the same doc; "
-        "`meta.length_ratio` has it for each text.",
-    ]
-    write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    environment = Environment(  # noqa: S701 - Markdown; what is not ours goes through `md`
+        loader=PackageLoader("sft_probe.synth", ""),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": _markdown, "faults": _fault_counts}
+    card = environment.get_template("card.md.jinja").render(
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
+        name=out.resolve().name,
+        counts=Counter(doc.split for doc in docs),
+        writers=writers,
+        prompt_format=prompt_format,
+        lengths=table,
+        figure=FIGURE if _write_figure(out / FIGURE, table) else None,
+        **provenance,
+    )
+    write_text(out / "README.md", card)
+
+
+def _markdown(value: object) -> str:
+    """Escape a value for Markdown: no HTML, table cells, links or code."""
+    escapes: dict[str, int | str | None] = {"|": "&#124;", "[": "&#91;", "`": "&#96;", "\n": " "}
+    return html.escape(str(value)).translate(str.maketrans(escapes))
+
+
+def _fault_counts(faults: dict[str, dict[str, int]]) -> str:
+    counts = ((kind, *item) for kind, found in faults.items() for item in found.items())
+    return ", ".join(f"{kind} {fault} {count}" for kind, fault, count in counts) or "none"
 
 
 def length_table(docs: Sequence[Doc], categories: Sequence[str]) -> pd.DataFrame:
@@ -303,67 +311,6 @@ def length_table(docs: Sequence[Doc], categories: Sequence[str]) -> pd.DataFrame
     columns = {f"p{round(100 * q):02d}": words.quantile(q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
     return pd.DataFrame({"mean": words.mean(), **columns, "ratio": ratios.mean()}).rename_axis(
         "category"
-    )
-
-
-def _lengths(table: pd.DataFrame, writers: dict[str, str]) -> str:
-    lines = [
-        "| category | writer | mean | median | 5 % | 95 % | ratio, mean |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in table.iterrows():
-        numbers = (
-            f"{row['mean']:.1f} | {row['p50']:.0f} | {row['p05']:.0f} | {row['p95']:.0f} | "
-            f"{row['ratio']:.2f}"
-        )
-        lines.append(f"| {name} | {_text(writers[str(name)])} | {numbers} |")
-    return "\n".join(lines)
-
-
-def _sections(provenance: dict[str, Any]) -> list[str]:
-    rows, revision = provenance["rows"], provenance["source_revision"]
-    revision = f" at revision {revision}" if revision else ""
-    reasons = "".join(f"\n- {count}: {_text(reason)}" for reason, count in rows["reasons"].items())
-    overlap = ", ".join(
-        f"{name.replace('_', ' ')} {number}"
-        for name, number in provenance["overlap_of_splits"].items()
-    )
-    templates = ", ".join(
-        f"{_text(item['name'])} ({item['sha256'][:12]})"
-        for item in provenance["templates"].values()
-    )
-    first, second = (
-        ", ".join(
-            f"{kind} {fault} {count}"
-            for kind, faults in provenance["failed_checks"][time].items()
-            for fault, count in faults.items()
-        )
-        or "none"
-        for time in ("first", "second")
-    )
-    note = provenance["note"]
-    return [
-        *([note] if note else []),
-        f"Source: {_text(provenance['source'])}{revision}, seed {provenance['seed']}. Of "
-        f"{rows['read']} rows "
-        f"{rows['used']} are used, {rows['not_drawn']} were not drawn, {rows['left_out']} left out"
-        f"{':' if reasons else '.'}{reasons}",
-        f"Overlap of the splits: {overlap}.",
-        f"Prompt templates{' (not followed)' if note else ''}: {templates or 'none'}.",
-        f"Texts that failed a check and were written again: {first}. Failed twice, doc left out: "
-        f"{second}.",
-        f"Cost of the texts: {provenance['cost_usd']:.4f} USD at list prices.",
-    ]
-
-
-def _text(value: object) -> str:
-    """Escape a value for Markdown: no HTML, table cells, links or code."""
-    return (
-        html.escape(str(value))
-        .replace("|", "&#124;")
-        .replace("[", "&#91;")
-        .replace("`", "&#96;")
-        .replace("\n", " ")
     )
 
 
@@ -391,57 +338,40 @@ def _write_figure(path: Path, table: pd.DataFrame) -> bool:
 
 def describe_probe_set(probe_set: ProbeSet) -> str:
     """Return a plain-text description of a probe set: counts, lengths, duplicates, faults."""
-    counts = {split: len(probe_set.of_split(split)) for split in SPLITS}
+    docs = probe_set.docs
+    counts = Counter(doc.split for doc in docs)
+    pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
+    across = [(docs[i], docs[j]) for i, j in pairs if docs[i].split != docs[j].split]
+    faults = [f"  {fault}" for fault in probe_set.faults]
+    columns = ("category", "words, mean", "min", "max", "bytes, mean", "near-duplicates")
+    rows = [
+        (category, *_lengths([doc.responses[category] for doc in docs]))
+        for category in probe_set.categories
+    ]
     lines = [
         f"probe set {probe_set.name} ({probe_set.source}), prompt format {probe_set.prompt_format}",
         f"docs: {counts['train']} train, {counts['heldout']} heldout; "
-        f"{sum(len(doc.messages) > 1 for doc in probe_set.docs)} with several turns; sha256 "
+        f"{sum(len(doc.messages) > 1 for doc in docs)} with several turns; sha256 "
         f"{probe_set.sha256[:16]}",
         "",
-        f"{'category':<20}{'words, mean':>12}{'min':>6}{'max':>6}{'bytes, mean':>13}"
-        f"{'near-duplicates':>17}",
-        *(_category_line(probe_set, category) for category in probe_set.categories),
+        text_table(columns, rows),
         "",
-        *_prompt_lines(probe_set),
+        f"near-duplicates of an earlier prompt: {len({second for _, second in pairs})}, of them in "
+        f"the other split: {len(across)}",
+        *(f"  {first.doc_id} ~ {second.doc_id}" for first, second in across[:5]),
+        f"responses that stand in both splits: {_num_shared_responses(docs)}",
         "",
-        *(
-            ["faults:", *(f"  {fault}" for fault in probe_set.faults)]
-            if probe_set.faults
-            else ["no faults"]
-        ),
+        *(["faults:", *faults] if faults else ["no faults"]),
     ]
     return "\n".join(lines)
 
 
-def _category_line(probe_set: ProbeSet, category: str) -> str:
-    texts = [doc.responses[category] for doc in probe_set.docs]
+def _lengths(texts: Sequence[str]) -> list[object]:
+    """Return words (mean, fewest, most), bytes (mean) and near-duplicates of some texts."""
     if not texts:
-        return f"{category:<20}{'-':>12}"
-    lengths = [count_words(text) for text in texts]
+        return ["-"] * 5
+    words = [count_words(text) for text in texts]
     mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
-    return (
-        f"{category:<20}{sum(lengths) / len(lengths):>12.1f}{min(lengths):>6}{max(lengths):>6}"
-        f"{mean_bytes:>13.1f}"
-        f"{len({second for _, second in near_duplicates(texts)}):>17}"
-    )
-
-
-def _prompt_lines(probe_set: ProbeSet) -> list[str]:
-    """Describe near-duplicate prompts and the texts that the splits share."""
-    docs = probe_set.docs
-    pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
-    across = [pair for pair in pairs if docs[pair[0]].split != docs[pair[1]].split]
-    number = len({second for _, second in pairs})
-    lines = [
-        f"near-duplicates of an earlier prompt: {number}, of them in the other split: {len(across)}"
-    ]
-    lines += [f"  {docs[first].doc_id} ~ {docs[second].doc_id}" for first, second in across[:5]]
-    splits_of = defaultdict(set)
-    for doc in docs:
-        for text in doc.responses.values():
-            splits_of[text].add(doc.split)
-    lines.append(
-        "responses that stand in both splits: "
-        f"{sum(len(splits) > 1 for splits in splits_of.values())}"
-    )
-    return lines
+    num_similar = len({second for _, second in near_duplicates(texts)})
+    mean_words = f"{sum(words) / len(words):.1f}"
+    return [mean_words, min(words), max(words), f"{mean_bytes:.1f}", num_similar]

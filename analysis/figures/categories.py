@@ -31,8 +31,7 @@ def curves_of(changes: pd.DataFrame, measure: str, split: str, style: Style) -> 
     """Return what a figure of changes draws: one measure per response of one split, with `label`
     and bands of levels, which end at log p = 0."""
     table = changes[(changes["split"] == split) & (changes["unit"] == PER_RESPONSE)]
-    shown = measure if (table["measure"] == measure).any() else "logprob_with_eos"
-    table = table[table["measure"] == shown].copy()
+    table = table[table["measure"] == measure].copy()
     table["label"] = [style.label(str(name)) for name in table["category"]]
     start = table["level"] - table["change"]
     table["level_low"] = np.minimum(start + table["band_low"], 0.0)
@@ -118,7 +117,7 @@ def _curves(
     low, high = ("band_low", "band_high") if value == "change" else ("level_low", "level_high")
     steps = table["step"].tolist()
     scale = alt.Scale(zero=value == "change")
-    x = step_axis(steps, f"{table['step_unit'].iloc[0]} (log)", most)
+    x = step_axis(steps, f"{' or '.join(table['step_unit'].unique())} (log)", most)
     base = alt.Chart(table).encode(x=x, color=keys.color, detail="run:N")
     y = alt.Y(f"{value}:Q", scale=scale, title=title)
     line = base.mark_line(strokeWidth=1.6).encode(y=y, strokeDash=keys.dash)

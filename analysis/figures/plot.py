@@ -27,6 +27,7 @@ from sft_probe.analysis.figures.runs import (
     generation_figure,
 )
 from sft_probe.analysis.stats.analyze import Analysis, analyze
+from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.intervals import MIN_CLUSTERS
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
 from sft_probe.analysis.stats.tables import write_tables
@@ -90,6 +91,9 @@ def plot(
         if (path / "probe").is_dir():
             write_tables(path)  # training writes no tables
     analysis = analyze(paths, include_eos=include_eos, categories=categories)
+    if style.color != "category" and not share_steps(analysis.recordings):
+        reason = cautions(analysis.recordings)[0]
+        raise UserError(f"--color {style.color} puts all runs on one axis, but {reason}.")
     own = folders[0] / "figures" if len(paths) == 1 and folders[0].is_dir() else Path("figures")
     folder = make_dir(out or own)
     drawn = set()
@@ -99,6 +103,11 @@ def plot(
     missing = [name for name in figures or () if not any(found.startswith(name) for found in drawn)]
     if missing:
         log.warning("nothing to draw of these runs: %s", ", ".join(missing))
+
+
+def share_steps(recordings: Sequence[Recording]) -> bool:
+    """Return whether the steps of all runs with scores count the same."""
+    return len({recording.step_unit for recording in recordings if recording.splits}) < 2
 
 
 def _check(flag: str, names: Collection[str], known: Sequence[str]) -> None:
@@ -246,7 +255,10 @@ def _runs_figure(analysis: Analysis, split: str, style: Style) -> Iterator[Figur
             f"Change of log p(response | prompt), {SPLIT_NAMES[split]}, "
             f"{len(analysis.recordings)} runs"
         ),
-        subtitle=[_bands_text(table)],
+        subtitle=[
+            _bands_text(table),
+            *(f"{text[0].upper()}{text[1:]}" for text in cautions(analysis.recordings)),
+        ],
         table=table,
         build=partial(changes_chart, table, categories, pd.DataFrame(), style)
         if by_run

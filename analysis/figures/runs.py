@@ -22,6 +22,7 @@ from sft_probe.analysis.figures.figure import (
     small_multiples,
     step_axis,
 )
+from sft_probe.analysis.stats.benchmarks import benchmark_changes
 from sft_probe.analysis.stats.changes import PER_RESPONSE
 from sft_probe.analysis.stats.comparison import Comparison
 from sft_probe.analysis.stats.generations import on_common_docs
@@ -49,7 +50,7 @@ _RANKED = {
 
 def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) -> Iterator[Figure]:
     """Yield the figure of each benchmark on the step axis, and against the change of the training
-    category on held-out prompts."""
+    category; with many, of those that moved most."""
     table = recording.benchmarks
     if table is None or table.empty:
         return
@@ -60,34 +61,44 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
         low=table["value"] - error,
         high=table["value"] + error,
     )
-    names = list(dict.fromkeys(table["name"]))
+    ordered = benchmark_changes(table.assign(task=table["name"], metric="", filter=""))["task"]
+    names = list(dict.fromkeys([*ordered, *table["name"]]))
     own = recording.target(recording.categories("heldout")) or "chosen"
     probe = _probe_change(recording, changes, own)[["step", "change"]].rename(
         columns={"change": "probe_change"}
     )
-    table = table.merge(probe, on="step", how="left")
-    subtitle = [
-        "Above by step, with 95 % intervals over questions; below against the probe: points of one "
-        "run, not independent"
-    ]
+    table = table.merge(
+        probe.astype({"step": "int64", "probe_change": "float64"}), on="step", how="left"
+    )
+    subtitle = ["By step, with 95 % intervals over questions where they are known"]
+    if table["probe_change"].notna().any():
+        subtitle.append("Below against the probe: points of one run, not independent")
     if more := names[MAX_PANELS:]:
-        subtitle.append(f"{len(more)} more are in the CSV alone: {', '.join(more[:5])}, ...")
+        subtitle.append(
+            f"The {MAX_PANELS} that moved most for their standard error; {len(more)} more are in "
+            f"the CSV alone: {', '.join(more[:5])}{', ...' if len(more) > 5 else ''}"
+        )
+    titles = (recording.step_unit, own)
     yield Figure(
         name="benchmarks",
-        title="Benchmarks beside probes",
+        title="Benchmarks and other measures"
+        if recording.probe.get("form")
+        else "Benchmarks beside probes",
         subtitle=subtitle,
         table=table,
-        build=partial(_benchmark_chart, table, names[:MAX_PANELS], own, style),
+        build=partial(_benchmark_chart, table, names[:MAX_PANELS], titles, style),
     )
 
 
 def _benchmark_chart(
-    table: pd.DataFrame, names: Sequence[str], own: str, style: Style, width: float
+    table: pd.DataFrame, names: Sequence[str], titles: tuple[str, str], style: Style, width: float
 ) -> Any:
+    """Return panels by step, and against the probe where that is known; `titles` name the step and
+    the probe's category."""
     shown = table[table["name"].isin(names)]
     y = alt.Y("value:Q", title="value", scale=alt.Scale(zero=False))
     base = alt.Chart(shown).encode(y=y)
-    x = step_axis(table["step"].tolist(), "step (log)", style.num_ticks(panels=True))
+    x = step_axis(table["step"].tolist(), f"{titles[0]} (log)", style.num_ticks(panels=True))
     band = base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="value"), y2="high:Q")
     line = base.mark_line(point=True).encode(
         x=x, tooltip=["name:N", "step:Q", "value:Q", "stderr:Q", "n:Q"]
@@ -95,7 +106,7 @@ def _benchmark_chart(
     layers = [alt.layer(band, line, data=shown)]
     if shown["probe_change"].notna().any():
         against = base.mark_line(point=True, color="#D55E00").encode(
-            x=alt.X("probe_change:Q", title=f"change of {style.label(own)} (nats)"),
+            x=alt.X("probe_change:Q", title=f"change of {style.label(titles[1])} (nats)"),
             order="step:Q",
             tooltip=["step:Q", "value:Q"],
         )
@@ -171,13 +182,13 @@ def _means(answers: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _probe_change(recording: Recording, changes: pd.DataFrame, category: str) -> pd.DataFrame:
-    """Return `step change band_low band_high` of a category on held-out prompts, in nats per
-    response without terminator."""
+    """Return `step change band_low band_high` of a category on held-out prompts, where there are
+    any, in nats per response, without terminator, where that is known."""
     return changes[
         (changes["run"] == recording.name)
-        & (changes["split"] == "heldout")
+        & (changes["split"] == next(iter(recording.splits), None))
         & (changes["category"] == category)
-        & (changes["measure"] == "logprob")
+        & (changes["measure"] == ("logprob" if recording.has("logprob") else "logprob_with_eos"))
         & (changes["unit"] == PER_RESPONSE)
     ][["step", "change", "band_low", "band_high"]]
 

@@ -17,7 +17,7 @@ import vl_convert
 
 from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
-from sft_probe.analysis.figures.plot import FIGURES, figures_of
+from sft_probe.analysis.figures.plot import FIGURES, figures_of, share_steps
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
@@ -25,6 +25,8 @@ from sft_probe.analysis.stats.analyze import (
     over_runs_text,
     sentences_of,
 )
+from sft_probe.analysis.stats.benchmarks import shown_benchmarks
+from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
 from sft_probe.analysis.stats.measures import PARTS
@@ -121,7 +123,7 @@ def html_report(analysis: Analysis) -> str:
     nothing."""
     sections = _figure_sections(analysis)
     specs = {figure["id"]: figure["spec"] for section in sections for figure in section["figures"]}
-    with_docs = [recording for recording in analysis.recordings if recording.means is None]
+    with_docs = [recording for recording in analysis.recordings if len(recording.rows)]
     docs = [
         browser(recording, analysis.measure, _DOC_BYTES // len(with_docs))
         for recording in with_docs
@@ -137,6 +139,7 @@ def html_report(analysis: Analysis) -> str:
         + ", ".join(recording.name for recording in analysis.recordings),
         runs=[_run(analysis, recording) for recording in analysis.recordings],
         columns=_COLUMNS,
+        cautions=cautions(analysis.recordings),
         over_runs=over_runs_text(analysis.over_runs),
         sums=", ".join(
             dict.fromkeys(recording.sums(analysis.measure) for recording in analysis.recordings)
@@ -165,7 +168,8 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
         by_run = replace(style, color="run")
         shared = {"changes", "comparison", "code_length"}
         parts.append(("all runs", "all", analysis, style, shared))
-        parts.append(("all runs", "all", analysis, by_run, {"changes"}))
+        if share_steps(analysis.recordings):
+            parts.append(("all runs", "all", analysis, by_run, {"changes"}))
     sections: dict[str, list[dict[str, Any]]] = {}
     for title, prefix, tables, look, wanted in parts:
         for figure in figures_of(tables, look, wanted):
@@ -241,6 +245,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
+        "benchmarks": shown_benchmarks(recording.benchmarks, recording.step_unit),
         "texts": texts,
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
@@ -264,6 +269,8 @@ def _change_text(row: "pd.Series[Any]") -> str:
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     """Return what rose, fell and did not move in one sentence, from held-out prompts if there are
     any."""
+    if verdict.empty:
+        return f"{recording.name}: benchmarks alone."
     split = str(verdict["split"].iloc[0])
     rows = verdict[verdict["split"] == split]
     parts = []
@@ -317,6 +324,7 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
     style = Style()
     names = ", ".join(recording.name for recording in analysis.recordings)
     lines = [f"# What the model learned: {_md(names)}", ""]
+    lines += [f"- {_md(caution)}" for caution in cautions(analysis.recordings)]
     written = []
     for recording in analysis.recordings:
         run = _run(analysis, recording)
@@ -326,6 +334,9 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
             lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
+        if shown := run["benchmarks"]:
+            lines += ["", f"### {_md(shown.title.capitalize())}", "", _md_row(shown.columns)]
+            lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]
         lines.append("")

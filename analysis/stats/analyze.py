@@ -8,9 +8,21 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.changes import change_table, groups_of_runs, table_over_runs
+from sft_probe.analysis.stats.benchmarks import benchmarks_text
+from sft_probe.analysis.stats.changes import (
+    COLUMNS,
+    HEADLINES,
+    change_table,
+    groups_of_runs,
+    table_over_runs,
+)
 from sft_probe.analysis.stats.clusters import count_text
-from sft_probe.analysis.stats.comparison import Comparison, compare_recordings, comparison_text
+from sft_probe.analysis.stats.comparison import (
+    Comparison,
+    cautions,
+    compare_recordings,
+    comparison_text,
+)
 from sft_probe.analysis.stats.contrasts import contrast_table, pmi_sentence
 from sft_probe.analysis.stats.distribution import (
     distribution_table,
@@ -84,19 +96,9 @@ def tables_of(
 ) -> Analysis:
     """Compute the tables of runs that were read; arguments as for `analyze`."""
     _check_categories(recordings, categories or ())
-    measure = "logprob_with_eos" if include_eos else "logprob"
-    for recording in recordings:
-        if (
-            include_eos
-            and recording.means is None
-            and recording.rows["logprob_with_eos"].isna().all()
-        ):
-            raise UserError(
-                f"{recording.path} has no scores of the terminator: leave out --include-eos."
-            )
-    changes = pd.concat(
-        [change_table(recording, categories) for recording in recordings], ignore_index=True
-    )
+    measure = common_measure(recordings, include_eos=include_eos)
+    tables = [change_table(recording, categories) for recording in recordings if recording.splits]
+    changes = pd.concat(tables or [pd.DataFrame(columns=COLUMNS)], ignore_index=True)
     contrasts = [contrast_table(recording, measure) for recording in recordings]
     distribution = [distribution_table(recording, categories) for recording in recordings]
     groups = [
@@ -120,6 +122,30 @@ def tables_of(
         if len(recordings) == 2
         else None,
     )
+
+
+def common_measure(recordings: Sequence[Recording], *, include_eos: bool = False) -> str:
+    """Return the log-prob that all runs have: without the terminator, where that is known.
+
+    Raises:
+        UserError: there is none, or only one with the terminator, which was not asked for; names
+            the runs.
+    """
+    probed = [recording for recording in recordings if recording.splits]
+    plain, whole = ([run.name for run in probed if run.has(name)] for name in HEADLINES)
+    if include_eos or not plain:
+        for run in probed:
+            if not run.has("logprob_with_eos"):
+                raise UserError(
+                    f"{run.path} has no scores of the terminator: leave out --include-eos."
+                )
+        return "logprob_with_eos"
+    if others := [run.name for run in probed if run.name not in plain]:
+        remedy = "Give --include-eos, to count it in everywhere."
+        if lacking := [name for name in plain if name not in whole]:
+            remedy = f"{', '.join(lacking)} has no scores of it: they cannot be shown together."
+        raise UserError(f"sums of {', '.join(others)} hold the terminator, as published. {remedy}")
+    return "logprob"
 
 
 def _check_categories(recordings: Sequence[Recording], categories: Sequence[str]) -> None:
@@ -171,9 +197,11 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis, form))
             blocks.append(distribution_text(analysis.distribution, recording, str(split), form))
+        blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
         blocks.append("\n".join(f"! {note}" for note in (*recording.notes, *_scope(recording))))
+    blocks.append("\n".join(f"! {caution}" for caution in cautions(analysis.recordings)))
     blocks.append(over_runs_text(analysis.over_runs, form))
     if analysis.comparison is not None:
         blocks.append(comparison_text(analysis.comparison, form))
@@ -190,7 +218,7 @@ def verdict_tables(analysis: Analysis, form: Form) -> str:
 
 def _scope(recording: Recording) -> list[str]:
     """Return what the intervals of one run hold for; nothing where only means are known."""
-    return [] if recording.means is not None else [_ONE_RUN]
+    return [_ONE_RUN] if len(recording.rows) else []
 
 
 def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
@@ -200,7 +228,7 @@ def notes_of(recording: Recording, verdict: pd.DataFrame) -> list[str]:
         recording: a run.
         verdict: its rows of the verdict.
     """
-    if recording.means is not None:
+    if recording.rows.empty:
         return list(recording.notes)
     warnings = [
         f"{SPLIT_NAMES[str(split)]}: {warning}"

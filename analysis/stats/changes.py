@@ -32,6 +32,15 @@ HEADLINES = ("logprob", "logprob_with_eos")
 too."""
 
 
+COLUMNS = [
+    *("run", "split", "step_unit", "category", "step", "examples_seen", "epoch"),
+    *("measure", "unit", "level", "change", "stderr", "low", "high", "band_low", "band_high"),
+    *("rest_low", "rest_high", "share", "share_low", "share_high"),
+    *("num_docs", "num_clusters", "effective_clusters", "largest_cluster", "p_value"),
+]
+"""Of `change_table`."""
+
+
 def change_table(recording: Recording, categories: Sequence[str] | None = None) -> pd.DataFrame:
     """Return every change of one run: a row per split, category, step, measure and unit.
 

@@ -39,6 +39,9 @@ def at_position(measure: str, position: str | None) -> str:
     return measure if position is None else f"{measure}_{position}"
 
 
+_NUMBERS = ("logprob", "logprob_first", "logprob_eos", "num_tokens", "num_bytes")
+
+
 def add_measures(rows: pa.Table) -> pd.DataFrame:
     """Return score rows as a frame without the columns of tokens, with one for each of `MEASURES`
     and, where any row has them, of `DISTRIBUTION` and `DISTANCE`, whole and by position (`entropy`,
@@ -49,12 +52,13 @@ def add_measures(rows: pa.Table) -> pd.DataFrame:
     """
     lists = ["token_logprobs", *TOKEN_COLUMNS, *DISTANCE_COLUMNS]
     frame: pd.DataFrame = rows.drop_columns(lists).to_pandas()
-    for name in ("logprob", "logprob_first", "logprob_eos", "num_tokens", "num_bytes"):
+    for name in (*_NUMBERS, "logprob_with_eos"):
         frame[name] = frame[name].astype("float64")
     frame["first"] = frame["logprob_first"]
     frame["body"] = frame["logprob"] - frame["logprob_first"]
     frame["eos"] = frame["logprob_eos"]
-    frame["logprob_with_eos"] = frame["logprob"] + frame["logprob_eos"]
+    whole = frame["logprob"] + frame["logprob_eos"]
+    frame["logprob_with_eos"] = whole.fillna(frame["logprob_with_eos"])
     lengths = _lengths(rows["token_logprobs"])
     sums = _sums_by_position(_flat(rows["token_logprobs"]), lengths)
     columns = {name: sums[name] for name in POSITIONS}

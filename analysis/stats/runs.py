@@ -11,13 +11,22 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.imports import read_lm_eval, read_means, read_metrics
+from sft_probe.analysis.stats.imports.choose import import_runs, is_importable
+from sft_probe.analysis.stats.imports.imported import Imported
+from sft_probe.analysis.stats.imports.store import is_import, read_import
 from sft_probe.analysis.stats.measures import Cube, add_measures, cube
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
-from sft_probe.scores import DISTANCE_COLUMNS, KEY, TOKEN_COLUMNS, read_scores, read_scores_parquet
+from sft_probe.scores import (
+    DISTANCE_COLUMNS,
+    KEY,
+    SCHEMA,
+    TOKEN_COLUMNS,
+    read_scores,
+    read_scores_parquet,
+)
 
 _KINDS = {
     "model": str | None,
@@ -114,6 +123,12 @@ class Recording:
         seed = self.manifest.get("order_seed", self.probe.get("order_seed"))
         return "?" if seed is None else str(seed)
 
+    def has(self, measure: str) -> bool:
+        """Return whether a log-prob is known: `logprob`, or `logprob_with_eos`."""
+        if self.means is not None:
+            return measure == "logprob_with_eos"
+        return bool(self.rows[measure].notna().any())
+
     @property
     def vocab_size(self) -> int | None:
         """Number of logits of the model, where a sweep recorded its config."""
@@ -178,41 +193,51 @@ def load_recording(path: Path) -> Recording:
     means."""
     if not path.exists():
         raise UserError(f"{path} does not exist.")
-    if path.suffix in (".csv", ".json"):
-        means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
-        notes = (
-            "means over docs as they were published: no intervals, and the terminator may be in "
-            "the sums",
-            *notes,
-        )
-        return Recording(
-            name=path.stem,
-            path=path,
-            rows=pd.DataFrame(),
-            means=means,
-            step_unit=step_unit,
-            notes=notes,
-        )
+    if path.is_file() and path.suffix != ".parquet":
+        return _of_import(path, import_runs(path))
     if path.is_file():
         return _of_rows(path, path.parent, read_scores_parquet(path))
+    if is_import(path):
+        return _of_import(path, [read_import(path)])
     rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
     if rows:
         return _of_rows(path, path, read_scores(rows))
     if (path / "scores.parquet").is_file():
         return _of_rows(path, path, read_scores_parquet(path / "scores.parquet"))
-    if find(path, "**/results_*.json"):
-        table, texts, prompts, notes = read_lm_eval(path)
-        return Recording(
-            name=path.resolve().name,
-            path=path,
-            rows=add_measures(table),
-            texts=texts,
-            prompts=prompts,
-            notes=notes,
-        )
+    if is_importable(path):
+        return _of_import(path, import_runs(path))
     raise UserError(
         f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe "
         "train --probe_steps`), no scores.parquet and no results of lm-eval."
+    )
+
+
+def _of_import(path: Path, runs: Sequence[Imported]) -> Recording:
+    """Return what an import has read as a recording."""
+    if len(runs) > 1:
+        raise UserError(
+            f"{path} holds {len(runs)} models: `sft-probe import {path} --out runs/NAME` makes a "
+            "run of each."
+        )
+    (run,) = runs
+    notes = run.notes
+    if run.means is not None:
+        notes = (
+            "means over docs as they were published: no intervals, and the terminator may be in "
+            "the sums",
+            *notes,
+        )
+    return Recording(
+        name=run.name,
+        path=path,
+        rows=add_measures(run.rows if run.rows is not None else SCHEMA.empty_table()),
+        means=run.means,
+        step_unit=run.step_unit,
+        probe={**run.settings, "model": run.model, "form": run.form},
+        texts=run.texts,
+        prompts=run.prompts,
+        benchmarks=run.benchmarks,
+        notes=notes,
     )
 
 

@@ -64,10 +64,7 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
     for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(
         ["run", "split"], sort=False
     ):
-        own = part[
-            part["measure"]
-            == (measure if (part["measure"] == measure).any() else "logprob_with_eos")
-        ]
+        own = part[part["measure"] == measure]
         curves = {
             str(name): curve.sort_values("step")
             for name, curve in own.groupby("category", sort=False)
@@ -78,7 +75,7 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
         for (name, curve), p_holm in zip(curves.items(), adjusted, strict=True):
             row = _row(curve, float(p_holm), part[part["category"] == name])
             rows.append({"run": run, "split": split, "category": name, "rank": ranks[name], **row})
-    return pd.DataFrame(rows)[COLUMNS]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, object]:

@@ -73,28 +73,3 @@ class BenchmarkTasks:
 def slug(spec: str) -> str:
     """Return a spec as part of a directory's name."""
     return "".join(c if c.isalnum() else "_" for c in Path(spec).name.removesuffix(".yaml"))
-
-
-def benchmark_rows(results: dict[str, Any], run: str, step: int) -> list[dict[str, Any]]:
-    """Return rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's
-    results."""
-    rows = []
-    for task, metrics in results["results"].items():
-        for key, value in metrics.items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr"):
-                continue
-            stderr = metrics.get(f"{metric}_stderr,{filter_name}")
-            rows.append(
-                {
-                    "run": run,
-                    "step": step,
-                    "task": task,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "value": value,
-                    "stderr": stderr if isinstance(stderr, float) else None,
-                    "n": results["n-samples"].get(task, {}).get("effective"),
-                }
-            )
-    return rows

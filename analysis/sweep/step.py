@@ -17,7 +17,8 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks, benchmark_rows, slug
+from sft_probe.analysis.stats.benchmarks import benchmark_rows
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks, slug
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.contexts import PLAN, context_plan, score_contexts
 from sft_probe.analysis.sweep.generate import generate_answers, generation_docs, max_new_tokens

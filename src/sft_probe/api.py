@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sft_probe.analysis.stats.analyze import Analysis, tables_of, verdict_text
+from sft_probe.analysis.stats.analyze import Analysis, common_measure, tables_of, verdict_text
 from sft_probe.analysis.stats.comparison import Comparison, compare_recordings
 from sft_probe.analysis.stats.runs import Recording, load_recordings
 from sft_probe.errors import UserError
@@ -21,8 +21,7 @@ def load(*paths: str | Path) -> "Runs":
     """Read finished runs.
 
     Args:
-        paths: run directories, parquet files of score rows, directories of lm-eval's results, or
-            CSVs of means.
+        paths: run directories, parquet files of score rows, or what `sft-probe import` reads.
 
     Example:
         runs = sft_probe.load("runs/a", "runs/b")
@@ -261,9 +260,9 @@ def compare(
     Example:
         print(sft_probe.compare("runs/a", "runs/b"))
     """
-    one, two = load_recordings([Path(a), Path(b)])
-    measure = "logprob_with_eos" if include_eos else "logprob"
-    return compare_recordings(one, two, measure, categories)
+    runs = load_recordings([Path(a), Path(b)])
+    measure = common_measure(runs, include_eos=include_eos)
+    return compare_recordings(runs[0], runs[1], measure, categories)
 
 
 def load_probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:

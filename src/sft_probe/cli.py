@@ -19,6 +19,7 @@ from sft_probe.analysis.commands import (
     Weights,
     Words,
 )
+from sft_probe.analysis.import_commands import Import
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.command_line import Parser, read_command
 from sft_probe.errors import UserError, did_you_mean, exit_on_user_error, quiet
@@ -276,6 +277,7 @@ COMMANDS: dict[str, type[Command]] = {
     "ledger": Ledger,
     "words": Words,
     "weights": Weights,
+    "import": Import,
     "synth run": SynthRun,
     "synth status": SynthStatus,
     "probe-set": ProbeSet,

@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("logprob", pa.float64()),
         ("logprob_first", pa.float64()),
         ("logprob_eos", pa.float64()),
+        ("logprob_with_eos", pa.float64()),
         ("token_logprobs", pa.list_(pa.float32())),
         ("token_max_logprobs", pa.list_(pa.float32())),
         ("token_entropies", pa.list_(pa.float32())),
@@ -57,6 +58,8 @@ TOKEN_COLUMNS = ("token_max_logprobs", "token_entropies", "token_ranks", "token_
 DISTANCE_COLUMNS = ("token_kl_forward", "token_kl_reverse", "token_reference_ranks")
 """Columns of the distance from a reference at each token; null in rows that were scored without
 one."""
+_MAY_LACK = (*TOKEN_COLUMNS, *DISTANCE_COLUMNS, "logprob_with_eos")
+"""Columns that files of earlier versions do not have."""
 _DIGITS = 6
 _OF_DOC = ("category", "split", "doc_id", "conversation_id", "prompt_format", "num_bytes")
 
@@ -98,6 +101,7 @@ def score_row(
         "logprob": logprob,
         "logprob_first": token_logprobs[first],
         "logprob_eos": logprob_eos,
+        "logprob_with_eos": None,
         "token_logprobs": token_logprobs,
         "is_greedy": is_greedy,
         **more,
@@ -132,11 +136,11 @@ def read_scores(paths: Sequence[Path]) -> pa.Table:
 
 
 def read_scores_parquet(path: Path) -> pa.Table:
-    """Read a parquet file of score rows; `TOKEN_COLUMNS` and `DISTANCE_COLUMNS` may be absent.
-    Raises `UserError` where it holds anything else."""
+    """Read a parquet file of score rows, of an earlier version too. Raises `UserError` where it
+    holds anything else."""
     try:
         table = pyarrow.parquet.read_table(path)
-        for name in (*TOKEN_COLUMNS, *DISTANCE_COLUMNS):
+        for name in _MAY_LACK:
             if name not in table.column_names:
                 nulls = pa.nulls(len(table), SCHEMA.field(name).type)
                 table = table.append_column(SCHEMA.field(name), nulls)

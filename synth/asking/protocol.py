@@ -4,9 +4,6 @@ import json
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-STATUSES = ("ok", "blocked", "truncated", "refused", "invalid", "error")
-"""Statuses of an answer. Only `ok` carries a text that may enter a set; see `Answer.is_final`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -34,7 +31,8 @@ class Answer:
     """What a writer returned."""
 
     status: str
-    """One of `STATUSES`."""
+    """`ok`, `blocked`, `truncated`, `refused`, `invalid` or `error`. Only `ok` carries a text that
+    may enter a set."""
     raw: str
     """The whole answer as JSON, as it came; stored before anything is read from it."""
     text: str | None = None
@@ -95,20 +93,11 @@ class RetryLater(Exception):  # noqa: N818 - an instruction, not a fault
 class WriterId(Protocol):
     """What identifies a writer."""
 
-    @property
-    def name(self) -> str:
-        """Name of the writer, as `--writer` takes it."""
-        ...
-
-    @property
-    def model(self) -> str:
-        """Name of the model."""
-        ...
-
-    @property
-    def api_version(self) -> str:
-        """Version of the API, with whatever else changes the texts."""
-        ...
+    name: str
+    """Name of the writer, as `--writer` takes it."""
+    model: str
+    api_version: str
+    """Version of the API, with whatever else changes the texts."""
 
 
 class Writer(WriterId, Protocol):
