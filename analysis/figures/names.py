@@ -4,6 +4,6 @@ FORMATS = ("png", "svg", "pdf", "html")
 DEFAULT_FORMATS = ("png", "pdf")
 OF_A_SPLIT = (
     *("data_card", "trajectory", "changes", "levels", "parts"),
-    *("squeezing", "docs", "tokens", "length"),
+    *("squeezing", "kl", "shift", "docs", "tokens", "length"),
 )
 FIGURES = (*OF_A_SPLIT, "comparison", "benchmarks", "generations", "code_length")
