@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
@@ -17,14 +17,13 @@ from sft_probe.synth.asking.store import Store, open_copy, request_key
 from sft_probe.synth.build import (
     UNTRAINED_TEMPLATE,
     SetPlan,
-    SetSettings,
     Written,
     finish_docs,
     plan_set,
     write_texts,
     write_untrained,
 )
-from sft_probe.synth.categories import DEFAULT_KINDS, KINDS, SOURCE_OF
+from sft_probe.synth.categories import KINDS, SOURCE_OF, kinds_of
 from sft_probe.synth.estimate import describe_cost
 from sft_probe.synth.options import SynthRun
 from sft_probe.synth.output import (
@@ -59,17 +58,22 @@ _MADE_BY = {
 
 def run_synth(options: SynthRun) -> None:
     """Write a set, or print what it would cost."""
-    settings = _settings(options)
-    needs_writer = bool(settings.written_kinds)
+    _check(options)
+    kinds = kinds_of(options)
     left_out: list[LeftOut] = []
+    needs_writer = not SOURCE_OF.keys().isdisjoint(kinds)
+    plan_options: dict[str, Any] = {
+        "rule": rule_of(options.out),
+        "thinking_tokens": thinking_tokens(options) if needs_writer else 0,
+    }
     if options.dry_run:  # needs neither key nor package, and writes nothing
         writer = name_writer(options) if needs_writer else None
-        plan = plan_set(settings, left_out)
+        plan = plan_set(options, left_out, **plan_options)
         print(describe_cost(plan, writer, _limits(options), options.out / STORE))  # noqa: T201
         return
     # before anything is paid for: the model may be missing, or its template may not fit a prompt
     untrained = None
-    if "untrained" in settings.kinds:
+    if "untrained" in kinds:
         from sft_probe.synth.writers.hf import HfWriter
 
         untrained = HfWriter(options.untrained_model or EMBEDDED_WRITER, is_chat=False)
@@ -78,7 +82,8 @@ def run_synth(options: SynthRun) -> None:
     write_config(options.out / WORK_DIR / "config.yaml", "sft-probe synth run", config_of(options))
     try:
         with Store(options.out / STORE) as store:
-            plan = plan_set(settings, left_out, untrained.tokenizer if untrained else None)
+            tokenizer = untrained.tokenizer if untrained else None
+            plan = plan_set(options, left_out, tokenizer=tokenizer, **plan_options)
             _write(options, plan, store, writer, untrained)
     except KeyboardInterrupt:
         _LOG.warning("stopped; run the same command to resume")
@@ -88,10 +93,9 @@ def run_synth(options: SynthRun) -> None:
             write_left_out(options.out, left_out)
 
 
-def _settings(options: SynthRun) -> SetSettings:
-    """Return the settings of a set. Raise `UserError` where options do not fit together."""
-    asked = options.categories or DEFAULT_KINDS
-    kinds = tuple(kind for kind in asked if kind not in ("chosen", "rejected"))
+def _check(options: SynthRun) -> None:
+    """Raise `UserError` where options do not fit together."""
+    kinds = kinds_of(options)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(
             f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}."
@@ -108,13 +112,6 @@ def _settings(options: SynthRun) -> SetSettings:
             "--writer."
         )
     check_directory(options.out, options.source)
-    names = ("source", "templates", "prompt_format", "heldout_frac", "limit", "seed", "judge")
-    return SetSettings(
-        kinds=kinds,
-        rule=rule_of(options.out),
-        thinking_tokens=thinking_tokens(options) if written else 0,
-        **{name: getattr(options, name) for name in names},
-    )
 
 
 def _write(
@@ -133,7 +130,7 @@ def _write(
     )
     keys: set[str] = set()
     written, writers = Written(), {name: _MADE_BY[name] for name in ("chosen", "rejected")}
-    writers |= {kind: _MADE_BY.get(kind, "") for kind in plan.settings.kinds}
+    writers |= {kind: _MADE_BY.get(kind, "") for kind in plan.kinds}
     if writer:
         written = _texts_of(plan, _Asker(writer, store, _limits(options), keys))
         is_offline = writer.name == "offline"

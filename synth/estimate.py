@@ -91,7 +91,7 @@ def describe_cost(plan: SetPlan, writer: WriterId | None, limits: Limits, store_
         if limits.max_cost_usd is not None:
             most_usd = min(most_usd, max(0.0, limits.max_cost_usd - spent_usd))
         cost = f"{min(estimate.cost_usd, most_usd):.4f} USD, at most {most_usd:.4f}"
-    again = "one more or two" if plan.settings.judge else "one more"
+    again = "one more or two" if plan.options.judge else "one more"
     return (
         f"{docs}\n"
         f"calls: {estimate.calls} ({num_stored} texts are stored), and {again} for each text that "
@@ -108,7 +108,7 @@ def _requests(
     if store and is_written:  # all first texts are there, so it is known which of them fail
         missing = _missing_requests(plan, writer, store)
         # the writer may still judge texts to be bad
-        return missing, _second_texts(plan) if plan.settings.judge and missing else ()
+        return missing, _second_texts(plan) if plan.options.judge and missing else ()
     return _first_texts(plan), _second_texts(plan)
 
 
@@ -116,8 +116,8 @@ def _first_texts(plan: SetPlan) -> Iterator[Request]:
     """Yield the requests for first texts, and for opinions on them where the writer judges."""
     for request in plan.requests():
         yield request
-        if plan.settings.judge:
-            yield expected_opinion(request, plan.settings.thinking_tokens)
+        if plan.options.judge:
+            yield expected_opinion(request, plan.thinking_tokens)
 
 
 def _second_texts(plan: SetPlan) -> Iterator[Request]:
@@ -126,9 +126,9 @@ def _second_texts(plan: SetPlan) -> Iterator[Request]:
     for request in plan.requests():
         second = replace(request, sample_index=1)
         yield second
-        if plan.settings.judge:
-            yield longest_opinion(request, plan.settings.thinking_tokens)
-            yield longest_opinion(second, plan.settings.thinking_tokens)
+        if plan.options.judge:
+            yield longest_opinion(request, plan.thinking_tokens)
+            yield longest_opinion(second, plan.thinking_tokens)
 
 
 def _missing_requests(plan: SetPlan, writer: WriterId, store: Store) -> list[Request]:

@@ -115,8 +115,8 @@ def write_set(
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
     write_docs(out, docs, lambda doc: to_row(doc, _meta(doc, written)))
-    write_card(out, docs, writers, plan.settings.prompt_format, provenance)
-    write_manifest(out, docs, writers, plan.settings.prompt_format, provenance)
+    write_card(out, docs, writers, plan.options.prompt_format, provenance)
+    write_manifest(out, docs, writers, plan.options.prompt_format, provenance)
 
 
 def to_row(doc: Doc, meta: dict[str, Any] | None = None) -> SetRow:
@@ -216,17 +216,17 @@ def _num_in_both(values: Iterable[tuple[str, str]]) -> int:
 
 
 def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[str, Any]:
-    settings = plan.settings
+    options = plan.options
     left_out = {item.place: item.reason for item in reversed(plan.left_out)}
-    is_local = Path(settings.source).expanduser().exists()
+    is_local = Path(options.source).expanduser().exists()
     return {
-        "source": Path(settings.source).name if is_local else settings.source,
-        "source_sha256": source_sha256(settings.source),
+        "source": Path(options.source).name if is_local else options.source,
+        "source_sha256": source_sha256(options.source),
         "source_revision": plan.revision,
-        "seed": settings.seed,
-        "limit": settings.limit,
-        "heldout_frac": settings.heldout_frac,
-        "rule": settings.rule,
+        "seed": options.seed,
+        "limit": options.limit,
+        "heldout_frac": options.heldout_frac,
+        "rule": plan.rule,
         "rows": {
             "read": plan.num_rows,
             "used": len(docs),
@@ -243,7 +243,7 @@ def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[st
             "second": _nested(written.last_faults),
         },
         "model_versions": sorted(written.model_versions),
-        **({"opinions": dict(sorted(written.opinions.items()))} if settings.judge else {}),
+        **({"opinions": dict(sorted(written.opinions.items()))} if options.judge else {}),
     }
 
 

@@ -45,15 +45,11 @@ def draw_key(content: dict[str, Any], seed: int) -> bytes:
     return hashlib.sha256(json.dumps([seed, content], sort_keys=True).encode()).digest()
 
 
-def draw_order(docs: Sequence[Doc], seed: int) -> list[Doc]:
-    """Return docs in the order in which rule 1 draws them."""
-    return _shuffled(docs, seed)
-
-
-def _shuffled(values: Sequence[Any], seed: int) -> list[Any]:
-    shuffled = list(values)
-    random.Random(seed).shuffle(shuffled)  # noqa: S311 - reproducible, not secret
-    return shuffled
+def shuffled(values: Sequence[Any], seed: int) -> list[Any]:
+    """Return values in a random order, in which rule 1 draws docs and clusters."""
+    values = list(values)
+    random.Random(seed).shuffle(values)  # noqa: S311 - reproducible, not secret
+    return values
 
 
 def split_of(conversation: str, threshold: float, seed: int) -> str:
@@ -130,15 +126,15 @@ def split_docs(
     left_out: list[LeftOut],
     rule: int = RULE,
 ) -> list[Doc]:
-    """Return the docs with their splits, without those that cannot be held out cleanly.
+    """Return the docs with their splits, in their order, without those that cannot be held out
+    cleanly: they share a conversation, a near-duplicate prompt or a response with train.
 
     Args:
-        docs: in the order to keep.
+        docs: with the splits of the source, where it has some.
         heldout_frac: share of the conversations to hold out. None keeps the source's own splits
             where it has both, else holds out 0.2.
         seed: of the hashes.
-        left_out: receives the held-out docs that share a conversation, a near-duplicate prompt or a
-            response with train.
+        left_out: receives the other docs.
         rule: version of the rule, see `RULE`.
 
     Raises:
@@ -146,11 +142,9 @@ def split_docs(
     """
     labels = clusters(docs)
     splits = _draw_splits(docs, labels, heldout_frac, seed, rule)
-    trained_clusters = {
-        label for label, split in zip(labels, splits, strict=True) if split == "train"
-    }
-    trained = [doc for doc, split in zip(docs, splits, strict=True) if split == "train"]
-    trained_texts = {text for doc in trained for text in doc.responses.values()}
+    trained = {i for i, split in enumerate(splits) if split == "train"}
+    trained_clusters = {labels[i] for i in trained}
+    trained_texts = {text for i in trained for text in docs[i].responses.values()}
     kept = []
     for doc, label, split in zip(docs, labels, splits, strict=True):
         reason = ""
@@ -187,7 +181,7 @@ def _held_clusters(labels: Sequence[int], heldout_frac: float, seed: int) -> set
     target = round(heldout_frac * len(labels))
     held: set[int] = set()
     num_held = 0
-    for label in _shuffled(range(len(sizes)), seed):
+    for label in shuffled(range(len(sizes)), seed):
         if num_held + sizes[label] <= target:
             held.add(label)
             num_held += sizes[label]
