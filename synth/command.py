@@ -10,31 +10,14 @@ from sft_probe.command_line import config_of, write_config
 from sft_probe.errors import UserError
 from sft_probe.files import read_object
 from sft_probe.probe_set import LeftOut
+from sft_probe.synth import build, output
 from sft_probe.synth.asking.budget import Limits, UselessRunError, parse_price
 from sft_probe.synth.asking.live import Progress, ask_all
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.asking.store import Store, open_copy, request_key
-from sft_probe.synth.build import (
-    UNTRAINED_TEMPLATE,
-    SetPlan,
-    Written,
-    finish_docs,
-    plan_set,
-    write_texts,
-    write_untrained,
-)
 from sft_probe.synth.categories import KINDS, SOURCE_OF, kinds_of
 from sft_probe.synth.estimate import describe_cost
 from sft_probe.synth.options import SynthRun
-from sft_probe.synth.output import (
-    STORE,
-    WORK_DIR,
-    begin_set,
-    check_directory,
-    rule_of,
-    write_left_out,
-    write_set,
-)
 from sft_probe.synth.sources import HH
 from sft_probe.synth.writers import EMBEDDED_WRITER, make_writer, name_writer, thinking_tokens
 
@@ -63,13 +46,13 @@ def run_synth(options: SynthRun) -> None:
     left_out: list[LeftOut] = []
     needs_writer = not SOURCE_OF.keys().isdisjoint(kinds)
     plan_options: dict[str, Any] = {
-        "rule": rule_of(options.out),
+        "rule": output.rule_of(options.out),
         "thinking_tokens": thinking_tokens(options) if needs_writer else 0,
     }
     if options.dry_run:  # needs neither key nor package, and writes nothing
         writer = name_writer(options) if needs_writer else None
-        plan = plan_set(options, left_out, **plan_options)
-        print(describe_cost(plan, writer, _limits(options), options.out / STORE))  # noqa: T201
+        plan = build.plan_set(options, left_out, **plan_options)
+        print(describe_cost(plan, writer, _limits(options), options.out / output.STORE))  # noqa: T201
         return
     # before anything is paid for: the model may be missing, or its template may not fit a prompt
     untrained = None
@@ -78,19 +61,21 @@ def run_synth(options: SynthRun) -> None:
 
         untrained = HfWriter(options.untrained_model or EMBEDDED_WRITER, is_chat=False)
     writer = make_writer(options) if needs_writer else None
-    begin_set(options.out)
-    write_config(options.out / WORK_DIR / "config.yaml", "sft-probe synth run", config_of(options))
+    output.begin_set(options.out)
+    write_config(
+        options.out / output.WORK_DIR / "config.yaml", "sft-probe synth run", config_of(options)
+    )
     try:
-        with Store(options.out / STORE) as store:
+        with Store(options.out / output.STORE) as store:
             tokenizer = untrained.tokenizer if untrained else None
-            plan = plan_set(options, left_out, tokenizer=tokenizer, **plan_options)
+            plan = build.plan_set(options, left_out, tokenizer=tokenizer, **plan_options)
             _write(options, plan, store, writer, untrained)
     except KeyboardInterrupt:
         _LOG.warning("stopped; run the same command to resume")
         raise SystemExit(130) from None
     finally:
         if left_out:
-            write_left_out(options.out, left_out)
+            output.write_left_out(options.out, left_out)
 
 
 def _check(options: SynthRun) -> None:
@@ -111,12 +96,12 @@ def _check(options: SynthRun) -> None:
             "--judge needs a writer that can read, and offline is not a model. Choose another "
             "--writer."
         )
-    check_directory(options.out, options.source)
+    output.check_directory(options.out, options.source)
 
 
 def _write(
     options: SynthRun,
-    plan: SetPlan,
+    plan: build.SetPlan,
     store: Store,
     writer: "AnyWriter | None",
     untrained: "HfWriter | None",
@@ -129,7 +114,7 @@ def _write(
         plan.num_requests,
     )
     keys: set[str] = set()
-    written, writers = Written(), {name: _MADE_BY[name] for name in ("chosen", "rejected")}
+    written, writers = build.Written(), {name: _MADE_BY[name] for name in ("chosen", "rejected")}
     writers |= {kind: _MADE_BY.get(kind, "") for kind in plan.kinds}
     if writer:
         written = _texts_of(plan, _Asker(writer, store, _limits(options), keys))
@@ -139,9 +124,9 @@ def _write(
             writers[kind] = f"{writer.name} {writer.model}, {made_from}"
     if untrained:
         local = _Asker(untrained, store, _local_limits(), keys)
-        write_untrained(plan, written, untrained.tokenizer, local.ask)
-        writers["untrained"] = f"{untrained.name} {untrained.model}, {UNTRAINED_TEMPLATE}"
-    docs = finish_docs(plan, written)
+        build.write_untrained(plan, written, untrained.tokenizer, local.ask)
+        writers["untrained"] = f"{untrained.name} {untrained.model}, {build.UNTRAINED_TEMPLATE}"
+    docs = build.finish_docs(plan, written)
     is_hh = options.source.partition(":")[0] == HH
     facts = {
         "license": options.license or ("mit" if is_hh else "unknown"),
@@ -149,7 +134,7 @@ def _write(
         "cost_usd": round(store.cost_of(keys), 6),
         "note": _OFFLINE_NOTE if options.writer == "offline" and plan.templates else None,
     }
-    write_set(options.out, docs, plan, written, writers=writers, facts=facts)
+    output.write_set(options.out, docs, plan, written, writers=writers, facts=facts)
     number = len({item.place for item in plan.left_out})
     reasons = f"{number}, with the reasons in synthesis/rejected_rows.jsonl" if number else "none"
     _LOG.info("wrote %s: %d docs; rows left out: %s", options.out, len(docs), reasons)
@@ -175,9 +160,9 @@ class _Asker:
         self._progress.failed(fault)
 
 
-def _texts_of(plan: SetPlan, asker: _Asker) -> Written:
+def _texts_of(plan: build.SetPlan, asker: _Asker) -> build.Written:
     try:
-        return write_texts(plan, asker.ask, asker.note_fault)
+        return build.write_texts(plan, asker.ask, asker.note_fault)
     except UselessRunError as error:  # the cause may lie in the server, where it can be fixed
         asker.store.forget_without_text(asker.writer, error.category)
         raise
@@ -205,7 +190,7 @@ def _local_limits() -> Limits:
 
 def print_status(directory: Path) -> None:
     """Print the texts written so far, by category, and what they cost."""
-    path, manifest = directory / STORE, directory / "probe_set.json"
+    path, manifest = directory / output.STORE, directory / "probe_set.json"
     if not path.is_file():
         raise UserError(
             f"{path} is missing: `sft-probe synth run` has written nothing in {directory}."

@@ -5,14 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sft_probe.synth.asking.budget import (
-    MAX_BILLED_CALLS,
-    Limits,
-    Price,
-    expected_output_tokens,
-    expected_prompt_tokens,
-    price_of,
-)
+from sft_probe.synth.asking import budget
 from sft_probe.synth.asking.protocol import Answer, Request, WriterId
 from sft_probe.synth.asking.store import Store, open_copy
 from sft_probe.synth.build import SetPlan, write_texts
@@ -38,7 +31,7 @@ def estimate_cost(
     requests: Iterable[Request],
     writer: WriterId,
     store: Store | None = None,
-    price: Price | None = None,
+    price: budget.Price | None = None,
     *,
     maybe_requests: Iterable[Request] = (),
 ) -> CostEstimate:
@@ -51,21 +44,21 @@ def estimate_cost(
         price: replaces the price table.
         maybe_requests: what may be requested in addition; it counts in the upper bound alone.
     """
-    price = price or price_of(writer)
+    price = price or budget.price_of(writer)
     estimate, worst_usd = CostEstimate(), 0.0
     for request in requests:
         if _is_stored(request, writer, store):
             estimate.num_stored += 1
             continue
         estimate.calls += 1
-        estimate.prompt_tokens += expected_prompt_tokens(request)
-        estimate.output_tokens += expected_output_tokens(request)
+        estimate.prompt_tokens += budget.expected_prompt_tokens(request)
+        estimate.output_tokens += budget.expected_output_tokens(request)
         worst_usd += price.worst_usd(request) if price else 0.0
     if price:
         maybe = (request for request in maybe_requests if not _is_stored(request, writer, store))
         worst_usd += sum(map(price.worst_usd, maybe))
         estimate.cost_usd = price.cost_usd(estimate.prompt_tokens, estimate.output_tokens)
-        estimate.max_cost_usd = MAX_BILLED_CALLS * worst_usd
+        estimate.max_cost_usd = budget.MAX_BILLED_CALLS * worst_usd
     return estimate
 
 
@@ -74,7 +67,9 @@ def _is_stored(request: Request, writer: WriterId, store: Store | None) -> bool:
     return answer is not None and answer.is_final
 
 
-def describe_cost(plan: SetPlan, writer: WriterId | None, limits: Limits, store_path: Path) -> str:
+def describe_cost(
+    plan: SetPlan, writer: WriterId | None, limits: budget.Limits, store_path: Path
+) -> str:
     """Return what a dry run prints: docs, calls, tokens and cost."""
     docs = f"docs: {len(plan.docs)}; rows left out so far: {len(plan.left_out)}"
     if writer is None:

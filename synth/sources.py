@@ -139,8 +139,7 @@ def source_files(path: Path) -> list[Path]:
 
 
 def source_sha256(source: str) -> dict[str, str]:
-    """Return the hash of each file of a local source; nothing for the hub, whose revision is kept
-    instead."""
+    """Return the hash of each file of a local source; nothing for the hub, which has a revision."""
     path = Path(source).expanduser()
     return {file.name: sha256_file(file) for file in source_files(path)} if path.exists() else {}
 
