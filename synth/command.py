@@ -62,9 +62,8 @@ def run_synth(options: SynthRun) -> None:
         untrained = HfWriter(options.untrained_model or EMBEDDED_WRITER, is_chat=False)
     writer = make_writer(options) if needs_writer else None
     output.begin_set(options.out)
-    write_config(
-        options.out / output.WORK_DIR / "config.yaml", "sft-probe synth run", config_of(options)
-    )
+    config = options.out / output.WORK_DIR / "config.yaml"
+    write_config(config, "sft-probe synth run", config_of(options))
     try:
         with Store(options.out / output.STORE) as store:
             tokenizer = untrained.tokenizer if untrained else None
@@ -107,17 +106,13 @@ def _write(
     untrained: "HfWriter | None",
 ) -> None:
     """Have the texts of a plan written, and write the set."""
-    _LOG.info(
-        "%d rows read; %d docs with %d texts to write",
-        plan.num_rows,
-        len(plan.docs),
-        plan.num_requests,
-    )
+    counts = (plan.num_rows, len(plan.docs), plan.num_requests)
+    _LOG.info("%d rows read; %d docs with %d texts to write", *counts)
     keys: set[str] = set()
     written, writers = build.Written(), {name: _MADE_BY[name] for name in ("chosen", "rejected")}
     writers |= {kind: _MADE_BY.get(kind, "") for kind in plan.kinds}
     if writer:
-        written = _texts_of(plan, _Asker(writer, store, _limits(options), keys))
+        written = _Asker(writer, store, _limits(options), keys).write_texts(plan)
         is_offline = writer.name == "offline"
         for kind, template in plan.templates.items():
             made_from = "pieces of the embedded set" if is_offline else template.name
@@ -144,38 +139,38 @@ class _Asker:
     """Asks one writer, collects the key of each answer, and shows faults in the live line."""
 
     def __init__(self, writer: "AnyWriter", store: Store, limits: Limits, keys: set[str]) -> None:
-        self.writer, self.store, self._limits, self._keys = writer, store, limits, keys
+        self._writer, self._store, self._limits, self._keys = writer, store, limits, keys
 
     def ask(self, requests: Iterator[Request], total: int) -> Iterator[tuple[Request, Answer]]:
         """Yield every request with its answer, in order."""
         self._progress = Progress(total)
-        answers = ask_all(requests, self.writer, self.store, self._limits, progress=self._progress)
+        answers = ask_all(
+            requests, self._writer, self._store, self._limits, progress=self._progress
+        )
         with contextlib.closing(answers):
             for request, answer in answers:
-                self._keys.add(request_key(self.writer, request))
+                self._keys.add(request_key(self._writer, request))
                 yield request, answer
 
-    def note_fault(self, fault: str) -> None:
-        """Show that a text does not pass a check."""
-        self._progress.failed(fault)
+    def write_texts(self, plan: build.SetPlan) -> build.Written:
+        """Have the texts of a plan written."""
 
+        def note_fault(fault: str) -> None:
+            self._progress.failed(fault)  # of the request that is asked now
 
-def _texts_of(plan: build.SetPlan, asker: _Asker) -> build.Written:
-    try:
-        return build.write_texts(plan, asker.ask, asker.note_fault)
-    except UselessRunError as error:  # the cause may lie in the server, where it can be fixed
-        asker.store.forget_without_text(asker.writer, error.category)
-        raise
+        try:
+            return build.write_texts(plan, self.ask, note_fault)
+        except UselessRunError as error:  # the cause may lie in the server, where it can be fixed
+            self._store.forget_without_text(self._writer, error.category)
+            raise
 
 
 def _limits(options: SynthRun) -> Limits:
     """Return the limits that the options set."""
     if options.writer == "hf":
         return _local_limits()
-    names = (
-        *("concurrency", "requests_per_minute", "tokens_per_minute"),
-        *("max_cost_usd", "max_wait_s"),
-    )
+    rates = ("concurrency", "requests_per_minute", "tokens_per_minute")
+    names = (*rates, "max_cost_usd", "max_wait_s")
     price = parse_price(options.price) if options.price else None
     return Limits(price=price, **{name: getattr(options, name) for name in names})
 

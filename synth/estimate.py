@@ -37,12 +37,7 @@ def estimate_cost(
 ) -> CostEstimate:
     """Return the calls, tokens and cost of what the store lacks; request nothing.
 
-    Args:
-        requests: what will be requested.
-        writer: the writer.
-        store: answers so far.
-        price: replaces the price table.
-        maybe_requests: what may be requested in addition; it counts in the upper bound alone.
+    `maybe_requests` are those that may be needed in addition; they count in the upper bound alone.
     """
     price = price or budget.price_of(writer)
     estimate, worst_usd = CostEstimate(), 0.0

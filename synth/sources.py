@@ -94,10 +94,14 @@ def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
         yield from _hub_rows(source, revision)
         return
     for file in source_files(path):
-        read = _parquet_rows if file.suffix == ".parquet" else _jsonl_rows
         split = _split_of(_SPLIT_FILE, stem(file.name)) if path.is_dir() else None
-        for line, value, fault in read(file):
-            yield Row(place=Place(file.name, line), split=split, value=value, fault=fault)
+        yield from _file_rows(file, split)
+
+
+def _file_rows(path: Path, split: str | None = None) -> Iterator[Row]:
+    read = {".parquet": _parquet_rows, ".csv": _csv_rows}.get(path.suffix, _jsonl_rows)
+    for line, value, fault in read(path):
+        yield Row(place=Place(path.name, line), split=split, value=value, fault=fault)
 
 
 def read_table(path: Path) -> Iterator[Row]:
@@ -111,11 +115,7 @@ def read_table(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: a table is a {', '.join(_TABLE_SUFFIXES)} file.")
     if not path.is_file():
         raise UserError(f"cannot read the table {path}: no such file.")
-    if path.suffix != ".csv":
-        yield from read_rows(str(path))
-        return
-    for line, value, fault in _csv_rows(path):
-        yield Row(place=Place(path.name, line), split=None, value=value, fault=fault)
+    yield from _file_rows(path)
 
 
 def source_files(path: Path) -> list[Path]:
@@ -174,19 +174,17 @@ def _jsonl_rows(path: Path) -> Numbered:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, *_parse_json(line)
+                if not line.strip():
+                    continue
+                try:
+                    value, fault = json.loads(line), None
+                except (ValueError, RecursionError):
+                    value, fault = None, "not valid JSON in UTF-8"
+                yield number, value, fault
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"cannot read {path} to its end: {error}. Download or copy the file again."
         ) from error
-
-
-def _parse_json(line: bytes) -> tuple[Any, str | None]:
-    try:
-        return json.loads(line), None
-    except (ValueError, RecursionError):
-        return None, "not valid JSON in UTF-8"
 
 
 def _csv_rows(path: Path) -> Numbered:

@@ -89,9 +89,7 @@ def write_probe_set(
     _LOG.info(
         "%d of %d docs are held out. --heldout %s keeps each in its split when rows are added or "
         "removed.",
-        num_held,
-        len(docs),
-        threshold,
+        *(num_held, len(docs), threshold),
     )
     return left_out
 
