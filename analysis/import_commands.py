@@ -1,11 +1,14 @@
 """The commands that bring in runs from elsewhere: import, published. Heavy imports wait until one
 runs."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from sft_probe.options import Command, Positional
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +39,71 @@ class Import(Command):
 
         for text in import_to(self.path, self.out, self.texts):
             print(text)  # noqa: T201
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedList(Command):
+    """List runs that others have published, with licence, address, size and SHA-256.
+
+    Nothing of them is shipped with sft-probe.
+
+    Examples:
+        sft-probe published
+        sft-probe published list --files pythia410m-dpo
+    """
+
+    files: Annotated[str | None, "NAME"] = None
+    """List the files of one run."""
+
+    def execute(self) -> None:
+        """Print the list, or the files of one run."""
+        from sft_probe.analysis.stats.imports.published import (
+            files_text,
+            list_text,
+            published_run,
+            published_runs,
+        )
+
+        text = list_text(published_runs())
+        print(text if self.files is None else files_text(published_run(self.files)))  # noqa: T201
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedGet(Command):
+    """Download a published run, check it, import it and draw it.
+
+    A download stays in the cache. What has another size or SHA-256 than listed is not kept.
+
+    Examples:
+        sft-probe published get pythia410m-dpo
+        sft-probe published get pythia-70m --out runs/pythia
+    """
+
+    name: Positional[Annotated[str, "NAME"]]
+    """A run of `sft-probe published`."""
+    out: Annotated[Path | None, "DIR"] = None
+    """Directory of the run. Default: runs/NAME."""
+
+    def execute(self) -> None:
+        """Download, import and draw the run."""
+        from sft_probe.analysis.stats.imports.published import download, published_run
+        from sft_probe.analysis.stats.imports.store import import_to
+
+        run = published_run(self.name)
+        out = self.out or Path("runs") / run.name
+        folder = download(run)
+        for text in import_to(folder, out, folder / run.texts if run.texts else None):
+            print(text)  # noqa: T201
+        _draw(out)
+
+
+def _draw(run: Path) -> None:
+    """Draw a run where the packages for figures are there."""
+    try:
+        from sft_probe.analysis.figures.figure import Style
+        from sft_probe.analysis.figures.plot import plot
+    except ImportError as error:
+        log.info("no figures (%s): pip install 'sft-probe[report]'", error)
+        return
+    for path in plot([run], style=Style(), formats=("png",)):
+        log.info("wrote %s", path)

@@ -19,7 +19,8 @@ def benchmark_rows(results: Mapping[str, Any], run: str, step: int) -> list[dict
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             metric, comma, filter_name = key.partition(",")
-            if metric.endswith("_stderr") or not isinstance(value, float | int):
+            is_result = metric != "sample_len" and not metric.endswith("_stderr")
+            if not is_result or not isinstance(value, float | int):
                 continue
             stderr = metrics.get(f"{metric}_stderr{comma}{filter_name}")
             rows.append(

@@ -19,7 +19,7 @@ from sft_probe.analysis.commands import (
     Weights,
     Words,
 )
-from sft_probe.analysis.import_commands import Import
+from sft_probe.analysis.import_commands import Import, PublishedGet, PublishedList
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.command_line import Parser, read_command
 from sft_probe.errors import UserError, did_you_mean, exit_on_user_error, quiet
@@ -278,6 +278,8 @@ COMMANDS: dict[str, type[Command]] = {
     "words": Words,
     "weights": Weights,
     "import": Import,
+    "published list": PublishedList,
+    "published get": PublishedGet,
     "synth run": SynthRun,
     "synth status": SynthStatus,
     "probe-set": ProbeSet,
@@ -289,6 +291,8 @@ COMMANDS: dict[str, type[Command]] = {
     "completion": Completion,
 }
 """Every command by the words that call it, in the order of the help."""
+_WITHOUT_WORD = {"synth": "synth run", "published": "published list"}
+"""What the first word of a group alone calls."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -318,7 +322,7 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
     first, second = (*arguments, "", "")[:2]
     is_group = any(name.startswith(f"{first} ") for name in COMMANDS)
     word = second if first and is_group else first
-    if word in ("-h", "--help") or (not word and first != "synth"):
+    if word in ("-h", "--help") or (not word and first not in _WITHOUT_WORD):
         print(overview(first if is_group else ""))  # noqa: T201
         raise SystemExit(0 if word else 2)
     if first == "--version":
@@ -326,8 +330,8 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
         raise SystemExit(0)
     if f"{first} {second}" in COMMANDS:
         return f"{first} {second}", arguments[2:]
-    if first == "synth":  # as it was before there was `synth run`
-        return "synth run", arguments[1:]
+    if first in _WITHOUT_WORD:
+        return _WITHOUT_WORD[first], arguments[1:]
     if first not in COMMANDS:
         name = f"{first} {second}" if is_group else first
         raise UserError(
