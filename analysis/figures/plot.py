@@ -17,7 +17,12 @@ from sft_probe.analysis.figures.categories import (
     parts_of,
     runs_chart,
 )
-from sft_probe.analysis.figures.distribution import DISTANCES, distance_figure, squeezing_figure
+from sft_probe.analysis.figures.distribution import (
+    DISTANCES,
+    distance_figure,
+    forgetting_figure,
+    squeezing_figure,
+)
 from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
 from sft_probe.analysis.figures.runs import (
@@ -51,7 +56,7 @@ _OF_A_SPLIT = (
     "tokens",
     "length",
 )
-FIGURES = (*_OF_A_SPLIT, "comparison", "benchmarks", "generations", "code_length")
+FIGURES = (*_OF_A_SPLIT, "comparison", "benchmarks", "forgetting", "generations", "code_length")
 _MAX_EPOCHS = 12
 _LEVEL_BANDS = (
     "Around levels: the bands of the paired change, which are narrower than those of a level"
@@ -133,6 +138,7 @@ def figures_of(
         makers = dict(_makers_of_several(analysis, style))
     else:
         makers = dict(_makers_of_one(analysis, recordings[0], style))
+    makers["forgetting", ""] = partial(forgetting_figure, analysis.items, style)
     makers["code_length", ""] = partial(code_length_figure, recordings, style)
     for (name, _), make in makers.items():
         if not wanted or name in wanted:
