@@ -162,14 +162,16 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
     """Return `title figures` for each run, then for all of them; a figure is `id title spec`."""
     style = Style(width=780, font_size=12)
     several = len(analysis.recordings) > 1
-    own = set(FIGURES) - ({"trajectory", "code_length"} if several else {"trajectory"})
+    own = set(FIGURES) - (
+        {"trajectory", "code_length", "forgetting"} if several else {"trajectory"}
+    )
     parts = [
         (recording.name, f"{number}", _of_run(analysis, recording), style, own)
         for number, recording in enumerate(analysis.recordings)
     ]
     if several:
         by_run = replace(style, color="run")
-        shared = {"changes", "comparison", "code_length"}
+        shared = {"changes", "comparison", "code_length", "forgetting"}
         parts.append(("all runs", "all", analysis, style, shared))
         if share_steps(analysis.recordings):
             parts.append(("all runs", "all", analysis, by_run, {"changes"}))
@@ -222,6 +224,7 @@ def _of_run(analysis: Analysis, recording: Recording) -> Analysis:
         verdict=analysis.verdict[analysis.verdict["run"] == recording.name],
         contrasts=analysis.contrasts,
         distribution=analysis.distribution,
+        items=analysis.items,
         over_runs=pd.DataFrame(),
     )
 

@@ -32,6 +32,7 @@ from sft_probe.analysis.stats.distribution import (
     squeezing_sentence,
 )
 from sft_probe.analysis.stats.generations import generations_text
+from sft_probe.analysis.stats.items import item_table, items_text
 from sft_probe.analysis.stats.measures import PARTS
 from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import (
@@ -53,7 +54,7 @@ _COLUMNS = (
 
 _PAPER_COLUMNS = ("category", "start", "change", "change per token", "p")
 _ONE_RUN = "intervals hold for other prompts; this is one run, so they leave out training noise"
-_TABLES = ("changes", "contrasts", "distribution", "over_runs", "verdict")
+_TABLES = ("changes", "contrasts", "distribution", "items", "over_runs", "verdict")
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
 """At worst, where the variance between runs is 10 to 30 times that over prompts: docs/claims.md"""
 
@@ -70,6 +71,8 @@ class Analysis:
     contrasts: pd.DataFrame
     distribution: pd.DataFrame
     """Changes of argmax mass, entropy and others; empty where rows have no such columns."""
+    items: pd.DataFrame
+    """Single items of benchmarks; empty without samples of them."""
     over_runs: pd.DataFrame
     comparison: Comparison | None = None
     """The first run less the second one, where there are two."""
@@ -120,6 +123,7 @@ def tables_of(
         verdict=verdict_table(changes, measure),
         contrasts=pd.concat(contrasts, ignore_index=True),
         distribution=pd.concat(distribution, ignore_index=True),
+        items=pd.concat([item_table(recording) for recording in recordings], ignore_index=True),
         over_runs=pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(),
         comparison=compare_recordings(recordings[0], recordings[1], measure, categories)
         if len(recordings) == 2
@@ -196,6 +200,9 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
             blocks.append(_block(recording, str(split), rows, analysis, form))
             blocks.append(distribution_text(analysis.distribution, recording, str(split), form))
         blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
+        if not analysis.items.empty:
+            own_items = analysis.items[analysis.items["run"] == recording.name]
+            blocks.append(items_text(own_items, form))
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
         blocks.append("\n".join(f"! {note}" for note in (*recording.notes, *_scope(recording))))
