@@ -1,40 +1,92 @@
 """Results of benchmarks as a table, and what is said of them."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
+from sft_probe.analysis.stats.clusters import cluster_ids, membership
 from sft_probe.text_table import Form, interval, number, text_table
 
 _NORMAL = 1.96
 _MAX_ROWS = 20
+_ROUNDING = 1e-6
+_TEXTS = (
+    *("passage", "article", "paragraph", "story", "premise", "context_options", "context"),
+    *("query", "question"),
+)
+"""Fields of an item that hold what it is about; the first that is there counts."""
 
 
 def benchmark_rows(results: Mapping[str, Any], run: str, step: int) -> list[dict[str, Any]]:
-    """Return rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's
-    results, those before 0.4 (`acc`, without a filter) too."""
+    """Return rows `run step task metric filter value stderr n clusters` of the tasks and groups in
+    lm-eval's results, those before 0.4 (`acc`, without a filter) too.
+
+    Where `results` hold the samples of a task, the standard error of a mean, or of bits per byte,
+    is clustered: items about the same text, such as questions on one passage, are one cluster, and
+    `clusters` counts them. Else it is lm-eval's.
+    """
+    is_old = "n-samples" not in results  # since 0.4 what has no filter is no metric
     rows = []
     for task, metrics in results["results"].items():
+        samples = results.get("samples", {}).get(task, [])
         for key, value in metrics.items():
-            metric, comma, filter_name = key.partition(",")
+            metric, comma, name = key.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, float | int):
                 continue
-            stderr = metrics.get(f"{metric}_stderr{comma}{filter_name}")
+            if not (comma or is_old):
+                continue
+            stderr = metrics.get(f"{metric}_stderr{comma}{name}")
+            own = [item for item in samples if metric in item and item.get("filter", name) == name]
+            error, clusters = _clustered_error(own, metric, value)
+            if clusters is None and isinstance(stderr, float):
+                error = stderr
             rows.append(
                 {
                     "run": run,
                     "step": step,
                     "task": task,
                     "metric": metric,
-                    "filter": filter_name or "none",
+                    "filter": name or "none",
                     "value": value,
-                    "stderr": stderr if isinstance(stderr, float) else None,
+                    "stderr": error,
                     "n": results.get("n-samples", {}).get(task, {}).get("effective"),
+                    "clusters": clusters,
                 }
             )
     return rows
+
+
+def _clustered_error(
+    samples: Sequence[Mapping[str, Any]], metric: str, value: float
+) -> tuple[float | None, int | None]:
+    """Return the clustered standard error of a mean or of bits per byte, and the clusters; nothing
+    of what is no such mean."""
+    found = [item[metric] for item in samples]
+    is_ratio = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
+    if not samples or not (is_ratio or all(isinstance(one, float | int) for one in found)):
+        return None, None
+    pairs = [(-logprob / math.log(2), size) for logprob, size in found] if is_ratio else found
+    values = np.array(pairs, dtype=np.float64).reshape(len(found), -1)
+    weights = values[:, 1] if is_ratio else np.ones(len(found))
+    mean = values[:, 0].sum() / weights.sum()
+    clusters = cluster_ids([_text_of(item.get("doc")) for item in samples])
+    number = int(clusters.max()) + 1
+    if not abs(mean - value) <= _ROUNDING * max(1.0, abs(value)) or number < 2:
+        return None, None
+    errors = membership(clusters) @ (values[:, 0] - mean * weights)
+    variance = number / (number - 1) * (errors**2).sum() / weights.sum() ** 2
+    return math.sqrt(variance), number
+
+
+def _text_of(doc: object) -> str | None:
+    """Return the text that an item is about, which others may share."""
+    if not isinstance(doc, Mapping):
+        return None
+    return next((json.dumps(doc[name]) for name in _TEXTS if doc.get(name)), None)
 
 
 def benchmark_changes(table: pd.DataFrame) -> pd.DataFrame:
