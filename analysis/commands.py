@@ -193,13 +193,11 @@ class Simplicity(Command):
 
     Examples:
         sft-probe simplicity runs/mine
-        sft-probe simplicity runs/chosen runs/random --kl --out simplicity
+        sft-probe simplicity runs/chosen runs/random --out simplicity
     """
 
     runs: Positional[Annotated[list[Path], "RUN"]]
     """Finished training runs."""
-    kl: bool = False
-    """Also measure the KL divergence from the start; every snapshot is loaded once."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables and a figure. Default: nothing is written."""
 
@@ -208,7 +206,7 @@ class Simplicity(Command):
         from sft_probe.analysis.report.simplicity_text import simplicity_text
         from sft_probe.analysis.studies.simplicity import simplicity, write_simplicity
 
-        found = simplicity(self.runs, with_kl=self.kl)
+        found = simplicity(self.runs)
         print(simplicity_text(found))  # noqa: T201
         if self.out:
             written = write_simplicity(found, self.out)

@@ -20,6 +20,7 @@ from sft_probe.errors import UserError
 from sft_probe.probe_set import Doc
 from sft_probe.synth.asking.protocol import Request
 from sft_probe.synth.duplicates import count_words
+from sft_probe.synth.options import SynthRun
 
 SOURCE_OF = {
     "paraphrase": "rejected",
@@ -38,6 +39,12 @@ _DETAILS = "details"
 """An optional fourth list, which makes it unlikely that two docs share a topic."""
 _TEMPLATE_SUFFIXES = (".txt", ".jinja", ".jinja2", ".j2", ".yaml", ".yml")
 _VERSION = re.compile(r"\{#-?\s*version\s+([\w.-]+)\s*-?#\}")
+
+
+def kinds_of(options: SynthRun) -> tuple[str, ...]:
+    """Return the categories of a set beside chosen and rejected."""
+    asked = options.categories or DEFAULT_KINDS
+    return tuple(kind for kind in asked if kind not in ("chosen", "rejected"))
 
 
 @dataclass(frozen=True, kw_only=True)

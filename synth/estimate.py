@@ -5,14 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sft_probe.synth.asking.budget import (
-    MAX_BILLED_CALLS,
-    Limits,
-    Price,
-    expected_output_tokens,
-    expected_prompt_tokens,
-    price_of,
-)
+from sft_probe.synth.asking import budget
 from sft_probe.synth.asking.protocol import Answer, Request, WriterId
 from sft_probe.synth.asking.store import Store, open_copy
 from sft_probe.synth.build import SetPlan, write_texts
@@ -38,34 +31,29 @@ def estimate_cost(
     requests: Iterable[Request],
     writer: WriterId,
     store: Store | None = None,
-    price: Price | None = None,
+    price: budget.Price | None = None,
     *,
     maybe_requests: Iterable[Request] = (),
 ) -> CostEstimate:
     """Return the calls, tokens and cost of what the store lacks; request nothing.
 
-    Args:
-        requests: what will be requested.
-        writer: the writer.
-        store: answers so far.
-        price: replaces the price table.
-        maybe_requests: what may be requested in addition; it counts in the upper bound alone.
+    `maybe_requests` are those that may be needed in addition; they count in the upper bound alone.
     """
-    price = price or price_of(writer)
+    price = price or budget.price_of(writer)
     estimate, worst_usd = CostEstimate(), 0.0
     for request in requests:
         if _is_stored(request, writer, store):
             estimate.num_stored += 1
             continue
         estimate.calls += 1
-        estimate.prompt_tokens += expected_prompt_tokens(request)
-        estimate.output_tokens += expected_output_tokens(request)
+        estimate.prompt_tokens += budget.expected_prompt_tokens(request)
+        estimate.output_tokens += budget.expected_output_tokens(request)
         worst_usd += price.worst_usd(request) if price else 0.0
     if price:
         maybe = (request for request in maybe_requests if not _is_stored(request, writer, store))
         worst_usd += sum(map(price.worst_usd, maybe))
         estimate.cost_usd = price.cost_usd(estimate.prompt_tokens, estimate.output_tokens)
-        estimate.max_cost_usd = MAX_BILLED_CALLS * worst_usd
+        estimate.max_cost_usd = budget.MAX_BILLED_CALLS * worst_usd
     return estimate
 
 
@@ -74,7 +62,9 @@ def _is_stored(request: Request, writer: WriterId, store: Store | None) -> bool:
     return answer is not None and answer.is_final
 
 
-def describe_cost(plan: SetPlan, writer: WriterId | None, limits: Limits, store_path: Path) -> str:
+def describe_cost(
+    plan: SetPlan, writer: WriterId | None, limits: budget.Limits, store_path: Path
+) -> str:
     """Return what a dry run prints: docs, calls, tokens and cost."""
     docs = f"docs: {len(plan.docs)}; rows left out so far: {len(plan.left_out)}"
     if writer is None:
@@ -91,7 +81,7 @@ def describe_cost(plan: SetPlan, writer: WriterId | None, limits: Limits, store_
         if limits.max_cost_usd is not None:
             most_usd = min(most_usd, max(0.0, limits.max_cost_usd - spent_usd))
         cost = f"{min(estimate.cost_usd, most_usd):.4f} USD, at most {most_usd:.4f}"
-    again = "one more or two" if plan.settings.judge else "one more"
+    again = "one more or two" if plan.options.judge else "one more"
     return (
         f"{docs}\n"
         f"calls: {estimate.calls} ({num_stored} texts are stored), and {again} for each text that "
@@ -108,7 +98,7 @@ def _requests(
     if store and is_written:  # all first texts are there, so it is known which of them fail
         missing = _missing_requests(plan, writer, store)
         # the writer may still judge texts to be bad
-        return missing, _second_texts(plan) if plan.settings.judge and missing else ()
+        return missing, _second_texts(plan) if plan.options.judge and missing else ()
     return _first_texts(plan), _second_texts(plan)
 
 
@@ -116,8 +106,8 @@ def _first_texts(plan: SetPlan) -> Iterator[Request]:
     """Yield the requests for first texts, and for opinions on them where the writer judges."""
     for request in plan.requests():
         yield request
-        if plan.settings.judge:
-            yield expected_opinion(request, plan.settings.thinking_tokens)
+        if plan.options.judge:
+            yield expected_opinion(request, plan.thinking_tokens)
 
 
 def _second_texts(plan: SetPlan) -> Iterator[Request]:
@@ -126,9 +116,9 @@ def _second_texts(plan: SetPlan) -> Iterator[Request]:
     for request in plan.requests():
         second = replace(request, sample_index=1)
         yield second
-        if plan.settings.judge:
-            yield longest_opinion(request, plan.settings.thinking_tokens)
-            yield longest_opinion(second, plan.settings.thinking_tokens)
+        if plan.options.judge:
+            yield longest_opinion(request, plan.thinking_tokens)
+            yield longest_opinion(second, plan.thinking_tokens)
 
 
 def _missing_requests(plan: SetPlan, writer: WriterId, store: Store) -> list[Request]:

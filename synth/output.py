@@ -10,18 +10,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from sft_probe import files
 from sft_probe.errors import UserError
-from sft_probe.files import (
-    find,
-    make_dir,
-    new_file,
-    read_json,
-    remove_leftovers,
-    sha256_file,
-    write_json,
-    write_jsonl,
-    write_text,
-)
 from sft_probe.probe_set import SPLITS, Doc, LeftOut, ProbeSet
 from sft_probe.synth.asking.store import open_copy
 from sft_probe.synth.build import SetPlan, Written
@@ -47,28 +37,24 @@ def check_directory(out: Path, source: str) -> None:
     """Raise `UserError` where a set in `out` would replace, or include, files of another origin."""
     path = Path(source).expanduser()
     written = {(out / name).resolve() for name in _WRITTEN}
+    existing = [name for name in sorted(_WRITTEN) if (out / name).exists()]
+    foreign = [path.name for path in files.find(out, "*.jsonl") if path.stem not in SPLITS]
+    fault = None
     if path.exists() and not written.isdisjoint(file.resolve() for file in source_files(path)):
-        raise UserError(
-            f"the source {source} would be overwritten by the set in {out}. Choose another --out."
-        )
-    existing = sorted(name for name in _WRITTEN if (out / name).exists())
-    if existing and not (out / STORE).is_file():
-        raise UserError(
-            f"{out} holds {', '.join(existing)}, which sft-probe synth has not written and would "
-            "replace. Choose another --out."
-        )
-    foreign = [path.name for path in find(out, "*.jsonl") if path.stem not in SPLITS]
-    if foreign:
-        raise UserError(
-            f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose "
-            "another --out."
-        )
+        fault = f"the source {source} would be overwritten by the set in {out}"
+    elif existing and not (out / STORE).is_file():
+        names = ", ".join(existing)
+        fault = f"{out} holds {names}, which sft-probe synth has not written and would replace"
+    elif foreign:
+        fault = f"{out} holds {', '.join(foreign)}, which would count as a part of the set"
+    if fault:
+        raise UserError(f"{fault}. Choose another --out.")
 
 
 def rule_of(out: Path) -> int:
     """Return the version of the rule (`splits.RULE`) that a directory was begun with."""
     if (out / _RULE_FILE).is_file():
-        return int(read_json(out / _RULE_FILE)["rule"])
+        return int(files.read_json(out / _RULE_FILE)["rule"])
     if not (out / STORE).is_file():
         return RULE
     with open_copy(out / STORE) as copy:  # so that an estimate writes nothing
@@ -79,8 +65,8 @@ def rule_of(out: Path) -> int:
 def begin_set(out: Path) -> None:
     """Make the directory and record its rule before the first answer is stored."""
     rule = rule_of(out)
-    make_dir(out / WORK_DIR)
-    write_json(out / _RULE_FILE, {"rule": rule})
+    files.make_dir(out / WORK_DIR)
+    files.write_json(out / _RULE_FILE, {"rule": rule})
 
 
 def write_set(
@@ -92,7 +78,7 @@ def write_set(
     writers: dict[str, str],
     facts: dict[str, Any],
 ) -> None:
-    """Write a set with its card.
+    """Write the finished docs of a plan, with a card and a manifest.
 
     Args:
         out: directory of the set.
@@ -111,43 +97,40 @@ def write_set(
             f"the splits overlap ({overlap}), so the set was not written. This is a defect; please "
             "report it."
         )
-    remove_leftovers(out)  # the store's lock is held
+    files.remove_leftovers(out)  # the store's lock is held
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
     write_docs(out, docs, lambda doc: to_row(doc, _meta(doc, written)))
-    write_card(out, docs, writers, plan.settings.prompt_format, provenance)
-    write_manifest(out, docs, writers, plan.settings.prompt_format, provenance)
+    write_card(out, docs, writers, plan.options.prompt_format, provenance)
+    write_manifest(out, docs, writers, plan.options.prompt_format, provenance)
 
 
 def to_row(doc: Doc, meta: dict[str, Any] | None = None) -> SetRow:
     """Return the line of a set's JSONL file for a doc."""
-    texts = dict(doc.responses)
-    drawn = {}
-    if doc.random_doc_id is not None:
-        drawn = {"random": texts.pop("random"), "random_doc_id": doc.random_doc_id}
-    return {
+    row = {
         "doc_id": doc.doc_id,
         "conversation_id": doc.conversation_id,
         "split": doc.split,
         "messages": list(doc.messages),
-        **texts,
+        **doc.responses,
         **({"meta": meta} if meta else {}),
-        **drawn,
     }
+    if doc.random_doc_id is not None:  # last
+        row |= {"random": row.pop("random"), "random_doc_id": doc.random_doc_id}
+    return row
 
 
 def _meta(doc: Doc, written: Written) -> dict[str, Any]:
     assert doc.place is not None  # noqa: S101 - every doc of a source has one
     num_words = count_words(doc.responses["chosen"])
-    ratios = {
-        category: round(count_words(text) / num_words, 3)
-        for category, text in doc.responses.items()
-        if category not in ("chosen", "random")
-    }
     return {
         "file": doc.place.file,
         "line": doc.place.line,
-        "length_ratio": ratios,
+        "length_ratio": {
+            category: round(count_words(text) / num_words, 3)
+            for category, text in doc.responses.items()
+            if category not in ("chosen", "random")
+        },
         "sample_index": written.sample_index.get(doc.doc_id, {}),
     }
 
@@ -155,7 +138,9 @@ def _meta(doc: Doc, written: Written) -> dict[str, Any]:
 def write_docs(out: Path, docs: Sequence[Doc], row_of: Callable[[Doc], SetRow] = to_row) -> None:
     """Write one JSONL file for each split."""
     for split in SPLITS:
-        write_jsonl(out / f"{split}.jsonl", (row_of(doc) for doc in docs if doc.split == split))
+        files.write_jsonl(
+            out / f"{split}.jsonl", (row_of(doc) for doc in docs if doc.split == split)
+        )
 
 
 def write_manifest(
@@ -174,10 +159,10 @@ def write_manifest(
         "counts": {split: counts[split] for split in SPLITS},
         "categories": writers,
         "prompt_format": prompt_format,
-        "sha256": {path.name: sha256_file(path) for path in find(out, "*.jsonl")},
+        "sha256": {path.name: files.sha256_file(path) for path in files.find(out, "*.jsonl")},
         "provenance": provenance,
     }
-    write_json(out / "probe_set.json", manifest)
+    files.write_json(out / "probe_set.json", manifest)
 
 
 def write_left_out(out: Path, left_out: Sequence[LeftOut]) -> None:
@@ -189,7 +174,7 @@ def write_left_out(out: Path, left_out: Sequence[LeftOut]) -> None:
         }
         for item in left_out
     )
-    write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", rows)
+    files.write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", rows)
 
 
 def overlap_of(docs: Sequence[Doc]) -> dict[str, int]:
@@ -216,17 +201,17 @@ def _num_in_both(values: Iterable[tuple[str, str]]) -> int:
 
 
 def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[str, Any]:
-    settings = plan.settings
+    options = plan.options
     left_out = {item.place: item.reason for item in reversed(plan.left_out)}
-    is_local = Path(settings.source).expanduser().exists()
+    is_local = Path(options.source).expanduser().exists()
     return {
-        "source": Path(settings.source).name if is_local else settings.source,
-        "source_sha256": source_sha256(settings.source),
+        "source": Path(options.source).name if is_local else options.source,
+        "source_sha256": source_sha256(options.source),
         "source_revision": plan.revision,
-        "seed": settings.seed,
-        "limit": settings.limit,
-        "heldout_frac": settings.heldout_frac,
-        "rule": settings.rule,
+        "seed": options.seed,
+        "limit": options.limit,
+        "heldout_frac": options.heldout_frac,
+        "rule": plan.rule,
         "rows": {
             "read": plan.num_rows,
             "used": len(docs),
@@ -243,7 +228,7 @@ def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[st
             "second": _nested(written.last_faults),
         },
         "model_versions": sorted(written.model_versions),
-        **({"opinions": dict(sorted(written.opinions.items()))} if settings.judge else {}),
+        **({"opinions": dict(sorted(written.opinions.items()))} if options.judge else {}),
     }
 
 
@@ -288,7 +273,7 @@ def write_card(
         figure=FIGURE if _write_figure(out / FIGURE, table) else None,
         **provenance,
     )
-    write_text(out / "README.md", card)
+    files.write_text(out / "README.md", card)
 
 
 def _markdown(value: object) -> str:
@@ -331,7 +316,7 @@ def _write_figure(path: Path, table: pd.DataFrame) -> bool:
         base.mark_bar(height=14, color="#56B4E9").encode(x="p25:Q", x2="p75:Q"),
         base.mark_tick(color="black", thickness=2, height=14).encode(x="p50:Q"),
     ).properties(width=480)
-    with new_file(path) as temporary:
+    with files.new_file(path) as temporary:
         chart.save(str(temporary), format="png", ppi=144)
     return True
 

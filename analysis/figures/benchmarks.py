@@ -18,8 +18,8 @@ _NORMAL = 1.96
 
 
 def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) -> Iterator[Figure]:
-    """Yield the figure of each benchmark below the probes, and against the change of the training
-    category; with many, of those that moved most."""
+    """Yield the figure of the benchmarks below the probes, and that of them against the change of
+    the training category; with many, of those that moved most."""
     table = recording.benchmarks
     if table is None or table.empty:
         return
@@ -41,23 +41,28 @@ def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) 
     curves = curves_of(curves, _measure(recording), split, style)
     subtitle = ["Intervals of benchmarks: 95 % over items, where they are known"]
     if len(curves):
-        subtitle.append(
-            f"Above the probes, {SPLIT_NAMES[split]}; below each benchmark against {own}: points "
-            "of one run, not independent"
-        )
+        subtitle.append(f"Above: the probes, {SPLIT_NAMES[split]}")
     if more := names[MAX_PANELS:]:
         subtitle.append(
             f"The {MAX_PANELS} that moved most for their standard error; {len(more)} more are in "
             f"the CSV alone: {', '.join(more[:5])}{', ...' if len(more) > 5 else ''}"
         )
-    titles = (recording.step_unit, style.label(own))
+    shown = names[:MAX_PANELS]
     yield Figure(
         name="benchmarks",
         title="Benchmarks beside probes" if len(curves) else "Benchmarks by step",
         subtitle=subtitle,
         table=table,
-        build=partial(_chart, table, names[:MAX_PANELS], curves, titles=titles, style=style),
+        build=partial(_by_step, table, shown, curves, unit=recording.step_unit, style=style),
     )
+    if table["probe_change"].notna().any():
+        yield Figure(
+            name="benchmarks_against_probe",
+            title=f"Benchmarks against {own}",
+            subtitle=["Points of one run by step, not independent"],
+            table=table[["name", "step", "value", "probe_change"]],
+            build=partial(_against_probe, table, shown, style.label(own), style),
+        )
 
 
 def probe_change(recording: Recording, changes: pd.DataFrame, category: str) -> pd.DataFrame:
@@ -76,46 +81,55 @@ def _measure(recording: Recording) -> str:
     return "logprob" if recording.has("logprob") else "logprob_with_eos"
 
 
-def _chart(
+def _by_step(
     table: pd.DataFrame,
     names: Sequence[str],
     curves: pd.DataFrame,
     width: float,
     *,
-    titles: tuple[str, str],
+    unit: str,
     style: Style,
 ) -> Any:
-    """Return the probes, benchmarks on the same step axis, and benchmarks against the target.
+    """Return the probes, and below them the benchmarks on the same step axis.
 
     Args:
-        table: benchmarks, with `name low high probe_change`.
+        table: benchmarks, with `name low high`.
         names: of the panels, in order.
         curves: from `curves_of`; empty where there are no probes.
         width: width of the content.
-        titles: what steps count, and the target's label.
+        unit: what steps count.
         style: how it looks.
     """
     shown = table[table["name"].isin(names)]
-    y = alt.Y("value:Q", title="value", scale=alt.Scale(zero=False))
-    base = alt.Chart(shown).encode(y=y)
+    base = alt.Chart(shown).encode(y=alt.Y("value:Q", title="value", scale=alt.Scale(zero=False)))
     steps = [*shown["step"], *(curves["step"] if len(curves) else ())]
-    x = step_axis(steps, f"{titles[0]} (log)", style.num_ticks(panels=True))
+    x = step_axis(steps, f"{unit} (log)", style.num_ticks(panels=True))
     band = base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="value"), y2="high:Q")
     line = base.mark_line(point=True).encode(
         x=x, tooltip=["name:N", "step:Q", "value:Q", "stderr:Q", "n:Q"]
     )
-    layers = [alt.layer(band, line, data=shown)]
-    if shown["probe_change"].notna().any():
-        against = base.mark_line(point=True, color="#D55E00").encode(
-            x=alt.X("probe_change:Q", title=f"change of {titles[1]} (nats)"),
-            order="step:Q",
-            tooltip=["step:Q", "value:Q"],
-        )
-        layers.append(alt.layer(against, data=shown))
-    panels = partial(small_multiples, names=names, style=style, width=width, column="name")
-    charts = [panels(layer, ratio=0.6, own_scale=True) for layer in layers]
-    if len(curves):
-        categories = list(dict.fromkeys(curves["category"]))
-        charts.insert(0, changes_chart(curves, categories, pd.DataFrame(), style, width))
-    chart = alt.vconcat(*charts, spacing=2 * style.font_size)
-    return chart.resolve_scale(color="independent", shape="independent", strokeDash="independent")
+    chart = _panels(alt.layer(band, line, data=shown), names, style, width)
+    if curves.empty:
+        return chart
+    categories = list(dict.fromkeys(curves["category"]))
+    probes = changes_chart(curves, categories, pd.DataFrame(), style, width)
+    return alt.vconcat(probes, chart, spacing=2 * style.font_size)
+
+
+def _against_probe(
+    table: pd.DataFrame, names: Sequence[str], own: str, style: Style, width: float
+) -> Any:
+    """Return each benchmark over the change of the target, in the order of the steps."""
+    shown = table[table["name"].isin(names)]
+    line = alt.Chart(shown).mark_line(point=True, color="#D55E00")
+    line = line.encode(
+        y=alt.Y("value:Q", title="value", scale=alt.Scale(zero=False)),
+        x=alt.X("probe_change:Q", title=f"change of {own} (nats)"),
+        order="step:Q",
+        tooltip=["step:Q", "value:Q"],
+    )
+    return _panels(alt.layer(line, data=shown), names, style, width)
+
+
+def _panels(layers: Any, names: Sequence[str], style: Style, width: float) -> Any:
+    return small_multiples(layers, names, style, width, column="name", ratio=0.6, own_scale=True)

@@ -1,4 +1,5 @@
-"""Figures of what a model's distributions do: argmax mass beside the log-prob of every category."""
+"""Figures of what a model's distributions do: argmax mass beside the log-prob of every category,
+and the distance from a reference by position."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,10 +13,19 @@ from sft_probe.analysis.figures.figure import (
     Style,
     small_multiples,
     step_axis,
+    ticks,
     zero_rule,
 )
+from sft_probe.analysis.stats.measures import POSITIONS, at_position
 from sft_probe.analysis.stats.runs import SPLIT_NAMES
 
+_POSITIONS = dict(zip(POSITIONS, ("1", "2-4", "5-16", "17-64", "65+"), strict=True))
+DISTANCES = {
+    "kl": ("kl_forward", "KL(reference || model) by position", "nats per token"),
+    "shift": ("shifted", "Shifted places by position", "share of tokens"),
+}
+"""Figures of the distance from a reference: measure, title and unit."""
+_MAX_STEPS = 5
 _LINES = {"response": "#0072B2", "most likely tokens": "#D55E00"}
 
 
@@ -71,4 +81,60 @@ def _squeezing_chart(table: pd.DataFrame, style: Style, width: float) -> Any:
         tooltip=["category:N", "line:N", "step:Q", alt.Tooltip("change:Q", format=".2f")],
     )
     layers = alt.layer(zero_rule(table), band, line, data=table)
+    return small_multiples(layers, list(dict.fromkeys(table["label"])), style, width)
+
+
+def distance_figure(
+    name: str, distribution: pd.DataFrame, reference: str, split: str, style: Style
+) -> Iterator[Figure]:
+    """Yield a figure of the distance from a reference by position of the token; nothing without
+    one.
+
+    Args:
+        name: one of `DISTANCES`.
+        distribution: from `distribution_table`.
+        reference: its name.
+        split: which prompts.
+        style: how it looks.
+    """
+    measure, title, unit = DISTANCES[name]
+    names = {at_position(measure, part): text for part, text in _POSITIONS.items()}
+    if distribution.empty or not distribution["measure"].isin(names).any():
+        return
+    is_own = (distribution["split"] == split) & distribution["measure"].isin(names)
+    table = distribution[is_own & (distribution["num_clusters"] > 1)]
+    table = table[table["step"].isin(ticks(table["step"].tolist(), _MAX_STEPS))].copy()
+    table["position"] = table["measure"].map(names)
+    table["label"] = [style.label(str(category)) for category in table["category"]]
+    start = table["level"] - table["change"]
+    for end in ("low", "high"):
+        table[f"level_{end}"] = (start + table[end]).clip(lower=0)
+    columns = ["run", "category", "label", "step", "position", "level", "level_low"]
+    table = table[[*columns, "level_high", "num_docs"]].reset_index(drop=True)
+    yield Figure(
+        name=f"{name}_{split}",
+        title=f"{title}, {SPLIT_NAMES[split]}",
+        subtitle=[
+            f"Reference: {reference}; positions count the tokens of the response",
+            "Shifted: the most likely token is none of the reference's first three",
+            "Bars: 95 % intervals of the change from the first step, each alone; one run",
+        ],
+        table=table,
+        build=partial(_position_chart, table, unit, style),
+    )
+
+
+def _position_chart(table: pd.DataFrame, unit: str, style: Style, width: float) -> Any:
+    steps = sorted(table["step"].unique().tolist())
+    scale = alt.Scale(scheme="viridis", domain=steps, reverse=True)
+    legend = alt.Legend(title="step", columns=len(steps), symbolOpacity=1)
+    axis = alt.Axis(labelAngle=0)
+    x = alt.X("position:O", sort=list(_POSITIONS.values()), title="token", axis=axis)
+    base = alt.Chart(table).encode(x=x, color=alt.Color("step:O", scale=scale, legend=legend))
+    ends = base.mark_rule(strokeWidth=1.5).encode(y="level_low:Q", y2="level_high:Q")
+    numbers = [alt.Tooltip(f"level{end}:Q", format=".4f") for end in ("", "_low", "_high")]
+    line = base.mark_line(strokeWidth=1.6, point=True).encode(
+        y=alt.Y("level:Q", title=unit), tooltip=["category:N", "step:O", "position:O", *numbers]
+    )
+    layers = alt.layer(ends, line, data=table)
     return small_multiples(layers, list(dict.fromkeys(table["label"])), style, width)

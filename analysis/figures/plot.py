@@ -18,7 +18,7 @@ from sft_probe.analysis.figures.categories import (
     parts_of,
     runs_chart,
 )
-from sft_probe.analysis.figures.distribution import squeezing_figure
+from sft_probe.analysis.figures.distribution import DISTANCES, distance_figure, squeezing_figure
 from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
 from sft_probe.analysis.figures.runs import (
@@ -45,6 +45,8 @@ _OF_A_SPLIT = (
     "levels",
     "parts",
     "squeezing",
+    "kl",
+    "shift",
     "docs",
     "tokens",
     "length",
@@ -158,6 +160,12 @@ def _makers_of_one(analysis: Analysis, recording: Recording, style: Style) -> _M
             ("squeezing", split),
             partial(squeezing_figure, table, analysis.distribution, split, style),
         )
+        reference = str(recording.probe.get("reference") or "another model")
+        for name in DISTANCES:
+            yield (
+                (name, split),
+                partial(distance_figure, name, analysis.distribution, reference, split, style),
+            )
         if recording.means is None:
             measure = analysis.measure
             yield ("docs", split), partial(doc_curves, split, arrays, measure, style)

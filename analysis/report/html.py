@@ -358,7 +358,11 @@ def _md(text: str) -> str:
 
 
 MAX_CHARACTERS = 4000
-_OF_TOKENS = {"ranks": ("token_ranks", 1), "entropies": ("token_entropies", 100)}
+_OF_TOKENS = {
+    "ranks": ("token_ranks", 1),
+    "entropies": ("token_entropies", 100),
+    "kl": ("token_kl_forward", 1000),
+}
 """What the browser says of a token beside its change: column, and how many units make 1."""
 
 

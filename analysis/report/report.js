@@ -148,12 +148,13 @@ function response(run, doc, category) {
   return block;
 }
 
-// rank and entropy of a token at the first and the last step, where they are known
+// rank, entropy and KL of a token at the first and the last step, where they are known
 function moreOf(tokens, index) {
   const ends = (name, unit, digits) => tokens[name].map((values) => (values[index] / unit).toFixed(digits)).join(" \u2192 ");
   const found = [];
   if (tokens.ranks) found.push("rank " + ends("ranks", 1, 0));
   if (tokens.entropies) found.push("entropy " + ends("entropies", 100, 2) + " nats");
+  if (tokens.kl) found.push("KL " + ends("kl", 1000, 3) + " nats");
   return found.length ? "\nfirst \u2192 last step: " + found.join(", ") : "";
 }
 

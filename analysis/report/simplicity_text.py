@@ -2,6 +2,7 @@
 
 import math
 
+from sft_probe.analysis.studies.matched_kl import kl_text
 from sft_probe.analysis.studies.simplicity import Simplicity
 from sft_probe.text_table import number, text_table
 
@@ -39,8 +40,6 @@ def simplicity_text(found: Simplicity) -> str:
                 f"`sft-probe sweep RUN --splits heldout,train` gives the rest"
             )
     if "kl_at" in found.runs:
-        from sft_probe.analysis.studies.divergence import kl_text
-
         lines += kl_text(found.runs)
     for _, row in found.contrasts.iterrows():
         scope = (

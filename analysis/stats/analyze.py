@@ -196,9 +196,7 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
         own = analysis.verdict[analysis.verdict["run"] == recording.name]
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis, form))
-            blocks.append(
-                distribution_text(analysis.distribution, recording.name, str(split), form)
-            )
+            blocks.append(distribution_text(analysis.distribution, recording, str(split), form))
         blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))

@@ -29,15 +29,13 @@ def benchmark_rows(results: Mapping[str, Any], run: str, step: int) -> list[dict
     is clustered: items about the same text, such as questions on one passage, are one cluster, and
     `clusters` counts them. Else it is lm-eval's.
     """
-    is_old = "n-samples" not in results  # since 0.4 what has no filter is no metric
     rows = []
     for task, metrics in results["results"].items():
         samples = results.get("samples", {}).get(task, [])
         for key, value in metrics.items():
             metric, comma, name = key.partition(",")
-            if metric.endswith("_stderr") or not isinstance(value, float | int):
-                continue
-            if not (comma or is_old):
+            is_result = metric != "sample_len" and not metric.endswith("_stderr")
+            if not is_result or not isinstance(value, float | int):
                 continue
             stderr = metrics.get(f"{metric}_stderr{comma}{name}")
             own = [item for item in samples if metric in item and item.get("filter", name) == name]

@@ -1,7 +1,7 @@
 """What a model's distributions do beside the log-prob of a response: argmax mass, entropy, energy,
-and how far they lie from the tokens."""
+how far they lie from the tokens, and how far from those of a reference."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,20 @@ from sft_probe.analysis.stats.runs import Recording
 from sft_probe.analysis.stats.verdict import ALPHA
 from sft_probe.text_table import Form, interval, number, text_table
 
-_PER_TOKEN = {"entropy": "nats/token", "energy": "mean/token", "p_e": "mean/token"}
+_PER_TOKEN = {
+    "entropy": "nats/token",
+    "energy": "mean/token",
+    "p_e": "mean/token",
+    "kl_forward": "nats/token",
+    "kl_reverse": "nats/token",
+    "marginal": "share of tokens",
+    "shifted": "share of tokens",
+}
+"""Means over tokens, ratios of sums."""
+_PRINTED = (
+    {"argmax": "argmax mass", "entropy": "entropy/token", "energy": "energy/token"},
+    {"kl_forward": "forward KL", "kl_reverse": "reverse KL", "shifted": "shifted"},
+)
 _PARTS = (None, *POSITIONS)
 
 
@@ -33,10 +46,12 @@ def distribution_table(
     the most likely tokens (nats per response); `entropy` (nats per token), `energy` = 1 - p of the
     token and `p_e` = ||p - one-hot|| (means per token, ratios of sums); `A_o` = sqrt(V m^2 + V - 2)
     with m the response's mean ||p|| and V the size of the vocabulary, where that is known (Ren &
-    Sutherland, arXiv 2407.10490).
+    Sutherland, arXiv 2407.10490). Of a sweep with `--reference`, per token: `kl_forward` =
+    KL(reference || model), `kl_reverse` = KL(model || reference), and the shares `marginal` and
+    `shifted` of places whose most likely token has rank 2 or 3, or above 3, under the reference.
     """
     tables = []
-    if recording.means is None and "argmax" in recording.rows:
+    if recording.means is None:
         for split in recording.splits:
             if names := chosen_categories(recording, split, categories):
                 arrays = recording.cube(split, names)
@@ -50,15 +65,14 @@ def _measures(arrays: Cube, vocab_size: int | None) -> Iterator[Measure]:
     found = arrays.arrays
     for part in _PARTS:
         num_tokens = arrays.num_tokens(part)
-        yield Measure(at_position("argmax", part), PER_RESPONSE, found[at_position("argmax", part)])
+        if (column := at_position("argmax", part)) in found:
+            yield Measure(column, PER_RESPONSE, found[column])
         for name, unit in _PER_TOKEN.items():
-            column = at_position(name, part)
-            yield Measure(column, unit, found[column], num_tokens)
-        if vocab_size:
-            norms = found[at_position("norm", part)]
-            yield Measure(
-                at_position("A_o", part), "mean/response", _a_o(norms, num_tokens, vocab_size)
-            )
+            if (column := at_position(name, part)) in found:
+                yield Measure(column, unit, found[column], num_tokens)
+        if vocab_size and (column := at_position("norm", part)) in found:
+            values = _a_o(found[column], num_tokens, vocab_size)
+            yield Measure(at_position("A_o", part), "mean/response", values)
 
 
 def _a_o(norms: Floats, num_tokens: Floats, vocab_size: int) -> Floats:
@@ -107,14 +121,29 @@ def last_steps(table: pd.DataFrame, run: str, split: str, measure: str) -> pd.Da
     return last
 
 
-def distribution_text(table: pd.DataFrame, run: str, split: str, form: Form = "text") -> str:
+def distribution_text(table: pd.DataFrame, recording: Recording, split: str, form: Form) -> str:
     """Return what `sft-probe analyze` prints of one run and split; empty without these measures."""
-    columns = {"argmax": "argmax mass", "entropy": "entropy/token", "energy": "energy/token"}
+    reference = recording.probe.get("reference") or "its reference"
+    titles = (
+        "the model's distributions at the tokens of each response, first step and change",
+        f"distance from {reference} per token: forward KL(reference || model), reverse KL, and the "
+        "share of places whose most likely token is not among the reference's first three",
+    )
+    blocks = [
+        f"{title}\n\n{_table_text(table, recording.name, split, columns, form)}"
+        for title, columns in zip(titles, _PRINTED, strict=True)
+        if not last_steps(table, recording.name, split, next(iter(columns))).empty
+    ]
+    return "\n\n".join(blocks)
+
+
+def _table_text(
+    table: pd.DataFrame, run: str, split: str, columns: Mapping[str, str], form: Form
+) -> str:
+    """Return level at the first step, change and interval of some measures, by category."""
     found = {name: last_steps(table, run, split, name) for name in columns}
-    if found["argmax"].empty:
-        return ""
     heads = ["category"]
-    rows = [[str(category)] for category in found["argmax"].index]
+    rows = [[str(category)] for category in next(iter(found.values())).index]
     for name, title in columns.items():
         digits = ".1f" if name == "argmax" else ".3f"
         heads += [title, "change", "95 % interval"]
@@ -124,5 +153,4 @@ def distribution_text(table: pd.DataFrame, run: str, split: str, form: Form = "t
                 number(row["change"], f"+{digits}"),
                 interval(row["low"], row["high"], f"+{digits}"),
             ]
-    title = "the model's distributions at the tokens of each response, first step and change"
-    return f"{title}\n\n{text_table(heads, rows, form)}"
+    return text_table(heads, rows, form)

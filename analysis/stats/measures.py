@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from sft_probe.analysis.stats.clusters import Ints, cluster_ids, count_text
 from sft_probe.analysis.stats.intervals import Floats
-from sft_probe.scores import TOKEN_COLUMNS
+from sft_probe.scores import DISTANCE_COLUMNS, TOKEN_COLUMNS
 
 POSITIONS = {
     "tokens_1": 1,
@@ -28,6 +28,12 @@ DISTRIBUTION = ("argmax", "entropy", "energy", "p_e", "norm")
 log-prob of the most likely token, entropy, 1 - p of the token, ||p - one-hot||, and ||p||."""
 
 
+DISTANCE = ("kl_forward", "kl_reverse", "marginal", "shifted")
+"""Sums over the tokens of a response, of how far the model is from a reference: KL(reference ||
+model), KL(model || reference) in nats, and places whose most likely token has rank 2 or 3, or above
+3, under the reference (Lin et al., arXiv 2312.01552)."""
+
+
 def at_position(measure: str, position: str | None) -> str:
     """Return the column of a sum over the tokens of one of `POSITIONS`; `None` is all tokens."""
     return measure if position is None else f"{measure}_{position}"
@@ -38,12 +44,14 @@ _NUMBERS = ("logprob", "logprob_first", "logprob_eos", "num_tokens", "num_bytes"
 
 def add_measures(rows: pa.Table) -> pd.DataFrame:
     """Return score rows as a frame without the columns of tokens, with one for each of `MEASURES`
-    and of `DISTRIBUTION`, whole and by position (`entropy`, `entropy_tokens_2_4` and so on).
+    and, where any row has them, of `DISTRIBUTION` and `DISTANCE`, whole and by position (`entropy`,
+    `entropy_tokens_2_4` and so on).
 
     `first` is `logprob_first`, `body` the rest of `logprob`; parts by position are null without
-    token log-probs, `DISTRIBUTION` where a row was scored without these columns.
+    token log-probs.
     """
-    frame: pd.DataFrame = rows.drop_columns(["token_logprobs", *TOKEN_COLUMNS]).to_pandas()
+    lists = ["token_logprobs", *TOKEN_COLUMNS, *DISTANCE_COLUMNS]
+    frame: pd.DataFrame = rows.drop_columns(lists).to_pandas()
     for name in (*_NUMBERS, "logprob_with_eos"):
         frame[name] = frame[name].astype("float64")
     frame["first"] = frame["logprob_first"]
@@ -54,17 +62,20 @@ def add_measures(rows: pa.Table) -> pd.DataFrame:
     lengths = _lengths(rows["token_logprobs"])
     sums = _sums_by_position(_flat(rows["token_logprobs"]), lengths)
     columns = {name: sums[name] for name in POSITIONS}
-    has_columns = _lengths(rows[TOKEN_COLUMNS[0]]) == lengths
-    if has_columns.any():
-        for name, values in _of_tokens(rows.filter(pa.array(has_columns))).items():
-            for part, own in _sums_by_position(values, lengths[has_columns]).items():
-                column = np.full(len(rows), np.nan)
-                column[has_columns] = own
-                columns[at_position(name, part)] = column
+    for column, of_tokens in (
+        (TOKEN_COLUMNS[0], _distribution_of_tokens),
+        (DISTANCE_COLUMNS[0], _distance_of_tokens),
+    ):
+        is_there = _lengths(rows[column]) == lengths
+        values = of_tokens(rows.filter(pa.array(is_there))) if is_there.any() else {}
+        for name, summands in values.items():
+            for part, own in _sums_by_position(summands, lengths[is_there]).items():
+                columns[at_position(name, part)] = np.full(len(rows), np.nan)
+                columns[at_position(name, part)][is_there] = own
     return frame.assign(**columns)
 
 
-def _of_tokens(rows: pa.Table) -> dict[str, Floats]:
+def _distribution_of_tokens(rows: pa.Table) -> dict[str, Floats]:
     """Return the summands of `DISTRIBUTION`, [tokens of all rows].
 
     `p_e` is the distance between the model's distribution and the token's own (Ren & Sutherland,
@@ -77,6 +88,18 @@ def _of_tokens(rows: pa.Table) -> dict[str, Floats]:
     p = np.exp(logprobs)
     p_e = np.sqrt(np.maximum(norm**2 - 2 * p + 1, 0.0))  # 0 but for rounding where p is 1
     return {"argmax": argmax, "entropy": entropy, "energy": 1 - p, "p_e": p_e, "norm": norm}
+
+
+def _distance_of_tokens(rows: pa.Table) -> dict[str, Floats]:
+    """Return the summands of `DISTANCE`, [tokens of all rows]."""
+    forward, reverse, ranks = (_flat(rows[name]) for name in DISTANCE_COLUMNS)
+    marginal, shifted = ((ranks > 1) & (ranks <= 3), ranks > 3)
+    return {
+        "kl_forward": forward,
+        "kl_reverse": reverse,
+        "marginal": marginal.astype(np.float64),
+        "shifted": shifted.astype(np.float64),
+    }
 
 
 def _flat(lists: pa.ChunkedArray) -> Floats:
@@ -175,7 +198,11 @@ def cube(
         np.searchsorted(steps, rows["step"].to_numpy()),
     )
     arrays = {}
-    more = [at_position(name, part) for name in DISTRIBUTION for part in (None, *POSITIONS)]
+    more = [
+        at_position(name, part)
+        for name in (*DISTRIBUTION, *DISTANCE)
+        for part in (None, *POSITIONS)
+    ]
     for name in (*MEASURES, "num_tokens", "num_bytes", *(name for name in more if name in rows)):
         arrays[name] = np.full((len(doc_ids), len(categories), len(steps)), np.nan)
         arrays[name][index] = rows[name].to_numpy(dtype=np.float64)

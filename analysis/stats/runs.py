@@ -19,7 +19,14 @@ from sft_probe.errors import UserError
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
-from sft_probe.scores import KEY, SCHEMA, TOKEN_COLUMNS, read_scores, read_scores_parquet
+from sft_probe.scores import (
+    DISTANCE_COLUMNS,
+    KEY,
+    SCHEMA,
+    TOKEN_COLUMNS,
+    read_scores,
+    read_scores_parquet,
+)
 
 _KINDS = {
     "model": str | None,
@@ -31,6 +38,7 @@ _KINDS = {
     "probe_set": str | None,
     "probe_set_sha256": str | None,
     "doc_sha256": dict,
+    "reference": str | None,
 }
 _MAX_NAMED = 5
 _SETTING = (
@@ -61,7 +69,8 @@ class Recording:
     rows: pd.DataFrame
     """From `add_measures`, of one source; empty where only means are known."""
     tokens: pa.Table | None = None
-    """`token_logprobs` and `TOKEN_COLUMNS`; the index of `rows` counts its rows."""
+    """`token_logprobs`, `TOKEN_COLUMNS` and `DISTANCE_COLUMNS`; the index of `rows` counts its
+    rows."""
     means: pd.DataFrame | None = None
     """`split category step value`, where no doc is known; nats with the terminator, as they were
     published."""
@@ -270,7 +279,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         path=path,
         rows=rows,
         step_unit=probe.get("step_unit", "optimizer step"),
-        tokens=table.select(["token_logprobs", *TOKEN_COLUMNS]).combine_chunks(),
+        tokens=table.select(["token_logprobs", *TOKEN_COLUMNS, *DISTANCE_COLUMNS]).combine_chunks(),
         manifest=manifest,
         probe=probe,
         probe_set=probe_set,

@@ -20,6 +20,7 @@ from sft_probe.analysis.stats.curves import half_bracket
 from sft_probe.analysis.stats.intervals import Floats, over_runs, over_runs_and_docs
 from sft_probe.analysis.stats.runs import Recording, load_recordings
 from sft_probe.analysis.stats.verdict import cluster_warnings
+from sft_probe.analysis.studies.matched_kl import at_matched_gain
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 
@@ -100,19 +101,18 @@ class Simplicity:
     notes: list[str]
 
 
-def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
+def simplicity(paths: Sequence[Path]) -> Simplicity:
     """Compute the code lengths of finished runs.
 
     `code_length` is the prequential one, the sum of all first-epoch losses (Blier & Ollivier 2018,
     arXiv 1802.07044). `learned_bits` is what the same texts cost before training less that, where
     the run has scores of trained prompts at step 0. Half of the last held-out gain was first seen
     at `half_gain_by_examples`, and not yet at the probed step before, `half_gain_after_examples`.
-    `with_kl` adds the forward KL from the start at matched gain (arXiv 2509.04259), for which every
-    snapshot is loaded once.
+    Runs swept with `--reference` also have the forward KL from it at matched gain (arXiv
+    2509.04259).
 
     Raises:
-        UserError: a run has no scores or no `first_epoch.jsonl`; with the KL, if it has no snapshot
-            of step 0.
+        UserError: a run has no scores or no `first_epoch.jsonl`.
     """
     recordings = load_recordings(paths)
     losses: dict[str, pd.DataFrame] = {}
@@ -126,13 +126,8 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
     runs = pd.DataFrame([_row(recording, losses[recording.name]) for recording in recordings])[
         COLUMNS
     ]
-    if with_kl:
-        from sft_probe.analysis.studies.divergence import at_matched_gain
-
-        gains = [_gain(recording) for recording in recordings]
-        runs = pd.concat(
-            [runs, at_matched_gain([recording.path for recording in recordings], gains)], axis=1
-        )
+    gains = [_gain(recording) for recording in recordings]
+    runs = pd.concat([runs, at_matched_gain(recordings, gains)], axis=1)
     notes = [
         "raw code lengths mostly rank the entropy of the texts: compare categories on the same "
         "texts",

@@ -78,6 +78,9 @@ class SweepRequest(Benchmarks, Replayable):
     own,near,far,none."""
     columns: Literal["all", "logprob"] = "all"
     """Columns of each token: log-prob, argmax, entropy, rank and norm, or the log-prob alone."""
+    reference: Annotated[str | None, "first|STEP|MODEL"] = None
+    """Also give each token its KL from a second model, held in memory; takes about twice as
+    long."""
     dry_run: bool = False
     """List the checkpoints with step, size and what is scored already, and end."""
 

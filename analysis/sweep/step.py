@@ -7,7 +7,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from sft_probe.analysis.sweep.ownership import (
     stale_parts,
     step_folder,
 )
+from sft_probe.analysis.sweep.reference import REFERENCE, is_beside, reference_name
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.settings import SweepSettings, record
 from sft_probe.errors import UserError
@@ -66,6 +67,7 @@ class Scorer:
         max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory
             runs out.
         benchmarks: those of the request.
+        reference: the model from which distances are taken.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class Scorer:
         settings: SweepSettings,
         max_tokens: int,
         benchmarks: BenchmarkTasks,
+        reference: Checkpoint | None = None,
     ) -> None:
         self.request = request
         self.settings = settings
         self.max_tokens = max_tokens
+        self.reference = reference
         self.identity: Identity = {}
         """Of the checkpoint that is being scored."""
         self._reset()
@@ -158,7 +162,10 @@ class Scorer:
             log.warning("step %d: %s What was scored is kept.", checkpoint.step, error)
             return []
         stale = stale_parts(folder, self.identity)
-        missing = [name for name, path in parts.items() if name in missing or path in stale]
+        alone = [path for path in self._scored_alone(parts) if path not in stale]
+        missing = [
+            name for name, path in parts.items() if name in missing or path in (*stale, *alone)
+        ]
         if missing:
             log.info("step %d: scoring %s", checkpoint.step, ", ".join(missing))
             check_undamaged(checkpoint, self.identity)
@@ -166,16 +173,32 @@ class Scorer:
             check_unchanged(checkpoint, self.identity)
         else:
             log.info("step %d is complete", checkpoint.step)
-        if stale:
-            names = ", ".join(path.name for path in stale)
-            log.warning(
-                "step %d: %s has changed since %s were scored: removed",
-                checkpoint.step,
-                checkpoint.name,
-                names,
-            )
-            remove_parts(self.request.directory, stale)
+        for parts_again, why in (
+            (stale, f"{checkpoint.name} has changed since %s were scored: removed"),
+            (alone, "%s were scored without this reference: removed"),
+        ):
+            if parts_again:
+                names = ", ".join(path.name for path in parts_again)
+                log.warning(f"step %d: {why}", checkpoint.step, names)
+                remove_parts(self.request.directory, parts_again)
         return missing
+
+    @cached_property
+    def _reference_identity(self) -> Identity:
+        assert self.reference is not None  # noqa: S101 - the callers' branch
+        try:
+            identity = identify(self.reference)
+            check_undamaged(self.reference, identity)
+        except UserError as error:
+            raise UserError(f"--reference: {error}") from error
+        return identity
+
+    def _scored_alone(self, parts: dict[str, Path]) -> list[Path]:
+        """Return the splits that were scored without the reference, or beside another one."""
+        if self.reference is None:
+            return []
+        splits = [parts[name] for name in self.request.splits if parts[name].exists()]
+        return [path for path in splits if not is_beside(path, self._reference_identity)]
 
     @contextmanager
     def _new_part(self, folder: Path) -> Iterator[Path]:
@@ -192,7 +215,7 @@ class Scorer:
             self.lm.use(model)
             return
         with _quiet("lm_eval"):
-            self.lm = ProbeLM(
+            lm = ProbeLM(
                 pretrained=model,
                 backend="causal",
                 tokenizer=self.settings.tokenizer,
@@ -201,6 +224,13 @@ class Scorer:
                 max_tokens=self.max_tokens,
                 token_columns=self.request.columns == "all",
             )
+        if self.reference is not None:
+            live = LiveModel(self.request.dtype, self.request.resolved_device, self.settings)
+            try:
+                lm.compare_with(live.load(self.reference, any_config=True))
+            except UserError as error:
+                raise UserError(f"--reference {self.reference.name}: {error}") from error
+        self.lm = lm
 
     def _score_probes(self, checkpoint: Checkpoint, split: str, folder: Path) -> None:
         if split not in self.probe_tasks:
@@ -226,12 +256,16 @@ class Scorer:
         rows = [self._row(doc, score, checkpoint) for doc, score in scored]
         with self._new_part(folder) as temporary:
             write_jsonl(temporary / "rows.jsonl", rows)
+            if self.reference is not None:
+                write_json(temporary / REFERENCE, self._reference_identity)
             if results is not None:
                 self._write_results(temporary, results, checkpoint)
             if faults:
                 write_jsonl(
                     temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults]
                 )
+        if self.reference is not None:
+            record(self.request.directory, reference=reference_name(self.reference))
 
     def _row(
         self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint
@@ -254,6 +288,7 @@ class Scorer:
             logprob_eos=score.logprob_eos,
             is_greedy=score[1],
             token_columns=score.token_columns,
+            distances=score.distances,
         )
 
     def _load_probe_tasks(self, split: str) -> Any:
@@ -369,6 +404,12 @@ def parts_asked_for(request: SweepRequest, folder: Path) -> dict[str, Path]:
     if request.contexts:
         parts[_CONTEXTS] = folder / f"contexts_{'_'.join(sorted(request.contexts))}"
     return parts
+
+
+def is_scored(request: SweepRequest, name: str, part: Path) -> bool:
+    """Return whether a part is there, beside a reference where one is asked for."""
+    is_beside_one = (part / REFERENCE).exists() or name not in request.splits
+    return part.exists() and (request.reference is None or is_beside_one)
 
 
 def _write_error_log(folder: Path) -> str:

@@ -21,9 +21,10 @@ from sft_probe.analysis.sweep.checkpoints import (
 from sft_probe.analysis.sweep.contexts import check_contexts
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
+from sft_probe.analysis.sweep.reference import find_reference
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
-from sft_probe.analysis.sweep.step import Scorer, parts_asked_for
+from sft_probe.analysis.sweep.step import Scorer, is_scored, parts_asked_for
 from sft_probe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
     check_contexts(request.contexts)
+    reference = find_reference(request.reference, checkpoints) if request.reference else None
     benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
         log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)
@@ -64,9 +66,10 @@ def sweep(request: SweepRequest) -> list[Path]:
     index, num_shards = request.shard
     mine = checkpoints[index - 1 :: num_shards]
     if request.engine == "ray" and mine:
-        problems += _on_ray().score_on_ray(request, settings.decided_by, mine)
+        problems += _on_ray().score_on_ray(request, settings.decided_by, mine, reference)
     else:
-        problems += _score_here(Scorer(request, settings, max_tokens, benchmarks), mine)
+        scorer = Scorer(request, settings, max_tokens, benchmarks, reference)
+        problems += _score_here(scorer, mine)
     tables = write_tables(request.directory)
     if problems:
         done = f"the others are in {request.directory}" if tables else "nothing was scored"
@@ -91,7 +94,7 @@ def plan(request: SweepRequest) -> str:
     lines = [f"{'step':>8}  {'size':>9}  {'done':<30} checkpoint"]
     for checkpoint in checkpoints[index - 1 :: num_shards]:
         parts = parts_asked_for(request, step_folder(request.directory, checkpoint.step))
-        done = [name for name, path in parts.items() if path.exists()]
+        done = [name for name, path in parts.items() if is_scored(request, name, path)]
         text = "all" if len(done) == len(parts) else ", ".join(done) or "-"
         size = _size_bytes(checkpoint)
         size_text = "on hub" if size is None else f"{size / 1e6:,.0f} MB"

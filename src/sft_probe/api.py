@@ -180,8 +180,8 @@ class Runs(Sequence["Runs"]):
         """Return a figure of `sft-probe plot` as an Altair chart, which shows itself in a notebook.
 
         Args:
-            figure: `changes`, `levels`, `trajectory`, `parts`, `squeezing`, `docs`, `tokens`,
-                `length`, `data_card`, `benchmarks`, `generations` or `code_length`.
+            figure: `changes`, `levels`, `trajectory`, `parts`, `squeezing`, `kl`, `shift`, `docs`,
+                `tokens`, `length`, `data_card`, `benchmarks`, `generations` or `code_length`.
             split: `heldout` or `train`.
             categories: default: all.
             include_eos: whether the terminator is counted in.

@@ -7,15 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.budget import (
-    MAX_BILLED_CALLS,
-    BudgetSpentError,
-    Limits,
-    Pace,
-    backoff_s,
-    expected_prompt_tokens,
-    price_within,
-)
+from sft_probe.synth.asking import budget
 from sft_probe.synth.asking.protocol import (
     Answer,
     Request,
@@ -51,9 +43,9 @@ class Account:
         UserError: there is a budget and no price.
     """
 
-    def __init__(self, writer: WriterId, store: Store, limits: Limits) -> None:
+    def __init__(self, writer: WriterId, store: Store, limits: budget.Limits) -> None:
         self._writer, self._store, self._max_cost_usd = writer, store, limits.max_cost_usd
-        self._price = price_within(limits, writer)
+        self._price = budget.price_within(limits, writer)
         self._spent_usd, self._reserved_usd, self._num_open = store.cost_usd(), 0.0, 0
         self._settled = asyncio.Condition()
         self._version = store.model_version(writer)
@@ -100,7 +92,7 @@ class Account:
         async with self._settled:
             while not self._fits(cost_usd):
                 if self._num_open == 0:
-                    raise BudgetSpentError(
+                    raise budget.BudgetSpentError(
                         f"the budget is spent: ${self._spent_usd:.4f} of "
                         f"${self._max_cost_usd:.4f}, and the next call may cost ${cost_usd:.4f}. "
                         "All answers so far are stored; raise --max-cost-usd to continue."
@@ -179,11 +171,11 @@ class Caller:
         UserError: there is a budget and no price.
     """
 
-    def __init__(self, writer: Writer, store: Store, limits: Limits) -> None:
+    def __init__(self, writer: Writer, store: Store, limits: budget.Limits) -> None:
         self.account = Account(writer, store, limits)
         self._writer, self._limits = writer, limits
-        self._requests = Pace(limits.requests_per_minute, time.monotonic)
-        self._tokens = Pace(limits.tokens_per_minute, time.monotonic)
+        self._requests = budget.Pace(limits.requests_per_minute, time.monotonic)
+        self._tokens = budget.Pace(limits.tokens_per_minute, time.monotonic)
         self._stopped = asyncio.Event()
 
     def stop(self) -> None:
@@ -211,7 +203,7 @@ class Caller:
             except RetryLater as wait:
                 seconds = pause_s(self._limits, attempt, wait)
                 num_billed += wait.maybe_billed
-                if attempt == self._limits.max_attempts or num_billed == MAX_BILLED_CALLS:
+                if attempt == self._limits.max_attempts or num_billed == budget.MAX_BILLED_CALLS:
                     failure = failed_answer(str(wait), wait.raw)
                     return await self.account.save(request, failure, attempt)
                 if wait.wait_s:
@@ -228,7 +220,9 @@ class Caller:
 
     async def _take_turn(self, request: Request) -> bool:
         """Wait for a place; return False where the run is stopped."""
-        delay_s = max(self._requests.book(1), self._tokens.book(expected_prompt_tokens(request)))
+        delay_s = max(
+            self._requests.book(1), self._tokens.book(budget.expected_prompt_tokens(request))
+        )
         while await self._sleep(delay_s):
             if not self._requests.is_held():
                 return True
@@ -244,7 +238,7 @@ class Caller:
         return not self._stopped.is_set()
 
 
-def pause_s(limits: Limits, attempt: int, wait: RetryLater) -> float:
+def pause_s(limits: budget.Limits, attempt: int, wait: RetryLater) -> float:
     """Return the seconds to wait after a failed attempt: those that the server names, or the usual
     backoff where it names none or less than a second.
 
@@ -257,4 +251,4 @@ def pause_s(limits: Limits, attempt: int, wait: RetryLater) -> float:
             f"the server asks to wait {named_s:.0f} s ({wait}). All answers so far are stored; run "
             "the same command then."
         ) from None
-    return named_s if named_s >= _MIN_WAIT_S else named_s + backoff_s(limits, attempt)
+    return named_s if named_s >= _MIN_WAIT_S else named_s + budget.backoff_s(limits, attempt)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from types import FrameType
@@ -107,7 +107,7 @@ def ask_all(
     Args:
         requests: may be a generator of any length; a thousand are held at a time. (Batch writers
             hold all.)
-        writer: the writer.
+        writer: is asked.
         store: holds the answers; locked meanwhile.
         limits: rates, retries and money.
         progress: the live line, where the caller also counts in it.
@@ -138,13 +138,11 @@ def _warn_of_earlier_runs(store: Store, limits: Limits) -> None:
             "free",
             number,
         )
-    count, cost_usd = store.lost_calls()
-    if count:
+    if (lost := store.lost_calls())[0]:
         _LOG.warning(
             "%d calls of earlier runs were made and never answered (killed, cut or timed out). "
             "They may have been paid for: $%.4f is counted as spent.",
-            count,
-            cost_usd,
+            *lost,
         )
 
 
@@ -155,31 +153,29 @@ def _stopped_by_signals(run: "_LiveRun", loop: asyncio.AbstractEventLoop) -> Ite
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_stopping = False
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def install(handle: Callable[[int, FrameType | None], None]) -> None:
-        for number in signals:
-            signal.signal(number, handle)
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        install(abandon)
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            restore()
+            _LOG.warning("stopped at once; calls in flight are lost and count as paid")
+            loop.call_soon_threadsafe(run.abandon)
+            return
+        is_stopping = True
         _LOG.warning(
             "stopping; waiting for calls in flight, which are paid for (Ctrl-C: do not wait)"
         )
         run.failure = run.failure or SystemExit(128 + number)  # the loop may not run any more
         loop.call_soon_threadsafe(run.stop, run.failure)
 
-    def abandon(_number: int, _frame: FrameType | None) -> None:
-        restore()
-        _LOG.warning("stopped at once; calls in flight are lost and count as paid")
-        loop.call_soon_threadsafe(run.abandon)
-
-    install(stop)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -8,9 +8,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sft_probe.errors import UserError
 from sft_probe.synth.options import SynthRun
@@ -31,8 +30,8 @@ _MODELS = {
     "gemini-batch": _GEMINI,
     "offline": "helpful-mini",
 }
-_FLASH_LITE = re.compile(r"gemini-(?:[3-9]|\d\d)[\d.]*-flash-lite")
 _LEAST: tuple[tuple[str, dict[str, int | str], int], ...] = (
+    (r"gemini-(?:[3-9]|\d\d)[\d.]*-flash-lite", {}, 0),  # its default is the least
     (r"gemini-2\.5-flash(?!-lite)", {"thinkingBudget": 0}, 0),
     (r"gemini-2\.5-pro", {"thinkingBudget": 128}, 128),
     (r"gemini-(?:[3-9]|\d\d)[\d.]*-pro", {"thinkingLevel": "low"}, 1024),
@@ -42,17 +41,13 @@ _UNLIMITED_TOKENS = 2048
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Thinking:
+class Thinking(NamedTuple):
     """Limits of a model's thoughts, which are billed as output and leave less room for the text."""
 
     config: dict[str, int | str]
     """`thinkingConfig` of the API; empty for the model's own default."""
     num_tokens: int
     """Tokens to add to the output limit of each text."""
-
-
-NO_THINKING = Thinking({}, 0)
 
 
 def make_writer(options: SynthRun) -> "AnyWriter":
@@ -125,14 +120,12 @@ def thinking_tokens(options: SynthRun) -> int:
 def least_thinking(writer: str, model: str) -> Thinking:
     """Return the least thinking that the API allows for a Gemini model; nothing for all others."""
     name = model.removeprefix("models/")
-    if not writer.startswith("gemini") or _FLASH_LITE.match(name):  # flash-lite's default is least
-        return NO_THINKING
-    for pattern, config, num_tokens in _LEAST:
+    for pattern, config, num_tokens in _LEAST if writer.startswith("gemini") else ():
         if re.match(pattern, name):
-            if writer == "gemini-legacy":  # its package cannot limit thoughts
+            if config and writer == "gemini-legacy":  # its package cannot limit thoughts
                 return Thinking({}, _UNLIMITED_TOKENS)
             return Thinking(config, num_tokens)
-    return NO_THINKING
+    return Thinking({}, 0)
 
 
 def key_version(api_version: str, writer: str, model: str) -> str:

@@ -23,19 +23,9 @@ from sft_probe.synth.asking.protocol import (
     failed_answer,
     invalid_answer,
 )
-from sft_probe.synth.writers import key_version, least_thinking
+from sft_probe.synth.writers import key_version, least_thinking, replies
 from sft_probe.synth.writers.http import Connection, guarded_client
 from sft_probe.synth.writers.keys import read_key
-from sft_probe.synth.writers.replies import (
-    answer_for_http_error,
-    answer_in,
-    answer_of,
-    at,
-    checked_text,
-    message_of,
-    read_reply,
-    token_count,
-)
 
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 _BLOCKED = (
@@ -137,7 +127,7 @@ class GeminiWriter(_GeminiSdk):
                 model=self.model, contents=request.prompt, config=config
             )
         )
-        return read_reply(self._connection, called.reply, read_answer)
+        return replies.read_reply(self._connection, called.reply, read_answer)
 
 
 def read_answer(response: dict[str, Any], raw: str) -> Answer:
@@ -147,19 +137,19 @@ def read_answer(response: dict[str, Any], raw: str) -> Answer:
     """
     if not any(response.get(name) for name in ("candidates", "promptFeedback", "usageMetadata")):
         return Answer(status="error", raw=raw, reason="the answer is none of the Gemini API")
-    return answer_of(
+    return replies.answer_of(
         raw,
         _read_candidate(response),
         version=response.get("modelVersion"),
         tokens=_usage(response),
-        thoughts=at(response, "usageMetadata", "thoughtsTokenCount"),
+        thoughts=replies.at(response, "usageMetadata", "thoughtsTokenCount"),
     )
 
 
 def _read_candidate(response: dict[str, Any]) -> tuple[str, str | None, str | None]:
     """Return status, text and reason."""
-    candidate = at(response, "candidates", 0)
-    if reason := at(response, "promptFeedback", "blockReason"):
+    candidate = replies.at(response, "candidates", 0)
+    if reason := replies.at(response, "promptFeedback", "blockReason"):
         return "blocked", None, f"prompt: {reason}"
     if not isinstance(candidate, dict):
         return "blocked", None, "prompt: no candidates"
@@ -170,13 +160,13 @@ def _read_candidate(response: dict[str, Any]) -> tuple[str, str | None, str | No
         return "blocked", None, finish
     if finish != "STOP":
         return "invalid", None, f"finish reason {finish}"
-    parts = at(candidate, "content", "parts")
+    parts = replies.at(candidate, "content", "parts")
     texts = [
-        at(part, "text")
+        replies.at(part, "text")
         for part in (parts if isinstance(parts, list) else [])
-        if not at(part, "thought")
+        if not replies.at(part, "thought")
     ]
-    return checked_text("".join(text for text in texts if isinstance(text, str)))
+    return replies.checked_text("".join(text for text in texts if isinstance(text, str)))
 
 
 def _usage(response: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -185,9 +175,9 @@ def _usage(response: dict[str, Any]) -> tuple[int | None, int | None]:
     Thoughts are billed as output.
     """
     names = ("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
-    given = [at(response, "usageMetadata", name) for name in names]
-    prompt, text, thoughts, total = map(token_count, given)
-    is_whole = all(token_count(count) is not None for count in given if count is not None)
+    given = [replies.at(response, "usageMetadata", name) for name in names]
+    prompt, text, thoughts, total = map(replies.token_count, given)
+    is_whole = all(replies.token_count(count) is not None for count in given if count is not None)
     if prompt is None or not is_whole or (total is None and text is None):
         return None, None
     output = (text or 0) + (thoughts or 0)
@@ -273,10 +263,10 @@ class GeminiBatchWriter(_GeminiSdk):
             raise RetryLater(f"no answer in {_TIMEOUT_S:g} s", maybe_billed=True) from None
         reply = called.reply
         if reply.status == 404:
-            reason = message_of(reply.json()) or "no reason given"
+            reason = replies.message_of(reply.json()) or "no reason given"
             raise _GoneError(f"HTTP 404: {self._connection.clean(reason)}")
         if not 200 <= reply.status < 300:
-            answer = answer_for_http_error(self._connection, reply, reply.json())
+            answer = replies.answer_for_http_error(self._connection, reply, reply.json())
             raise UserError(f"the server refuses a batch job: {answer.reason}.")
         if called.error is not None:
             raise RetryLater(f"the answer is unreadable ({called.error})", maybe_billed=True)
@@ -310,7 +300,7 @@ def _read_line(line: bytes, connection: Connection) -> tuple[str, Answer]:
     if isinstance(response, dict):
         raw = connection.key.redact(json.dumps(response))
         try:
-            return key, answer_in(connection, response, raw, read_answer)
+            return key, replies.answer_in(connection, response, raw, read_answer)
         except RetryLater as wait:
             return key, replace(failed_answer(str(wait), wait.raw), num_prompt_tokens=None)
     if not isinstance(error, dict):

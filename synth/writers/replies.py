@@ -42,12 +42,8 @@ def answer_of(
 ) -> Answer:
     """Return an answer, with a remark where thoughts left no room for its text.
 
-    Args:
-        raw: the whole reply.
-        read: status, text and reason.
-        version: of the model, as the server says it.
-        tokens: numbers of tokens of prompt and output.
-        thoughts: number of tokens of thoughts, as the server says it.
+    `read` is its status, text and reason, `tokens` the numbers for prompt and output; version and
+    thoughts (their number of tokens) are as the server says them.
     """
     status, text, reason = read
     num_thoughts, num_output = token_count(thoughts) or 0, tokens[1]

@@ -152,7 +152,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(
             name, f" {KEY}\n"
         )  # as `$(cat key.txt)` of an editor on another system gives it
-    monkeypatch.setattr("sft_probe.synth.asking.call.backoff_s", lambda *_: 0.0)
+    monkeypatch.setattr("sft_probe.synth.asking.budget.backoff_s", lambda *_: 0.0)
 
 
 def command(tmp_path: Path, writer: str, url: str, num_docs: int = NUM_DOCS) -> list[Any]:

@@ -17,8 +17,10 @@ from synth_fakes import ECHOED, raw_rows, read_rows, write_rows, write_templates
 
 from sft_probe.probe_set import load_probe_set
 from sft_probe.synth.asking.store import request_key
-from sft_probe.synth.build import SetPlan, SetSettings, plan_set
+from sft_probe.synth.build import SetPlan, plan_set
+from sft_probe.synth.options import SynthRun
 from sft_probe.synth.sources import read_pairs
+from sft_probe.synth.splits import RULE
 from sft_probe.synth.writers.gemini import GeminiBatchWriter
 from sft_probe.synth.writers.offline import OfflineWriter
 
@@ -422,17 +424,12 @@ def test_the_untrained_model_adds_its_own_answer(tmp_path: Path, sft_probe: Run)
     assert "<|im" not in "".join(answers.values())
 
 
-def plan_of(source: Path, **changes: Any) -> SetPlan:
-    settings = {
-        "source": str(source),
-        "kinds": ("paraphrase", "non_response"),
-        "templates": None,
-        "prompt_format": "hh",
-        "heldout_frac": None,
-        "limit": None,
-        "seed": 3,
-    }
-    return plan_set(SetSettings(**(settings | changes)), [])
+def plan_of(source: Path, rule: int = RULE, **changes: Any) -> SetPlan:
+    kinds = ("paraphrase", "non_response")
+    options = SynthRun(
+        source=str(source), out=source.parent, categories=kinds, **({"seed": 3} | changes)
+    )
+    return plan_set(options, [], rule=rule)
 
 
 def many_rows(first: int, last: int) -> list[dict[str, str]]:
