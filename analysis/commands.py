@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sft_probe.analysis.figures.names import FIGURES, FORMATS
+from sft_probe.analysis.stats.places import check_runs
+from sft_probe.analysis.sweep.checkpoints import snapshots_of_run
 from sft_probe.command_line import config_of, write_config
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, check_names
+from sft_probe.files import check_exists
 from sft_probe.options import (
     Command,
     Names,
@@ -21,6 +25,7 @@ from sft_probe.options import (
     Replayable,
     Shard,
 )
+from sft_probe.recipes import find_recipe
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,10 @@ class Analyze(Selection):
     """Directory of the tables. Default: RUN/analysis for one run, ./tables for several."""
     format: Literal["text", "md", "latex", "csv"] = "text"
     """Form of what is printed; all but text are the tables alone, as a paper needs them."""
+
+    def check(self) -> None:
+        """Check the runs, and the categories where they are recorded."""
+        check_runs(self.runs, self.categories)
 
     def execute(self) -> None:
         """Print the verdict and write the tables."""
@@ -115,6 +124,14 @@ class Plot(Selection):
     """Formats of the files: png, svg, pdf, html."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the figures. Default: RUN/figures, or ./figures for several runs."""
+
+    def check(self) -> None:
+        """Check the runs, and the names of figures, formats and categories."""
+        check_names("--format", "format", self.format, FORMATS)
+        check_names("--figures", "figure", self.figures or (), FIGURES)
+        check_runs(self.runs, self.categories)
+        if self.labels:
+            check_exists(self.labels)
 
     def execute(self) -> None:
         """Draw the figures."""
@@ -171,6 +188,10 @@ class Report(Selection):
     out: Annotated[Path | None, "FILE"] = None
     """Where the report goes. Default: RUN/report.html, or ./report.html for several runs."""
 
+    def check(self) -> None:
+        """Check the runs, and the categories where they are recorded."""
+        check_runs(self.runs, self.categories)
+
     def execute(self) -> None:
         """Write the report."""
         try:
@@ -200,6 +221,11 @@ class Simplicity(Command):
     """Finished training runs."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables and a figure. Default: nothing is written."""
+
+    def check(self) -> None:
+        """Check that the runs are there."""
+        for path in self.runs:
+            check_exists(path)
 
     def execute(self) -> None:
         """Print the comparison, and write it where --out is given."""
@@ -251,10 +277,18 @@ class Transfer(Training):
     out: Annotated[Path, "DIR"] = Path("transfer")
     """Directory of the runs, tables and figures."""
 
-    def execute(self) -> None:
-        """Train what is missing, print the matrix, and write tables and figures."""
+    def check(self) -> None:
+        """Check the runs, or the recipe that they are trained by."""
         if bool(self.runs) == bool(self.train_on):
             raise UserError("transfer needs either --runs or --train-on.")
+        check_runs([Path(run) for run in self.runs])
+        if self.train_on and self.recipe is None:
+            raise UserError("--train-on needs --recipe, that of `sft-probe train`.")
+        if self.recipe is not None:
+            find_recipe(self.recipe)
+
+    def execute(self) -> None:
+        """Train what is missing, print the matrix, and write tables and figures."""
         from sft_probe.analysis.report.transfer_text import transfer_text
         from sft_probe.analysis.studies.transfer import transfer, write_transfer
 
@@ -275,12 +309,10 @@ class Transfer(Training):
     def _train(self) -> list[str]:
         from sft_probe.analysis.studies.training_runs import train_rows
 
-        if self.recipe is None:
-            raise UserError("--train-on needs --recipe, that of `sft-probe train`.")
         return train_rows(
             self.train_on or (),
             self.out,
-            recipe=self.recipe,
+            recipe=str(self.recipe),
             num_orders=self.order_seeds,
             shard=self.shard,
             extra=shlex.split(self.train_flags),
@@ -310,6 +342,10 @@ class Ledger(Command):
     """Held-out docs whose gradients --path takes."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of table and figure. Default: RUN/analysis."""
+
+    def check(self) -> None:
+        """Check the run, and the categories where they are recorded."""
+        check_runs([self.run], self.categories)
 
     def execute(self) -> None:
         """Print the parts, and write table and figure."""
@@ -359,6 +395,10 @@ class Words(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables. Default: RUN/analysis."""
 
+    def check(self) -> None:
+        """Check the run, and the categories where they are recorded."""
+        check_runs([self.run], self.categories)
+
     def execute(self) -> None:
         """Print the classes and the words that gained most, and write the tables."""
         from sft_probe.analysis.report.studies_text import words_text
@@ -386,6 +426,10 @@ class Weights(Command):
     """A run with snapshots of two steps or more."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of tables and figure. Default: RUN/analysis."""
+
+    def check(self) -> None:
+        """Check that the run has snapshots."""
+        snapshots_of_run(self.run)
 
     def execute(self) -> None:
         """Print the last step by layer and kind, and write tables and a figure."""

@@ -17,7 +17,8 @@ import vl_convert
 
 from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
-from sft_probe.analysis.figures.plot import FIGURES, figures_of, share_steps
+from sft_probe.analysis.figures.names import FIGURES
+from sft_probe.analysis.figures.plot import figures_of, share_steps
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
@@ -30,7 +31,8 @@ from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
 from sft_probe.analysis.stats.measures import PARTS
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
+from sft_probe.analysis.stats.places import named_path
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
 from sft_probe.errors import UserError

@@ -31,14 +31,14 @@ from sft_probe.analysis.stats.distribution import (
 )
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.measures import PARTS
+from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import (
     SPLIT_NAMES,
     Recording,
     load_recordings,
-    named_path,
 )
 from sft_probe.analysis.stats.verdict import cluster_warnings, share_text, verdict_table
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import UserError, check_names
 from sft_probe.files import make_dir, write_text
 from sft_probe.probe_set import SPLITS
 from sft_probe.scores import write_parquet
@@ -150,12 +150,7 @@ def common_measure(recordings: Sequence[Recording], *, include_eos: bool = False
 
 def _check_categories(recordings: Sequence[Recording], categories: Sequence[str]) -> None:
     known = {name: None for run in recordings for split in SPLITS for name in run.categories(split)}
-    for name in categories:
-        if name not in known:
-            raise UserError(
-                f"--categories {name}: the runs have only {', '.join(known)}."
-                f"{did_you_mean(name, known)}"
-            )
+    check_names("--categories", "category", categories, list(known))
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:

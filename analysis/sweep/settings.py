@@ -13,7 +13,7 @@ from filelock import FileLock
 from sft_probe import __version__
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.live_model import active_part, model_config, tokenizer_of
-from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.request import SweepRequest, run_manifest
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import check_weights_fit, load_tokenizer, local_folder
@@ -46,14 +46,6 @@ _FIXED = (
     "step_unit",
     "model_config",
 )
-_RUN_MANIFEST = {"prompt_format": str, "prompt_format_source": str, "request": dict}
-_RUN_MANIFEST_OPTIONAL = {
-    "probe_set": str | None,
-    "max_length": int | None,
-    "model": str | None,
-    "train_category": str | None,
-    "order_seed": int | None,
-}
 _SWEEP_MANIFEST = {"max_tokens": int}
 _SWEEP_MANIFEST_OPTIONAL = {"model": str | None, "run": str, "sources": list, "model_config": dict}
 
@@ -96,7 +88,7 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
             the run, no checkpoint can be read, or no doc fits.
     """
     foreign = bool(request.checkpoints or request.model)
-    manifest = {} if foreign else _run_manifest(request.directory)
+    manifest = run_manifest(request)
     earlier = sweep_manifest(request.directory) or {}
     source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
     probe_set = load_probe_set(source)
@@ -174,16 +166,6 @@ def _recorded_format(directory: Path) -> str | None:
     stays what it was."""
     earlier = sweep_manifest(directory) or {}
     return earlier.get("prompt_format_source") or earlier.get("prompt_format")
-
-
-def _run_manifest(directory: Path) -> dict[str, Any]:
-    if not (directory / "manifest.json").exists():
-        raise UserError(
-            f"{directory} holds no finished run (manifest.json is missing). Run the same "
-            "`sft-probe train` command "
-            "again, or name foreign checkpoints with --checkpoints or --model."
-        )
-    return read_object(directory / "manifest.json", _RUN_MANIFEST, _RUN_MANIFEST_OPTIONAL)
 
 
 def sweep_manifest(directory: Path) -> dict[str, Any] | None:

@@ -12,17 +12,11 @@ from types import ModuleType
 from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
-from sft_probe.analysis.sweep.checkpoints import (
-    Checkpoint,
-    checkpoints_matching,
-    hub_revisions,
-    snapshots_of_run,
-)
-from sft_probe.analysis.sweep.contexts import check_contexts
+from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.reference import find_reference
-from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.request import SweepRequest, find_checkpoints
 from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
 from sft_probe.analysis.sweep.step import Scorer, is_scored, parts_asked_for
 from sft_probe.errors import UserError
@@ -37,10 +31,9 @@ def sweep(request: SweepRequest) -> list[Path]:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
             be.
     """
-    checkpoints, problems = _find(request)
+    checkpoints, problems = find_checkpoints(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
-    check_contexts(request.contexts)
     reference = find_reference(request.reference, checkpoints) if request.reference else None
     benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
@@ -89,7 +82,7 @@ def plan(request: SweepRequest) -> str:
     Raises:
         UserError: no checkpoint is found, or the step of one is not clear.
     """
-    checkpoints, problems = _find(request)
+    checkpoints, problems = find_checkpoints(request)
     index, num_shards = request.shard
     lines = [f"{'step':>8}  {'size':>9}  {'done':<30} checkpoint"]
     for checkpoint in checkpoints[index - 1 :: num_shards]:
@@ -141,11 +134,3 @@ def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
         for problem in found:
             log.error("step %d: %s", checkpoint.step, problem)
     return problems
-
-
-def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
-    if request.checkpoints:
-        return checkpoints_matching(request.checkpoints)
-    if request.model:
-        return hub_revisions(request.model, request.revisions), []
-    return snapshots_of_run(request.directory)

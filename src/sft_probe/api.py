@@ -9,7 +9,7 @@ import pandas as pd
 from sft_probe.analysis.stats.analyze import Analysis, common_measure, tables_of, verdict_text
 from sft_probe.analysis.stats.comparison import Comparison, compare_recordings
 from sft_probe.analysis.stats.runs import Recording, load_recordings
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, check_names
 from sft_probe.probe_set import DEFAULT_PROBE_SET, ProbeSet
 from sft_probe.probe_set import load_probe_set as _load_probe_set
 
@@ -193,10 +193,10 @@ class Runs(Sequence["Runs"]):
             runs.plot("parts").save("parts.html")
         """
         from sft_probe.analysis.figures.figure import Style
-        from sft_probe.analysis.figures.plot import FIGURES, figures_of
+        from sft_probe.analysis.figures.names import FIGURES
+        from sft_probe.analysis.figures.plot import figures_of
 
-        if figure not in FIGURES:
-            raise UserError(f"{figure!r} is none of the figures {', '.join(FIGURES)}.")
+        check_names("plot", "figure", [figure], FIGURES)
         analysis = self.analysis(categories=categories, include_eos=include_eos)
         style = Style(color=color, width=width)
         drawn = {found.name: found for found in figures_of(analysis, style, [figure])}

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean
 from sft_probe.files import find, read_object
 
 CATEGORIES = ("chosen", "rejected", "paraphrase", "variant", "random", "non_response")
@@ -193,6 +193,14 @@ def read_probe_set(source: str) -> ProbeSet:
     )
 
 
+def check_source(source: str) -> None:
+    """Raise `UserError` where there is no probe set at `source`, as far as this disk tells: a hub
+    id is not looked up."""
+    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    if not is_hub_id or Path(source).exists():
+        _files_of(source)
+
+
 def _check_kind(source: str, rows: list["_Row"]) -> None:
     """Raise `UserError` where rows are data of another kind, saying how to make a set of them."""
     columns = dict.fromkeys(name for row in rows[:100] for name in row.value)
@@ -255,16 +263,15 @@ def _files_of(source: str) -> list[Path]:
 
 
 def _hub_snapshot(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    known = ", ".join(EMBEDDED_PROBE_SETS)
     hint = (
-        f"no probe set {source!r}: it is no file or directory here, none of the embedded sets "
-        f"({known})"
+        f"there is no probe set {source!r}.{did_you_mean(source, EMBEDDED_PROBE_SETS)} It is no "
+        f"file or directory here, not embedded ({', '.join(EMBEDDED_PROBE_SETS)})"
     )
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(f"{hint}, and no data set id of the hub.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return Path(
             snapshot_download(

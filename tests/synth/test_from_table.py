@@ -119,7 +119,7 @@ def test_bad_tables_are_user_errors(tmp_path: Path, sft_probe: Run) -> None:
         sft_probe(*base, "--prompt", "q", "--category", "chosen=good", "--heldout", 50)
     )
     missing = ("probe-set", "--from-table", tmp_path / "no.csv", "--out", tmp_path / "set")
-    assert "cannot read the table" in user_error(
+    assert "no.csv does not exist" in user_error(
         sft_probe(*missing, "--prompt", "q", "--category", "chosen=good")
     )
 
