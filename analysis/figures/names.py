@@ -6,4 +6,7 @@ OF_A_SPLIT = (
     *("data_card", "trajectory", "changes", "levels", "parts"),
     *("squeezing", "kl", "shift", "docs", "tokens", "length"),
 )
-FIGURES = (*OF_A_SPLIT, "comparison", "benchmarks", "generations", "code_length")
+FIGURES = (
+    *OF_A_SPLIT,
+    *("comparison", "benchmarks", "forgetting", "generations", "code_length"),
+)

@@ -18,7 +18,12 @@ from sft_probe.analysis.figures.categories import (
     parts_of,
     runs_chart,
 )
-from sft_probe.analysis.figures.distribution import DISTANCES, distance_figure, squeezing_figure
+from sft_probe.analysis.figures.distribution import (
+    DISTANCES,
+    distance_figure,
+    forgetting_figure,
+    squeezing_figure,
+)
 from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
 from sft_probe.analysis.figures.names import DEFAULT_FORMATS
@@ -109,6 +114,7 @@ def figures_of(
         makers = dict(_makers_of_several(analysis, style))
     else:
         makers = dict(_makers_of_one(analysis, recordings[0], style))
+    makers["forgetting", ""] = partial(forgetting_figure, analysis.items, style)
     makers["code_length", ""] = partial(code_length_figure, recordings, style)
     for (name, _), make in makers.items():
         if not wanted or name in wanted:

@@ -22,11 +22,11 @@ from sft_probe.analysis.figures.plot import figures_of, share_steps
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
+    benchmark_tables,
     notes_of,
     over_runs_text,
     sentences_of,
 )
-from sft_probe.analysis.stats.benchmarks import shown_benchmarks
 from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
@@ -161,14 +161,16 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
     """Return `title figures` for each run, then for all of them; a figure is `id title spec`."""
     style = Style(width=780, font_size=12)
     several = len(analysis.recordings) > 1
-    own = set(FIGURES) - ({"trajectory", "code_length"} if several else {"trajectory"})
+    own = set(FIGURES) - (
+        {"trajectory", "code_length", "forgetting"} if several else {"trajectory"}
+    )
     parts = [
         (recording.name, f"{number}", _of_run(analysis, recording), style, own)
         for number, recording in enumerate(analysis.recordings)
     ]
     if several:
         by_run = replace(style, color="run")
-        shared = {"changes", "comparison", "code_length"}
+        shared = {"changes", "comparison", "code_length", "forgetting"}
         parts.append(("all runs", "all", analysis, style, shared))
         if share_steps(analysis.recordings):
             parts.append(("all runs", "all", analysis, by_run, {"changes"}))
@@ -221,6 +223,7 @@ def _of_run(analysis: Analysis, recording: Recording) -> Analysis:
         verdict=analysis.verdict[analysis.verdict["run"] == recording.name],
         contrasts=analysis.contrasts,
         distribution=analysis.distribution,
+        items=analysis.items,
         over_runs=pd.DataFrame(),
     )
 
@@ -247,7 +250,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
-        "benchmarks": shown_benchmarks(recording.benchmarks, recording.step_unit),
+        "benchmarks": benchmark_tables(analysis, recording),
         "texts": texts,
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
@@ -336,8 +339,13 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
             lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
-        if shown := run["benchmarks"]:
-            lines += ["", f"### {_md(shown.title.capitalize())}", "", _md_row(shown.columns)]
+        for shown in run["benchmarks"]:
+            lines += [
+                "",
+                f"### {_md(shown.title[0].upper() + shown.title[1:])}",
+                "",
+                _md_row(shown.columns),
+            ]
             lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]

@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sft_probe.analysis.stats.clusters import cluster_ids, membership
-from sft_probe.text_table import Form, interval, number, text_table
+from sft_probe.text_table import Shown, interval, number
 
 _NORMAL = 1.96
 _MAX_ROWS = 20
@@ -71,7 +71,7 @@ def _clustered_error(
     values = np.array(pairs, dtype=np.float64).reshape(len(found), -1)
     weights = values[:, 1] if is_ratio else np.ones(len(found))
     mean = values[:, 0].sum() / weights.sum()
-    clusters = cluster_ids([_text_of(item.get("doc")) for item in samples])
+    clusters = cluster_ids([text_of(item.get("doc")) for item in samples])
     number = int(clusters.max()) + 1
     if not abs(mean - value) <= _ROUNDING * max(1.0, abs(value)) or number < 2:
         return None, None
@@ -80,8 +80,8 @@ def _clustered_error(
     return math.sqrt(variance), number
 
 
-def _text_of(doc: object) -> str | None:
-    """Return the text that an item is about, which others may share."""
+def text_of(doc: object) -> str | None:
+    """Return the text that an item of a benchmark is about, which other items may share."""
     if not isinstance(doc, Mapping):
         return None
     return next((json.dumps(doc[name]) for name in _TEXTS if doc.get(name)), None)
@@ -110,15 +110,7 @@ def benchmark_changes(table: pd.DataFrame) -> pd.DataFrame:
     return found.iloc[moved.sort_values(ascending=False, kind="stable").index]
 
 
-class ShownBenchmarks(NamedTuple):
-    """What is printed of benchmarks."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-
-def shown_benchmarks(table: pd.DataFrame | None, step_unit: str) -> ShownBenchmarks | None:
+def shown_benchmarks(table: pd.DataFrame | None, step_unit: str) -> Shown | None:
     """Return what benchmarks and other measures changed, 20 at most; none where all have one step
     only."""
     found = benchmark_changes(table) if table is not None else pd.DataFrame()
@@ -143,12 +135,4 @@ def shown_benchmarks(table: pd.DataFrame | None, step_unit: str) -> ShownBenchma
     if len(found) > len(shown):
         title += f"; {len(shown)} of {len(found)}, those that moved most for their standard error"
     columns = ["benchmark", "metric", "filter", "first", "last", "change", "95 % interval"]
-    return ShownBenchmarks(title, columns, rows)
-
-
-def benchmarks_text(table: pd.DataFrame | None, step_unit: str, form: Form = "text") -> str:
-    """Return a table of what benchmarks and other measures changed, or nothing."""
-    shown = shown_benchmarks(table, step_unit)
-    if shown is None:
-        return ""
-    return f"{shown.title}\n\n{text_table(shown.columns, shown.rows, form, left=3)}"
+    return Shown(title, columns, rows)

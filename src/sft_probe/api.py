@@ -148,7 +148,7 @@ class Runs(Sequence["Runs"]):
         self, *, categories: Sequence[str] | None = None, include_eos: bool = False
     ) -> Analysis:
         """Return all tables of `sft-probe analyze`: `changes`, `verdict`, `contrasts`,
-        `distribution`, `over_runs` and, of two runs, `comparison`.
+        `distribution`, `items`, `over_runs` and, of two runs, `comparison`.
 
         Args:
             categories: default: all.
@@ -181,7 +181,8 @@ class Runs(Sequence["Runs"]):
 
         Args:
             figure: `changes`, `levels`, `trajectory`, `parts`, `squeezing`, `kl`, `shift`, `docs`,
-                `tokens`, `length`, `data_card`, `benchmarks`, `generations` or `code_length`.
+                `tokens`, `length`, `data_card`, `benchmarks`, `forgetting`, `generations` or
+                `code_length`.
             split: `heldout` or `train`.
             categories: default: all.
             include_eos: whether the terminator is counted in.

@@ -4,13 +4,21 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from tabulate import tabulate
 
 Form = Literal["text", "md", "latex", "csv"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _NAMES = {"text": "plain", "md": "github", "latex": "latex_booktabs"}
+
+
+class Shown(NamedTuple):
+    """A table as it is printed, under its title."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def text_table(
@@ -32,6 +40,11 @@ def text_table(
     align = ["left" if number < left else "right" for number in range(len(columns))]
     table = tabulate(cells, list(columns), _NAMES[form], disable_numparse=True, colalign=align)
     return str(table)
+
+
+def shown_text(shown: Shown, form: Form = "text", *, left: int = 1) -> str:
+    """Return a table under its title; other arguments as for `text_table`."""
+    return f"{shown.title}\n\n{text_table(shown.columns, shown.rows, form, left=left)}"
 
 
 def number(value: float, form: str) -> str:

@@ -11,7 +11,6 @@ import statsmodels.api as sm
 from sft_probe.analysis.stats.benchmarks import (
     benchmark_changes,
     benchmark_rows,
-    benchmarks_text,
     shown_benchmarks,
 )
 
@@ -92,6 +91,6 @@ def test_changes_are_in_the_order_of_their_size_in_standard_errors() -> None:
     shown = shown_benchmarks(many, "optimizer step")
     assert shown is not None
     assert len(shown.rows) == 20
-    assert "20 of 27, those that moved most" in benchmarks_text(many, "optimizer step")
+    assert "20 of 27, those that moved most" in shown.title
     assert shown_benchmarks(pd.DataFrame(rows[-1:]), "optimizer step") is None
     assert shown_benchmarks(None, "optimizer step") is None
