@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from sft_probe.command_line import write_config
+from sft_probe.command_line import log_written, write_config
 from sft_probe.errors import UserError, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
@@ -195,6 +195,7 @@ def _train_unless_complete(
             write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
     if arguments.should_save:
         run_dir.finish_run(folder)
+        log_written([folder], f"sweep {folder}")
     return False
 
 

@@ -21,11 +21,11 @@ from sft_probe.analysis.commands import (
 )
 from sft_probe.analysis.import_commands import Import, PublishedGet, PublishedList
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.command_line import Parser, read_command
+from sft_probe.command_line import Parser, log_written, read_command
 from sft_probe.errors import UserError, exit_on_user_error, quiet, unknown
 from sft_probe.files import check_exists
 from sft_probe.options import Command, Heldout, OldName, Positional, Positive, about, options_of
-from sft_probe.probe_set import check_source
+from sft_probe.probe_set import check_source, train_command
 from sft_probe.prompts import check_format
 from sft_probe.synth.options import SynthRun, SynthStatus
 from sft_probe.train.checks import check_inputs
@@ -68,8 +68,9 @@ class Table(Command):
     """Categories of responses, each with its column."""
     prompt_format: str = "hh"
     """hh, chat, plain or a Jinja file."""
-    heldout: Heldout = 100
-    """Docs held out; or a share below 1: then no doc changes its split when rows are added."""
+    heldout: Heldout | None = None
+    """Docs held out; or a share below 1: then no doc changes its split when rows are added.
+    Default: 100, of under 500 rows a fifth."""
     limit: Positive | None = None
     """Largest number of docs; they are drawn at random. Default: all."""
     seed: int = 0
@@ -148,7 +149,8 @@ class ProbeSet(Table):
         )
         for item in left_out:
             log.warning("left out: %s", item)
-        log.info("wrote %s; %d rows left out", self.out, len(left_out))
+        log.info("%d rows left out", len(left_out))
+        log_written([Path(str(self.out))], train_command(str(self.out), self._categories()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +178,15 @@ class BenchmarksAdd(Command):
 
     def execute(self) -> None:
         """Write the tasks and say what each file was taken for."""
-        from sft_probe.tasks.benchmark_files import add_benchmarks
+        from sft_probe.tasks.benchmark_files import add_benchmarks, benchmarks_dir
 
-        for name, layout, num_items in add_benchmarks(self.files, self.out):
+        added = add_benchmarks(self.files, self.out)
+        for name, layout, num_items in added:
             print(f"{name}: {num_items} items, {layout}")  # noqa: T201
+        names = ",".join(name for name, _, _ in added)
+        files = [(self.out or benchmarks_dir()) / f"{name}.yaml" for name, _, _ in added]
+        tasks = names if self.out is None else ",".join(map(str, files))
+        log_written(files, f"sweep RUN --tasks {tasks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +240,7 @@ class LinkTasks(Command):
         if self.remove:
             log.info("removed %s", unlink_tasks())
         else:
-            log.info("wrote stubs to %s; now: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
+            log.info("wrote stubs to %s; next: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
 
 
 @dataclass(frozen=True, kw_only=True)

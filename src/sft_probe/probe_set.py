@@ -193,6 +193,13 @@ def read_probe_set(source: str) -> ProbeSet:
     )
 
 
+def train_command(source: str, categories: Iterable[str]) -> str:
+    """Return the command line that trains on a set, on `chosen` or else its first category."""
+    names = list(categories)
+    chosen = "" if "chosen" in names else f" --train_category {names[0]}"
+    return f"train --probe_set {source}{chosen} --output_dir runs/{Path(source).name}"
+
+
 def check_source(source: str) -> None:
     """Raise `UserError` where there is no probe set at `source`, as far as this disk tells: a hub
     id is not looked up."""
@@ -207,24 +214,29 @@ def _check_kind(source: str, rows: list["_Row"]) -> None:
     if not columns or any({"doc_id", "split"} & row.value.keys() for row in rows):
         return
     out = Path("sets", Path(source).name.partition(".")[0] or "mine")
+    prompt = next((name for name in _PROMPT_COLUMNS if name in columns), "")
+    what, commands = "a table of", []
     if {"chosen", "rejected"} <= columns.keys():
         what = "preference pairs, in"
-        commands = f"""sft-probe synth run --source {source} --categories random --out {out}
-      (chosen, rejected and random; needs no model and no key)
-  sft-probe synth run --source {source} --writer gemini --out {out}
-      (also paraphrase, variant and non_response)"""
+        pairs = "chosen=chosen rejected=rejected"
+        commands = [
+            f"sft-probe synth run --source {source} --categories random --out {out}",
+            "    (chosen, rejected and random; needs no model and no key)",
+            f"sft-probe synth run --source {source} --writer gemini --out {out}",
+            "    (also paraphrase, variant and non_response)",
+        ]
     else:
-        what = "a table of"
-        prompt = next((name for name in _PROMPT_COLUMNS if name in columns), "COLUMN")
         response = next((name for name in _RESPONSE_COLUMNS if name in columns), "COLUMN")
-        commands = (
-            f"sft-probe probe-set --from-table {source} --prompt {prompt} "
-            f"--category chosen={response} --out {out}"
-        )
+        pairs = f"chosen={response}"
+    if prompt or not commands:
+        commands += [
+            f"sft-probe probe-set --from-table {source} --prompt {prompt or 'COLUMN'} "
+            f"--category {pairs} --out {out}",
+        ]
     raise UserError(
         f"{source} is not a probe set: no row has a `doc_id` or a `split`. It holds {what} "
         f"{len(rows)} rows with the columns {', '.join(map(_printable, list(columns)[:20]))}. Make "
-        f"a probe set of it with\n  {commands}"
+        "a probe set of it with\n  " + "\n  ".join(commands)
     )
 
 
