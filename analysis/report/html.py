@@ -22,11 +22,11 @@ from sft_probe.analysis.figures.plot import figures_of, share_steps
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
+    benchmark_tables,
     notes_of,
     over_runs_text,
     sentences_of,
 )
-from sft_probe.analysis.stats.benchmarks import shown_benchmarks
 from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
@@ -252,7 +252,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
-        "benchmarks": shown_benchmarks(recording.benchmarks, recording.step_unit),
+        "benchmarks": benchmark_tables(analysis, recording),
         "texts": texts,
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
@@ -338,8 +338,13 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
             lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
-        if shown := run["benchmarks"]:
-            lines += ["", f"### {_md(shown.title.capitalize())}", "", _md_row(shown.columns)]
+        for shown in run["benchmarks"]:
+            lines += [
+                "",
+                f"### {_md(shown.title[0].upper() + shown.title[1:])}",
+                "",
+                _md_row(shown.columns),
+            ]
             lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]
