@@ -312,16 +312,17 @@ class Scorer:
     def _score_benchmark(self, checkpoint: Checkpoint, spec: str, folder: Path) -> None:
         with _quiet("lm_eval"):
             tasks = self.benchmarks.load(spec)
-        results = simple_evaluate(
-            model=self.lm,
-            tasks=tasks,
-            num_fewshot=self.request.num_fewshot,
-            limit=self.request.limit,
-            apply_chat_template=self.request.apply_chat_template,
-            task_manager=TaskManager(
-                include_defaults=False
-            ),  # else it reads 14,000 files, at every step
-        )
+        with _quiet("lm_eval"):
+            results = simple_evaluate(
+                model=self.lm,
+                tasks=tasks,
+                num_fewshot=self.request.num_fewshot,
+                limit=self.request.limit,
+                apply_chat_template=self.request.apply_chat_template,
+                task_manager=TaskManager(
+                    include_defaults=False
+                ),  # else it reads 14,000 files, at every step
+            )
         self._keep_max_tokens()
         rows = benchmark_rows(results, self.settings.run_columns["run"], checkpoint.step)
         with self._new_part(folder) as temporary:

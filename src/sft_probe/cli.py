@@ -119,6 +119,8 @@ class ProbeSet(Table):
         source = str(self.out if self.from_table is not None else self.source)
         probe_set = read_probe_set(source)
         print(describe_probe_set(probe_set))  # noqa: T201
+        if self.out is not None:
+            log_written([self.out], train_command(source, probe_set.categories))
         if probe_set.faults:
             number = len(probe_set.faults)
             faults = "1 fault" if number == 1 else f"{number} faults"
@@ -152,7 +154,6 @@ class ProbeSet(Table):
         for item in left_out:
             log.warning("left out: %s", item)
         log.info("%d rows left out", len(left_out))
-        log_written([Path(str(self.out))], train_command(str(self.out), self._categories()))
 
 
 @dataclass(frozen=True, kw_only=True)
