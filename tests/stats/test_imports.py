@@ -443,3 +443,17 @@ def test_sums_with_and_without_the_terminator_share_no_table(
     for command in ("plot", "report"):
         assert sft_probe(command, *both).returncode == 0
     assert "compare splits of one kind" in Path("report.html").read_text()
+
+
+def test_steps_that_count_different_things_have_axes_of_their_own(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    for name, column in (("steps", "step"), ("examples", "train_examples")):
+        rows = "".join(f"{step},chosen,{-9 + step}\n" for step in (0, 1, 4))
+        (tmp_path / f"{name}.csv").write_text(f"{column},category,logprob\n{rows}")
+    runs = (tmp_path / "steps.csv", tmp_path / "examples.csv")
+    result = sft_probe("plot", *runs, "--out", tmp_path / "out", "--format", "svg")
+    assert result.returncode == 0, result.stderr
+    svg = (tmp_path / "out/changes_heldout.svg").read_text()
+    for words in ("optimizer step (log)", "training examples (log)", "as published; no intervals"):
+        assert words in svg, words
