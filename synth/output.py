@@ -345,8 +345,19 @@ def describe_probe_set(probe_set: ProbeSet) -> str:
         f"responses that stand in both splits: {_num_shared_responses(docs)}",
         "",
         *(["faults:", *faults] if faults else ["no faults"]),
+        *_without_chosen(probe_set),
     ]
     return "\n".join(lines)
+
+
+def _without_chosen(probe_set: ProbeSet) -> list[str]:
+    """Return what a set without the category `chosen` cannot do."""
+    if "chosen" in probe_set.categories:
+        return []
+    return [
+        "! no category `chosen`: there is no `random` either, which is drawn from it, and training "
+        f"needs --train_category {probe_set.categories[0]} or another one"
+    ]
 
 
 def _lengths(texts: Sequence[str]) -> list[object]:

@@ -68,7 +68,7 @@ def test_figures_are_altair_charts(two: list[Path], figure: str) -> None:
     chart = sft_probe.load(two[0]).plot(figure)
     assert isinstance(chart, alt.TopLevelMixin)
     assert chart.to_dict(validate=False)["$schema"].startswith("https://vega.github.io")
-    with pytest.raises(UserError, match="is none of the figures"):
+    with pytest.raises(UserError, match="there is no figure"):
         sft_probe.load(two[0]).plot("pie")
 
 

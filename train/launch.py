@@ -32,18 +32,11 @@ def deepspeed_config(name: str | None) -> str | None:
 
     Returns:
         `None` for the name `none`. Without a name: zero2 with a GPU, else cpu.
-
-    Raises:
-        UserError: there is no such file.
     """
     name = name or ("zero2" if torch.cuda.is_available() else "cpu")
     if name == "none":
         return None
-    path = ds_configs.path_of(name) if name in ds_configs.available() else Path(name)
-    if not path.is_file():
-        known = ", ".join(ds_configs.available())
-        raise UserError(f"--deepspeed {name}: use one of {known}, none, or a JSON file.")
-    return str(path)
+    return str(ds_configs.path_of(name) if name in ds_configs.available() else name)
 
 
 def accelerator_config(given: Any) -> dict[str, Any]:

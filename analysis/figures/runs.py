@@ -339,7 +339,7 @@ def _heat_map(
     """Return a cell for each pair, hatched where its interval holds 0."""
     row, column, value = columns
     known = table[value].notna() & (table["low"] * table["high"] > 0)
-    text = table[value].map("{:+.2f}".format).where(table[value].notna(), "?")
+    text = table[value].map("{:+z.2f}".format).where(table[value].notna(), "?")
     table = table.assign(hatched=~known, text=text)
     order = list(dict.fromkeys(table[row]))
     across = order if set(order) == set(table[column]) else list(dict.fromkeys(table[column]))

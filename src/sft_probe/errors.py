@@ -71,6 +71,28 @@ def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:
             raise
 
 
+def unknown(
+    what: str, name: str, known: Iterable[str], *, where: str = "", use: str = ""
+) -> UserError:
+    """Return the error for a name that does not exist: the one form of all commands.
+
+        WHERE: there is no WHAT 'NAME'. Did you mean X? Use one of A, B, C.
+
+    Args:
+        what: the kind of thing, such as `category`.
+        name: as the user wrote it.
+        known: the names that exist.
+        where: the option or file that holds the name.
+        use: the last sentence, where a list of all names would be too long or too little.
+    """
+    known = list(known)
+    place = f"{where}: " if where else ""
+    remedy = use or f"Use one of {', '.join(known)}."
+    return UserError(
+        f"{place}there is no {what} {name!r}.{did_you_mean(name, known)} {remedy}".rstrip()
+    )
+
+
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?`, or nothing where no known name is close to the text."""
     plain = {name.replace("_", "-"): name for name in known}
@@ -78,6 +100,8 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     return f" Did you mean {plain[close[0]]}?" if close else ""
 
 
-def one_of(known: Iterable[str]) -> str:
-    """Return `one of a, b, c`."""
-    return "one of " + ", ".join(known)
+def check_names(where: str, what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise the error of `unknown` for the first of these names that is not known."""
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known, where=where)

@@ -251,7 +251,7 @@ def test_published_means_are_drawn_without_intervals(sft_probe: Run, tmp_path: P
 def test_plot_refuses_what_cannot_be_drawn_with_one_message(sft_probe: Run, tmp_path: Path) -> None:
     assert "sft-probe sweep" in user_error(sft_probe("plot", tmp_path))
     run = write_run(tmp_path / "known")
-    assert "none of png, svg, pdf, html" in user_error(sft_probe("plot", run, "--format", "gif"))
+    assert "Use one of png, svg, pdf, html" in user_error(sft_probe("plot", run, "--format", "gif"))
     (tmp_path / "labels.yaml").write_text("- chosen\n")
     assert "must map categories" in user_error(
         sft_probe("plot", run, "--labels", tmp_path / "labels.yaml")
