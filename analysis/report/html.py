@@ -22,11 +22,11 @@ from sft_probe.analysis.figures.plot import figures_of, share_steps
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
+    benchmark_tables,
     notes_of,
     over_runs_text,
     sentences_of,
 )
-from sft_probe.analysis.stats.benchmarks import shown_benchmarks
 from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
@@ -35,7 +35,7 @@ from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, doing
 from sft_probe.files import make_dir, write_text
 from sft_probe.text_table import number
 
@@ -114,7 +114,8 @@ def report(
     make_dir(target.parent)
     if format_name == "md":
         return _write_markdown(analysis, target)
-    text = html_report(analysis)
+    with doing("drawing the figures of the report"):
+        text = html_report(analysis)
     if (size := len(text.encode())) > MAX_BYTES:
         raise UserError(f"the report would take {size / 1e6:.1f} MB, over 8: give fewer runs.")
     write_text(target, text)
@@ -251,7 +252,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
-        "benchmarks": shown_benchmarks(recording.benchmarks, recording.step_unit),
+        "benchmarks": benchmark_tables(analysis, recording),
         "texts": texts,
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
@@ -337,8 +338,13 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
             lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
-        if shown := run["benchmarks"]:
-            lines += ["", f"### {_md(shown.title.capitalize())}", "", _md_row(shown.columns)]
+        for shown in run["benchmarks"]:
+            lines += [
+                "",
+                f"### {_md(shown.title[0].upper() + shown.title[1:])}",
+                "",
+                _md_row(shown.columns),
+            ]
             lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]

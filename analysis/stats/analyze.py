@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.benchmarks import benchmarks_text
+from sft_probe.analysis.stats.benchmarks import shown_benchmarks
 from sft_probe.analysis.stats.changes import (
     COLUMNS,
     HEADLINES,
@@ -32,7 +32,7 @@ from sft_probe.analysis.stats.distribution import (
     squeezing_sentence,
 )
 from sft_probe.analysis.stats.generations import generations_text
-from sft_probe.analysis.stats.items import item_table, items_text
+from sft_probe.analysis.stats.items import item_table, shown_items
 from sft_probe.analysis.stats.measures import PARTS
 from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import (
@@ -41,11 +41,11 @@ from sft_probe.analysis.stats.runs import (
     load_recordings,
 )
 from sft_probe.analysis.stats.verdict import cluster_warnings, share_text, verdict_table
-from sft_probe.errors import UserError, check_names
+from sft_probe.errors import UserError, check_names, doing
 from sft_probe.files import make_dir, write_text
 from sft_probe.probe_set import SPLITS
 from sft_probe.scores import write_parquet
-from sft_probe.text_table import Form, interval, number, p_value, text_table
+from sft_probe.text_table import Form, Shown, interval, number, p_value, shown_text, text_table
 
 _COLUMNS = (
     *("category", "start", "change", "95 % interval", "sign", "p (Holm)", "body", "peak", "at"),
@@ -91,7 +91,8 @@ def analyze(
     Raises:
         UserError: one of them holds no scores, or those of one step only.
     """
-    return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
+    with doing("reading scores and computing intervals"):
+        return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
 
 
 def tables_of(
@@ -199,10 +200,9 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis, form))
             blocks.append(distribution_text(analysis.distribution, recording, str(split), form))
-        blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
-        if not analysis.items.empty:
-            own_items = analysis.items[analysis.items["run"] == recording.name]
-            blocks.append(items_text(own_items, form))
+        blocks += [
+            shown_text(shown, form, left=2) for shown in benchmark_tables(analysis, recording)
+        ]
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
         blocks.append("\n".join(f"! {note}" for note in (*recording.notes, *_scope(recording))))
@@ -211,6 +211,21 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
     if analysis.comparison is not None:
         blocks.append(comparison_text(analysis.comparison, form))
     return "\n\n".join(block for block in blocks if block)
+
+
+def benchmark_tables(analysis: Analysis, recording: Recording) -> list[Shown]:
+    """Return what is printed of the benchmarks of a run: changes paired by item where the items are
+    known, else those of results alone."""
+    items, others = analysis.items, recording.benchmarks
+    if len(items):
+        items = items[items["run"] == recording.name]
+    if len(items) and others is not None:
+        known = {*zip(items["task"], items["metric"], strict=True)}
+        known |= {(task, "bits_per_byte") for task in items["task"]}
+        places = zip(others["task"], others["metric"], strict=True)
+        others = others[[place not in known for place in places]]
+    found = (shown_items(items), shown_benchmarks(others, recording.step_unit))
+    return [shown for shown in found if shown]
 
 
 def verdict_tables(analysis: Analysis, form: Form) -> str:

@@ -5,13 +5,21 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from tabulate import tabulate
 
 Form = Literal["text", "md", "latex", "csv"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _NAMES = {"text": "plain", "md": "github", "latex": "latex_booktabs"}
+
+
+class Shown(NamedTuple):
+    """A table as it is printed, under its title."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def text_table(
@@ -35,6 +43,11 @@ def text_table(
     if form == "latex":  # a hyphen before a digit is a minus
         return re.sub(r"(?<![\w-])-(?=\d)", "$-$", str(table))
     return str(table)
+
+
+def shown_text(shown: Shown, form: Form = "text", *, left: int = 1) -> str:
+    """Return a table under its title; other arguments as for `text_table`."""
+    return f"{shown.title}\n\n{text_table(shown.columns, shown.rows, form, left=left)}"
 
 
 def number(value: float, form: str) -> str:

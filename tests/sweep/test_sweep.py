@@ -270,6 +270,7 @@ def test_benchmarks_are_swept_beside_the_probe_set(
         "value",
         "stderr",
         "n",
+        "clusters",
     ]
     assert list(table["step"]) == [0, 1, 4]
     assert set(table["task"]) == {"blimp_adjunct_island"}
