@@ -13,7 +13,7 @@ from sft_probe.analysis.figures.names import FIGURES, FORMATS
 from sft_probe.analysis.stats.places import check_runs
 from sft_probe.analysis.sweep.checkpoints import snapshots_of_run
 from sft_probe.command_line import config_of, log_written, write_config
-from sft_probe.errors import UserError, check_names
+from sft_probe.errors import UserError, check_names, doing
 from sft_probe.files import check_exists
 from sft_probe.options import (
     Command,
@@ -296,7 +296,8 @@ class Transfer(Training):
         runs = self.runs or self._train()
         if self.shard[1] > 1:
             return
-        found = transfer(runs)
+        with doing("comparing the runs"):
+            found = transfer(runs)
         print(transfer_text(found))  # noqa: T201
         written = write_transfer(found, self.out)
         try:

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from sft_probe.command_line import log_written, write_config
-from sft_probe.errors import UserError, exit_on_user_error, quiet
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import load_tokenizer
@@ -279,7 +279,7 @@ def _make_trainer(
         UserError: the Trainer or the launcher refuses the flags.
     """
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
-    with as_user_error():
+    with as_user_error(), doing("setting up the trainer"):
         trainer = FiniteTrainer(
             model=model,
             args=arguments,

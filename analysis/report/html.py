@@ -35,7 +35,7 @@ from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, doing
 from sft_probe.files import make_dir, write_text
 from sft_probe.text_table import number
 
@@ -114,7 +114,8 @@ def report(
     make_dir(target.parent)
     if format_name == "md":
         return _write_markdown(analysis, target)
-    text = html_report(analysis)
+    with doing("drawing the figures of the report"):
+        text = html_report(analysis)
     if (size := len(text.encode())) > MAX_BYTES:
         raise UserError(f"the report would take {size / 1e6:.1f} MB, over 8: give fewer runs.")
     write_text(target, text)

@@ -41,7 +41,7 @@ from sft_probe.analysis.stats.runs import (
     load_recordings,
 )
 from sft_probe.analysis.stats.verdict import cluster_warnings, share_text, verdict_table
-from sft_probe.errors import UserError, check_names
+from sft_probe.errors import UserError, check_names, doing
 from sft_probe.files import make_dir, write_text
 from sft_probe.probe_set import SPLITS
 from sft_probe.scores import write_parquet
@@ -91,7 +91,8 @@ def analyze(
     Raises:
         UserError: one of them holds no scores, or those of one step only.
     """
-    return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
+    with doing("reading scores and computing intervals"):
+        return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
 
 
 def tables_of(

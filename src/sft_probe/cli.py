@@ -2,6 +2,8 @@
 help comes at once."""
 
 import argparse
+import contextlib
+import importlib
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from sft_probe.analysis.commands import (
 from sft_probe.analysis.import_commands import Import, PublishedGet, PublishedList
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.command_line import Parser, log_written, read_command
-from sft_probe.errors import UserError, exit_on_user_error, quiet, unknown
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet, unknown
 from sft_probe.files import check_exists
 from sft_probe.options import Command, Heldout, OldName, Positional, Positive, about, options_of
 from sft_probe.probe_set import check_source, train_command
@@ -335,6 +337,32 @@ _WITHOUT_WORD = {"synth": "synth run", "published": "published list"}
 """What the first word of a group alone calls."""
 
 
+_IMPORTS = {
+    "train": "sft_probe.train.sft",
+    "sweep": "sft_probe.analysis.sweep.sweep",
+    "analyze": "sft_probe.analysis.stats.analyze",
+    "plot": "sft_probe.analysis.figures.plot",
+    "report": "sft_probe.analysis.report.html",
+    "transfer": "sft_probe.analysis.figures.runs",
+    "simplicity": "sft_probe.analysis.figures.runs",
+    "ledger": "sft_probe.analysis.studies.ledger_path",
+    "words": "sft_probe.analysis.studies.words",
+    "weights": "sft_probe.analysis.studies.weight_changes",
+    "synth run": "sft_probe.synth.build",
+    "probe-set": "sft_probe.synth.output",
+    "benchmarks add": "sft_probe.tasks.benchmark_files",
+    "import": "sft_probe.analysis.stats.imports.store",
+}
+"""The module of a command whose import takes longest."""
+
+
+def _import_for(name: str) -> None:
+    """Import what a command needs, with a line where that takes long."""
+    with doing("importing libraries"), contextlib.suppress(ImportError):
+        if name in _IMPORTS:
+            importlib.import_module(_IMPORTS[name])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run `sft-probe`. Exit code 2 for what the user can fix, with one message and no traceback."""
     with exit_on_user_error():
@@ -351,6 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             command = read_command(f"sft-probe {name}", COMMANDS[name], rest)
             command.check()
+            _import_for(name)
             command.execute()
 
 
@@ -397,6 +426,7 @@ def _train(arguments: list[str]) -> None:
         print_help()
         return
     probe_set = check_inputs(expand(arguments))
+    _import_for("train")
     try:
         from sft_probe.train.sft import main as train
     except ImportError as error:

@@ -8,14 +8,16 @@ embedded set, or a data set on the Hugging Face hub. See docs/data.md for the sc
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import UserError, did_you_mean, doing
 from sft_probe.files import find, read_object
 
 CATEGORIES = ("chosen", "rejected", "paraphrase", "variant", "random", "non_response")
@@ -285,11 +287,11 @@ def _hub_snapshot(source: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(
-            snapshot_download(
+        with doing(f"fetching {source} from the hub"):
+            folder = snapshot_download(
                 source, repo_type="dataset", allow_patterns=["*.jsonl", "probe_set.json"]
             )
-        )
+        return Path(folder)
     except (OSError, ValueError, HFValidationError) as error:
         raise UserError(f"{hint}, and the hub did not give it ({type(error).__name__}).") from error
 
@@ -476,3 +478,15 @@ def _check_links(rows: list[_Row]) -> Iterator[Fault]:
             yield row.fault(
                 f"`random` is not the chosen response of {row.value['random_doc_id']!r}"
             )
+
+
+class _CallableModule(ModuleType):
+    """Lets `sft_probe.probe_set("my-set.jsonl")` read a set: the function of the Python interface
+    has the name of this module, which Python puts in its place once it is imported."""
+
+    def __call__(self, source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
+        """Read a probe set."""
+        return load_probe_set(str(source))
+
+
+sys.modules[__name__].__class__ = _CallableModule
