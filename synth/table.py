@@ -21,7 +21,7 @@ from sft_probe.probe_set import (
 from sft_probe.synth import hh, splits
 from sft_probe.synth.hh import Messages, RowRejectedError
 from sft_probe.synth.output import write_docs, write_manifest
-from sft_probe.synth.sources import Row, read_table, stem
+from sft_probe.synth.sources import Row, new_doc, read_table, stem
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT_HELDOUT = 100
@@ -155,14 +155,7 @@ def _doc(doc_id: str, row: Row, prompt_column: str, categories: dict[str, str]) 
     messages = _prompt(columns.get(prompt_column))
     responses = {name: _response(name, value, messages) for name, value in values.items()}
     hh.check_texts(messages, list(responses.values()))
-    return Doc(
-        doc_id=doc_id,
-        conversation_id=splits.root_id(messages),
-        split="",
-        messages=tuple(messages),
-        responses=responses,
-        place=row.place,
-    )
+    return new_doc(doc_id, row, messages, responses)
 
 
 def _is_empty(value: Any) -> bool:
@@ -183,8 +176,6 @@ def _decode_messages(value: Any) -> Any:
 def _prompt(value: Any) -> Messages:
     """Return the turns of a prompt. A whole conversation is cut before the assistant's last
     message."""
-    if value == "":
-        return []
     messages = hh.parse_turns(value)
     is_answered = isinstance(value, list) and messages[-1]["role"] == "assistant"
     return messages[:-1] if is_answered else messages
@@ -195,8 +186,7 @@ def _response(name: str, value: Any, messages: Messages) -> str:
     prompt."""
     if isinstance(value, str):
         return hh.clean_response(value)
-    turns = hh.check_messages(value)
-    before, text = hh.split_answer(turns)
+    before, text = hh.split_answer(value)
     if hh.join_turns(messages, before) != messages:
         raise RowRejectedError(f"the messages of {name} before its last one are not the prompt's")
     return text

@@ -59,7 +59,7 @@ def test_every_kind_of_table_becomes_a_valid_probe_set(
     )
     assert result.returncode == 0, result.stderr
     assert "t-00004): empty rejected" in result.stderr
-    assert "t-00006): the prompt does not end with a user's turn" in result.stderr
+    assert "t-00006): an empty prompt" in result.stderr
     assert "2 rows left out" in result.stderr
     probe_set = load_probe_set(str(tmp_path / "set"))
     assert probe_set.categories == ("chosen", "rejected", "random")
