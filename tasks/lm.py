@@ -14,7 +14,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from sft_probe.adapters import attach_adapter, check_adapter
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import code_refused, local_folder, needs_code
 from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
@@ -68,7 +68,9 @@ class NonFiniteError(UserError):
     """The model gave NaN or infinite log-probs for some requests; the others are scored."""
 
     def __init__(self, faults: list[Instance], scored: list[tuple[Instance, ProbeScore]]) -> None:
-        names = _join(f"{_name(request)}: NaN or infinite logits" for request in faults)
+        names = first_few(
+            (f"{_name(request)}: NaN or infinite logits" for request in faults), _MAX_NAMED, "\n"
+        )
         super().__init__(
             f"{len(faults)} of {len(faults) + len(scored)} requests have no log-prob:\n{names}"
         )
@@ -299,7 +301,8 @@ class ProbeLM(HFLM):
                 )
         if faults:
             raise UserError(
-                f"{len(faults)} of {len(requests)} requests cannot be scored:\n{_join(faults)}"
+                f"{len(faults)} of {len(requests)} requests cannot be scored:\n"
+                + first_few(faults, _MAX_NAMED, "\n")
             )
 
     def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Continuation:
@@ -344,10 +347,3 @@ def _name(request: Instance) -> str:
         else request.doc_id
     )
     return f"{request.task_name}, doc {doc_id}"
-
-
-def _join(lines: Any) -> str:
-    """Join at most ten names, and say how many there are."""
-    all_lines = list(lines)
-    more = [f"and {len(all_lines) - _MAX_NAMED} more"] if len(all_lines) > _MAX_NAMED else []
-    return "\n".join([*all_lines[:_MAX_NAMED], *more])

@@ -23,7 +23,7 @@ from sft_probe.analysis.commands import Plot, Transfer
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.cli import COMMANDS, ProbeSet, main, overview
 from sft_probe.command_line import config_of, read_command, write_config
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.options import Command, about, options_of
 from sft_probe.synth.options import SynthRun
 from sft_probe.train import launch
@@ -483,3 +483,10 @@ def test_the_overview_lists_every_command_once_in_titled_groups() -> None:
     assert len(found) == len(COMMANDS)
     assert all(line.startswith(f"  {name}  ") for line, name in zip(found, COMMANDS, strict=True))
     assert lines.count("studies of runs:") == 1
+
+
+def test_a_message_names_the_first_few_and_says_how_many_more_there_are() -> None:
+    assert first_few("abcde", 2) == "a, b and 3 more"
+    assert first_few("ab", 2) == "a, b"
+    assert first_few((name for name in "abc"), 1, "\n") == "a\nand 2 more"
+    assert first_few(["a: x", "b: y", "c: z"], 2, "; ") == "a: x; b: y and 1 more"

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.files import to_json, write_jsonl
 from sft_probe.scoring.head import HeadRows
 from sft_probe.scoring.packing import Continuation
@@ -396,9 +396,7 @@ def save_last_good_step(trainer: SftTrainer, losses: LossLog, latest: Path | Non
     if trainer.args.world_size > 1:
         shown = gather_object(shown)
     spoiled = [losses.examples[index] for index, loss in shown if not math.isfinite(loss)]
-    names = [f"{example.doc_id} ({example.category})" for example in spoiled[:_MAX_NAMED]]
-    if len(spoiled) > _MAX_NAMED:
-        names.append(f"and {len(spoiled) - _MAX_NAMED} more")
+    names = first_few((f"{item.doc_id} ({item.category})" for item in spoiled), _MAX_NAMED)
     if step and (latest is None or latest.name != f"checkpoint-{step}"):
         trainer._save_checkpoint(
             trainer.model, trial=None
@@ -413,6 +411,6 @@ def save_last_good_step(trainer: SftTrainer, losses: LossLog, latest: Path | Non
     )
     return UserError(
         f"step {step + 1}: the loss is NaN or infinite, so the update was not made. {len(spoiled)} "
-        f"of {len(shown)} examples of the step have such a loss: {', '.join(names)}. {cause} "
+        f"of {len(shown)} examples of the step have such a loss: {names}. {cause} "
         + (f"The state of step {step} is in checkpoint-{step}." if step else "No step was made.")
     )

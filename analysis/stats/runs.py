@@ -16,7 +16,7 @@ from sft_probe.analysis.stats.imports.imported import Imported
 from sft_probe.analysis.stats.imports.store import read_import
 from sft_probe.analysis.stats.measures import Cube, add_measures, cube
 from sft_probe.analysis.stats.places import kind_of, named_path
-from sft_probe.errors import UserError, unknown
+from sft_probe.errors import UserError, first_few, unknown
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
@@ -319,10 +319,8 @@ def _notes(
 ) -> list[str]:
     notes = []
     if dropped := probe.get("dropped"):
-        names = ", ".join(str(drop["doc_id"]) for drop in dropped[:_MAX_NAMED])
-        notes.append(
-            f"{len(dropped)} docs were left out of all categories: {names}{_more(len(dropped))}"
-        )
+        names = first_few((str(drop["doc_id"]) for drop in dropped), _MAX_NAMED)
+        notes.append(f"{len(dropped)} docs were left out of all categories: {names}")
     for split, part in rows.groupby("split"):
         size = part["doc_id"].nunique() * part["category"].nunique() * part["step"].nunique()
         if missing := size - len(part):
@@ -374,7 +372,3 @@ def _disagreement(swept: pd.DataFrame, live: list[Path]) -> list[str]:
         f"live probe and sweep differ by up to {largest:.2f} nats on {len(both)} common scores "
         "(weights in 16 bits?)"
     ]
-
-
-def _more(count: int) -> str:
-    return f" and {count - _MAX_NAMED} more" if count > _MAX_NAMED else ""

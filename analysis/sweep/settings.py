@@ -15,7 +15,7 @@ from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.live_model import active_part, model_config, tokenizer_of
 from sft_probe.analysis.sweep.parts import chosen_inputs
 from sft_probe.analysis.sweep.request import SweepRequest, run_manifest
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import check_weights_fit, load_tokenizer, local_folder
 from sft_probe.probe_set import ProbeSet
@@ -153,8 +153,7 @@ def _first_readable(checkpoints: Sequence[Checkpoint]) -> _Readable:
             faults.append(f"step {checkpoint.step}: {name}{textwrap.shorten(str(error), 300)}")
     if without_weights:
         return without_weights
-    more = [f"and {len(faults) - _MAX_NAMED} more"] if len(faults) > _MAX_NAMED else []
-    raise UserError("\n".join(["no checkpoint can be scored:", *faults[:_MAX_NAMED], *more]))
+    raise UserError("no checkpoint can be scored:\n" + first_few(faults, _MAX_NAMED, "\n"))
 
 
 def _recorded_format(directory: Path) -> str | None:

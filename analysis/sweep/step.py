@@ -47,7 +47,7 @@ from sft_probe.analysis.sweep.parts import (
 from sft_probe.analysis.sweep.reference import is_beside, reference_name
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.settings import SweepSettings, record
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
 from sft_probe.models import check_window
 from sft_probe.prompts import first_visible, terminator_id
@@ -419,11 +419,9 @@ def _faults(folder: Path) -> list[str]:
     if not path.exists():
         return []
     rows = read_jsonl(path)
-    names = ", ".join(f"{row['doc_id']} {row['category']}" for row in rows[:_MAX_NAMED])
-    more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
+    names = first_few((f"{row['doc_id']} {row['category']}" for row in rows), _MAX_NAMED)
     return [
-        f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} "
-        f"({path})"
+        f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names} ({path})"
     ]
 
 

@@ -105,6 +105,20 @@ def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:
             raise
 
 
+def first_few(names: Iterable[str], most: int, separator: str = ", ") -> str:
+    """Return the first names and how many more there are: `a, b and 3 more`.
+
+    Args:
+        names: in the order in which they are shown.
+        most: how many of them are shown.
+        separator: what stands between them; lines where it is a line break.
+    """
+    every = list(names)
+    space = separator if separator.isspace() else " "
+    more = f"{space}and {len(every) - most} more" if len(every) > most else ""
+    return separator.join(every[:most]) + more
+
+
 def unknown(
     what: str, name: str, known: Iterable[str], *, where: str = "", use: str = ""
 ) -> UserError:

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.stats.steps import STEP
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 
 EVALUATION, EXAMPLES = "evaluation", "training examples"
 Texts = dict[str, dict[str, str]]
@@ -53,9 +53,7 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 def named(names: Iterable[str]) -> str:
     """Return up to 12 names, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - _MAX_NAMED} more" if len(every) > _MAX_NAMED else ""
-    return ", ".join(every[:_MAX_NAMED]) + more
+    return first_few(names, _MAX_NAMED)
 
 
 def check_results(path: Path, results: dict[str, Any]) -> None:
