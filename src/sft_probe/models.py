@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,6 +220,30 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
     except Exception as error:  # files of another shape make transformers raise errors of any kind
         raise _load_error("tokenizer", name, error) from error
     return tokenizer
+
+
+def continue_prompts(
+    model: Any, prompts: Sequence[list[int]], *, pad: int, **options: Any
+) -> list[list[int]]:
+    """Return the token ids that a model writes after each prompt, padded at the end to one length.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: token ids; shorter ones are padded on the left and masked.
+        pad: the token id that pads.
+        **options: of `model.generate`, such as `max_new_tokens`.
+    """
+    import torch  # what only reads names and configs does without
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options
+        )
+    written: list[list[int]] = output[:, width:].tolist()
+    return written
 
 
 def check_window(max_length: int, model: "PreTrainedModel") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sft_probe.errors import UserError
-from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
+from sft_probe.models import EMBEDDED_MODEL, continue_prompts, load_model, load_tokenizer
 from sft_probe.prompts import encode
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.writers import in_thread
@@ -94,24 +94,17 @@ class HfWriter:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._model = load_model(self.model, "float32").to(device)
         prompts = [self._prompt_ids(request.prompt) for request in requests]
-        width = max(map(len, prompts))
-        eos = self.tokenizer.eos_token_id
-        ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         temperature = requests[0].temperature
         key = "\n".join(f"{request.sample_index} {request.prompt}" for request in requests)
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         sampling |= {"temperature": temperature} if temperature else {}
-        with torch.inference_mode():
-            output = self._model.generate(
-                ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
-                max_new_tokens=max(map(_token_budget, requests)),
-                pad_token_id=eos,
-                **sampling,
-            )
-        pairs = zip(requests, prompts, output[:, width:].tolist(), strict=True)
+        eos = self.tokenizer.eos_token_id
+        limit = max(map(_token_budget, requests))
+        texts = continue_prompts(
+            self._model, prompts, pad=eos, max_new_tokens=limit, pad_token_id=eos, **sampling
+        )
+        pairs = zip(requests, prompts, texts, strict=True)
         return [self._answer(request, len(prompt), new) for request, prompt, new in pairs]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
