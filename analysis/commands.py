@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from sft_probe.analysis.figures.names import FIGURES, FORMATS
 from sft_probe.analysis.stats.places import check_runs
 from sft_probe.analysis.sweep.checkpoints import snapshots_of_run
-from sft_probe.command_line import config_of, write_config
-from sft_probe.errors import UserError, check_names
+from sft_probe.command_line import config_of, log_written, write_config
+from sft_probe.errors import UserError, check_names, doing
 from sft_probe.files import check_exists
 from sft_probe.options import (
     Command,
@@ -89,8 +89,8 @@ class Analyze(Selection):
             shown = verdict_tables(analysis, self.format)
         print(shown)  # noqa: T201
         if folder := self.out or default_folder(self.runs):
-            for path in write_analysis(analysis, folder):
-                log.info("wrote %s", path)
+            runs = " ".join(map(str, self.runs))
+            log_written(write_analysis(analysis, folder), f"report {runs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +154,17 @@ class Plot(Selection):
             titled=not self.no_title,
             labels=read_labels(self.labels) if self.labels else {},
         )
-        for path in plot(
-            self.runs,
-            style=style,
-            figures=self.figures,
-            categories=self.categories,
-            formats=self.format,
-            include_eos=self.include_eos,
-            out=self.out,
-        ):
-            log.info("wrote %s", path)
+        log_written(
+            plot(
+                self.runs,
+                style=style,
+                figures=self.figures,
+                categories=self.categories,
+                formats=self.format,
+                include_eos=self.include_eos,
+                out=self.out,
+            )
+        )
 
 
 def _needs_report(error: ImportError) -> UserError:
@@ -198,14 +199,15 @@ class Report(Selection):
             from sft_probe.analysis.report.html import report
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in report(
-            self.runs,
-            format_name=self.format,
-            include_eos=self.include_eos,
-            categories=self.categories,
-            out=self.out,
-        ):
-            log.info("wrote %s", path)
+        log_written(
+            report(
+                self.runs,
+                format_name=self.format,
+                include_eos=self.include_eos,
+                categories=self.categories,
+                out=self.out,
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +242,7 @@ class Simplicity(Command):
                 from sft_probe.analysis.figures.runs import plot_simplicity
             except ImportError as error:
                 raise _needs_report(error) from error
-            for path in [*written, *plot_simplicity(found, self.out)]:
-                log.info("wrote %s", path)
+            log_written([*written, *plot_simplicity(found, self.out)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,15 +296,15 @@ class Transfer(Training):
         runs = self.runs or self._train()
         if self.shard[1] > 1:
             return
-        found = transfer(runs)
+        with doing("comparing the runs"):
+            found = transfer(runs)
         print(transfer_text(found))  # noqa: T201
         written = write_transfer(found, self.out)
         try:
             from sft_probe.analysis.figures.runs import plot_transfer
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_transfer(found, self.out)]:
-            log.info("wrote %s", path)
+        log_written([*written, *plot_transfer(found, self.out)])
         write_config(self.out / "config.yaml", "sft-probe transfer", config_of(self))
 
     def _train(self) -> list[str]:
@@ -366,8 +367,7 @@ class Ledger(Command):
             found = ledger(self.run, self.categories)
             print(ledger_text(found))  # noqa: T201
             written = [*write_ledger(found, folder), *plot_ledger(found, folder)]
-        for file in written:
-            log.info("wrote %s", file)
+        log_written(written)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,8 +407,7 @@ class Words(Command):
 
         found = words(load_recording(self.run), self.split, self.step, self.categories)
         print(words_text(found, self.top))  # noqa: T201
-        for path in write_words(found, self.out or self.run / "analysis"):
-            log.info("wrote %s", path)
+        log_written(write_words(found, self.out or self.run / "analysis"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,5 +443,4 @@ class Weights(Command):
             from sft_probe.analysis.figures.weight_maps import plot_weights
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_weights(changes, folder)]:
-            log.info("wrote %s", path)
+        log_written([*written, *plot_weights(changes, folder)])

@@ -18,7 +18,7 @@ import yaml
 from helpers import Run, make_docs, user_error
 from transformers import TrainingArguments
 
-from sft_probe import recipes
+from sft_probe import errors, recipes
 from sft_probe.analysis.commands import Plot, Transfer
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.cli import COMMANDS, ProbeSet, main
@@ -432,3 +432,31 @@ def test_the_program_without_a_command_shows_its_help(capsys: pytest.CaptureFixt
     assert end.value.code == 0
     assert "synth status" in capsys.readouterr().out
     assert Train in COMMANDS.values()
+
+
+def test_a_wait_is_said_when_it_has_lasted_long_and_not_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with errors.doing("being quick"):
+        pass
+    monkeypatch.setattr(errors, "_QUICK_S", 0.01)
+    monkeypatch.setattr(errors, "_AGAIN_S", 0.02)
+    with errors.doing("loading the model"):
+        while len(caplog.messages) < 2:
+            time.sleep(0.01)
+    assert caplog.messages[0] == "loading the model ..."
+    assert caplog.messages[1].startswith("loading the model (0 s so far")
+    assert not [message for message in caplog.messages if "quick" in message]
+
+
+def test_no_progress_bars_of_other_libraries_are_shown() -> None:
+    code = (
+        "from sft_probe.errors import quiet; quiet()\n"
+        "from transformers.utils import logging\n"
+        "assert not logging.is_progress_bar_enabled()"
+    )
+    environment = {k: v for k, v in os.environ.items() if "PROGRESS_BARS" not in k}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, doing
 from sft_probe.models import load_tokenizer
 from sft_probe.train import launch
 from sft_probe.train.checks import check_flags
@@ -139,7 +139,7 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
         SftArguments, prog="sft-probe train", conflict_handler="resolve", allow_abbrev=False
     )
     parser.error = _refuse
-    with as_user_error():
+    with as_user_error(), doing("setting up the trainer"):
         (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     return arguments, _asked(flags)
 

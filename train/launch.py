@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import _get_build_directory  # private: where tor
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from sft_probe import ds_configs
-from sft_probe.errors import UserError, exit_on_user_error
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet
 from sft_probe.files import make_dir, read_json
 from sft_probe.models import cache_dir
 
@@ -139,6 +139,6 @@ def build_extension() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_on_user_error():
+    quiet()
+    with exit_on_user_error(), doing("importing DeepSpeed, or compiling its extension"):
         build_extension()

@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from sft_probe.command_line import write_config
-from sft_probe.errors import UserError, exit_on_user_error, quiet
+from sft_probe.command_line import log_written, write_config
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import load_tokenizer
@@ -195,6 +195,7 @@ def _train_unless_complete(
             write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
     if arguments.should_save:
         run_dir.finish_run(folder)
+        log_written([folder], f"sweep {folder}")
     return False
 
 
@@ -283,7 +284,7 @@ def _make_trainer(
         UserError: the Trainer or the launcher refuses the flags.
     """
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
-    with as_user_error():
+    with as_user_error(), doing("setting up the trainer"):
         trainer = FiniteTrainer(
             model=model,
             args=arguments,

@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from sft_probe.analysis.figures.benchmarks import benchmark_figure
 from sft_probe.analysis.figures.categories import (
     changes_chart,
     curves_of,
@@ -27,7 +28,6 @@ from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure
 from sft_probe.analysis.figures.figure import Figure, Style
 from sft_probe.analysis.figures.names import DEFAULT_FORMATS
 from sft_probe.analysis.figures.runs import (
-    benchmark_figure,
     code_length_figure,
     comparison_figures,
     generation_figure,

@@ -22,11 +22,11 @@ from sft_probe.analysis.figures.plot import figures_of, share_steps
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
+    benchmark_tables,
     notes_of,
     over_runs_text,
     sentences_of,
 )
-from sft_probe.analysis.stats.benchmarks import shown_benchmarks
 from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
@@ -35,8 +35,9 @@ from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, doing
 from sft_probe.files import make_dir, write_text
+from sft_probe.text_table import number
 
 MAX_BYTES = 8_000_000
 _DOC_BYTES = 3_500_000
@@ -113,7 +114,8 @@ def report(
     make_dir(target.parent)
     if format_name == "md":
         return _write_markdown(analysis, target)
-    text = html_report(analysis)
+    with doing("drawing the figures of the report"):
+        text = html_report(analysis)
     if (size := len(text.encode())) > MAX_BYTES:
         raise UserError(f"the report would take {size / 1e6:.1f} MB, over 8: give fewer runs.")
     write_text(target, text)
@@ -250,7 +252,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
-        "benchmarks": shown_benchmarks(recording.benchmarks, recording.step_unit),
+        "benchmarks": benchmark_tables(analysis, recording),
         "texts": texts,
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
@@ -267,8 +269,8 @@ def _change_text(row: "pd.Series[Any]") -> str:
     """Return the change with its interval in parentheses, as far as they are known."""
     if math.isnan(row["change"]):
         return ""
-    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
-    return f" ({row['change']:+.1f}{interval})"
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+z.1f}, {row['high']:+z.1f}]"
+    return f" ({row['change']:+z.1f}{interval})"
 
 
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
@@ -300,26 +302,23 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
 
 
 def _cells(row: "pd.Series[Any]") -> list[str]:
-    def number(name: str, form: str) -> str:
-        return "-" if math.isnan(row[name]) else format(row[name], form)
-
     shares = [share_text(row, part) for part in PARTS]
-    interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
+    interval = "-" if math.isnan(row["low"]) else f"{row['low']:+z.1f} to {row['high']:+z.1f}"
     return [
         str(row["category"]),
         str(row["num_docs"] or "?"),
-        number("start", ".1f"),
-        number("change", "+.1f"),
+        number(row["start"], ".1f"),
+        number(row["change"], "+z.1f"),
         interval,
         row["sign"],
-        number("p_holm", ".2g"),
-        number("body", "+.1f"),
-        number("peak", "+.1f"),
+        number(row["p_holm"], ".2g"),
+        number(row["body"], "+z.1f"),
+        number(row["peak"], "+z.1f"),
         str(row["peak_step"]),
-        number("half_step", ".1f"),
+        number(row["half_step"], ".1f"),
         "-" if "-" in shares else " / ".join(shares) + " %",
-        number("rank", ".0f"),
-        number("stderr", ".2f"),
+        number(row["rank"], ".0f"),
+        number(row["stderr"], ".2f"),
     ]
 
 
@@ -339,8 +338,13 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
             lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
-        if shown := run["benchmarks"]:
-            lines += ["", f"### {_md(shown.title.capitalize())}", "", _md_row(shown.columns)]
+        for shown in run["benchmarks"]:
+            lines += [
+                "",
+                f"### {_md(shown.title[0].upper() + shown.title[1:])}",
+                "",
+                _md_row(shown.columns),
+            ]
             lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]
@@ -385,9 +389,9 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
         measure = "logprob"
     by_doc = dict(list(recording.rows[recording.rows["split"] == split].groupby("doc_id")))
     docs: list[dict[str, Any]] = []
-    for number, doc_id in enumerate(arrays.doc_ids):
+    for index, doc_id in enumerate(arrays.doc_ids):
         tokens = _tokens(recording, by_doc[doc_id], doc_id, ticks(arrays.steps))
-        doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][number])
+        doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][index])
         doc["tokens"] = {name: tokens[name] for name in arrays.categories if name in tokens}
         max_bytes -= len(json.dumps(doc))
         if max_bytes < 0 and docs:

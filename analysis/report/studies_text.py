@@ -50,14 +50,14 @@ def ledger_text(found: Ledger) -> str:
         whole = own[own["measure"] == MEASURES[0]].set_index("part")
         table.insert(1, "95 % interval", [_interval(whole.loc[part]) for part in table.index])
         table = table.rename(columns={MEASURES[0]: "total"})
-        shown: str = table.reset_index().to_string(index=False, float_format="{:+.2f}".format)
+        shown: str = table.reset_index().to_string(index=False, float_format="{:+z.2f}".format)
         name = str(category)
         blocks.append(f"{name}\n{shown}\n- {_ledger_sentence(name, whole)}")
     if len(found.preference):
         row = found.preference.iloc[-1]
         blocks.append(
-            f"preference: chosen gained {row['change']:+.2f} [{row['low']:+.2f}, "
-            f"{row['high']:+.2f}] nats more than rejected"
+            f"preference: chosen gained {row['change']:+z.2f} [{row['low']:+z.2f}, "
+            f"{row['high']:+z.2f}] nats more than rejected"
         )
     blocks.append(
         "This says where the gain shows, not what in the training data caused it: training under "
@@ -67,17 +67,17 @@ def ledger_text(found: Ledger) -> str:
 
 
 def _interval(row: pd.Series) -> str:
-    return f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+    return f"[{row['low']:+z.2f}, {row['high']:+z.2f}]"
 
 
 def _ledger_sentence(category: str, whole: pd.DataFrame) -> str:
     parts = [
-        f"{row['change']:+.1f} {' or '.join(_MEANINGS[name] for name in str(part).split(' + '))}"
+        f"{row['change']:+z.1f} {' or '.join(_MEANINGS[name] for name in str(part).split(' + '))}"
         for part, row in whole.iterrows()
         if part != WHOLE
     ]
     gain: Any = whole.loc[WHOLE, "change"]
-    return f"of {category}'s {gain:+.1f} nats: {'; '.join(parts)}"
+    return f"of {category}'s {gain:+z.1f} nats: {'; '.join(parts)}"
 
 
 def path_text(found: PathLedger) -> str:
@@ -89,11 +89,11 @@ def path_text(found: PathLedger) -> str:
         whole = found.closure[found.closure["category"] == category]
         name = str(category)
         blocks.append(
-            f"{name}: {whole['measured'].sum():+.3f} nats measured, {whole['path'].sum():+.3f} "
+            f"{name}: {whole['measured'].sum():+z.3f} nats measured, {whole['path'].sum():+z.3f} "
             "along the path; the largest shares of the path:"
         )
         largest["layer"] = largest["layer"].astype(object).where(largest["layer"].notna(), "-")
-        blocks.append(str(largest.to_string(index=False, float_format="{:+.3f}".format)))
+        blocks.append(str(largest.to_string(index=False, float_format="{:+z.3f}".format)))
     errors = found.closure["error"]
     if found.too_long:
         blocks.append(
@@ -118,7 +118,7 @@ def words_text(found: WordChanges, top: int) -> str:
     blocks = [head]
     for category, classes in found.classes.groupby("category", sort=False):
         total = classes["change"].sum()
-        blocks.append(f"{category}: {total:+.2f} nats per response, terminator included")
+        blocks.append(f"{category}: {total:+z.2f} nats per response, terminator included")
         blocks.append(_table(classes, _CLASS_COLUMNS))
         for name, table in (("words", found.literals), ("sequences", found.sequences)):
             own = table[table["category"] == category]
@@ -164,7 +164,7 @@ def _table(rows: pd.DataFrame, columns: dict[str, str]) -> str:
     formats = {
         "p (Holm)": lambda p: "<0.0001" if p < 1e-4 else f"{p:.4f}",
         **{
-            name: "{:+.3f}".format
+            name: "{:+z.3f}".format
             for name in ("nats per response", "low", "high", "nats each", "nats in all")
             if name in shown
         },

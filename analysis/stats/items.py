@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sft_probe.analysis.stats.benchmarks import text_of
+from sft_probe.analysis.stats.clusters import Ints, cluster_ids
 from sft_probe.analysis.stats.intervals import Floats, estimate, weighted_mean
 from sft_probe.analysis.stats.runs import Recording
 from sft_probe.files import find, jsonl_lines
-from sft_probe.text_table import Form, interval, number, text_table
+from sft_probe.text_table import Shown, interval, number
 
 _STEP = re.compile(r"step_(\d+)")
 _KEY = ["part", "task", "filter", "metric"]
@@ -28,10 +30,10 @@ _COLUMNS = (
 def read_items(directory: Path) -> pd.DataFrame:
     """Return the answers to all items of a sweep's benchmarks, from lm-eval's `samples_*.jsonl`.
 
-    Columns: `part task filter metric step item correct num_options nats num_bytes`, a row for each
-    metric that is 0 or 1. `num_options` is that of a choice between continuations, 0 for another
-    kind of task; `nats` and `num_bytes` are those of the right answer, NaN where the samples do not
-    tell which one that is.
+    Columns: `part task filter metric step item text correct num_options nats num_bytes`, a row for
+    each metric that is 0 or 1. `text` is what items of one cluster share (`text_of`). `num_options`
+    is that of a choice between continuations, 0 for another kind of task; `nats` and `num_bytes`
+    are those of the right answer, NaN where the samples do not tell which one that is.
     """
     rows = []
     for path in find(directory, "sweep/step_*/benchmark_*/samples_*.jsonl"):
@@ -49,17 +51,23 @@ def _rows_of(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
     texts = [arguments["arg_1"] for arguments in sample["arguments"].values()]
     num_options = len(texts) if len(answers) == len(texts) > 1 else 0
     gold = _gold(str(sample["target"]), texts) if len(answers) == len(texts) else None
+    nats, num_bytes = math.nan, math.nan
+    if pair := sample.get("bits_per_byte"):  # of a task that `sft-probe benchmarks add` made
+        nats, num_bytes = pair
+    elif gold is not None:
+        nats, num_bytes = float(answers[gold][0]), len(texts[gold].strip().encode("utf-8"))
     for metric in sample["metrics"]:
         if sample.get(metric) in (0, 1):
             yield {
                 "filter": sample.get("filter", "none"),
                 "metric": metric,
                 "item": sample["doc_id"],
+                "text": text_of(sample.get("doc")),
                 "correct": float(sample[metric]),
                 # a whole answer that is decoded greedily is no guess among options
                 "num_options": num_options if metric.startswith("acc") else 0,
-                "nats": math.nan if gold is None else float(answers[gold][0]),
-                "num_bytes": math.nan if gold is None else len(texts[gold].encode("utf-8")),
+                "nats": nats,
+                "num_bytes": num_bytes,
             }
 
 
@@ -78,8 +86,9 @@ def item_table(recording: Recording) -> pd.DataFrame:
     stderr low high kl`. Measures: `accuracy`; `lost` and `gained`, shares of items that went from
     right to wrong and back (1 -> 0, 0 -> 1); `lost_adjusted` and `gained_adjusted`, less what
     guessing explains (`chance_share`); `bits_per_byte` of the right answer. Changes are paired by
-    item, with 95 % intervals over items. `kl` is the forward KL from the reference per token of the
-    held-out responses trained on, where the sweep has one.
+    item, with 95 % intervals over items, of which those about one text are one cluster. `kl` is the
+    forward KL from the reference per token of the held-out responses trained on, where the sweep
+    has one.
     """
     items = read_items(recording.path) if recording.path.is_dir() else pd.DataFrame()
     if items.empty:
@@ -119,7 +128,8 @@ def _of_benchmark(items: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of one benchmark and metric, over the items that all steps have."""
     wide = items.pivot_table(index="item", columns="step", values=["correct", "nats"])
     wide = wide.dropna(subset=[("correct", step) for step in wide["correct"]])
-    facts = items.groupby("item")[["num_options", "num_bytes"]].first().loc[wide.index]
+    facts = items.groupby("item")[["num_options", "num_bytes", "text"]].first().loc[wide.index]
+    clusters = cluster_ids([text if isinstance(text, str) else None for text in facts["text"]])
     correct = wide["correct"].to_numpy(dtype=float)
     start, options = correct[:, :1], facts["num_options"].to_numpy(dtype=float)
     chance = chance_share((1 - start) * (1 - correct), options)
@@ -129,13 +139,13 @@ def _of_benchmark(items: pd.DataFrame) -> pd.DataFrame:
     if (options > 1).all():
         measures |= {"lost_adjusted": lost - chance, "gained_adjusted": gained - chance}
     steps = [int(step) for step in wide["correct"]]
-    tables = [_rows(name, values, None, steps) for name, values in measures.items()]
+    tables = [_rows(name, values, clusters, steps) for name, values in measures.items()]
     if "nats" in wide:
         num_bytes = facts["num_bytes"].to_numpy(dtype=float)[:, None] * math.log(2)
         known = pd.DataFrame(wide["nats"]).reindex(columns=steps)
         nats = -known.to_numpy(dtype=float)
         sizes = np.broadcast_to(num_bytes, nats.shape)
-        tables.append(_rows("bits_per_byte", nats, sizes, steps))
+        tables.append(_rows("bits_per_byte", nats, clusters, steps, sizes))
     place = {name: str(items[name].iloc[0]) for name in _KEY}
     return pd.concat(tables).assign(
         **place, first_step=steps[0], num_items=len(wide), num_options=options.mean() or math.nan
@@ -143,10 +153,13 @@ def _of_benchmark(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rows(
-    measure: str, values: Floats, denominators: Floats | None, steps: list[int]
+    measure: str,
+    values: Floats,
+    clusters: Ints,
+    steps: list[int],
+    denominators: Floats | None = None,
 ) -> pd.DataFrame:
-    own = np.arange(len(values))
-    found = estimate(values - values[:, :1], own, denominators=denominators)
+    found = estimate(values - values[:, :1], clusters, denominators=denominators)
     columns = {"level": weighted_mean(values, denominators), "change": found.mean}
     columns |= {"stderr": found.stderr, "low": found.low, "high": found.high}
     return pd.DataFrame({"step": steps, "measure": measure, **columns})
@@ -164,11 +177,11 @@ def _kl(recording: Recording) -> pd.DataFrame:
     return (sums["kl_forward"] / sums["num_tokens"]).rename("kl").reset_index()
 
 
-def items_text(table: pd.DataFrame, form: Form = "text") -> str:
-    """Return what `sft-probe analyze` prints of the items of one run: the last step, those first
-    that lost most."""
+def shown_items(table: pd.DataFrame) -> Shown | None:
+    """Return what is printed of the items of one run: the last step, those first that lost most;
+    none without items."""
     if table.empty:
-        return ""
+        return None
     last = table[table["step"] == table.groupby(_KEY)["step"].transform("max")]
     rows = []
     for place, part in last.groupby(_KEY, sort=False):
@@ -180,9 +193,9 @@ def items_text(table: pd.DataFrame, form: Form = "text") -> str:
         f"items of benchmarks, step {steps}; intervals over items. Adjusted: less what independent "
         "guesses would lose; below 0 where both steps answer alike"
     )
-    more = [f"{len(rows) - _MAX_ROWS} more are in the table `items`"] if rows[_MAX_ROWS:] else []
-    shown = text_table(_COLUMNS, [cells for _, cells in rows[:_MAX_ROWS]], form, left=2)
-    return "\n".join([title, "", shown, *more])
+    if rows[_MAX_ROWS:]:
+        title += f"; {len(rows) - _MAX_ROWS} more are in the table `items`"
+    return Shown(title, _COLUMNS, [cells for _, cells in rows[:_MAX_ROWS]])
 
 
 def _cells(task: str, metric: str, own: dict[str, dict[Any, Any]]) -> list[str]:

@@ -351,6 +351,10 @@ def _notes(
             "the texts were written for the demo: it demonstrates the tool, it is no evidence"
         )
     if source == "lm_eval" and (live := find(directory, "probe/step_*.jsonl")):
+        notes.append(
+            f"the scores are those of the sweep; those of the live probe ({len(live)} steps) are "
+            "left out, since both never share a curve"
+        )
         notes += _disagreement(rows, live)
     return notes
 

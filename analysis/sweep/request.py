@@ -11,7 +11,7 @@ from sft_probe.analysis.sweep.checkpoints import (
     hub_revisions,
     snapshots_of_run,
 )
-from sft_probe.command_line import config_of, write_config
+from sft_probe.command_line import config_of, log_written, write_config
 from sft_probe.errors import UserError, check_names
 from sft_probe.files import read_object
 from sft_probe.options import Names, Positional, Positive, Replayable, Shard
@@ -137,8 +137,7 @@ class SweepRequest(Benchmarks, Replayable):
         if self.dry_run:
             print(plan(self))  # noqa: T201
             return
-        for path in sweep(self):
-            log.info("wrote %s", path)
+        log_written(sweep(self), f"analyze {self.directory}")
         write_config(self.directory / "sweep/config.yaml", "sft-probe sweep", config_of(self))
 
     def _check_options(self) -> None:

@@ -87,15 +87,10 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
         UserError: training has not finished, the probe set has changed or has another format than
             the run, no checkpoint can be read, or no doc fits.
     """
-    foreign = bool(request.checkpoints or request.model)
     manifest = run_manifest(request)
     earlier = sweep_manifest(request.directory) or {}
-    source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
-    probe_set = load_probe_set(source)
+    probe_set, given = chosen_inputs(request)
     decided_by, tokenizer_source, tokenizer, config = _first_readable(checkpoints)
-    given = request.prompt_format or (
-        probe_set.prompt_format if foreign else manifest["prompt_format_source"]
-    )
     recorded = manifest.get("prompt_format_source") or _recorded_format(request.directory)
     prompt_format = resolve_format(given, tokenizer, probe_set.docs, recorded)
     _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
@@ -103,7 +98,7 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
     docs, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, max_length)
     if not docs:
         raise UserError(
-            f"no doc of {source} can be scored; the first one: {dropped[0].doc_id}: "
+            f"no doc of {probe_set.source} can be scored; the first one: {dropped[0].doc_id}: "
             f"{dropped[0].reason}"
         )
     return SweepSettings(
@@ -128,6 +123,38 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
         docs=docs,
         dropped=dropped,
     )
+
+
+def inputs_text(request: SweepRequest, probe_set: ProbeSet, prompt_format: str) -> str:
+    """Return a line on the probe set and one on the prompt format, with where each comes from.
+
+    Args:
+        request: what the user asked for.
+        probe_set: what is scored.
+        prompt_format: its name.
+    """
+    foreign = bool(request.checkpoints or request.model)
+    own = "the default, embedded: --probe-set names another" if foreign else "that of the run"
+    docs = [f"{len(probe_set.of_split(split))} {split} docs" for split in request.splits]
+    format_origin = "that of the probe set" if foreign else "that of the run"
+    return (
+        f"probe set: {probe_set.source} ({'--probe-set' if request.probe_set else own}), "
+        f"{' and '.join(docs)}, {len(probe_set.categories)} categories\n"
+        f"prompt format: {prompt_format} "
+        f"({'--prompt-format' if request.prompt_format else format_origin})"
+    )
+
+
+def chosen_inputs(request: SweepRequest) -> tuple[ProbeSet, str]:
+    """Return the probe set of a sweep and its prompt format, as far as no tokenizer has a say.
+
+    Raises:
+        UserError: there is no such set, or the run has not finished.
+    """
+    manifest = run_manifest(request)
+    probe_set = load_probe_set(request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET)
+    recorded = manifest.get("prompt_format_source") or probe_set.prompt_format
+    return probe_set, request.prompt_format or recorded
 
 
 _Readable = tuple[Checkpoint, tuple[str, str], "PreTrainedTokenizerBase", dict[str, Any]]
@@ -255,6 +282,7 @@ def _manifest(settings: SweepSettings, request: SweepRequest) -> dict[str, Any]:
             for split in ("train", "heldout")
         },
         "doc_ids": [doc.doc.doc_id for doc in settings.docs],
+        "doc_sha256": {doc.doc.doc_id: doc.doc.sha256 for doc in settings.docs},
         "dropped": [vars(drop) for drop in settings.dropped],
         "model_config": settings.model_config,
         "sft_probe_version": __version__,

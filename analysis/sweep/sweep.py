@@ -20,7 +20,12 @@ from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.reference import find_reference
 from sft_probe.analysis.sweep.request import SweepRequest, find_checkpoints
-from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
+from sft_probe.analysis.sweep.settings import (
+    chosen_inputs,
+    fix_settings,
+    inputs_text,
+    resolve_settings,
+)
 from sft_probe.analysis.sweep.step import Scorer, is_scored, parts_asked_for
 from sft_probe.errors import UserError
 
@@ -97,6 +102,7 @@ def _prepare(
     claim_sources(request.directory, checkpoints)
     for drop in settings.dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
+    log.info(inputs_text(request, settings.probe_set, settings.format_name))
     log.info(
         "%d checkpoints; %d docs can be scored in %d categories, %d are left out",
         len(checkpoints),
@@ -127,7 +133,7 @@ def plan(request: SweepRequest) -> str:
         size_text = "on hub" if size is None else f"{size / 1e6:,.0f} MB"
         lines.append(f"{checkpoint.step:>8}  {size_text:>9}  {text:<30} {checkpoint.name}")
     asked = ", ".join(parts_asked_for(request, request.directory))
-    lines.append(f"asked for: {asked}")
+    lines += [inputs_text(request, *chosen_inputs(request)), f"asked for: {asked}"]
     return "\n".join([*lines, *(f"cannot be scored: {problem}" for problem in problems)])
 
 

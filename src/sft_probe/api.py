@@ -1,5 +1,6 @@
 """The Python interface, for notebooks and scripts: runs as tables and figures."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,13 +267,23 @@ def compare(
     return compare_recordings(runs[0], runs[1], measure, categories)
 
 
-def load_probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
+def probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
     """Read a probe set: its `docs`, `categories` and `prompt_format`.
 
     Args:
         source: a directory, a `.jsonl` file, a hub id or an embedded name.
 
     Example:
-        sft_probe.load_probe_set("helpful-mini").docs[0].responses["chosen"]
+        sft_probe.probe_set("helpful-mini").docs[0].responses["chosen"]
     """
     return _load_probe_set(str(source))
+
+
+def load_probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
+    """Read a probe set: the earlier name of `probe_set`, with a warning."""
+    warnings.warn(
+        "sft_probe.load_probe_set is now sft_probe.probe_set; please use the new name.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return probe_set(source)

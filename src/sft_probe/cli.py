@@ -2,6 +2,8 @@
 help comes at once."""
 
 import argparse
+import contextlib
+import importlib
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -21,11 +23,11 @@ from sft_probe.analysis.commands import (
 )
 from sft_probe.analysis.import_commands import Import, PublishedGet, PublishedList
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.command_line import Parser, read_command
-from sft_probe.errors import UserError, exit_on_user_error, quiet, unknown
+from sft_probe.command_line import Parser, log_written, read_command
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet, unknown
 from sft_probe.files import check_exists
 from sft_probe.options import Command, Heldout, OldName, Positional, Positive, about, options_of
-from sft_probe.probe_set import check_source
+from sft_probe.probe_set import check_source, train_command
 from sft_probe.prompts import check_format
 from sft_probe.synth.options import SynthRun, SynthStatus
 from sft_probe.train.checks import check_inputs
@@ -68,8 +70,9 @@ class Table(Command):
     """Categories of responses, each with its column."""
     prompt_format: str = "hh"
     """hh, chat, plain or a Jinja file."""
-    heldout: Heldout = 100
-    """Docs held out; or a share below 1: then no doc changes its split when rows are added."""
+    heldout: Heldout | None = None
+    """Docs held out; or a share below 1: then no doc changes its split when rows are added.
+    Default: 100, of under 500 rows a fifth."""
     limit: Positive | None = None
     """Largest number of docs; they are drawn at random. Default: all."""
     seed: int = 0
@@ -148,7 +151,8 @@ class ProbeSet(Table):
         )
         for item in left_out:
             log.warning("left out: %s", item)
-        log.info("wrote %s; %d rows left out", self.out, len(left_out))
+        log.info("%d rows left out", len(left_out))
+        log_written([Path(str(self.out))], train_command(str(self.out), self._categories()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +180,15 @@ class BenchmarksAdd(Command):
 
     def execute(self) -> None:
         """Write the tasks and say what each file was taken for."""
-        from sft_probe.tasks.benchmark_files import add_benchmarks
+        from sft_probe.tasks.benchmark_files import add_benchmarks, benchmarks_dir
 
-        for name, layout, num_items in add_benchmarks(self.files, self.out):
+        added = add_benchmarks(self.files, self.out)
+        for name, layout, num_items in added:
             print(f"{name}: {num_items} items, {layout}")  # noqa: T201
+        names = ",".join(name for name, _, _ in added)
+        files = [(self.out or benchmarks_dir()) / f"{name}.yaml" for name, _, _ in added]
+        tasks = names if self.out is None else ",".join(map(str, files))
+        log_written(files, f"sweep RUN --tasks {tasks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +242,7 @@ class LinkTasks(Command):
         if self.remove:
             log.info("removed %s", unlink_tasks())
         else:
-            log.info("wrote stubs to %s; now: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
+            log.info("wrote stubs to %s; next: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +337,32 @@ _WITHOUT_WORD = {"synth": "synth run", "published": "published list"}
 """What the first word of a group alone calls."""
 
 
+_IMPORTS = {
+    "train": "sft_probe.train.sft",
+    "sweep": "sft_probe.analysis.sweep.sweep",
+    "analyze": "sft_probe.analysis.stats.analyze",
+    "plot": "sft_probe.analysis.figures.plot",
+    "report": "sft_probe.analysis.report.html",
+    "transfer": "sft_probe.analysis.figures.runs",
+    "simplicity": "sft_probe.analysis.figures.runs",
+    "ledger": "sft_probe.analysis.studies.ledger_path",
+    "words": "sft_probe.analysis.studies.words",
+    "weights": "sft_probe.analysis.studies.weight_changes",
+    "synth run": "sft_probe.synth.build",
+    "probe-set": "sft_probe.synth.output",
+    "benchmarks add": "sft_probe.tasks.benchmark_files",
+    "import": "sft_probe.analysis.stats.imports.store",
+}
+"""The module of a command whose import takes longest."""
+
+
+def _import_for(name: str) -> None:
+    """Import what a command needs, with a line where that takes long."""
+    with doing("importing libraries"), contextlib.suppress(ImportError):
+        if name in _IMPORTS:
+            importlib.import_module(_IMPORTS[name])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run `sft-probe`. Exit code 2 for what the user can fix, with one message and no traceback."""
     with exit_on_user_error():
@@ -344,6 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             command = read_command(f"sft-probe {name}", COMMANDS[name], rest)
             command.check()
+            _import_for(name)
             command.execute()
 
 
@@ -390,6 +426,7 @@ def _train(arguments: list[str]) -> None:
         print_help()
         return
     probe_set = check_inputs(expand(arguments))
+    _import_for("train")
     try:
         from sft_probe.train.sft import main as train
     except ImportError as error:

@@ -181,6 +181,22 @@ def _config_flags(recorded: Mapping[str, Any], options: Sequence[Option], path: 
     return [*flags, "--", *positionals]
 
 
+def log_written(paths: Iterable[Path], following: str = "") -> None:
+    """Log what a command has written, the last one with the command that comes next.
+
+    Args:
+        paths: files or directories; each is logged when it is there.
+        following: a command line, without `sft-probe`; empty where none suggests itself.
+    """
+    last: Path | None = None
+    for path in paths:
+        if last is not None:
+            log.info("wrote %s", last)
+        last = path
+    if last is not None:
+        log.info("wrote %s%s", last, f"; next: sft-probe {following}" if following else "")
+
+
 def config_of(command: Any) -> dict[str, Any]:
     """Return the options of a command that differ from their defaults, as YAML would hold them."""
     found: dict[str, Any] = {}

@@ -9,11 +9,16 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+log = logging.getLogger(__name__)
+_QUICK_S = 2.0
+_AGAIN_S = 60.0
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it."""
 
@@ -51,10 +56,38 @@ def quiet() -> None:
     # DeepSpeed sets the level of its logger when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", append=True)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Log what is being done where the block takes over 2 s, and once a minute while it lasts.
+
+    Args:
+        what: such as `loading the model`.
+    """
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def report() -> None:
+        wait = _QUICK_S
+        while not ended.wait(wait):
+            seconds = time.monotonic() - started
+            log.info("%s%s", what, " ..." if wait == _QUICK_S else f" ({seconds:.0f} s so far)")
+            wait = _AGAIN_S
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:

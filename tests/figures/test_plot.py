@@ -56,7 +56,8 @@ def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
     result = sft_probe("plot", run, "--format", "svg")
     assert result.returncode == 0, result.stderr
     figures = run / "figures"
-    expected = {f"{name}_heldout" for name in NAMES} | {"benchmarks", "code_length"}
+    expected = {f"{name}_heldout" for name in NAMES} | {"code_length"}
+    expected |= {"benchmarks", "benchmarks_against_probe"}
     assert (
         {path.stem for path in figures.glob("*.svg")}
         == expected
@@ -75,6 +76,7 @@ def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
     assert pd.read_csv(figures / "benchmarks.csv")["name"].nunique() == 13
     panels = (figures / "benchmarks.svg").read_text()
     assert "g, acc, strict" in panels
+    assert "non_response" in panels, "the probes stand above"
     assert "1 more are in the CSV alone: m9, acc" in panels
     tokens = pd.read_csv(figures / "tokens_heldout.csv")
     assert tokens["token"].notna().any(), "the run's own tokenizer gives the texts"

@@ -72,6 +72,8 @@ def test_a_worked_example_by_hand(sft_probe: Run, tmp_path: Path) -> None:
     assert change["bits_per_byte"] == pytest.approx(-3 / 6 / math.log(2))
     shown = sft_probe("analyze", run).stdout
     line = next(line for line in shown.splitlines() if line.startswith("my_quiz"))
+    assert sft_probe("report", run).returncode == 0
+    assert "Items of benchmarks, step" in (run / "report.html").read_text()
     assert line.split()[:6] == ["my_quiz", "acc", "8", "4", "0.500", "+0.000"]
     assert (run / "analysis/items.csv").exists()
 
