@@ -11,8 +11,8 @@ NUM_LABELS, NUM_FEATURES, BATCH = 4, 12, 4
 def world(
     seed: int, *, planted: bool, rate: float, num_orders: int = 3, num_docs: int = 200
 ) -> tuple[list[Coding], np.ndarray, np.ndarray, np.ndarray]:
-    """Return codings of `num_docs` training texts, then tokens and clusters of as many held-out ones, and,
-    for each order, the excess by the definition with 4,000 held-out texts."""
+    """Return codings of `num_docs` training texts, then tokens and clusters of as many held-out
+    ones, and, for each order, the excess by the definition with 4,000 held-out texts."""
     generator = np.random.default_rng(seed)
     rule = generator.normal(size=(NUM_LABELS, NUM_FEATURES)) if planted else None
     x, y = _texts(generator, num_docs, rule)
