@@ -17,7 +17,7 @@ from sft_probe.files import read_json, read_object
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.prompts import terminator_id
 from sft_probe.train.arguments import SftArguments, as_user_error, parse_arguments
-from sft_probe.train.examples import IGNORED_LABEL, TrainingExamples
+from sft_probe.train.examples import TrainingExamples
 from sft_probe.train.options import check_inputs, expand
 from sft_probe.train.sft import Inputs, contents_of, load_inputs, make_trainer
 from sft_probe.train.trainer import FiniteTrainer
@@ -116,7 +116,7 @@ def _check_exact(run: Path, arguments: SftArguments) -> None:
     if arguments.dtype != "float32":
         reasons.append(f"its weights are {arguments.dtype}")
     if arguments.optim not in (*ADAM, "sgd"):
-        reasons.append(f"its optimizer is {str(arguments.optim)}, not AdamW or SGD of torch")
+        reasons.append(f"its optimizer is {arguments.optim!s}, not AdamW or SGD of torch")
     if arguments.deepspeed is not None:
         config = read_json(Path(str(arguments.deepspeed)))
         if config.get("zero_optimization", {}).get("stage", 0) == 3:
@@ -157,9 +157,7 @@ class _ReplayTrainer(FiniteTrainer):
 
     watcher: Watcher
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss of the micro-batch."""
         if self.watcher.with_examples:
             for row, index in enumerate(self._example_index):
@@ -189,9 +187,7 @@ class _AfterUpdate(TrainerCallback):
     def __init__(self, trainer: _ReplayTrainer) -> None:
         self.trainer = trainer
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Show the update of this step."""
         logs = kwargs["logs"]
         if "grad_norm" not in logs:  # the summary at the end
@@ -222,9 +218,10 @@ class _AfterUpdate(TrainerCallback):
         if moments is None:  # SGD, or a weight that no example has moved
             return 1.0
         args = self.trainer.args
-        return (moments / (1 - args.adam_beta2**step)).sqrt_() + args.adam_epsilon
+        found: torch.Tensor = torch.sqrt(moments / (1 - args.adam_beta2**step)) + args.adam_epsilon
+        return found
 
-    def _second_moments(self, weight: torch.nn.Parameter) -> torch.Tensor | None:
+    def _second_moments(self, weight: Any) -> torch.Tensor | None:
         if self.trainer.args.optim not in ADAM:
             return None
         if not self.trainer.is_deepspeed_enabled:

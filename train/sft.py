@@ -224,7 +224,7 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    trainer, precision = make_trainer(arguments, examples, end_id)
+    trainer, precision = make_trainer(arguments, examples, end_id, FiniteTrainer)
     state = latest_state(folder)
     losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
     snapshots = SnapshotCallback(
@@ -288,7 +288,7 @@ def make_trainer(
     arguments: SftArguments,
     examples: TrainingExamples,
     end_id: int,
-    kind: type[Kind] = FiniteTrainer,  # type: ignore[assignment]  # mypy: no default of a type
+    kind: type[Kind],
 ) -> tuple[Kind, PrecisionCallback]:
     """Load the model and return its trainer.
 

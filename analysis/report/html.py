@@ -17,7 +17,9 @@ import vl_convert
 
 from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
+from sft_probe.analysis.figures.ledger import written_figures
 from sft_probe.analysis.figures.plot import FIGURES, figures_of, share_steps
+from sft_probe.analysis.report.ledger_text import written_examples
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
@@ -176,6 +178,11 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
             spec = _isolating(figure.spec(look))
             shown = {"id": f"figure-{prefix}-{figure.name}", "title": figure.title, "spec": spec}
             sections.setdefault(title, []).append(shown)
+    for number, recording in enumerate(analysis.recordings):
+        for figure in written_figures(recording.path / "analysis"):
+            spec = _isolating(figure.spec(style))
+            shown = {"id": f"figure-{number}-{figure.name}", "title": figure.title, "spec": spec}
+            sections.setdefault(recording.name, []).append(shown)
     return [{"title": title, "figures": figures} for title, figures in sections.items()]
 
 
@@ -247,6 +254,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "splits": splits,
         "benchmarks": shown_benchmarks(recording.benchmarks, recording.step_unit),
         "texts": texts,
+        "examples": written_examples(recording.path / "analysis"),
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
 
@@ -337,10 +345,18 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
         if shown := run["benchmarks"]:
             lines += ["", f"### {_md(shown.title.capitalize())}", "", _md_row(shown.columns)]
             lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
+        for title, columns, rows in run["examples"]:
+            lines += ["", f"### {_md(title)}", "", _md_row(columns), "|---" * len(columns) + "|"]
+            lines += [_md_row(row) for row in rows]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]
         lines.append("")
-    for figure in figures_of(analysis, style):
+    ledgers = [
+        figure
+        for recording in analysis.recordings[:1]
+        for figure in written_figures(recording.path / "analysis")
+    ]
+    for figure in [*figures_of(analysis, style), *ledgers]:
         written += figure.save(figures, ["png"], style)
         lines += [f"![{_md(figure.title)}]({quote(figures.name)}/{figure.name}.png)", ""]
     write_text(target, "\n".join(lines) + "\n")

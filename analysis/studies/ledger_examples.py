@@ -15,7 +15,7 @@ is left out, as cutting the sum off would do.
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -68,10 +68,11 @@ class ExampleLedger:
 
     @property
     def sum_error(self) -> float:
-        """Share of the path by which examples and weight decay miss it, in the worst category."""
-        sums = self.closure.groupby("category")[["path", "examples", "weight_decay"]].sum()
+        """Share of all movement by which examples and weight decay miss the path, at worst."""
+        table = self.closure.assign(moved=self.closure["path"].abs())
+        sums = table.groupby("category")[["path", "examples", "weight_decay", "moved"]].sum()
         missed = (sums["examples"] + sums["weight_decay"] - sums["path"]).abs()
-        return float((missed / sums["path"].abs()).max())
+        return float((missed / sums["moved"]).max())
 
     @property
     def too_long(self) -> list[str]:
@@ -121,9 +122,9 @@ class _Flat:
     ) -> None:
         total = sum(shape.numel() for shape in shapes.values())
         flat = torch.from_file(str(path), shared=True, size=rows * total, dtype=dtype)
-        parts = flat.view(rows, total).split([s.numel() for s in shapes.values()], dim=1)
+        parts = torch.split(flat.view(rows, total), [s.numel() for s in shapes.values()], dim=1)
         self.parts = {
-            name: part.unflatten(1, shape)
+            name: torch.unflatten(part, 1, shape)
             for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
 
@@ -284,9 +285,7 @@ class _Ahead:
         """Compare with the snapshot, and go on to the next one."""
         for name, weight in self.before.items():
             self.off = max(self.off, float((weight - self.end[name]).abs().max()))
-            self.largest = max(
-                self.largest, float((self.end[name] - self.start[name]).abs().max())
-            )
+            self.largest = max(self.largest, float((self.end[name] - self.start[name]).abs().max()))
         self.interval += 1
         if self.interval + 1 < len(self.steps):
             self._enter()
@@ -294,8 +293,8 @@ class _Ahead:
     def finish(self) -> None:
         """Add to each chunk what later ones give, and let go of the weights."""
         for here, after in reversed(list(pairwise(self.chunks))):
-            for name, total in here.items():
-                total += self.momentum**self.chunk * after[name]
+            for name in here:
+                here[name] += self.momentum**self.chunk * after[name]
         del self.before, self.start, self.end
 
 
@@ -340,9 +339,9 @@ class _Carried:
             self.ahead = first.chunks[number] if number < len(first.chunks) else {}
             return
         interval, shares = first.shares[update.step]
-        for name, total in self.ahead.items():
-            total -= _ahead(first.nodes.mix(interval, shares, name), update, name)
-            total /= first.momentum
+        for name, ahead in self.ahead.items():
+            ahead.sub_(_ahead(first.nodes.mix(interval, shares, name), update, name))
+            ahead.div_(first.momentum)
 
 
 def _tables(
@@ -377,9 +376,7 @@ def _tables(
     )
 
 
-def _closure(
-    inputs: PathInputs, nodes: _Nodes, ahead: _Ahead, carried: _Carried
-) -> pd.DataFrame:
+def _closure(inputs: PathInputs, nodes: _Nodes, ahead: _Ahead, carried: _Carried) -> pd.DataFrame:
     """Return what was measured between snapshots, beside the path and what carried it."""
     measured = np.diff(nodes.heights, axis=0)
     rows = []
