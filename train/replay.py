@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.state import AcceleratorState
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
 from sft_probe.errors import UserError
 from sft_probe.files import read_json, read_object
@@ -116,7 +117,9 @@ def _check_exact(run: Path, arguments: SftArguments) -> None:
     if arguments.dtype != "float32":
         reasons.append(f"its weights are {arguments.dtype}")
     if arguments.optim not in (*ADAM, "sgd"):
-        reasons.append(f"its optimizer is {arguments.optim!s}, not AdamW or SGD of torch")
+        reasons.append(
+            f"its optimizer is {OptimizerNames(arguments.optim).value}, not AdamW or SGD of torch"
+        )
     if arguments.deepspeed is not None:
         config = read_json(Path(str(arguments.deepspeed)))
         if config.get("zero_optimization", {}).get("stage", 0) == 3:
