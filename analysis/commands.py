@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from sft_probe.command_line import config_of, write_config
-from sft_probe.errors import UserError
+from sft_probe.analysis.figures.names import FIGURES, FORMATS
+from sft_probe.analysis.stats.places import check_runs
+from sft_probe.analysis.sweep.checkpoints import snapshots_of_run
+from sft_probe.command_line import config_of, log_written, write_config
+from sft_probe.errors import UserError, check_names, doing
+from sft_probe.files import check_exists
 from sft_probe.options import (
     Command,
     Names,
@@ -21,6 +25,7 @@ from sft_probe.options import (
     Replayable,
     Shard,
 )
+from sft_probe.recipes import find_recipe
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,10 @@ class Analyze(Selection):
     format: Literal["text", "md", "latex", "csv"] = "text"
     """Form of what is printed; all but text are the tables alone, as a paper needs them."""
 
+    def check(self) -> None:
+        """Check the runs, and the categories where they are recorded."""
+        check_runs(self.runs, self.categories)
+
     def execute(self) -> None:
         """Print the verdict and write the tables."""
         from sft_probe.analysis.stats.analyze import (
@@ -80,8 +89,8 @@ class Analyze(Selection):
             shown = verdict_tables(analysis, self.format)
         print(shown)  # noqa: T201
         if folder := self.out or default_folder(self.runs):
-            for path in write_analysis(analysis, folder):
-                log.info("wrote %s", path)
+            runs = " ".join(map(str, self.runs))
+            log_written(write_analysis(analysis, folder), f"report {runs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,14 @@ class Plot(Selection):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the figures. Default: RUN/figures, or ./figures for several runs."""
 
+    def check(self) -> None:
+        """Check the runs, and the names of figures, formats and categories."""
+        check_names("--format", "format", self.format, FORMATS)
+        check_names("--figures", "figure", self.figures or (), FIGURES)
+        check_runs(self.runs, self.categories)
+        if self.labels:
+            check_exists(self.labels)
+
     def execute(self) -> None:
         """Draw the figures."""
         try:
@@ -137,16 +154,17 @@ class Plot(Selection):
             titled=not self.no_title,
             labels=read_labels(self.labels) if self.labels else {},
         )
-        for path in plot(
-            self.runs,
-            style=style,
-            figures=self.figures,
-            categories=self.categories,
-            formats=self.format,
-            include_eos=self.include_eos,
-            out=self.out,
-        ):
-            log.info("wrote %s", path)
+        log_written(
+            plot(
+                self.runs,
+                style=style,
+                figures=self.figures,
+                categories=self.categories,
+                formats=self.format,
+                include_eos=self.include_eos,
+                out=self.out,
+            )
+        )
 
 
 def _needs_report(error: ImportError) -> UserError:
@@ -171,20 +189,25 @@ class Report(Selection):
     out: Annotated[Path | None, "FILE"] = None
     """Where the report goes. Default: RUN/report.html, or ./report.html for several runs."""
 
+    def check(self) -> None:
+        """Check the runs, and the categories where they are recorded."""
+        check_runs(self.runs, self.categories)
+
     def execute(self) -> None:
         """Write the report."""
         try:
             from sft_probe.analysis.report.html import report
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in report(
-            self.runs,
-            format_name=self.format,
-            include_eos=self.include_eos,
-            categories=self.categories,
-            out=self.out,
-        ):
-            log.info("wrote %s", path)
+        log_written(
+            report(
+                self.runs,
+                format_name=self.format,
+                include_eos=self.include_eos,
+                categories=self.categories,
+                out=self.out,
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +224,11 @@ class Simplicity(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables and a figure. Default: nothing is written."""
 
+    def check(self) -> None:
+        """Check that the runs are there."""
+        for path in self.runs:
+            check_exists(path)
+
     def execute(self) -> None:
         """Print the comparison, and write it where --out is given."""
         from sft_probe.analysis.report.simplicity_text import simplicity_text
@@ -214,8 +242,7 @@ class Simplicity(Command):
                 from sft_probe.analysis.figures.runs import plot_simplicity
             except ImportError as error:
                 raise _needs_report(error) from error
-            for path in [*written, *plot_simplicity(found, self.out)]:
-                log.info("wrote %s", path)
+            log_written([*written, *plot_simplicity(found, self.out)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,36 +278,42 @@ class Transfer(Training):
     out: Annotated[Path, "DIR"] = Path("transfer")
     """Directory of the runs, tables and figures."""
 
-    def execute(self) -> None:
-        """Train what is missing, print the matrix, and write tables and figures."""
+    def check(self) -> None:
+        """Check the runs, or the recipe that they are trained by."""
         if bool(self.runs) == bool(self.train_on):
             raise UserError("transfer needs either --runs or --train-on.")
+        check_runs([Path(run) for run in self.runs])
+        if self.train_on and self.recipe is None:
+            raise UserError("--train-on needs --recipe, that of `sft-probe train`.")
+        if self.recipe is not None:
+            find_recipe(self.recipe)
+
+    def execute(self) -> None:
+        """Train what is missing, print the matrix, and write tables and figures."""
         from sft_probe.analysis.report.transfer_text import transfer_text
         from sft_probe.analysis.studies.transfer import transfer, write_transfer
 
         runs = self.runs or self._train()
         if self.shard[1] > 1:
             return
-        found = transfer(runs)
+        with doing("comparing the runs"):
+            found = transfer(runs)
         print(transfer_text(found))  # noqa: T201
         written = write_transfer(found, self.out)
         try:
             from sft_probe.analysis.figures.runs import plot_transfer
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_transfer(found, self.out)]:
-            log.info("wrote %s", path)
+        log_written([*written, *plot_transfer(found, self.out)])
         write_config(self.out / "config.yaml", "sft-probe transfer", config_of(self))
 
     def _train(self) -> list[str]:
         from sft_probe.analysis.studies.training_runs import train_rows
 
-        if self.recipe is None:
-            raise UserError("--train-on needs --recipe, that of `sft-probe train`.")
         return train_rows(
             self.train_on or (),
             self.out,
-            recipe=self.recipe,
+            recipe=str(self.recipe),
             num_orders=self.order_seeds,
             shard=self.shard,
             extra=shlex.split(self.train_flags),
@@ -316,6 +349,10 @@ class Ledger(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of table and figure. Default: RUN/analysis."""
 
+    def check(self) -> None:
+        """Check the run, and the categories where they are recorded."""
+        check_runs([self.run], self.categories)
+
     def execute(self) -> None:
         """Print the parts, and write table and figure."""
         if self.path and self.examples:
@@ -328,8 +365,7 @@ class Ledger(Command):
         else:
             text, written = self._by_prompt(folder)
         print(text)  # noqa: T201
-        for file in [*written, *self._draw(folder)]:
-            log.info("wrote %s", file)
+        log_written([*written, *self._draw(folder)])
 
     def _by_prompt(self, folder: Path) -> tuple[str, list[Path]]:
         from sft_probe.analysis.report.ledger_text import ledger_text
@@ -391,6 +427,10 @@ class Words(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables. Default: RUN/analysis."""
 
+    def check(self) -> None:
+        """Check the run, and the categories where they are recorded."""
+        check_runs([self.run], self.categories)
+
     def execute(self) -> None:
         """Print the classes and the words that gained most, and write the tables."""
         from sft_probe.analysis.report.studies_text import words_text
@@ -399,8 +439,7 @@ class Words(Command):
 
         found = words(load_recording(self.run), self.split, self.step, self.categories)
         print(words_text(found, self.top))  # noqa: T201
-        for path in write_words(found, self.out or self.run / "analysis"):
-            log.info("wrote %s", path)
+        log_written(write_words(found, self.out or self.run / "analysis"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,6 +458,10 @@ class Weights(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of tables and figure. Default: RUN/analysis."""
 
+    def check(self) -> None:
+        """Check that the run has snapshots."""
+        snapshots_of_run(self.run)
+
     def execute(self) -> None:
         """Print the last step by layer and kind, and write tables and a figure."""
         from sft_probe.analysis.report.studies_text import weights_text
@@ -432,5 +475,4 @@ class Weights(Command):
             from sft_probe.analysis.figures.weight_maps import plot_weights
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_weights(changes, folder)]:
-            log.info("wrote %s", path)
+        log_written([*written, *plot_weights(changes, folder)])

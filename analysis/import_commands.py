@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from sft_probe.command_line import log_written
 from sft_probe.options import Command, Positional
 
 log = logging.getLogger(__name__)
@@ -105,5 +106,4 @@ def _draw(run: Path) -> None:
     except ImportError as error:
         log.info("no figures (%s): pip install 'sft-probe[report]'", error)
         return
-    for path in plot([run], style=Style(), formats=("png",)):
-        log.info("wrote %s", path)
+    log_written(plot([run], style=Style(), formats=("png",)), f"report {run}")

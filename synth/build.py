@@ -42,7 +42,7 @@ class SetPlan:
     """With `chosen` and `rejected` alone."""
     templates: dict[str, categories.Template]
     topics: dict[str, str]
-    """Topic of the non-response by doc_id."""
+    """Topic of the non-response by doc_id; empty where none is requested."""
     left_out: list[LeftOut]
     """Rows and docs that are not used; grows until the set is written."""
     revision: str | None
@@ -60,7 +60,7 @@ class SetPlan:
     def requests(self) -> Iterator[Request]:
         """Yield the first request for each text, doc by doc."""
         for doc in self.docs:
-            topic = self.topics[doc.doc_id]
+            topic = self.topics.get(doc.doc_id, "")
             for request in categories.make_requests(doc, self.templates, topic):
                 limit = request.max_output_tokens + self.thinking_tokens
                 yield replace(request, max_output_tokens=limit)
@@ -123,22 +123,15 @@ def plan_set(
         raise UserError(
             f"the source {options.source} has no usable row among {num_rows}: {reasons}."
         )
-    seed, drawn = options.seed, _ordered(docs, options.seed, rule)[: options.limit]
-    topics = dict.fromkeys((doc.doc_id for doc in drawn), "")
-    if "non_response" in kinds:
-        parts = categories.read_topics(options.templates, len(drawn))
-        if rule == 1:
-            topics = dict(zip(topics, categories.order_topics(parts, seed), strict=False))
-        else:
-            topics = {doc.doc_id: categories.topic_of(parts, _key(doc, seed)) for doc in drawn}
+    drawn = _ordered(docs, options.seed, rule)[: options.limit]
     return SetPlan(
         options=options,
         kinds=kinds,
         rule=rule,
         thinking_tokens=thinking_tokens,
-        docs=splits.split_docs(drawn, options.heldout_frac, seed, left_out, rule),
+        docs=splits.split_docs(drawn, options.heldout_frac, options.seed, left_out, rule),
         templates=templates,
-        topics=topics,
+        topics=_topics(drawn, options, rule) if "non_response" in kinds else {},
         left_out=left_out,
         revision=revision,
         num_rows=num_rows,
@@ -166,6 +159,16 @@ def _ordered(docs: list[Doc], seed: int, rule: int) -> list[Doc]:
     if rule == 1:
         return splits.shuffled(docs, seed)
     return sorted(docs, key=lambda doc: _key(doc, seed))
+
+
+def _topics(drawn: list[Doc], options: SynthRun, rule: int) -> dict[str, str]:
+    """Return the topic of each doc by its id."""
+    parts = categories.read_topics(options.templates, len(drawn))
+    if rule == 1:
+        topics = categories.order_topics(parts, options.seed)
+        return {doc.doc_id: topic for doc, topic in zip(drawn, topics, strict=False)}
+    keys = {doc.doc_id: _key(doc, options.seed) for doc in drawn}
+    return {doc_id: categories.topic_of(parts, key) for doc_id, key in keys.items()}
 
 
 def write_texts(

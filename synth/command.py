@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_probe.command_line import config_of, write_config
+from sft_probe.command_line import config_of, log_written, write_config
 from sft_probe.errors import UserError
 from sft_probe.files import read_object
-from sft_probe.probe_set import LeftOut
+from sft_probe.probe_set import LeftOut, train_command
 from sft_probe.synth import build, output
 from sft_probe.synth.asking.budget import Limits, UselessRunError, parse_price
 from sft_probe.synth.asking.live import Progress, ask_all
@@ -132,7 +132,8 @@ def _write(
     output.write_set(options.out, docs, plan, written, writers=writers, facts=facts)
     number = len({item.place for item in plan.left_out})
     reasons = f"{number}, with the reasons in synthesis/rejected_rows.jsonl" if number else "none"
-    _LOG.info("wrote %s: %d docs; rows left out: %s", options.out, len(docs), reasons)
+    _LOG.info("%d docs; rows left out: %s", len(docs), reasons)
+    log_written([options.out], train_command(str(options.out), docs[0].responses))
 
 
 class _Asker:

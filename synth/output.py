@@ -3,7 +3,7 @@
 import html
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,12 @@ def write_set(
     files.remove_leftovers(out)  # the store's lock is held
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
-    write_docs(out, docs, lambda doc: to_row(doc, _meta(doc, written)))
+    write_docs(out, docs, written)
     write_card(out, docs, writers, plan.options.prompt_format, provenance)
     write_manifest(out, docs, writers, plan.options.prompt_format, provenance)
 
 
-def to_row(doc: Doc, meta: dict[str, Any] | None = None) -> SetRow:
+def _to_row(doc: Doc, meta: dict[str, Any]) -> SetRow:
     """Return the line of a set's JSONL file for a doc."""
     row = {
         "doc_id": doc.doc_id,
@@ -121,11 +121,9 @@ def to_row(doc: Doc, meta: dict[str, Any] | None = None) -> SetRow:
 
 
 def _meta(doc: Doc, written: Written) -> dict[str, Any]:
-    assert doc.place is not None  # noqa: S101 - every doc of a source has one
     num_words = count_words(doc.responses["chosen"])
     return {
-        "file": doc.place.file,
-        "line": doc.place.line,
+        **(doc.place._asdict() if doc.place else {}),
         "length_ratio": {
             category: round(count_words(text) / num_words, 3)
             for category, text in doc.responses.items()
@@ -135,12 +133,12 @@ def _meta(doc: Doc, written: Written) -> dict[str, Any]:
     }
 
 
-def write_docs(out: Path, docs: Sequence[Doc], row_of: Callable[[Doc], SetRow] = to_row) -> None:
-    """Write one JSONL file for each split."""
+def write_docs(out: Path, docs: Sequence[Doc], written: Written | None = None) -> None:
+    """Write one JSONL file for each split, with `meta` where its texts were written."""
     for split in SPLITS:
-        files.write_jsonl(
-            out / f"{split}.jsonl", (row_of(doc) for doc in docs if doc.split == split)
-        )
+        own = (doc for doc in docs if doc.split == split)
+        rows = (_to_row(doc, _meta(doc, written) if written else {}) for doc in own)
+        files.write_jsonl(out / f"{split}.jsonl", rows)
 
 
 def write_manifest(
@@ -347,8 +345,19 @@ def describe_probe_set(probe_set: ProbeSet) -> str:
         f"responses that stand in both splits: {_num_shared_responses(docs)}",
         "",
         *(["faults:", *faults] if faults else ["no faults"]),
+        *_without_chosen(probe_set),
     ]
     return "\n".join(lines)
+
+
+def _without_chosen(probe_set: ProbeSet) -> list[str]:
+    """Return what a set without the category `chosen` cannot do."""
+    if "chosen" in probe_set.categories:
+        return []
+    return [
+        "! no category `chosen`: there is no `random` either, which is drawn from it, and training "
+        f"needs --train_category {probe_set.categories[0]} or another one"
+    ]
 
 
 def _lengths(texts: Sequence[str]) -> list[object]:

@@ -17,7 +17,7 @@ from typing import Any
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.probe_set import Doc, LeftOut, Place, is_unicode
-from sft_probe.synth.hh import RowRejectedError, parse_row
+from sft_probe.synth.hh import Messages, RowRejectedError, parse_row
 from sft_probe.synth.splits import root_id
 
 _LOG = logging.getLogger(__name__)
@@ -69,17 +69,21 @@ def read_pairs(source: str, left_out: list[LeftOut], revision: str | None = None
             left_out.append(LeftOut(place=row.place, reason=reason, detail=first))
             continue
         seen[digest] = row.place
-        docs.append(
-            Doc(
-                doc_id=f"{stem(row.place.file)}-{row.place.line:06d}",
-                conversation_id=root_id(messages),
-                split=row.split or "",
-                messages=tuple(messages),
-                responses=responses,
-                place=row.place,
-            )
-        )
+        doc_id = f"{stem(row.place.file)}-{row.place.line:06d}"
+        docs.append(new_doc(doc_id, row, messages, responses))
     return docs
+
+
+def new_doc(doc_id: str, row: Row, messages: Messages, responses: dict[str, str]) -> Doc:
+    """Return the doc of a row."""
+    return Doc(
+        doc_id=doc_id,
+        conversation_id=root_id(messages),
+        split=row.split or "",
+        messages=tuple(messages),
+        responses=responses,
+        place=row.place,
+    )
 
 
 def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:

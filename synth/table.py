@@ -21,9 +21,10 @@ from sft_probe.probe_set import (
 from sft_probe.synth import hh, splits
 from sft_probe.synth.hh import Messages, RowRejectedError
 from sft_probe.synth.output import write_docs, write_manifest
-from sft_probe.synth.sources import Row, read_table, stem
+from sft_probe.synth.sources import Row, new_doc, read_table, stem
 
 _LOG = logging.getLogger(__name__)
+_DEFAULT_HELDOUT = 100
 
 
 def write_probe_set(
@@ -33,7 +34,7 @@ def write_probe_set(
     prompt_column: str,
     categories: dict[str, str],
     prompt_format: str,
-    heldout: float,
+    heldout: float | None,
     limit: int | None,
     seed: int,
 ) -> list[LeftOut]:
@@ -52,7 +53,7 @@ def write_probe_set(
         prompt_format: stored in the manifest.
         heldout: number of docs to hold out, exceeded by a few since whole conversations are held
             out. Below 1, the share of conversations, with which no doc changes its split when rows
-            are added or removed.
+            are added or removed. Default: 100, of under 500 docs a fifth.
         limit: largest number of docs, drawn at random.
         seed: of the draw, the split and `random`.
 
@@ -67,6 +68,9 @@ def write_probe_set(
     if not docs:
         reasons = common_reasons(left_out) if left_out else "it has no rows"
         raise UserError(f"{table} has no usable row: {reasons}.")
+    if heldout is None:
+        num_docs = min(len(docs), limit or len(docs))
+        heldout = min(_DEFAULT_HELDOUT, max(splits.MIN_DOCS, num_docs // 5))
     docs, threshold = _split(docs, heldout, limit, seed)
     writers = {name: f"column {column!r}" for name, column in categories.items()}
     is_random_drawn = "chosen" in categories and "random" not in categories
@@ -151,14 +155,7 @@ def _doc(doc_id: str, row: Row, prompt_column: str, categories: dict[str, str]) 
     messages = _prompt(columns.get(prompt_column))
     responses = {name: _response(name, value, messages) for name, value in values.items()}
     hh.check_texts(messages, list(responses.values()))
-    return Doc(
-        doc_id=doc_id,
-        conversation_id=splits.root_id(messages),
-        split="",
-        messages=tuple(messages),
-        responses=responses,
-        place=row.place,
-    )
+    return new_doc(doc_id, row, messages, responses)
 
 
 def _is_empty(value: Any) -> bool:
@@ -179,8 +176,6 @@ def _decode_messages(value: Any) -> Any:
 def _prompt(value: Any) -> Messages:
     """Return the turns of a prompt. A whole conversation is cut before the assistant's last
     message."""
-    if value == "":
-        return []
     messages = hh.parse_turns(value)
     is_answered = isinstance(value, list) and messages[-1]["role"] == "assistant"
     return messages[:-1] if is_answered else messages
@@ -191,8 +186,7 @@ def _response(name: str, value: Any, messages: Messages) -> str:
     prompt."""
     if isinstance(value, str):
         return hh.clean_response(value)
-    turns = hh.check_messages(value)
-    before, text = hh.split_answer(turns)
+    before, text = hh.split_answer(value)
     if hh.join_turns(messages, before) != messages:
         raise RowRejectedError(f"the messages of {name} before its last one are not the prompt's")
     return text
@@ -203,9 +197,14 @@ def _split(
 ) -> tuple[list[Doc], float]:
     """Return the docs that are drawn, in the order of their hashes and with their splits, and the
     threshold of the split."""
-    number = min(len(docs), limit or len(docs))
-    if heldout >= 1 and heldout >= number:
-        raise UserError(f"--heldout {heldout:g} of {number} docs leaves one of the splits empty.")
+    num_docs = min(len(docs), limit or len(docs))
+    if num_docs < 2:
+        raise UserError("one row can be used: a set needs one doc to train on and one held out.")
+    if heldout >= num_docs:
+        raise UserError(
+            f"--heldout {heldout:g}: only {num_docs} docs can be used. Hold out fewer, or give a "
+            "share below 1."
+        )
     threshold = splits.choose_threshold([doc.conversation_id for doc in docs], heldout, seed)
 
     def key(doc: Doc) -> bytes:
@@ -226,7 +225,7 @@ def _check_sizes(docs: list[Doc], needed: int, heldout: float) -> None:
     if any(counts[split] < needed for split in SPLITS):
         num_conversations = len({doc.conversation_id for doc in docs})
         raise UserError(
-            f"--heldout {heldout:g} gives {counts['train']} docs for train and "
+            f"holding out {heldout:g} gives {counts['train']} docs for train and "
             f"{counts['heldout']} held out, and each split needs {needed}. Whole conversations are "
             f"held out, and the {len(docs)} docs are of {num_conversations}. Give more rows, or "
             "another --heldout or --seed."

@@ -18,8 +18,9 @@ from sft_probe.files import read_json, read_object
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.prompts import terminator_id
 from sft_probe.train.arguments import SftArguments, as_user_error, parse_arguments
+from sft_probe.train.checks import check_inputs
 from sft_probe.train.examples import TrainingExamples
-from sft_probe.train.options import check_inputs, expand
+from sft_probe.train.options import expand
 from sft_probe.train.sft import Inputs, contents_of, load_inputs, make_trainer
 from sft_probe.train.trainer import FiniteTrainer
 

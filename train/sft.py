@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from sft_probe.command_line import write_config
-from sft_probe.errors import UserError, exit_on_user_error, quiet
+from sft_probe.command_line import log_written, write_config
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import load_tokenizer
@@ -33,6 +33,7 @@ from sft_probe.prompts import (
 from sft_probe.synth.splits import with_random
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, as_user_error, parse_arguments
+from sft_probe.train.checks import check_inputs
 from sft_probe.train.examples import (
     PadRight,
     TrainingExamples,
@@ -44,10 +45,9 @@ from sft_probe.train.examples import (
     without_heldout,
 )
 from sft_probe.train.model import PrecisionCallback, load_trained_model, model_version
-from sft_probe.train.options import PROG, check_inputs, expand, given_options, parse_mixture
+from sft_probe.train.options import PROG, expand, given_options, parse_mixture
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.run_dir import STOPPED_EXIT_CODE, ResumeCallback, latest_state
-from sft_probe.train.schedule import parse_steps
 from sft_probe.train.snapshots import SnapshotCallback
 from sft_probe.train.trainer import (
     FiniteTrainer,
@@ -98,12 +98,8 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     """Return all inputs that need no weights: their faults are found before the model loads.
 
     Raises:
-        UserError: steps, tokenizer, data, mixture or prompt format are unusable.
+        UserError: tokenizer, data, mixture or prompt format are unusable.
     """
-    for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
-        parse_steps(
-            getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1
-        )
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     docs, categories, dropped = _train_docs(arguments, probe_set)
     prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
@@ -192,6 +188,7 @@ def _train_unless_complete(
             write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
     if arguments.should_save:
         run_dir.finish_run(folder)
+        log_written([folder], f"sweep {folder}")
     return False
 
 
@@ -296,7 +293,7 @@ def make_trainer(
         UserError: the Trainer or the launcher refuses the flags.
     """
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
-    with as_user_error():
+    with as_user_error(), doing("setting up the trainer"):
         trainer = kind(
             model=model,
             args=arguments,

@@ -64,9 +64,6 @@ def _master(parameter: torch.nn.Parameter) -> torch.Tensor:
     return _whole(parameter).float() if master is None else master  # a frozen weight has none
 
 
-SNAPSHOT_DTYPES = ("training", "float32")
-
-
 class SnapshotCallback(TrainerCallback):
     """Saves the weights at the given steps, 0 and the last one among them.
 

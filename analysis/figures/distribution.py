@@ -1,5 +1,5 @@
 """Figures of what a model's distributions do: argmax mass beside the log-prob of every category,
-and the distance from a reference by position."""
+the distance from a reference by position, and what is forgotten at that distance."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +11,8 @@ import pandas as pd
 from sft_probe.analysis.figures.figure import (
     Figure,
     Style,
+    key_colors,
+    legend_columns,
     small_multiples,
     step_axis,
     ticks,
@@ -26,6 +28,8 @@ DISTANCES = {
 }
 """Figures of the distance from a reference: measure, title and unit."""
 _MAX_STEPS = 5
+_MAX_PANELS = 12
+_CHANGED = {"lost": "1 → 0", "gained": "0 → 1"}
 _LINES = {"response": "#0072B2", "most likely tokens": "#D55E00"}
 
 
@@ -138,3 +142,56 @@ def _position_chart(table: pd.DataFrame, unit: str, style: Style, width: float) 
     )
     layers = alt.layer(ends, line, data=table)
     return small_multiples(layers, list(dict.fromkeys(table["label"])), style, width)
+
+
+def forgetting_figure(items: pd.DataFrame, style: Style) -> Iterator[Figure]:
+    """Yield the figure of what is forgotten against the distance from the reference; nothing
+    without both.
+
+    Args:
+        items: from `item_table`, of some runs.
+        style: how it looks.
+    """
+    if items.empty:
+        return
+    table = items[items["measure"].isin(_CHANGED) & items["kl"].notna()].reset_index(drop=True)
+    if table.empty:
+        return
+    table["line"] = table["measure"].map(_CHANGED)
+    table["name"] = table["task"] + ", " + table["metric"]
+    moved = table.groupby("name")["change"].apply(lambda change: change.abs().max())
+    names = moved.sort_values(ascending=False).index[:_MAX_PANELS].tolist()
+    more = [f"The {_MAX_PANELS} that moved most; {len(moved) - _MAX_PANELS} more are in the CSV"]
+    yield Figure(
+        name="forgetting",
+        title="Forgetting against the distance from the reference",
+        subtitle=[
+            "Share of items that were right at the first step and are wrong now (1 → 0), and the "
+            "reverse; 95 % intervals over items",
+            "Points of a line are steps of one run, and not independent",
+            *(more if len(moved) > _MAX_PANELS else []),
+        ],
+        table=table,
+        build=partial(_forgetting_chart, table, names, style),
+    )
+
+
+def _forgetting_chart(table: pd.DataFrame, names: list[str], style: Style, width: float) -> Any:
+    shown = table[table["name"].isin(names)]
+    column = "run" if shown["run"].nunique() > 1 else "line"
+    lines = list(dict.fromkeys(shown[column]))
+    colors = key_colors(lines)
+    scale = alt.Scale(domain=lines, range=[colors[line] for line in lines])
+    legend = alt.Legend(title=None, columns=legend_columns(lines, style), symbolType="stroke")
+    dashes = alt.Scale(domain=list(_CHANGED.values()), range=[[1, 0], [5, 3]])
+    x = alt.X("kl:Q", title="KL(reference || model), nats per token", axis=alt.Axis(tickCount=4))
+    base = alt.Chart(shown).encode(x=x, color=alt.Color(f"{column}:N", scale=scale, legend=legend))
+    ends = base.mark_rule().encode(y="low:Q", y2="high:Q")
+    line = base.mark_line(point=True, strokeWidth=1.2).encode(
+        y=alt.Y("change:Q", title="share of items"),
+        order="step:Q",
+        strokeDash=alt.StrokeDash("line:N", scale=dashes, legend=legend),
+        tooltip=["run:N", "name:N", "line:N", "step:Q", "kl:Q", "change:Q"],
+    )
+    layers = alt.layer(zero_rule(shown), ends, line, data=shown)
+    return small_multiples(layers, names, style, width, column="name")

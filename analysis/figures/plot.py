@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from sft_probe.analysis.figures.benchmarks import benchmark_figure
 from sft_probe.analysis.figures.categories import (
     changes_chart,
     curves_of,
@@ -17,11 +18,16 @@ from sft_probe.analysis.figures.categories import (
     parts_of,
     runs_chart,
 )
-from sft_probe.analysis.figures.distribution import DISTANCES, distance_figure, squeezing_figure
+from sft_probe.analysis.figures.distribution import (
+    DISTANCES,
+    distance_figure,
+    forgetting_figure,
+    squeezing_figure,
+)
 from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
+from sft_probe.analysis.figures.names import DEFAULT_FORMATS
 from sft_probe.analysis.figures.runs import (
-    benchmark_figure,
     code_length_figure,
     comparison_figures,
     generation_figure,
@@ -29,29 +35,14 @@ from sft_probe.analysis.figures.runs import (
 from sft_probe.analysis.stats.analyze import Analysis, analyze
 from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.intervals import MIN_CLUSTERS
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
+from sft_probe.analysis.stats.places import named_path
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tables import write_tables
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import UserError
 from sft_probe.files import make_dir
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("png", "svg", "pdf", "html")
-DEFAULT_FORMATS = ("png", "pdf")
-_OF_A_SPLIT = (
-    "data_card",
-    "trajectory",
-    "changes",
-    "levels",
-    "parts",
-    "squeezing",
-    "kl",
-    "shift",
-    "docs",
-    "tokens",
-    "length",
-)
-FIGURES = (*_OF_A_SPLIT, "comparison", "benchmarks", "generations", "code_length")
 _MAX_EPOCHS = 12
 _LEVEL_BANDS = (
     "Around levels: the bands of the paired change, which are narrower than those of a level"
@@ -82,10 +73,8 @@ def plot(
         out: folder of the figures.
 
     Raises:
-        UserError: there is nothing to draw, or a name is unknown.
+        UserError: there is nothing to draw.
     """
-    _check("--format", formats, FORMATS)
-    _check("--figures", figures or (), FIGURES)
     folders = [named_path(path)[1] for path in paths]
     for path in folders:
         if (path / "probe").is_dir():
@@ -110,14 +99,6 @@ def share_steps(recordings: Sequence[Recording]) -> bool:
     return len({recording.step_unit for recording in recordings if recording.splits}) < 2
 
 
-def _check(flag: str, names: Collection[str], known: Sequence[str]) -> None:
-    """Raise `UserError` for a name that is not known, with the nearest one."""
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise UserError(f"{flag}: {name} is none of {', '.join(known)}.{hint}")
-
-
 def figures_of(
     analysis: Analysis, style: Style, wanted: Collection[str] | None = None
 ) -> Iterator[Figure]:
@@ -133,6 +114,7 @@ def figures_of(
         makers = dict(_makers_of_several(analysis, style))
     else:
         makers = dict(_makers_of_one(analysis, recordings[0], style))
+    makers["forgetting", ""] = partial(forgetting_figure, analysis.items, style)
     makers["code_length", ""] = partial(code_length_figure, recordings, style)
     for (name, _), make in makers.items():
         if not wanted or name in wanted:

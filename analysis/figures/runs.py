@@ -1,4 +1,4 @@
-"""Figures of whole runs: benchmarks, greedy answers, code lengths, transfer, simplicity."""
+"""Figures of whole runs: greedy answers, code lengths, transfer, simplicity."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from sft_probe.analysis.figures.benchmarks import probe_change
 from sft_probe.analysis.figures.categories import differences_chart
 from sft_probe.analysis.figures.figure import (
     Figure,
@@ -22,8 +23,6 @@ from sft_probe.analysis.figures.figure import (
     small_multiples,
     step_axis,
 )
-from sft_probe.analysis.stats.benchmarks import benchmark_changes
-from sft_probe.analysis.stats.changes import PER_RESPONSE
 from sft_probe.analysis.stats.comparison import Comparison
 from sft_probe.analysis.stats.generations import on_common_docs
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
@@ -48,73 +47,6 @@ _RANKED = {
 }
 
 
-def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) -> Iterator[Figure]:
-    """Yield the figure of each benchmark on the step axis, and against the change of the training
-    category; with many, of those that moved most."""
-    table = recording.benchmarks
-    if table is None or table.empty:
-        return
-    own_filter = (", " + table["filter"].astype(str)).where(table["filter"] != "none", "")
-    error = 1.96 * table["stderr"].fillna(0.0)
-    table = table.assign(
-        name=table["task"] + ", " + table["metric"] + own_filter,
-        low=table["value"] - error,
-        high=table["value"] + error,
-    )
-    ordered = benchmark_changes(table.assign(task=table["name"], metric="", filter=""))["task"]
-    names = list(dict.fromkeys([*ordered, *table["name"]]))
-    own = recording.target(recording.categories("heldout")) or "chosen"
-    probe = _probe_change(recording, changes, own)[["step", "change"]].rename(
-        columns={"change": "probe_change"}
-    )
-    table = table.merge(
-        probe.astype({"step": "int64", "probe_change": "float64"}), on="step", how="left"
-    )
-    subtitle = ["By step, with 95 % intervals over questions where they are known"]
-    if table["probe_change"].notna().any():
-        subtitle.append("Below against the probe: points of one run, not independent")
-    if more := names[MAX_PANELS:]:
-        subtitle.append(
-            f"The {MAX_PANELS} that moved most for their standard error; {len(more)} more are in "
-            f"the CSV alone: {', '.join(more[:5])}{', ...' if len(more) > 5 else ''}"
-        )
-    titles = (recording.step_unit, own)
-    yield Figure(
-        name="benchmarks",
-        title="Benchmarks and other measures"
-        if recording.probe.get("form")
-        else "Benchmarks beside probes",
-        subtitle=subtitle,
-        table=table,
-        build=partial(_benchmark_chart, table, names[:MAX_PANELS], titles, style),
-    )
-
-
-def _benchmark_chart(
-    table: pd.DataFrame, names: Sequence[str], titles: tuple[str, str], style: Style, width: float
-) -> Any:
-    """Return panels by step, and against the probe where that is known; `titles` name the step and
-    the probe's category."""
-    shown = table[table["name"].isin(names)]
-    y = alt.Y("value:Q", title="value", scale=alt.Scale(zero=False))
-    base = alt.Chart(shown).encode(y=y)
-    x = step_axis(table["step"].tolist(), f"{titles[0]} (log)", style.num_ticks(panels=True))
-    band = base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="value"), y2="high:Q")
-    line = base.mark_line(point=True).encode(
-        x=x, tooltip=["name:N", "step:Q", "value:Q", "stderr:Q", "n:Q"]
-    )
-    layers = [alt.layer(band, line, data=shown)]
-    if shown["probe_change"].notna().any():
-        against = base.mark_line(point=True, color="#D55E00").encode(
-            x=alt.X("probe_change:Q", title=f"change of {style.label(titles[1])} (nats)"),
-            order="step:Q",
-            tooltip=["step:Q", "value:Q"],
-        )
-        layers.append(alt.layer(against, data=shown))
-    panels = partial(small_multiples, names=names, style=style, width=width, column="name")
-    return alt.vconcat(*(panels(layer, ratio=0.6, own_scale=True) for layer in layers))
-
-
 def generation_figure(
     recording: Recording, changes: pd.DataFrame, style: Style
 ) -> Iterator[Figure]:
@@ -125,7 +57,7 @@ def generation_figure(
     answers = on_common_docs(recording.generations)
     own = recording.target(recording.categories("heldout")) or "chosen"
     parts = [_means(answers, column).assign(name=name) for column, name in _ANSWERS.items()]
-    change = _probe_change(recording, changes, own)
+    change = probe_change(recording, changes, own)
     if len(change):
         bands = {"change": "value", "band_low": "low", "band_high": "high"}
         name = f"change of {style.label(own)} (nats)"
@@ -179,18 +111,6 @@ def _means(answers: pd.DataFrame, column: str) -> pd.DataFrame:
         ends = (mean, mean) if math.isnan(low) else (low, high)
         rows.append({"step": step, "value": mean, "low": ends[0], "high": ends[1]})
     return pd.DataFrame(rows)
-
-
-def _probe_change(recording: Recording, changes: pd.DataFrame, category: str) -> pd.DataFrame:
-    """Return `step change band_low band_high` of a category on held-out prompts, where there are
-    any, in nats per response, without terminator, where that is known."""
-    return changes[
-        (changes["run"] == recording.name)
-        & (changes["split"] == next(iter(recording.splits), None))
-        & (changes["category"] == category)
-        & (changes["measure"] == ("logprob" if recording.has("logprob") else "logprob_with_eos"))
-        & (changes["unit"] == PER_RESPONSE)
-    ][["step", "change", "band_low", "band_high"]]
 
 
 def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterator[Figure]:
@@ -339,7 +259,7 @@ def _heat_map(
     """Return a cell for each pair, hatched where its interval holds 0."""
     row, column, value = columns
     known = table[value].notna() & (table["low"] * table["high"] > 0)
-    text = table[value].map("{:+.2f}".format).where(table[value].notna(), "?")
+    text = table[value].map("{:+z.2f}".format).where(table[value].notna(), "?")
     table = table.assign(hatched=~known, text=text)
     order = list(dict.fromkeys(table[row]))
     across = order if set(order) == set(table[column]) else list(dict.fromkeys(table[column]))

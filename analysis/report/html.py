@@ -18,25 +18,28 @@ import vl_convert
 from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
 from sft_probe.analysis.figures.ledger import written_figures
-from sft_probe.analysis.figures.plot import FIGURES, figures_of, share_steps
+from sft_probe.analysis.figures.names import FIGURES
+from sft_probe.analysis.figures.plot import figures_of, share_steps
 from sft_probe.analysis.report.ledger_text import written_examples
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
+    benchmark_tables,
     notes_of,
     over_runs_text,
     sentences_of,
 )
-from sft_probe.analysis.stats.benchmarks import shown_benchmarks
 from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
 from sft_probe.analysis.stats.measures import PARTS
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
+from sft_probe.analysis.stats.places import named_path
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, doing
 from sft_probe.files import make_dir, write_text
+from sft_probe.text_table import number
 
 MAX_BYTES = 8_000_000
 _DOC_BYTES = 3_500_000
@@ -113,7 +116,8 @@ def report(
     make_dir(target.parent)
     if format_name == "md":
         return _write_markdown(analysis, target)
-    text = html_report(analysis)
+    with doing("drawing the figures of the report"):
+        text = html_report(analysis)
     if (size := len(text.encode())) > MAX_BYTES:
         raise UserError(f"the report would take {size / 1e6:.1f} MB, over 8: give fewer runs.")
     write_text(target, text)
@@ -161,14 +165,16 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
     """Return `title figures` for each run, then for all of them; a figure is `id title spec`."""
     style = Style(width=780, font_size=12)
     several = len(analysis.recordings) > 1
-    own = set(FIGURES) - ({"trajectory", "code_length"} if several else {"trajectory"})
+    own = set(FIGURES) - (
+        {"trajectory", "code_length", "forgetting"} if several else {"trajectory"}
+    )
     parts = [
         (recording.name, f"{number}", _of_run(analysis, recording), style, own)
         for number, recording in enumerate(analysis.recordings)
     ]
     if several:
         by_run = replace(style, color="run")
-        shared = {"changes", "comparison", "code_length"}
+        shared = {"changes", "comparison", "code_length", "forgetting"}
         parts.append(("all runs", "all", analysis, style, shared))
         if share_steps(analysis.recordings):
             parts.append(("all runs", "all", analysis, by_run, {"changes"}))
@@ -178,10 +184,10 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
             spec = _isolating(figure.spec(look))
             shown = {"id": f"figure-{prefix}-{figure.name}", "title": figure.title, "spec": spec}
             sections.setdefault(title, []).append(shown)
-    for number, recording in enumerate(analysis.recordings):
+    for place, recording in enumerate(analysis.recordings):
         for figure in written_figures(recording.path / "analysis"):
             spec = _isolating(figure.spec(style))
-            shown = {"id": f"figure-{number}-{figure.name}", "title": figure.title, "spec": spec}
+            shown = {"id": f"figure-{place}-{figure.name}", "title": figure.title, "spec": spec}
             sections.setdefault(recording.name, []).append(shown)
     return [{"title": title, "figures": figures} for title, figures in sections.items()]
 
@@ -226,6 +232,7 @@ def _of_run(analysis: Analysis, recording: Recording) -> Analysis:
         verdict=analysis.verdict[analysis.verdict["run"] == recording.name],
         contrasts=analysis.contrasts,
         distribution=analysis.distribution,
+        items=analysis.items,
         over_runs=pd.DataFrame(),
     )
 
@@ -252,7 +259,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
-        "benchmarks": shown_benchmarks(recording.benchmarks, recording.step_unit),
+        "benchmarks": benchmark_tables(analysis, recording),
         "texts": texts,
         "examples": written_examples(recording.path / "analysis"),
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
@@ -270,8 +277,8 @@ def _change_text(row: "pd.Series[Any]") -> str:
     """Return the change with its interval in parentheses, as far as they are known."""
     if math.isnan(row["change"]):
         return ""
-    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
-    return f" ({row['change']:+.1f}{interval})"
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+z.1f}, {row['high']:+z.1f}]"
+    return f" ({row['change']:+z.1f}{interval})"
 
 
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
@@ -303,26 +310,23 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
 
 
 def _cells(row: "pd.Series[Any]") -> list[str]:
-    def number(name: str, form: str) -> str:
-        return "-" if math.isnan(row[name]) else format(row[name], form)
-
     shares = [share_text(row, part) for part in PARTS]
-    interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
+    interval = "-" if math.isnan(row["low"]) else f"{row['low']:+z.1f} to {row['high']:+z.1f}"
     return [
         str(row["category"]),
         str(row["num_docs"] or "?"),
-        number("start", ".1f"),
-        number("change", "+.1f"),
+        number(row["start"], ".1f"),
+        number(row["change"], "+z.1f"),
         interval,
         row["sign"],
-        number("p_holm", ".2g"),
-        number("body", "+.1f"),
-        number("peak", "+.1f"),
+        number(row["p_holm"], ".2g"),
+        number(row["body"], "+z.1f"),
+        number(row["peak"], "+z.1f"),
         str(row["peak_step"]),
-        number("half_step", ".1f"),
+        number(row["half_step"], ".1f"),
         "-" if "-" in shares else " / ".join(shares) + " %",
-        number("rank", ".0f"),
-        number("stderr", ".2f"),
+        number(row["rank"], ".0f"),
+        number(row["stderr"], ".2f"),
     ]
 
 
@@ -342,8 +346,13 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
             lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
-        if shown := run["benchmarks"]:
-            lines += ["", f"### {_md(shown.title.capitalize())}", "", _md_row(shown.columns)]
+        for shown in run["benchmarks"]:
+            lines += [
+                "",
+                f"### {_md(shown.title[0].upper() + shown.title[1:])}",
+                "",
+                _md_row(shown.columns),
+            ]
             lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
         for title, columns, rows in run["examples"]:
             lines += ["", f"### {_md(title)}", "", _md_row(columns), "|---" * len(columns) + "|"]
@@ -396,9 +405,9 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
         measure = "logprob"
     by_doc = dict(list(recording.rows[recording.rows["split"] == split].groupby("doc_id")))
     docs: list[dict[str, Any]] = []
-    for number, doc_id in enumerate(arrays.doc_ids):
+    for index, doc_id in enumerate(arrays.doc_ids):
         tokens = _tokens(recording, by_doc[doc_id], doc_id, ticks(arrays.steps))
-        doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][number])
+        doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][index])
         doc["tokens"] = {name: tokens[name] for name in arrays.categories if name in tokens}
         max_bytes -= len(json.dumps(doc))
         if max_bytes < 0 and docs:

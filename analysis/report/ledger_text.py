@@ -32,14 +32,14 @@ def ledger_text(found: Ledger) -> str:
         whole = own[own["measure"] == MEASURES[0]].set_index("part")
         table.insert(1, "95 % interval", [_interval(whole.loc[part]) for part in table.index])
         table = table.rename(columns={MEASURES[0]: "total"})
-        shown: str = table.reset_index().to_string(index=False, float_format="{:+.2f}".format)
+        shown: str = table.reset_index().to_string(index=False, float_format="{:+z.2f}".format)
         name = str(category)
         blocks.append(f"{name}\n{shown}\n- {_ledger_sentence(name, whole)}")
     if len(found.preference):
         row = found.preference.iloc[-1]
         blocks.append(
-            f"preference: chosen gained {row['change']:+.2f} [{row['low']:+.2f}, "
-            f"{row['high']:+.2f}] nats more than rejected"
+            f"preference: chosen gained {row['change']:+z.2f} [{row['low']:+z.2f}, "
+            f"{row['high']:+z.2f}] nats more than rejected"
         )
     blocks.append(
         "This says where the gain shows, not what in the training data caused it: training under "
@@ -49,17 +49,17 @@ def ledger_text(found: Ledger) -> str:
 
 
 def _interval(row: pd.Series) -> str:
-    return f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+    return f"[{row['low']:+z.2f}, {row['high']:+z.2f}]"
 
 
 def _ledger_sentence(category: str, whole: pd.DataFrame) -> str:
     parts = [
-        f"{row['change']:+.1f} {' or '.join(_MEANINGS[name] for name in str(part).split(' + '))}"
+        f"{row['change']:+z.1f} {' or '.join(_MEANINGS[name] for name in str(part).split(' + '))}"
         for part, row in whole.iterrows()
         if part != WHOLE
     ]
     gain: Any = whole.loc[WHOLE, "change"]
-    return f"of {category}'s {gain:+.1f} nats: {'; '.join(parts)}"
+    return f"of {category}'s {gain:+z.1f} nats: {'; '.join(parts)}"
 
 
 def path_text(found: "PathLedger") -> str:
@@ -71,11 +71,11 @@ def path_text(found: "PathLedger") -> str:
         whole = found.closure[found.closure["category"] == category]
         name = str(category)
         blocks.append(
-            f"{name}: {whole['measured'].sum():+.3f} nats measured, {whole['path'].sum():+.3f} "
+            f"{name}: {whole['measured'].sum():+z.3f} nats measured, {whole['path'].sum():+z.3f} "
             "along the path; the largest shares of the path:"
         )
         largest["layer"] = largest["layer"].astype(object).where(largest["layer"].notna(), "-")
-        blocks.append(str(largest.to_string(index=False, float_format="{:+.3f}".format)))
+        blocks.append(str(largest.to_string(index=False, float_format="{:+z.3f}".format)))
     errors = found.closure["error"]
     if found.too_long:
         blocks.append(
@@ -109,8 +109,8 @@ def examples_text(found: "ExampleLedger") -> str:
     for category, own in found.closure.groupby("category", sort=False):
         sums = own[["measured", "path", "weight_decay"]].sum()
         blocks.append(
-            f"{category}: {sums['measured']:+.3f} nats measured, {sums['path']:+.3f} along the path"
-            f" ({sums['weight_decay']:+.3f} of it by weight decay); shares of the path:"
+            f"{category}: {sums['measured']:+z.3f} nats measured, {sums['path']:+z.3f} along the "
+            f"path ({sums['weight_decay']:+z.3f} of it by weight decay); shares of the path:"
         )
         groups = found.groups[found.groups["category"] == category]
         blocks.append(_plain(groups[["by", "group", "times_shown", "change", "share"]]))
@@ -127,7 +127,7 @@ def examples_text(found: "ExampleLedger") -> str:
 
 
 def _plain(table: pd.DataFrame) -> str:
-    formats = {"change": "{:+.3f}".format, "nats": "{:+.3f}".format, "share": "{:+.1%}".format}
+    formats = {"change": "{:+z.3f}".format, "nats": "{:+z.3f}".format, "share": "{:+z.1%}".format}
     return str(table.to_string(index=False, formatters=formats))
 
 
@@ -169,8 +169,8 @@ def written_examples(folder: Path) -> list[tuple[str, list[str], list[list[str]]
             [
                 str(row["doc_id"]),
                 str(row["train_category"]),
-                f"{row['change']:+.3f}",
-                f"{row['share']:+.1%}",
+                f"{row['change']:+z.3f}",
+                f"{row['share']:+z.1%}",
                 str(row["prompt"])[-_MAX_IN_REPORT:],
                 str(row["response"])[:_MAX_IN_REPORT],
             ]

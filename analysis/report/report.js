@@ -58,7 +58,8 @@ function changeOf(doc, category, index) {
 }
 
 function signed(value, digits) {
-  return (value > 0 ? "+" : value < 0 ? "\u2212" : "") + Math.abs(value).toFixed(digits);
+  const rounded = Number(value.toFixed(digits));
+  return (rounded > 0 ? "+" : rounded < 0 ? "\u2212" : "") + Math.abs(rounded).toFixed(digits);
 }
 
 function listDocs() {

@@ -46,13 +46,13 @@ def simplicity_text(found: Simplicity) -> str:
             "for other texts; one order" if row["num_runs"] == 1 else "for other orders and texts"
         )
         interval = (
-            f"[{row['low']:+.0f}, {row['high']:+.0f}] {scope}"
+            f"[{row['low']:+z.0f}, {row['high']:+z.0f}] {scope}"
             if not math.isnan(row["low"])
             else "no interval"
         )
         lines.append(
-            f"{row['train_category']} costs {row['difference_bits']:+.0f} bits "
-            f"({row['bits_per_byte']:+.4f} per byte) "
+            f"{row['train_category']} costs {row['difference_bits']:+z.0f} bits "
+            f"({row['bits_per_byte']:+z.4f} per byte) "
             f"more than {row['than']} on the same {row['num_texts']} texts, {row['num_runs']} "
             f"order(s), {interval}"
         )

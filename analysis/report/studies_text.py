@@ -34,7 +34,7 @@ def words_text(found: WordChanges, top: int) -> str:
     blocks = [head]
     for category, classes in found.classes.groupby("category", sort=False):
         total = classes["change"].sum()
-        blocks.append(f"{category}: {total:+.2f} nats per response, terminator included")
+        blocks.append(f"{category}: {total:+z.2f} nats per response, terminator included")
         blocks.append(_table(classes, _CLASS_COLUMNS))
         for name, table in (("words", found.literals), ("sequences", found.sequences)):
             own = table[table["category"] == category]
@@ -80,7 +80,7 @@ def _table(rows: pd.DataFrame, columns: dict[str, str]) -> str:
     formats = {
         "p (Holm)": lambda p: "<0.0001" if p < 1e-4 else f"{p:.4f}",
         **{
-            name: "{:+.3f}".format
+            name: "{:+z.3f}".format
             for name in ("nats per response", "low", "high", "nats each", "nats in all")
             if name in shown
         },

@@ -1,5 +1,6 @@
 """`sft-probe analyze`: the verdict table, printed, and tidy tables beside it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.benchmarks import benchmarks_text
+from sft_probe.analysis.stats.benchmarks import shown_benchmarks
 from sft_probe.analysis.stats.changes import (
     COLUMNS,
     HEADLINES,
+    PER_TOKEN,
     change_table,
     groups_of_runs,
     table_over_runs,
@@ -30,27 +32,29 @@ from sft_probe.analysis.stats.distribution import (
     squeezing_sentence,
 )
 from sft_probe.analysis.stats.generations import generations_text
+from sft_probe.analysis.stats.items import item_table, shown_items
 from sft_probe.analysis.stats.measures import PARTS
+from sft_probe.analysis.stats.places import named_path
 from sft_probe.analysis.stats.runs import (
     SPLIT_NAMES,
     Recording,
     load_recordings,
-    named_path,
 )
 from sft_probe.analysis.stats.verdict import cluster_warnings, share_text, verdict_table
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import UserError, check_names, doing
 from sft_probe.files import make_dir, write_text
 from sft_probe.probe_set import SPLITS
 from sft_probe.scores import write_parquet
-from sft_probe.text_table import Form, interval, number, p_value, text_table
+from sft_probe.text_table import Form, Shown, interval, number, p_value, shown_text, text_table
 
 _COLUMNS = (
     *("category", "start", "change", "95 % interval", "sign", "p (Holm)", "body", "peak", "at"),
     *("half at", "first/body/EOS", "rank", "SE"),
 )
 
+_PAPER_COLUMNS = ("category", "start", "change", "change per token", "p")
 _ONE_RUN = "intervals hold for other prompts; this is one run, so they leave out training noise"
-_TABLES = ("changes", "contrasts", "distribution", "over_runs", "verdict")
+_TABLES = ("changes", "contrasts", "distribution", "items", "over_runs", "verdict")
 FEW_RUNS_COVERAGE = {2: 0.87, 3: 0.92}
 """At worst, where the variance between runs is 10 to 30 times that over prompts: docs/claims.md"""
 
@@ -67,6 +71,8 @@ class Analysis:
     contrasts: pd.DataFrame
     distribution: pd.DataFrame
     """Changes of argmax mass, entropy and others; empty where rows have no such columns."""
+    items: pd.DataFrame
+    """Single items of benchmarks; empty without samples of them."""
     over_runs: pd.DataFrame
     comparison: Comparison | None = None
     """The first run less the second one, where there are two."""
@@ -85,7 +91,8 @@ def analyze(
     Raises:
         UserError: one of them holds no scores, or those of one step only.
     """
-    return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
+    with doing("reading scores and computing intervals"):
+        return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
 
 
 def tables_of(
@@ -117,6 +124,7 @@ def tables_of(
         verdict=verdict_table(changes, measure),
         contrasts=pd.concat(contrasts, ignore_index=True),
         distribution=pd.concat(distribution, ignore_index=True),
+        items=pd.concat([item_table(recording) for recording in recordings], ignore_index=True),
         over_runs=pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(),
         comparison=compare_recordings(recordings[0], recordings[1], measure, categories)
         if len(recordings) == 2
@@ -150,12 +158,7 @@ def common_measure(recordings: Sequence[Recording], *, include_eos: bool = False
 
 def _check_categories(recordings: Sequence[Recording], categories: Sequence[str]) -> None:
     known = {name: None for run in recordings for split in SPLITS for name in run.categories(split)}
-    for name in categories:
-        if name not in known:
-            raise UserError(
-                f"--categories {name}: the runs have only {', '.join(known)}."
-                f"{did_you_mean(name, known)}"
-            )
+    check_names("--categories", "category", categories, list(known))
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
@@ -197,7 +200,9 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
         for split, rows in own.groupby("split", sort=False):
             blocks.append(_block(recording, str(split), rows, analysis, form))
             blocks.append(distribution_text(analysis.distribution, recording, str(split), form))
-        blocks.append(benchmarks_text(recording.benchmarks, recording.step_unit, form))
+        blocks += [
+            shown_text(shown, form, left=2) for shown in benchmark_tables(analysis, recording)
+        ]
         if recording.generations is not None:
             blocks.append(generations_text(recording.generations))
         blocks.append("\n".join(f"! {note}" for note in (*recording.notes, *_scope(recording))))
@@ -208,12 +213,70 @@ def verdict_text(analysis: Analysis, form: Form = "text") -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
+def benchmark_tables(analysis: Analysis, recording: Recording) -> list[Shown]:
+    """Return what is printed of the benchmarks of a run: changes paired by item where the items are
+    known, else those of results alone."""
+    items, others = analysis.items, recording.benchmarks
+    if len(items):
+        items = items[items["run"] == recording.name]
+    if len(items) and others is not None:
+        known = {*zip(items["task"], items["metric"], strict=True)}
+        known |= {(task, "bits_per_byte") for task in items["task"]}
+        places = zip(others["task"], others["metric"], strict=True)
+        others = others[[place not in known for place in places]]
+    found = (shown_items(items), shown_benchmarks(others, recording.step_unit))
+    return [shown for shown in found if shown]
+
+
 def verdict_tables(analysis: Analysis, form: Form) -> str:
-    """Return the tables alone in a form for a paper or a spreadsheet, one after the other."""
+    """Return the tables alone in a form for a paper or a spreadsheet, one after the other.
+
+    As LaTeX each has the columns that fit a page, with intervals beside the changes.
+    """
     tables = []
     for _, rows in analysis.verdict.groupby(["run", "split"], sort=False):
-        tables.append(text_table(_COLUMNS, [_cells(row) for _, row in rows.iterrows()], form))
+        if form == "latex":
+            cells = [_paper_cells(row, analysis.changes) for _, row in rows.iterrows()]
+            tables.append(text_table(_PAPER_COLUMNS, cells, form))
+        else:
+            tables.append(text_table(_COLUMNS, [_cells(row) for _, row in rows.iterrows()], form))
     return "\n\n".join(tables)
+
+
+def _paper_cells(row: "pd.Series[Any]", changes: pd.DataFrame) -> list[str]:
+    """Return a row of the verdict as a paper prints it, by `_PAPER_COLUMNS`."""
+    place = {"run": row["run"], "split": row["split"], "category": row["category"]}
+    place |= {"step": row["last_step"], "unit": PER_TOKEN}
+    found = changes[(changes[list(place)] == pd.Series(place)).all(axis=1)]
+    body = found.iloc[0] if len(found) else {"change": math.nan, "low": math.nan, "high": math.nan}
+    return [
+        str(row["category"]),
+        number(row["start"], ".1f"),
+        _with_interval(row, "+.1f"),
+        _with_interval(body, "+.3f"),
+        p_value(row["p_holm"]),
+    ]
+
+
+def _with_interval(row: Any, form: str) -> str:
+    """Return a change and its interval as `+1.2 [+0.3, +2.1]`; the change alone without one."""
+    ends = "" if math.isnan(row["low"]) else " " + interval(row["low"], row["high"], form)
+    return number(row["change"], form) + ends
+
+
+def p_note(rows: pd.DataFrame) -> str:
+    """Return what p is adjusted for, where there is one.
+
+    Args:
+        rows: of the verdict, of one run and split.
+    """
+    count = int(rows["p_holm"].notna().sum())
+    if count < 2:
+        return ""
+    return (
+        f"p is adjusted for the {count} categories shown (Holm); each interval is for its category "
+        'alone. So a category may "not change clearly" although its interval leaves out 0.'
+    )
 
 
 def _scope(recording: Recording) -> list[str]:
@@ -274,6 +337,7 @@ def _block(
             *(f"! {warning}" for warning in cluster_warnings(rows)),
             "",
             text_table(_COLUMNS, [_cells(row) for _, row in rows.iterrows()], form),
+            p_note(rows),
             "",
             *(f"- {sentence}" for sentence in sentences_of(rows, analysis)),
         ]
@@ -285,17 +349,17 @@ def _cells(row: "pd.Series[Any]") -> list[str]:
     shares = [share_text(row, part) for part in PARTS]
     return [
         str(row["category"]),
-        f"{row['start']:.1f}",
-        number(row["change"], "+.1f"),
+        number(row["start"], ".1f"),
+        number(row["change"], "+z.1f"),
         interval(row["low"], row["high"]),
         row["sign"],
         p_value(row["p_holm"]),
-        number(row["body"], "+.1f"),
-        number(row["peak"], "+.1f"),
+        number(row["body"], "+z.1f"),
+        number(row["peak"], "+z.1f"),
         str(row["peak_step"]),
         number(row["half_step"], ".1f"),
         "-" if "-" in shares else "/".join(shares) + " %",
-        f"{row['rank']:.0f}",
+        number(row["rank"], ".0f"),
         number(row["stderr"], ".2f"),
     ]
 
@@ -318,7 +382,7 @@ def over_runs_text(table: pd.DataFrame, form: Form = "text") -> str:
             [
                 row["category"],
                 row["num_docs"],
-                number(row["change"], "+.1f"),
+                number(row["change"], "+z.1f"),
                 interval(row["low"], row["high"]),
                 interval(row["both_low"], row["both_high"]),
             ]

@@ -1,41 +1,90 @@
 """Results of benchmarks as a table, and what is said of them."""
 
+import json
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from sft_probe.text_table import Form, interval, number, text_table
+from sft_probe.analysis.stats.clusters import cluster_ids, membership
+from sft_probe.text_table import Shown, interval, number
 
 _NORMAL = 1.96
 _MAX_ROWS = 20
+_ROUNDING = 1e-6
+_TEXTS = (
+    *("passage", "article", "paragraph", "story", "premise", "context_options", "context"),
+    *("query", "question"),
+)
+"""Fields of an item that hold what it is about; the first that is there counts."""
 
 
 def benchmark_rows(results: Mapping[str, Any], run: str, step: int) -> list[dict[str, Any]]:
-    """Return rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's
-    results, those before 0.4 (`acc`, without a filter) too."""
+    """Return rows `run step task metric filter value stderr n clusters` of the tasks and groups in
+    lm-eval's results, those before 0.4 (`acc`, without a filter) too.
+
+    Where `results` hold the samples of a task, the standard error of a mean, or of bits per byte,
+    is clustered: items about the same text, such as questions on one passage, are one cluster, and
+    `clusters` counts them. Else it is lm-eval's.
+    """
     rows = []
     for task, metrics in results["results"].items():
+        samples = results.get("samples", {}).get(task, [])
         for key, value in metrics.items():
-            metric, comma, filter_name = key.partition(",")
+            metric, comma, name = key.partition(",")
             is_result = metric != "sample_len" and not metric.endswith("_stderr")
             if not is_result or not isinstance(value, float | int):
                 continue
-            stderr = metrics.get(f"{metric}_stderr{comma}{filter_name}")
+            stderr = metrics.get(f"{metric}_stderr{comma}{name}")
+            own = [item for item in samples if metric in item and item.get("filter", name) == name]
+            error, clusters = _clustered_error(own, metric, value)
+            if clusters is None and isinstance(stderr, float):
+                error = stderr
             rows.append(
                 {
                     "run": run,
                     "step": step,
                     "task": task,
                     "metric": metric,
-                    "filter": filter_name or "none",
+                    "filter": name or "none",
                     "value": value,
-                    "stderr": stderr if isinstance(stderr, float) else None,
+                    "stderr": error,
                     "n": results.get("n-samples", {}).get(task, {}).get("effective"),
+                    "clusters": clusters,
                 }
             )
     return rows
+
+
+def _clustered_error(
+    samples: Sequence[Mapping[str, Any]], metric: str, value: float
+) -> tuple[float | None, int | None]:
+    """Return the clustered standard error of a mean or of bits per byte, and the clusters; nothing
+    of what is no such mean."""
+    found = [item[metric] for item in samples]
+    is_ratio = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
+    if not samples or not (is_ratio or all(isinstance(one, float | int) for one in found)):
+        return None, None
+    pairs = [(-logprob / math.log(2), size) for logprob, size in found] if is_ratio else found
+    values = np.array(pairs, dtype=np.float64).reshape(len(found), -1)
+    weights = values[:, 1] if is_ratio else np.ones(len(found))
+    mean = values[:, 0].sum() / weights.sum()
+    clusters = cluster_ids([text_of(item.get("doc")) for item in samples])
+    number = int(clusters.max()) + 1
+    if not abs(mean - value) <= _ROUNDING * max(1.0, abs(value)) or number < 2:
+        return None, None
+    errors = membership(clusters) @ (values[:, 0] - mean * weights)
+    variance = number / (number - 1) * (errors**2).sum() / weights.sum() ** 2
+    return math.sqrt(variance), number
+
+
+def text_of(doc: object) -> str | None:
+    """Return the text that an item of a benchmark is about, which other items may share."""
+    if not isinstance(doc, Mapping):
+        return None
+    return next((json.dumps(doc[name]) for name in _TEXTS if doc.get(name)), None)
 
 
 def benchmark_changes(table: pd.DataFrame) -> pd.DataFrame:
@@ -61,15 +110,7 @@ def benchmark_changes(table: pd.DataFrame) -> pd.DataFrame:
     return found.iloc[moved.sort_values(ascending=False, kind="stable").index]
 
 
-class ShownBenchmarks(NamedTuple):
-    """What is printed of benchmarks."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-
-def shown_benchmarks(table: pd.DataFrame | None, step_unit: str) -> ShownBenchmarks | None:
+def shown_benchmarks(table: pd.DataFrame | None, step_unit: str) -> Shown | None:
     """Return what benchmarks and other measures changed, 20 at most; none where all have one step
     only."""
     found = benchmark_changes(table) if table is not None else pd.DataFrame()
@@ -94,12 +135,4 @@ def shown_benchmarks(table: pd.DataFrame | None, step_unit: str) -> ShownBenchma
     if len(found) > len(shown):
         title += f"; {len(shown)} of {len(found)}, those that moved most for their standard error"
     columns = ["benchmark", "metric", "filter", "first", "last", "change", "95 % interval"]
-    return ShownBenchmarks(title, columns, rows)
-
-
-def benchmarks_text(table: pd.DataFrame | None, step_unit: str, form: Form = "text") -> str:
-    """Return a table of what benchmarks and other measures changed, or nothing."""
-    shown = shown_benchmarks(table, step_unit)
-    if shown is None:
-        return ""
-    return f"{shown.title}\n\n{text_table(shown.columns, shown.rows, form, left=3)}"
+    return Shown(title, columns, rows)

@@ -235,9 +235,9 @@ def comparison_text(found: Comparison, form: Form = "text") -> str:
         rows = [
             [
                 row["category"],
-                number(row["a"], "+.1f"),
-                number(row["b"], "+.1f"),
-                number(row["difference"], "+.1f"),
+                number(row["a"], "+z.1f"),
+                number(row["b"], "+z.1f"),
+                number(row["difference"], "+z.1f"),
                 interval(row["low"], row["high"]),
                 p_value(p),
             ]
@@ -264,8 +264,8 @@ def _benchmark_text(found: Comparison, form: Form) -> list[str]:
             row["task"],
             row["metric"],
             *(number(row[name], ".3f") for name in ("a", "b")),
-            number(row["difference"], "+.3f"),
-            interval(row["low"], row["high"], "+.3f"),
+            number(row["difference"], "+z.3f"),
+            interval(row["low"], row["high"], "+z.3f"),
         ]
         for _, row in table.iterrows()
     ]

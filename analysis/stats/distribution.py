@@ -99,7 +99,7 @@ def squeezing_sentence(verdict: pd.DataFrame, distribution: pd.DataFrame) -> str
     rose = argmax["change"][certain & (argmax["change"] > 0).to_numpy()].to_dict()
     fell = verdict[verdict["moved"] & (verdict["change"] < 0)].set_index("category")["change"]
     both = [
-        f"{name} ({change:+.1f}, argmax mass {rose[name]:+.1f})"
+        f"{name} ({change:+z.1f}, argmax mass {rose[name]:+z.1f})"
         for name, change in fell.items()
         if name in rose
     ]

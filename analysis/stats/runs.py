@@ -11,11 +11,12 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.imports.choose import import_runs, is_importable
+from sft_probe.analysis.stats.imports.choose import import_runs
 from sft_probe.analysis.stats.imports.imported import Imported
-from sft_probe.analysis.stats.imports.store import is_import, read_import
+from sft_probe.analysis.stats.imports.store import read_import
 from sft_probe.analysis.stats.measures import Cube, add_measures, cube
-from sft_probe.errors import UserError
+from sft_probe.analysis.stats.places import kind_of, named_path
+from sft_probe.errors import UserError, unknown
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
@@ -164,13 +165,6 @@ class Recording:
         return cube(rows[rows["category"].isin(names)], names, self.texts)
 
 
-def named_path(path: Path) -> tuple[str, Path]:
-    """Return the name and the path of `NAME=PATH`; the name is empty for a path alone."""
-    name, equals, rest = str(path).partition("=")
-    is_named = bool(equals and rest) and "/" not in name and not path.exists()
-    return (name, Path(rest)) if is_named else ("", path)
-
-
 def load_recordings(paths: Sequence[Path]) -> list[Recording]:
     """Read every run, and name it as in `NAME=RUN`; equal names are numbered.
 
@@ -191,25 +185,17 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 def load_recording(path: Path) -> Recording:
     """Read a run directory, a parquet file of score rows, a directory of lm-eval's results, or
     means."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
-    if path.is_file() and path.suffix != ".parquet":
-        return _of_import(path, import_runs(path))
-    if path.is_file():
+    kind = kind_of(path)
+    if kind == "rows":
         return _of_rows(path, path.parent, read_scores_parquet(path))
-    if is_import(path):
+    if kind == "import":
         return _of_import(path, [read_import(path)])
-    rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
-    if rows:
+    if kind == "run":
+        rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
         return _of_rows(path, path, read_scores(rows))
-    if (path / "scores.parquet").is_file():
+    if kind == "table":
         return _of_rows(path, path, read_scores_parquet(path / "scores.parquet"))
-    if is_importable(path):
-        return _of_import(path, import_runs(path))
-    raise UserError(
-        f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe "
-        "train --probe_steps`), no scores.parquet and no results of lm-eval."
-    )
+    return _of_import(path, import_runs(path))
 
 
 def _of_import(path: Path, runs: Sequence[Imported]) -> Recording:
@@ -252,10 +238,8 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         raise UserError(f"{path} holds no score rows.")
     frame = add_measures(table)
     for name, known in (("split", {"heldout", "train"}), ("source", {"lm_eval", "live"})):
-        if unknown := set(frame[name].map(str)) - known:
-            raise UserError(
-                f"{path}: the {name} {min(unknown)!r} is none of {', '.join(sorted(known))}."
-            )
+        if other := set(frame[name].map(str)) - known:
+            raise unknown(name, min(other), sorted(known), where=str(path))
     repeated = frame.duplicated(list(KEY))
     if repeated.any():
         first = frame[repeated].iloc[0]
@@ -367,6 +351,10 @@ def _notes(
             "the texts were written for the demo: it demonstrates the tool, it is no evidence"
         )
     if source == "lm_eval" and (live := find(directory, "probe/step_*.jsonl")):
+        notes.append(
+            f"the scores are those of the sweep; those of the live probe ({len(live)} steps) are "
+            "left out, since both never share a curve"
+        )
         notes += _disagreement(rows, live)
     return notes
 

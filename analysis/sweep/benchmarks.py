@@ -1,12 +1,11 @@
 """Benchmarks beside the probes: lm-eval's tasks by name, pattern or file, and their results."""
 
-import difflib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_probe.errors import UserError
+from sft_probe.errors import unknown
 from sft_probe.tasks.benchmark_files import benchmarks_dir
 
 if TYPE_CHECKING:
@@ -52,8 +51,6 @@ class BenchmarkTasks:
 
     def _match(self, spec: str) -> "tuple[TaskManager, list[str]]":
         if spec.endswith((".yaml", ".yml")):
-            if not Path(spec).is_file():
-                raise UserError(f"--tasks: {spec} is missing.")
             return self._own, [spec]
         for manager in (self._own, self._all):
             if names := manager.match_tasks([spec]):
@@ -62,12 +59,8 @@ class BenchmarkTasks:
                     names = [name for name in names if name in manager.all_subtasks]
                 return manager, names
         known = [*self._own.all_tasks, *self._all.all_tasks]
-        near = difflib.get_close_matches(spec, known, n=3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(
-            f"--tasks: lm-eval knows no task {spec!r}.{hint} `lm_eval ls tasks` lists them; "
-            "`sft-probe benchmarks add` makes one of a JSONL file."
-        )
+        use = "`lm_eval ls tasks` lists them; `sft-probe benchmarks add` makes one of a JSONL file."
+        raise unknown("task", spec, known, where="--tasks", use=use)
 
 
 def slug(spec: str) -> str:

@@ -19,7 +19,7 @@ from sft_probe.analysis.stats.steps import (
     step_in,
 )
 from sft_probe.errors import UserError
-from sft_probe.files import find, read_object
+from sft_probe.files import check_exists, find, read_object
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,9 @@ def snapshots_of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
     """Return the snapshots of a run, by step, and what is wrong with those that cannot be used.
 
     Raises:
-        UserError: the directory holds no snapshots.
+        UserError: the directory does not exist, or holds no snapshots.
     """
+    check_exists(run_dir)
     checkpoints: dict[int, Checkpoint] = {}
     problems = []
     for folder in find(run_dir, "weights/step_*"):

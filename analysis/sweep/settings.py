@@ -13,7 +13,7 @@ from filelock import FileLock
 from sft_probe import __version__
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.live_model import active_part, model_config, tokenizer_of
-from sft_probe.analysis.sweep.request import SweepRequest
+from sft_probe.analysis.sweep.request import SweepRequest, run_manifest
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import check_weights_fit, load_tokenizer, local_folder
@@ -46,14 +46,6 @@ _FIXED = (
     "step_unit",
     "model_config",
 )
-_RUN_MANIFEST = {"prompt_format": str, "prompt_format_source": str, "request": dict}
-_RUN_MANIFEST_OPTIONAL = {
-    "probe_set": str | None,
-    "max_length": int | None,
-    "model": str | None,
-    "train_category": str | None,
-    "order_seed": int | None,
-}
 _SWEEP_MANIFEST = {"max_tokens": int}
 _SWEEP_MANIFEST_OPTIONAL = {"model": str | None, "run": str, "sources": list, "model_config": dict}
 
@@ -95,15 +87,10 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
         UserError: training has not finished, the probe set has changed or has another format than
             the run, no checkpoint can be read, or no doc fits.
     """
-    foreign = bool(request.checkpoints or request.model)
-    manifest = {} if foreign else _run_manifest(request.directory)
+    manifest = run_manifest(request)
     earlier = sweep_manifest(request.directory) or {}
-    source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
-    probe_set = load_probe_set(source)
+    probe_set, given = chosen_inputs(request)
     decided_by, tokenizer_source, tokenizer, config = _first_readable(checkpoints)
-    given = request.prompt_format or (
-        probe_set.prompt_format if foreign else manifest["prompt_format_source"]
-    )
     recorded = manifest.get("prompt_format_source") or _recorded_format(request.directory)
     prompt_format = resolve_format(given, tokenizer, probe_set.docs, recorded)
     _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
@@ -111,7 +98,7 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
     docs, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, max_length)
     if not docs:
         raise UserError(
-            f"no doc of {source} can be scored; the first one: {dropped[0].doc_id}: "
+            f"no doc of {probe_set.source} can be scored; the first one: {dropped[0].doc_id}: "
             f"{dropped[0].reason}"
         )
     return SweepSettings(
@@ -136,6 +123,38 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
         docs=docs,
         dropped=dropped,
     )
+
+
+def inputs_text(request: SweepRequest, probe_set: ProbeSet, prompt_format: str) -> str:
+    """Return a line on the probe set and one on the prompt format, with where each comes from.
+
+    Args:
+        request: what the user asked for.
+        probe_set: what is scored.
+        prompt_format: its name.
+    """
+    foreign = bool(request.checkpoints or request.model)
+    own = "the default, embedded: --probe-set names another" if foreign else "that of the run"
+    docs = [f"{len(probe_set.of_split(split))} {split} docs" for split in request.splits]
+    format_origin = "that of the probe set" if foreign else "that of the run"
+    return (
+        f"probe set: {probe_set.source} ({'--probe-set' if request.probe_set else own}), "
+        f"{' and '.join(docs)}, {len(probe_set.categories)} categories\n"
+        f"prompt format: {prompt_format} "
+        f"({'--prompt-format' if request.prompt_format else format_origin})"
+    )
+
+
+def chosen_inputs(request: SweepRequest) -> tuple[ProbeSet, str]:
+    """Return the probe set of a sweep and its prompt format, as far as no tokenizer has a say.
+
+    Raises:
+        UserError: there is no such set, or the run has not finished.
+    """
+    manifest = run_manifest(request)
+    probe_set = load_probe_set(request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET)
+    recorded = manifest.get("prompt_format_source") or probe_set.prompt_format
+    return probe_set, request.prompt_format or recorded
 
 
 _Readable = tuple[Checkpoint, tuple[str, str], "PreTrainedTokenizerBase", dict[str, Any]]
@@ -174,16 +193,6 @@ def _recorded_format(directory: Path) -> str | None:
     stays what it was."""
     earlier = sweep_manifest(directory) or {}
     return earlier.get("prompt_format_source") or earlier.get("prompt_format")
-
-
-def _run_manifest(directory: Path) -> dict[str, Any]:
-    if not (directory / "manifest.json").exists():
-        raise UserError(
-            f"{directory} holds no finished run (manifest.json is missing). Run the same "
-            "`sft-probe train` command "
-            "again, or name foreign checkpoints with --checkpoints or --model."
-        )
-    return read_object(directory / "manifest.json", _RUN_MANIFEST, _RUN_MANIFEST_OPTIONAL)
 
 
 def sweep_manifest(directory: Path) -> dict[str, Any] | None:
@@ -273,6 +282,7 @@ def _manifest(settings: SweepSettings, request: SweepRequest) -> dict[str, Any]:
             for split in ("train", "heldout")
         },
         "doc_ids": [doc.doc.doc_id for doc in settings.docs],
+        "doc_sha256": {doc.doc.doc_id: doc.doc.sha256 for doc in settings.docs},
         "dropped": [vars(drop) for drop in settings.dropped],
         "model_config": settings.model_config,
         "sft_probe_version": __version__,

@@ -12,18 +12,17 @@ from types import ModuleType
 from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
-from sft_probe.analysis.sweep.checkpoints import (
-    Checkpoint,
-    checkpoints_matching,
-    hub_revisions,
-    snapshots_of_run,
-)
-from sft_probe.analysis.sweep.contexts import check_contexts
+from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
 from sft_probe.analysis.sweep.reference import find_reference
-from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
+from sft_probe.analysis.sweep.request import SweepRequest, find_checkpoints
+from sft_probe.analysis.sweep.settings import (
+    chosen_inputs,
+    fix_settings,
+    inputs_text,
+    resolve_settings,
+)
 from sft_probe.analysis.sweep.step import Scorer, is_scored, parts_asked_for
 from sft_probe.errors import UserError
 
@@ -37,10 +36,9 @@ def sweep(request: SweepRequest) -> list[Path]:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
             be.
     """
-    checkpoints, problems = _find(request)
+    checkpoints, problems = find_checkpoints(request)
     if not checkpoints:
         raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
-    check_contexts(request.contexts)
     reference = find_reference(request.reference, checkpoints) if request.reference else None
     benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
@@ -56,6 +54,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     claim_sources(request.directory, checkpoints)
     for drop in settings.dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
+    log.info(inputs_text(request, settings.probe_set, settings.format_name))
     log.info(
         "%d checkpoints; %d docs can be scored in %d categories, %d are left out",
         len(checkpoints),
@@ -89,7 +88,7 @@ def plan(request: SweepRequest) -> str:
     Raises:
         UserError: no checkpoint is found, or the step of one is not clear.
     """
-    checkpoints, problems = _find(request)
+    checkpoints, problems = find_checkpoints(request)
     index, num_shards = request.shard
     lines = [f"{'step':>8}  {'size':>9}  {'done':<30} checkpoint"]
     for checkpoint in checkpoints[index - 1 :: num_shards]:
@@ -100,7 +99,7 @@ def plan(request: SweepRequest) -> str:
         size_text = "on hub" if size is None else f"{size / 1e6:,.0f} MB"
         lines.append(f"{checkpoint.step:>8}  {size_text:>9}  {text:<30} {checkpoint.name}")
     asked = ", ".join(parts_asked_for(request, request.directory))
-    lines.append(f"asked for: {asked}")
+    lines += [inputs_text(request, *chosen_inputs(request)), f"asked for: {asked}"]
     return "\n".join([*lines, *(f"cannot be scored: {problem}" for problem in problems)])
 
 
@@ -141,11 +140,3 @@ def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
         for problem in found:
             log.error("step %d: %s", checkpoint.step, problem)
     return problems
-
-
-def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
-    if request.checkpoints:
-        return checkpoints_matching(request.checkpoints)
-    if request.model:
-        return hub_revisions(request.model, request.revisions), []
-    return snapshots_of_run(request.directory)

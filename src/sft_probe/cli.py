@@ -2,6 +2,8 @@
 help comes at once."""
 
 import argparse
+import contextlib
+import importlib
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -21,11 +23,15 @@ from sft_probe.analysis.commands import (
 )
 from sft_probe.analysis.import_commands import Import, PublishedGet, PublishedList
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.command_line import Parser, read_command
-from sft_probe.errors import UserError, did_you_mean, exit_on_user_error, quiet
+from sft_probe.command_line import Parser, log_written, read_command
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet, unknown
+from sft_probe.files import check_exists
 from sft_probe.options import Command, Heldout, OldName, Positional, Positive, about, options_of
+from sft_probe.probe_set import check_source, train_command
+from sft_probe.prompts import check_format
 from sft_probe.synth.options import SynthRun, SynthStatus
-from sft_probe.train.options import Train, check_inputs, expand, print_help, train_options
+from sft_probe.train.checks import check_inputs
+from sft_probe.train.options import Train, expand, print_help, train_options
 
 log = logging.getLogger(__name__)
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
@@ -64,8 +70,9 @@ class Table(Command):
     """Categories of responses, each with its column."""
     prompt_format: str = "hh"
     """hh, chat, plain or a Jinja file."""
-    heldout: Heldout = 100
-    """Docs held out; or a share below 1: then no doc changes its split when rows are added."""
+    heldout: Heldout | None = None
+    """Docs held out; or a share below 1: then no doc changes its split when rows are added.
+    Default: 100, of under 500 rows a fifth."""
     limit: Positive | None = None
     """Largest number of docs; they are drawn at random. Default: all."""
     seed: int = 0
@@ -85,15 +92,30 @@ class ProbeSet(Table):
     source: Positional[Annotated[str | None, "SET"]] = None
     """A directory, a .jsonl file, a hub id or an embedded set."""
 
+    def check(self) -> None:
+        """Check the path of the set; or of the table, and that all is said that it needs."""
+        if self.from_table is None:
+            if self.source is None:
+                raise UserError("name a probe set, or a table with --from-table.")
+            check_source(self.source)
+            return
+        check_exists(self.from_table)
+        check_format(self.prompt_format, "--prompt-format")
+        if not self.prompt or not self.out or not self.category:
+            raise UserError(
+                "--from-table needs --prompt COLUMN, --out DIR and --category NAME=COLUMN, once "
+                "for each."
+            )
+        if len(self._categories()) < len(self.category):
+            raise UserError("--category names a category twice. Give each one column.")
+
     def execute(self) -> None:
         """Print what the set holds; a set with faults ends with a `UserError`."""
         from sft_probe.probe_set import read_probe_set
         from sft_probe.synth.output import describe_probe_set
 
         if self.from_table is not None:
-            self._make()
-        elif self.source is None:
-            raise UserError("name a probe set, or a table with --from-table.")
+            self._make(self.from_table)
         source = str(self.out if self.from_table is not None else self.source)
         probe_set = read_probe_set(source)
         print(describe_probe_set(probe_set))  # noqa: T201
@@ -104,24 +126,24 @@ class ProbeSet(Table):
                 f"{probe_set.name} has {faults} (listed above). Fix these lines, or remove them."
             )
 
-    def _make(self) -> None:
+    def _categories(self) -> dict[str, str]:
+        """Return the columns of the categories. Raises `UserError` where one is not NAME=COLUMN."""
+        pairs = [item.partition("=") for item in self.category]
+        for item, (name, _, column) in zip(self.category, pairs, strict=True):
+            if not name or not column:
+                raise UserError(
+                    f"--category {item}: write NAME=COLUMN, as in --category chosen=answer."
+                )
+        return {name: column for name, _, column in pairs}
+
+    def _make(self, table: Path) -> None:
         from sft_probe.synth.table import write_probe_set
 
-        pairs = [item.partition("=") for item in self.category]
-        is_whole = all(name and column for name, _, column in pairs)
-        if not self.prompt or not self.out or not self.from_table or not pairs or not is_whole:
-            raise UserError(
-                "--from-table needs --prompt COLUMN, --out DIR and --category NAME=COLUMN, once "
-                "for each."
-            )
-        categories = {name: column for name, _, column in pairs}
-        if len(categories) < len(pairs):
-            raise UserError("--category names a category twice. Give each one column.")
         left_out = write_probe_set(
-            self.from_table,
-            self.out,
-            prompt_column=self.prompt,
-            categories=categories,
+            table,
+            Path(str(self.out)),
+            prompt_column=str(self.prompt),
+            categories=self._categories(),
             prompt_format=self.prompt_format,
             heldout=self.heldout,
             limit=self.limit,
@@ -129,7 +151,8 @@ class ProbeSet(Table):
         )
         for item in left_out:
             log.warning("left out: %s", item)
-        log.info("wrote %s; %d rows left out", self.out, len(left_out))
+        log.info("%d rows left out", len(left_out))
+        log_written([Path(str(self.out))], train_command(str(self.out), self._categories()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +173,22 @@ class BenchmarksAdd(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Where tasks and copies of the items are written. Default: in the cache, for `sweep`."""
 
+    def check(self) -> None:
+        """Check that the files are there."""
+        for file in self.files:
+            check_exists(file)
+
     def execute(self) -> None:
         """Write the tasks and say what each file was taken for."""
-        from sft_probe.tasks.benchmark_files import add_benchmarks
+        from sft_probe.tasks.benchmark_files import add_benchmarks, benchmarks_dir
 
-        for name, layout, num_items in add_benchmarks(self.files, self.out):
+        added = add_benchmarks(self.files, self.out)
+        for name, layout, num_items in added:
             print(f"{name}: {num_items} items, {layout}")  # noqa: T201
+        names = ",".join(name for name, _, _ in added)
+        files = [(self.out or benchmarks_dir()) / f"{name}.yaml" for name, _, _ in added]
+        tasks = names if self.out is None else ",".join(map(str, files))
+        log_written(files, f"sweep RUN --tasks {tasks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +204,11 @@ class TasksDir(Command):
     """Write tasks for the categories of this set. Default: those of the embedded set."""
     out: Annotated[Path | None, "DIR"] = None
     """Where they are written. Default: in the cache."""
+
+    def check(self) -> None:
+        """Check that the probe set is there."""
+        if self.probe_set is not None:
+            check_source(self.probe_set)
 
     def execute(self) -> None:
         """Print the directory, and write it first where a set is named."""
@@ -204,7 +242,7 @@ class LinkTasks(Command):
         if self.remove:
             log.info("removed %s", unlink_tasks())
         else:
-            log.info("wrote stubs to %s; now: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
+            log.info("wrote stubs to %s; next: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +275,10 @@ class Track(Command):
     """Where to send them."""
     project: str = "sft-probe"
     """Name of the project there."""
+
+    def check(self) -> None:
+        """Check that the run is there."""
+        check_exists(self.run)
 
     def execute(self) -> None:
         """Send them."""
@@ -295,6 +337,32 @@ _WITHOUT_WORD = {"synth": "synth run", "published": "published list"}
 """What the first word of a group alone calls."""
 
 
+_IMPORTS = {
+    "train": "sft_probe.train.sft",
+    "sweep": "sft_probe.analysis.sweep.sweep",
+    "analyze": "sft_probe.analysis.stats.analyze",
+    "plot": "sft_probe.analysis.figures.plot",
+    "report": "sft_probe.analysis.report.html",
+    "transfer": "sft_probe.analysis.figures.runs",
+    "simplicity": "sft_probe.analysis.figures.runs",
+    "ledger": "sft_probe.analysis.studies.ledger_path",
+    "words": "sft_probe.analysis.studies.words",
+    "weights": "sft_probe.analysis.studies.weight_changes",
+    "synth run": "sft_probe.synth.build",
+    "probe-set": "sft_probe.synth.output",
+    "benchmarks add": "sft_probe.tasks.benchmark_files",
+    "import": "sft_probe.analysis.stats.imports.store",
+}
+"""The module of a command whose import takes longest."""
+
+
+def _import_for(name: str) -> None:
+    """Import what a command needs, with a line where that takes long."""
+    with doing("importing libraries"), contextlib.suppress(ImportError):
+        if name in _IMPORTS:
+            importlib.import_module(_IMPORTS[name])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run `sft-probe`. Exit code 2 for what the user can fix, with one message and no traceback."""
     with exit_on_user_error():
@@ -309,7 +377,10 @@ def main(argv: list[str] | None = None) -> None:
         if name == "train":
             _train(rest)
         else:
-            read_command(f"sft-probe {name}", COMMANDS[name], rest).execute()
+            command = read_command(f"sft-probe {name}", COMMANDS[name], rest)
+            command.check()
+            _import_for(name)
+            command.execute()
 
 
 def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
@@ -334,10 +405,7 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
         return _WITHOUT_WORD[first], arguments[1:]
     if first not in COMMANDS:
         name = f"{first} {second}" if is_group else first
-        raise UserError(
-            f"there is no command {name!r}.{did_you_mean(name, COMMANDS)} `sft-probe --help` lists "
-            "all."
-        )
+        raise unknown("command", name, COMMANDS, use="`sft-probe --help` lists all.")
     return first, arguments[1:]
 
 
@@ -358,6 +426,7 @@ def _train(arguments: list[str]) -> None:
         print_help()
         return
     probe_set = check_inputs(expand(arguments))
+    _import_for("train")
     try:
         from sft_probe.train.sft import main as train
     except ImportError as error:

@@ -9,11 +9,16 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+log = logging.getLogger(__name__)
+_QUICK_S = 2.0
+_AGAIN_S = 60.0
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it."""
 
@@ -51,10 +56,38 @@ def quiet() -> None:
     # DeepSpeed sets the level of its logger when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", append=True)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Log what is being done where the block takes over 2 s, and once a minute while it lasts.
+
+    Args:
+        what: such as `loading the model`.
+    """
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def report() -> None:
+        wait = _QUICK_S
+        while not ended.wait(wait):
+            seconds = time.monotonic() - started
+            log.info("%s%s", what, " ..." if wait == _QUICK_S else f" ({seconds:.0f} s so far)")
+            wait = _AGAIN_S
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:
@@ -71,6 +104,28 @@ def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:
             raise
 
 
+def unknown(
+    what: str, name: str, known: Iterable[str], *, where: str = "", use: str = ""
+) -> UserError:
+    """Return the error for a name that does not exist: the one form of all commands.
+
+        WHERE: there is no WHAT 'NAME'. Did you mean X? Use one of A, B, C.
+
+    Args:
+        what: the kind of thing, such as `category`.
+        name: as the user wrote it.
+        known: the names that exist.
+        where: the option or file that holds the name.
+        use: the last sentence, where a list of all names would be too long or too little.
+    """
+    known = list(known)
+    place = f"{where}: " if where else ""
+    remedy = use or f"Use one of {', '.join(known)}."
+    return UserError(
+        f"{place}there is no {what} {name!r}.{did_you_mean(name, known)} {remedy}".rstrip()
+    )
+
+
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?`, or nothing where no known name is close to the text."""
     plain = {name.replace("_", "-"): name for name in known}
@@ -78,6 +133,8 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     return f" Did you mean {plain[close[0]]}?" if close else ""
 
 
-def one_of(known: Iterable[str]) -> str:
-    """Return `one of a, b, c`."""
-    return "one of " + ", ".join(known)
+def check_names(where: str, what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise the error of `unknown` for the first of these names that is not known."""
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known, where=where)

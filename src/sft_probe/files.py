@@ -17,7 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean
 
 
 def sha256_file(path: Path) -> str:
@@ -46,6 +46,15 @@ def make_dir(path: Path) -> Path:
             f"cannot write to the directory {path}: {error.strerror}. Choose another one."
         ) from error
     return path
+
+
+def check_exists(path: Path) -> None:
+    """Raise `UserError` where a path does not exist, with the one beside it that was perhaps
+    meant."""
+    if path.exists():
+        return
+    beside = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
+    raise UserError(f"{path} does not exist.{did_you_mean(path.name, beside)}")
 
 
 def find(folder: Path, pattern: str) -> list[Path]:

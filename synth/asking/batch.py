@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.budget import Limits, UselessRunError
 from sft_probe.synth.asking.call import Account, pause_s
-from sft_probe.synth.asking.protocol import Answer, Request, RetryLater, failed_answer
+from sft_probe.synth.asking.protocol import Answer, Request, RetryLater, WriterId, failed_answer
 from sft_probe.synth.asking.store import Job, Store, request_key
 
 _LOG = logging.getLogger(__name__)
@@ -31,15 +31,12 @@ class JobFailedError(Exception):
 
 
 @runtime_checkable
-class BatchWriter(Protocol):
+class BatchWriter(WriterId, Protocol):
     """A writer that is asked in jobs.
 
     All methods raise `RetryLater` for calls that may succeed later, `UserError` for others.
     """
 
-    name: str
-    model: str
-    api_version: str
     poll_s: float
     """Seconds between polls of a job."""
 

@@ -43,27 +43,32 @@ class Progress:
         self._num_stored = 0
         self._statuses: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
+        self._cost_usd: float | None = None
 
     def stored(self) -> None:
         """Count one text from the store."""
         self._num_stored += 1
-        self._bar.update()
+        self._show()
 
     def answered(self, status: str, cost_usd: float | None) -> None:
         """Count one answer; `cost_usd` is what all runs cost so far."""
         self._statuses[status] += 1
-        if not self._bar.disable:
-            self._bar.set_description_str(self._line(cost_usd), refresh=False)
-            self._bar.update()
-        elif time.monotonic() - self._logged_s > _LOG_INTERVAL_S:
+        self._cost_usd = cost_usd
+        self._show()
+        if self._bar.disable and time.monotonic() - self._logged_s > _LOG_INTERVAL_S:
             self._logged_s = time.monotonic()
-            _LOG.info("%s", self._line(cost_usd))
+            _LOG.info("%s", self._line())
+
+    def _show(self) -> None:
+        if not self._bar.disable:
+            self._bar.set_description_str(self._line(), refresh=False)
+            self._bar.update()
 
     def failed(self, fault: str) -> None:
         """Count one text that did not pass a check."""
         self._faults[fault] += 1
 
-    def _line(self, cost_usd: float | None) -> str:
+    def _line(self) -> str:
         """Return the number of texts, the cost, what fails (answers without a text by status, texts
         by fault), the rate and the time that is left."""
         num_new = self._statuses.total()
@@ -71,22 +76,22 @@ class Progress:
         rate = num_new / max(1e-9, time.monotonic() - self._started_s)
         faults = self._faults + self._statuses
         del faults["ok"]
-        parts = ["cost unknown" if cost_usd is None else f"${cost_usd:.4f} so far"]
-        parts += [f"{count} {fault}" for fault, count in faults.most_common()]
+        cost = self._cost_usd
+        parts = ["cost unknown" if cost is None else f"${cost:.4f} so far"] if num_new else []
         of, to_go = "", ""
         if self._total is not None:
             left = tqdm.format_interval(max(0, self._total - number) / rate) if rate else "?"
             of, to_go = f" of {self._total}", f", {left} to go"
-        return (
-            f"{number}{of} texts done, {self._num_stored} from the store; {'; '.join(parts)}; "
-            f"{rate:.2f} texts/s{to_go}"
-        )
+        parts += [f"{count} {fault}" for fault, count in faults.most_common()]
+        parts += [f"{rate:.2f} texts/s{to_go}"] if num_new else []
+        done = f"{number}{of} texts done, {self._num_stored} from the store"
+        return "; ".join([done, *parts])
 
-    def close(self, cost_usd: float | None) -> None:
+    def close(self) -> None:
         """End the line."""
         self._bar.close()
         if self._statuses:
-            _LOG.info("%s", self._line(cost_usd))
+            _LOG.info("%s", self._line())
 
 
 def ask_all(
@@ -257,7 +262,7 @@ class _LiveRun:
             _LOG.warning("the writer does not end; it is left running")
         finally:
             await self._store.drain()
-            self._progress.close(self._caller.account.spent_usd())
+            self._progress.close()
 
     async def _ask(self, request: Request, is_known_bad: bool) -> Answer | None:
         """Return the answer to a request, None where the run has ended before."""

@@ -134,17 +134,14 @@ class Store:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Lock the store for one writing run. Raise `UserError` where another run holds it."""
-        lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
-            lock.acquire()
+            lock = FileLock(f"{self.path}.lock", timeout=0).acquire()
         except Timeout:
             raise UserError(
                 f"another run is writing to {self.path}. Wait for it, or stop it."
             ) from None
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     def get(self, writer: WriterId, request: Request) -> Answer | None:
         """Return the stored answer, whatever its status."""

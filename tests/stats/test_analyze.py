@@ -360,7 +360,7 @@ def test_files_without_score_rows_are_refused_by_name(sft_probe: Run, tmp_path: 
     path = run / "probe/step_000001.jsonl"
     lines = path.read_text()
     path.write_text(lines.replace('"split": "heldout"', '"split": "test"'))
-    assert "the split 'test' is none of heldout, train" in user_error(sft_probe("analyze", run))
+    assert "there is no split 'test'." in user_error(sft_probe("analyze", run))
     path.write_text(lines[: len(lines) // 2])
     assert "step_000001.jsonl holds no score rows of this version" in user_error(
         sft_probe("analyze", run)
@@ -407,7 +407,7 @@ def test_runs_that_cannot_be_averaged_are_refused_with_the_reason(
         sft_probe("analyze", write_run(tmp_path / "short", steps=[0]))
     )
     run = write_run(tmp_path / "twice")
-    assert "the runs have only chosen, rejected" in user_error(
+    assert "Use one of chosen, rejected" in user_error(
         sft_probe("analyze", run, "--categories", "nonsense")
     )
     shutil.copy(run / "probe/step_000001.jsonl", run / "probe/step_000002.jsonl")

@@ -550,6 +550,18 @@ def test_raw_preference_pairs_are_recognised_with_the_command_that_makes_a_set_o
     assert "no faults" in sft_probe("probe-set", command.split()[-1]).stdout
 
 
+def test_preference_pairs_with_a_prompt_column_are_a_table_too(
+    tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Q{i}?", "chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = user_error(sft_probe("probe-set", "pairs.jsonl"))
+    command = next(line.strip() for line in message.splitlines() if "--from-table" in line)
+    result = sft_probe(*command.removeprefix("sft-probe ").split())
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_table_of_other_columns_is_recognised_too(
     tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

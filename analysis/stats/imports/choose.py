@@ -50,12 +50,6 @@ def import_runs(path: Path, texts: Path | None = None) -> list[Imported]:
     return found
 
 
-def is_importable(directory: Path) -> bool:
-    """Return whether a directory holds files of a known form."""
-    patterns = ("**/results_*.json", "*metrics.json", "trainer_state.json", "*step*.json")
-    return any(find(directory, pattern) for pattern in patterns)
-
-
 def _of_directory(path: Path, texts: Path | None) -> Imported:
     if find(path, "**/results_*.json"):
         return read_lm_eval(path)

@@ -33,45 +33,57 @@ def read_lm_eval(directory: Path) -> Imported:
         UserError: a results file tells no step, or there is no result.
     """
     name = directory.resolve().name
-    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    scored: dict[tuple[int, str], list[dict[str, Any]]] = {}
     others: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    texts: Texts = {}
-    prompts: dict[str, str] = {}
-    model = None
+    model = name
     for path in find(directory, "**/results_*.json"):
         results = read_object(path, optional={**_KINDS, "model_name": str | None})
         step = _step_of(results, path, directory)
         model = results.get("model_name") or model
-        for row in benchmark_rows({"results": {}, **results}, name, step):
-            others.setdefault((step, row["task"]), []).append(row)
-        for task, samples_path in _samples_of(path):
-            samples = [item for item in read_jsonl(samples_path) if _logprob(item) is not None]
-            if not samples:
-                continue
-            rows[step, task] = [_row(item, task, step, directory, results) for item in samples]
-            for row, sample in zip(rows[step, task], samples, strict=True):
-                prompt, response = _texts_of(sample)
-                texts.setdefault(row["doc_id"], {})[row["category"]] = response
-                prompts.setdefault(row["doc_id"], prompt)
-    found = [row for place, part in others.items() if place not in rows for row in part]
-    found = [row for row in found if not row["task"].startswith(_PREFIX)]
-    if not rows and not found:
+        every = {task: read_jsonl(samples) for task, samples in _samples_of(path)}
+        found = benchmark_rows({"results": {}, **results, "samples": every}, name, step)
+        for task in {row["task"] for row in found if not row["task"].startswith(_PREFIX)}:
+            others[step, task] = [row for row in found if row["task"] == task]
+        for task, items in every.items():
+            if samples := [item for item in items if _logprob(item) is not None]:
+                scored[step, task] = samples
+    benchmarks = [row for place, part in others.items() if place not in scored for row in part]
+    if not scored and not benchmarks:
         raise UserError(
             f"{directory}: no results of benchmarks, and no samples_*.jsonl holds log-probs; run "
             "lm_eval with --log_samples."
         )
-    all_rows = [row for part in rows.values() for row in part]
+    texts, prompts = _texts(scored)
+    rows = [
+        _row(item, task, step) | {"run": name, "model": model}
+        for (step, task), samples in scored.items()
+        for item in samples
+    ]
     return Imported(
         name=name,
         form="results of lm-eval",
         model=model,
-        taken=_taken(list(rows), found),
+        taken=_taken(list(scored), benchmarks),
         notes=("scored elsewhere, by lm-eval: dtype and joins of the tokens are not checked",),
-        rows=pa.Table.from_pylist(all_rows, schema=SCHEMA) if rows else None,
-        benchmarks=pd.DataFrame(found) if found else None,
+        rows=pa.Table.from_pylist(rows, schema=SCHEMA) if rows else None,
+        benchmarks=pd.DataFrame(benchmarks) if benchmarks else None,
         texts=texts,
         prompts=prompts,
     )
+
+
+def _texts(
+    scored: dict[tuple[int, str], list[dict[str, Any]]],
+) -> tuple[Texts, dict[str, str]]:
+    """Return responses and prompts by doc id."""
+    texts: Texts = {}
+    prompts: dict[str, str] = {}
+    for (step, task), samples in scored.items():
+        for sample in samples:
+            row, (prompt, response) = _row(sample, task, step), _texts_of(sample)
+            texts.setdefault(row["doc_id"], {})[row["category"]] = response
+            prompts.setdefault(row["doc_id"], prompt)
+    return texts, prompts
 
 
 def _taken(places: Sequence[tuple[int, str]], others: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -129,15 +141,11 @@ def _logprob(sample: dict[str, Any]) -> float | None:
         return None
 
 
-def _row(
-    sample: dict[str, Any], task: str, step: int, directory: Path, results: dict[str, Any]
-) -> dict[str, Any]:
+def _row(sample: dict[str, Any], task: str, step: int) -> dict[str, Any]:
     doc = sample["doc"] if isinstance(sample.get("doc"), dict) else {}
     name = task.removeprefix(_PREFIX)
     is_train = task.startswith(f"{_PREFIX}train_")
     return dict.fromkeys(SCHEMA.names) | {
-        "run": directory.resolve().name,
-        "model": results.get("model_name") or directory.resolve().name,
         "step": step,
         "category": str(doc.get("category", name.removeprefix("train_") if is_train else name)),
         "split": "train" if is_train or doc.get("split") == "train" else "heldout",

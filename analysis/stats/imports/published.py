@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import UserError, unknown
 from sft_probe.files import make_dir, new_file, sha256_file
 from sft_probe.models import cache_dir
 from sft_probe.text_table import text_table
@@ -77,8 +77,7 @@ def published_run(name: str) -> PublishedRun:
     """Return the run of a name. Raises `UserError` where there is none, or it is linked only."""
     runs = {run.name: run for run in published_runs()}
     if name not in runs:
-        hint = did_you_mean(name, runs)
-        raise UserError(f"no published run {name!r}.{hint} `sft-probe published` lists them.")
+        raise unknown("published run", name, runs, use="`sft-probe published` lists them.")
     run = runs[name]
     if not run.files:
         raise UserError(

@@ -8,11 +8,11 @@ import pandas as pd
 
 from sft_probe.analysis.stats.imports.choose import import_runs
 from sft_probe.analysis.stats.imports.imported import Imported
+from sft_probe.analysis.stats.places import IMPORT_MANIFEST, is_import
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_jsonl, read_object, write_json, write_jsonl, write_text
 from sft_probe.scores import read_scores_parquet, write_parquet
 
-_MANIFEST = "import.json"
 _REQUIRED = {
     "name": str,
     "form": str,
@@ -21,11 +21,6 @@ _REQUIRED = {
     "notes": list,
     "settings": dict,
 }
-
-
-def is_import(directory: Path) -> bool:
-    """Return whether a directory is that of an imported run."""
-    return (directory / _MANIFEST).is_file()
 
 
 def write_import(run: Imported, source: Path, out: Path) -> Path:
@@ -37,7 +32,7 @@ def write_import(run: Imported, source: Path, out: Path) -> Path:
     if out.exists() and not is_import(out) and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no imported run. Choose another --out.")
     make_dir(out)
-    for name in (_MANIFEST, "scores.parquet", "means.csv", "benchmarks.csv", "texts.jsonl"):
+    for name in (IMPORT_MANIFEST, "scores.parquet", "means.csv", "benchmarks.csv", "texts.jsonl"):
         (out / name).unlink(missing_ok=True)
     if run.rows is not None:
         write_parquet(out / "scores.parquet", run.rows)
@@ -51,7 +46,7 @@ def write_import(run: Imported, source: Path, out: Path) -> Path:
         )
         write_jsonl(out / "texts.jsonl", docs)
     manifest = {name: getattr(run, name) for name in ("name", "model", *_REQUIRED)}
-    write_json(out / _MANIFEST, {**manifest, "source": str(source.resolve())})
+    write_json(out / IMPORT_MANIFEST, {**manifest, "source": str(source.resolve())})
     return out
 
 
@@ -78,7 +73,7 @@ def import_to(path: Path, out: Path, texts: Path | None = None) -> Iterator[str]
 
 def read_import(directory: Path) -> Imported:
     """Read the directory of an imported run. Raises `UserError` where a file has faults."""
-    manifest = read_object(directory / _MANIFEST, _REQUIRED, {"model": str | None})
+    manifest = read_object(directory / IMPORT_MANIFEST, _REQUIRED, {"model": str | None})
     texts_path, scores = directory / "texts.jsonl", directory / "scores.parquet"
     docs = read_jsonl(texts_path) if texts_path.is_file() else []
     return Imported(
