@@ -350,13 +350,14 @@ class Ledger(Command):
     """Directory of table and figure. Default: RUN/analysis."""
 
     def check(self) -> None:
-        """Check the run, and the categories where they are recorded."""
-        check_runs([self.run], self.categories)
+        """Check the run, and the categories where they are recorded; snapshots need no scores."""
+        if self.path and self.examples:
+            raise UserError("--path and --examples are two ledgers: give one of them at a time.")
+        if not self.path and not self.examples:
+            check_runs([self.run], self.categories)
 
     def execute(self) -> None:
         """Print the parts, and write table and figure."""
-        if self.path and self.examples:
-            raise UserError("--path and --examples are two ledgers: give one of them at a time.")
         folder = self.out or self.run / "analysis"
         if self.examples:
             text, written = self._by_example(folder)

@@ -3,6 +3,7 @@
 Nothing is written. Only what can be repeated exactly is: one process, float32, AdamW or SGD.
 """
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,11 @@ def replay(plan: Plan, watcher: Watcher) -> None:
     trainer.watcher = watcher
     trainer.add_callback(_AfterUpdate(trainer))
     trainer.train()
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.destroy()  # its hooks would keep model and optimizer
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -91,8 +91,8 @@ def example_ledger(
 
     a_t is interpolated between gradients at the snapshots and in the middle between them, by a
     parabola in how far the weights have come along the straight line, and averaged over the step.
-    Memory: training, and two copies of the weights. Disk, until it is done: for each category the
-    weights twice for each snapshot (gradients), and twice for each chunk of steps.
+    Memory: training, a copy of the weights and a gradient. Disk, until it is done: the weights
+    twice, and for each category twice for each snapshot (gradients) and for each chunk of steps.
 
     Args:
         run: a finished run of one process with float32 snapshots, full or LoRA.
@@ -236,6 +236,8 @@ class _Ahead:
         self.chunk = max(1, math.floor(math.log(_MAX_GROWTH) / growth))
         self.interval = 0
         self.before = self._snapshot(0)
+        line = _Flat(self.folder / "line", self.nodes.shapes, 2, torch.float32).parts
+        self.start, self.end = ({name: ends[row] for name, ends in line.items()} for row in (0, 1))
         self._enter()
 
     def _snapshot(self, place: int) -> Weights:
@@ -244,8 +246,10 @@ class _Ahead:
 
     def _enter(self) -> None:
         """Note where an interval between snapshots starts, and where it leads."""
-        self.start = {name: weight.clone() for name, weight in self.before.items()}
-        self.end = self._snapshot(self.interval + 1)
+        after = self._snapshot(self.interval + 1)
+        for name, weight in self.before.items():
+            self.start[name].copy_(weight)
+            self.end[name].copy_(after[name])
         self.progress = 0.0
 
     def example(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:

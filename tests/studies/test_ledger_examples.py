@@ -197,22 +197,23 @@ def test_groups_and_extremes_are_sums_of_the_examples_with_their_texts(
         assert doc.messages[-1]["content"] in row["prompt"]
 
 
+@pytest.mark.parametrize(
+    "flags", [["--lora_r", "2"], pytest.param(["--deepspeed", "cpu"], marks=pytest.mark.full)]
+)
 def test_a_lora_and_a_run_under_deepspeed_are_repeated_bit_by_bit(
-    tiny_flags: list[str], tmp_path: Path
+    flags: list[str], tiny_flags: list[str], sft_probe: Run, tmp_path: Path
 ) -> None:
-    for name, flags in {"lora": ["--lora_r", "2"], "zero": ["--deepspeed", "cpu"]}.items():
-        run = tmp_path / name
-        trained = run_forked("train", *tiny_flags, *CLOSE, *flags, "--output_dir", run)
-        assert trained.returncode == 0, trained.stderr
-        result = run_forked(
-            *("ledger", run, "--examples", "--categories", "chosen", "--docs", "10")
-        )
-        assert result.returncode == 0, result.stderr
-        assert "bit by bit" in result.stdout
-        closure = pd.read_csv(run / "analysis/example_closure.csv")
-        sums = closure[["path", "examples", "weight_decay"]].sum()
-        missed = abs(sums["examples"] + sums["weight_decay"] - sums["path"])
-        assert missed < 1e-5 * closure["path"].abs().sum()
+    start = run_forked if "--deepspeed" in flags else sft_probe  # it is set once per process
+    run = tmp_path / "run"
+    trained = start("train", *tiny_flags, *CLOSE, *flags, "--output_dir", run)
+    assert trained.returncode == 0, trained.stderr
+    result = start("ledger", run, "--examples", "--categories", "chosen", "--docs", "10")
+    assert result.returncode == 0, result.stderr
+    assert "bit by bit" in result.stdout
+    closure = pd.read_csv(run / "analysis/example_closure.csv")
+    sums = closure[["path", "examples", "weight_decay"]].sum()
+    missed = abs(sums["examples"] + sums["weight_decay"] - sums["path"])
+    assert missed < 1e-5 * closure["path"].abs().sum()
 
 
 def test_weights_that_are_not_those_of_the_run_are_named(
