@@ -17,7 +17,6 @@ class CostEstimate:
     """What a run would request, estimated without a tokenizer. Costs are in USD, None where the
     price is unknown."""
 
-    num_stored: int = 0
     calls: int = 0
     prompt_tokens: float = 0.0
     output_tokens: float = 0.0
@@ -42,13 +41,11 @@ def estimate_cost(
     price = price or budget.price_of(writer)
     estimate, worst_usd = CostEstimate(), 0.0
     for request in requests:
-        if _is_stored(request, writer, store):
-            estimate.num_stored += 1
-            continue
-        estimate.calls += 1
-        estimate.prompt_tokens += budget.expected_prompt_tokens(request)
-        estimate.output_tokens += budget.expected_output_tokens(request)
-        worst_usd += price.worst_usd(request) if price else 0.0
+        if not _is_stored(request, writer, store):
+            estimate.calls += 1
+            estimate.prompt_tokens += budget.expected_prompt_tokens(request)
+            estimate.output_tokens += budget.expected_output_tokens(request)
+            worst_usd += price.worst_usd(request) if price else 0.0
     if price:
         maybe = (request for request in maybe_requests if not _is_stored(request, writer, store))
         worst_usd += sum(map(price.worst_usd, maybe))

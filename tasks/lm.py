@@ -1,6 +1,7 @@
 """lm-eval's `hf` model with the one scorer of `sft_probe.scoring.score`: `--model sft_probe`."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -311,9 +312,8 @@ class ProbeLM(HFLM):
         """Return the scores of `items` by index."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         scores = self.scorer.score(model, items)
-        for index, result in tqdm(
-            scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0
-        ):
+        is_shown = sys.stderr.isatty() and not disable_tqdm and self.rank == 0
+        for index, result in tqdm(scores, total=len(items), desc="scoring", disable=not is_shown):
             yield index, ProbeScore.of(result)
 
 

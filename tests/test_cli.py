@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from sft_probe import errors, recipes
 from sft_probe.analysis.commands import Plot, Transfer
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.cli import COMMANDS, ProbeSet, main
+from sft_probe.cli import COMMANDS, ProbeSet, main, overview
 from sft_probe.command_line import config_of, read_command, write_config
 from sft_probe.errors import UserError
 from sft_probe.options import Command, about, options_of
@@ -460,3 +460,26 @@ def test_no_progress_bars_of_other_libraries_are_shown() -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_dry_run_of_a_sweep_imports_nothing_heavy(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"out/checkpoint-{step}").mkdir(parents=True)
+    code = (
+        "import sys, sft_probe.cli as cli\n"
+        "cli.main(['sweep', 'x', '--checkpoints', 'out/*', '--dry-run'])\n"
+        "found = {'torch', 'transformers', 'numpy', 'pandas', 'lm_eval'} & {*sys.modules}\n"
+        "assert not found, found"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "out/checkpoint-2" in result.stdout
+
+
+def test_the_overview_lists_every_command_once_in_titled_groups() -> None:
+    lines = overview().splitlines()
+    found = [line for line in lines if line.startswith("  ")]
+    assert len(found) == len(COMMANDS)
+    assert all(line.startswith(f"  {name}  ") for line, name in zip(found, COMMANDS, strict=True))
+    assert lines.count("studies of runs:") == 1

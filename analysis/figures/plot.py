@@ -272,6 +272,8 @@ def boundaries(recording: Recording) -> pd.DataFrame:
 
 def _bands_text(table: pd.DataFrame) -> str:
     """Return what the bands of one run are, or why none is drawn."""
+    if not table["num_docs"].any():
+        return "Means over prompts as published; no intervals"
     if table["stderr"].isna().all():
         return "Too few prompts for intervals"
     if table["band_low"].isna().all():

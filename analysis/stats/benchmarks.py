@@ -65,7 +65,8 @@ def _clustered_error(
     of what is no such mean."""
     found = [item[metric] for item in samples]
     is_ratio = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
-    if not samples or not (is_ratio or all(isinstance(one, float | int) for one in found)):
+    flat = [one for pair in found for one in pair] if is_ratio else found
+    if not flat or not all(isinstance(one, float | int) for one in flat):
         return None, None
     pairs = [(-logprob / math.log(2), size) for logprob, size in found] if is_ratio else found
     values = np.array(pairs, dtype=np.float64).reshape(len(found), -1)

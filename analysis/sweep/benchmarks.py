@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import unknown
@@ -61,8 +60,3 @@ class BenchmarkTasks:
         known = [*self._own.all_tasks, *self._all.all_tasks]
         use = "`lm_eval ls tasks` lists them; `sft-probe benchmarks add` makes one of a JSONL file."
         raise unknown("task", spec, known, where="--tasks", use=use)
-
-
-def slug(spec: str) -> str:
-    """Return a spec as part of a directory's name."""
-    return "".join(c if c.isalnum() else "_" for c in Path(spec).name.removesuffix(".yaml"))

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.identity import Identity, differences, recorded
+from sft_probe.analysis.sweep.parts import REFERENCE
 from sft_probe.errors import UserError
-
-REFERENCE = "reference.json"
-"""In a part that was scored beside a reference: which weights that had."""
 
 
 def find_reference(name: str, checkpoints: Sequence[Checkpoint]) -> Checkpoint:

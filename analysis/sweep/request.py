@@ -126,11 +126,13 @@ class SweepRequest(Benchmarks, Replayable):
 
     def execute(self) -> None:
         """Score what is not scored yet, and write `RUN/sweep/config.yaml`."""
-        from sft_probe.analysis.sweep.sweep import plan, sweep
-
         if self.dry_run:
+            from sft_probe.analysis.sweep.parts import plan
+
             print(plan(self))  # noqa: T201
             return
+        from sft_probe.analysis.sweep.sweep import sweep
+
         log_written(sweep(self), f"analyze {self.directory}")
         write_config(self.directory / "sweep/config.yaml", "sft-probe sweep", config_of(self))
 

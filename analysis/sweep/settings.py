@@ -13,11 +13,12 @@ from filelock import FileLock
 from sft_probe import __version__
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.live_model import active_part, model_config, tokenizer_of
+from sft_probe.analysis.sweep.parts import chosen_inputs
 from sft_probe.analysis.sweep.request import SweepRequest, run_manifest
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import check_weights_fit, load_tokenizer, local_folder
-from sft_probe.probe_set import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
+from sft_probe.probe_set import ProbeSet
 from sft_probe.prompts import (
     DroppedDoc,
     EncodedDoc,
@@ -123,38 +124,6 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
         docs=docs,
         dropped=dropped,
     )
-
-
-def inputs_text(request: SweepRequest, probe_set: ProbeSet, prompt_format: str) -> str:
-    """Return a line on the probe set and one on the prompt format, with where each comes from.
-
-    Args:
-        request: what the user asked for.
-        probe_set: what is scored.
-        prompt_format: its name.
-    """
-    foreign = bool(request.checkpoints or request.model)
-    own = "the default, embedded: --probe-set names another" if foreign else "that of the run"
-    docs = [f"{len(probe_set.of_split(split))} {split} docs" for split in request.splits]
-    format_origin = "that of the probe set" if foreign else "that of the run"
-    return (
-        f"probe set: {probe_set.source} ({'--probe-set' if request.probe_set else own}), "
-        f"{' and '.join(docs)}, {len(probe_set.categories)} categories\n"
-        f"prompt format: {prompt_format} "
-        f"({'--prompt-format' if request.prompt_format else format_origin})"
-    )
-
-
-def chosen_inputs(request: SweepRequest) -> tuple[ProbeSet, str]:
-    """Return the probe set of a sweep and its prompt format, as far as no tokenizer has a say.
-
-    Raises:
-        UserError: there is no such set, or the run has not finished.
-    """
-    manifest = run_manifest(request)
-    probe_set = load_probe_set(request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET)
-    recorded = manifest.get("prompt_format_source") or probe_set.prompt_format
-    return probe_set, request.prompt_format or recorded
 
 
 _Readable = tuple[Checkpoint, tuple[str, str], "PreTrainedTokenizerBase", dict[str, Any]]

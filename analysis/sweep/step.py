@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from sft_probe.analysis.stats.benchmarks import benchmark_rows
-from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks, slug
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.contexts import PLAN, context_plan, score_contexts
 from sft_probe.analysis.sweep.generate import generate_answers, generation_docs, max_new_tokens
@@ -36,9 +36,15 @@ from sft_probe.analysis.sweep.ownership import (
     owned_step,
     remove_parts,
     stale_parts,
+)
+from sft_probe.analysis.sweep.parts import (
+    ANSWERS,
+    OTHER_PROMPTS,
+    REFERENCE,
+    parts_asked_for,
     step_folder,
 )
-from sft_probe.analysis.sweep.reference import REFERENCE, is_beside, reference_name
+from sft_probe.analysis.sweep.reference import is_beside, reference_name
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.settings import SweepSettings, record
 from sft_probe.errors import UserError
@@ -52,8 +58,6 @@ from sft_probe.tasks.lm import NonFiniteError, ProbeLM, ProbeScore
 log = logging.getLogger(__name__)
 
 ERROR_LOG = "error.log"
-_ANSWERS = "--generate"
-_CONTEXTS = "--contexts"
 _MAX_NAMED = 5
 
 
@@ -137,9 +141,9 @@ class Scorer:
             try:
                 if name in request.splits:
                     self._score_probes(checkpoint, name, parts[name])
-                elif name == _ANSWERS:
+                elif name == ANSWERS:
                     self._generate(checkpoint, parts[name])
-                elif name == _CONTEXTS:
+                elif name == OTHER_PROMPTS:
                     self._score_contexts(checkpoint, parts[name])
                 else:
                     self._score_benchmark(checkpoint, name, parts[name])
@@ -312,16 +316,17 @@ class Scorer:
     def _score_benchmark(self, checkpoint: Checkpoint, spec: str, folder: Path) -> None:
         with _quiet("lm_eval"):
             tasks = self.benchmarks.load(spec)
-        results = simple_evaluate(
-            model=self.lm,
-            tasks=tasks,
-            num_fewshot=self.request.num_fewshot,
-            limit=self.request.limit,
-            apply_chat_template=self.request.apply_chat_template,
-            task_manager=TaskManager(
-                include_defaults=False
-            ),  # else it reads 14,000 files, at every step
-        )
+        with _quiet("lm_eval"):
+            results = simple_evaluate(
+                model=self.lm,
+                tasks=tasks,
+                num_fewshot=self.request.num_fewshot,
+                limit=self.request.limit,
+                apply_chat_template=self.request.apply_chat_template,
+                task_manager=TaskManager(
+                    include_defaults=False
+                ),  # else it reads 14,000 files, at every step
+            )
         self._keep_max_tokens()
         rows = benchmark_rows(results, self.settings.run_columns["run"], checkpoint.step)
         with self._new_part(folder) as temporary:
@@ -388,28 +393,6 @@ class Scorer:
         }
         with _quiet("lm_eval"):
             _write_lm_eval_files(folder, results, arguments)
-
-
-def parts_asked_for(request: SweepRequest, folder: Path) -> dict[str, Path]:
-    """Return the directory of each part of a step that a request asks for, by what is scored."""
-    options = (
-        f"-{request.num_fewshot}shot" if request.num_fewshot is not None else "",
-        f"-limit{request.limit:g}" if request.limit is not None else "",
-        "-chat" if request.apply_chat_template else "",
-    )
-    parts = {split: folder / split for split in request.splits}
-    parts |= {spec: folder / f"benchmark_{slug(spec)}{''.join(options)}" for spec in request.tasks}
-    if request.generate:
-        parts[_ANSWERS] = folder / f"generate_{request.generate}"
-    if request.contexts:
-        parts[_CONTEXTS] = folder / f"contexts_{'_'.join(sorted(request.contexts))}"
-    return parts
-
-
-def is_scored(request: SweepRequest, name: str, part: Path) -> bool:
-    """Return whether a part is there, beside a reference where one is asked for."""
-    is_beside_one = (part / REFERENCE).exists() or name not in request.splits
-    return part.exists() and (request.reference is None or is_beside_one)
 
 
 def _write_error_log(folder: Path) -> str:

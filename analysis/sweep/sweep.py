@@ -14,16 +14,15 @@ from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.generate import generation_docs
-from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
+from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources
+from sft_probe.analysis.sweep.parts import inputs_text
 from sft_probe.analysis.sweep.reference import find_reference
 from sft_probe.analysis.sweep.request import SweepRequest, find_checkpoints
 from sft_probe.analysis.sweep.settings import (
-    chosen_inputs,
     fix_settings,
-    inputs_text,
     resolve_settings,
 )
-from sft_probe.analysis.sweep.step import Scorer, is_scored, parts_asked_for
+from sft_probe.analysis.sweep.step import Scorer
 from sft_probe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -78,37 +77,6 @@ def sweep(request: SweepRequest) -> list[Path]:
             )
         )
     return tables
-
-
-def plan(request: SweepRequest) -> str:
-    """Return what a sweep would score: step, name and size of each checkpoint, and what is done.
-
-    Nothing is loaded or written, and no benchmark is looked up.
-
-    Raises:
-        UserError: no checkpoint is found, or the step of one is not clear.
-    """
-    checkpoints, problems = find_checkpoints(request)
-    index, num_shards = request.shard
-    lines = [f"{'step':>8}  {'size':>9}  {'done':<30} checkpoint"]
-    for checkpoint in checkpoints[index - 1 :: num_shards]:
-        parts = parts_asked_for(request, step_folder(request.directory, checkpoint.step))
-        done = [name for name, path in parts.items() if is_scored(request, name, path)]
-        text = "all" if len(done) == len(parts) else ", ".join(done) or "-"
-        size = _size_bytes(checkpoint)
-        size_text = "on hub" if size is None else f"{size / 1e6:,.0f} MB"
-        lines.append(f"{checkpoint.step:>8}  {size_text:>9}  {text:<30} {checkpoint.name}")
-    asked = ", ".join(parts_asked_for(request, request.directory))
-    lines += [inputs_text(request, *chosen_inputs(request)), f"asked for: {asked}"]
-    return "\n".join([*lines, *(f"cannot be scored: {problem}" for problem in problems)])
-
-
-def _size_bytes(checkpoint: Checkpoint) -> int | None:
-    """Return the size of a checkpoint's weights; `None` where they are not on this disk."""
-    folder = Path(checkpoint.model)
-    if not folder.is_dir():
-        return None
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _on_ray() -> ModuleType:

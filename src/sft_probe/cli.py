@@ -119,6 +119,8 @@ class ProbeSet(Table):
         source = str(self.out if self.from_table is not None else self.source)
         probe_set = read_probe_set(source)
         print(describe_probe_set(probe_set))  # noqa: T201
+        if self.out is not None:
+            log_written([self.out], train_command(source, probe_set.categories))
         if probe_set.faults:
             number = len(probe_set.faults)
             faults = "1 fault" if number == 1 else f"{number} faults"
@@ -152,7 +154,6 @@ class ProbeSet(Table):
         for item in left_out:
             log.warning("left out: %s", item)
         log.info("%d rows left out", len(left_out))
-        log_written([Path(str(self.out))], train_command(str(self.out), self._categories()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +334,14 @@ COMMANDS: dict[str, type[Command]] = {
     "completion": Completion,
 }
 """Every command by the words that call it, in the order of the help."""
+_TITLES = {
+    "quickstart": "from training to a report",
+    "transfer": "studies of runs",
+    "import": "runs of others",
+    "synth run": "probe sets and benchmarks",
+    "tasks-dir": "lm-eval, trackers, shells",
+}
+"""The titles of groups of commands, each by the first one of its group."""
 _WITHOUT_WORD = {"synth": "synth run", "published": "published list"}
 """What the first word of a group alone calls."""
 
@@ -379,7 +388,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             command = read_command(f"sft-probe {name}", COMMANDS[name], rest)
             command.check()
-            _import_for(name)
+            if not getattr(command, "dry_run", False):
+                _import_for(name)
             command.execute()
 
 
@@ -416,8 +426,11 @@ def overview(prefix: str = "") -> str:
     }
     width = max(map(len, shown)) + 2
     lines = [f"usage: {' '.join(['sft-probe', *prefix.split()])} COMMAND [options]", ""]
-    lines += [_DESCRIPTION, ""] if not prefix else []
-    lines += ["commands:", *(f"  {name:<{width}}{summary}" for name, summary in shown.items()), ""]
+    lines += [_DESCRIPTION] if not prefix else ["commands:"]
+    for name, summary in shown.items():
+        lines += ["", f"{_TITLES[name]}:"] if name in _TITLES and not prefix else []
+        lines.append(f"  {name:<{width}}{summary}")
+    lines.append("")
     return "\n".join([*lines, "`sft-probe COMMAND --help` explains a command, with examples."])
 
 

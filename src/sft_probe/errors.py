@@ -51,7 +51,8 @@ def quiet() -> None:
     if os.environ.get("SFT_PROBE_VERBOSE"):
         logging.basicConfig(level=logging.INFO)
         return
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    start = "\r\033[K" if sys.stderr.isatty() else ""  # a line of its own where a bar is drawn
+    logging.basicConfig(level=logging.ERROR, format=start + "%(message)s")
     logging.getLogger("sft_probe").setLevel(logging.INFO)
     # DeepSpeed sets the level of its logger when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -235,7 +235,7 @@ def options_of(command: type, underscores: bool = False) -> tuple[Option, ...]:
         for name, text in documented.items():
             if name in defaults and name not in [option.name for option in found]:
                 flag = "--" + (name if underscores else name.replace("_", "-"))
-                values = _value_of(hints[name], name.upper())
+                values = _value_of(hints[name], name.rpartition("_")[2].upper())
                 found.append(
                     Option(
                         name=name,

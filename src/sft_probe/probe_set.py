@@ -5,12 +5,13 @@ A probe set is a directory (`probe_set.json` and `*.jsonl`), a single `.jsonl` f
 embedded set, or a data set on the Hugging Face hub. See docs/data.md for the schema.
 """
 
+import csv
 import hashlib
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -215,31 +216,54 @@ def _check_kind(source: str, rows: list["_Row"]) -> None:
     columns = dict.fromkeys(name for row in rows[:100] for name in row.value)
     if not columns or any({"doc_id", "split"} & row.value.keys() for row in rows):
         return
+    kind = "preference pairs, in" if {"chosen", "rejected"} <= columns.keys() else "a table of"
+    raise UserError(
+        f"{source} is not a probe set: no row has a `doc_id` or a `split`. It holds {kind} "
+        f"{len(rows)} rows with the columns {_shown(columns)}. Make a probe set of it with\n"
+        f"{_commands_for(source, columns)}"
+    )
+
+
+def _commands_for(source: str, columns: Collection[str]) -> str:
+    """Return the commands that make a probe set of a table or of preference pairs."""
     out = Path("sets", Path(source).name.partition(".")[0] or "mine")
     prompt = next((name for name in _PROMPT_COLUMNS if name in columns), "")
-    what, commands = "a table of", []
-    if {"chosen", "rejected"} <= columns.keys():
-        what = "preference pairs, in"
+    response = next((name for name in _RESPONSE_COLUMNS if name in columns), "COLUMN")
+    pairs, commands = f"chosen={response}", []
+    if {"chosen", "rejected"} <= set(columns):
         pairs = "chosen=chosen rejected=rejected"
-        commands = [
-            f"sft-probe synth run --source {source} --categories random --out {out}",
-            "    (chosen, rejected and random; needs no model and no key)",
-            f"sft-probe synth run --source {source} --writer gemini --out {out}",
-            "    (also paraphrase, variant and non_response)",
-        ]
-    else:
-        response = next((name for name in _RESPONSE_COLUMNS if name in columns), "COLUMN")
-        pairs = f"chosen={response}"
+        if not source.endswith(".csv"):
+            commands = [
+                f"sft-probe synth run --source {source} --categories random --out {out}",
+                "    (chosen, rejected and random; needs no model and no key)",
+                f"sft-probe synth run --source {source} --writer gemini --out {out}",
+                "    (also paraphrase, variant and non_response)",
+            ]
     if prompt or not commands:
-        commands += [
+        commands.append(
             f"sft-probe probe-set --from-table {source} --prompt {prompt or 'COLUMN'} "
-            f"--category {pairs} --out {out}",
-        ]
+            f"--category {pairs} --out {out}"
+        )
+    return "\n".join(f"  {command}" for command in commands)
+
+
+def _check_is_no_table(path: Path, source: str) -> None:
+    """Raise `UserError` for a CSV or parquet file, saying how to make a set of it."""
+    if path.suffix not in (".csv", ".parquet") or not path.is_file():
+        return
+    columns: list[str] = []
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            columns = next(csv.reader(file), [])
+    shown = f" with the columns {_shown(columns)}" if columns else ""
     raise UserError(
-        f"{source} is not a probe set: no row has a `doc_id` or a `split`. It holds {what} "
-        f"{len(rows)} rows with the columns {', '.join(map(_printable, list(columns)[:20]))}. Make "
-        "a probe set of it with\n  " + "\n  ".join(commands)
+        f"{source} is a table{shown}, not a probe set. Make one of it with\n"
+        f"{_commands_for(source, columns)}"
     )
+
+
+def _shown(columns: Iterable[str]) -> str:
+    return ", ".join(map(_printable, list(columns)[:20]))
 
 
 @dataclass(frozen=True)
@@ -266,6 +290,7 @@ def _files_of(source: str) -> list[Path]:
         path = Path(source).expanduser()
     if not path.exists():
         path = _hub_snapshot(source)
+    _check_is_no_table(path, source)
     files = find(path, "*.jsonl") if path.is_dir() else [path]
     if not files or not all(file.suffix == ".jsonl" for file in files):
         raise UserError(

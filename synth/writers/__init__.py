@@ -1,7 +1,6 @@
 """Writers of texts: which there are, how each is made, and how little its model may think."""
 
 import asyncio
-import contextlib
 import logging
 import re
 import threading
@@ -145,10 +144,11 @@ async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
 
     def run() -> None:
         try:
-            future.set_result(context.run(function, *arguments))
+            result = context.run(function, *arguments)
         except BaseException as error:  # raised again where the call is awaited
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                future.set_exception(error)
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     threading.Thread(target=run, daemon=True, name="writer").start()
     return await asyncio.wrap_future(future)

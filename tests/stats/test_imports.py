@@ -376,6 +376,7 @@ FAULTS = [
     ("a_step1.json", '{"results": 1, "versions": {}}', "'results' is 1, not an object"),
     ("a.json", '{\n  "log_history": [\n', "line 3: not valid JSON"),
     ("a.json", '{\n  "log_history": 3\n}', "'log_history' is 3, not a list"),
+    ("a.json", '{"log_history": [3]}', "entry 1 of 'log_history' is no object"),
     ("a.json", '{"log_history": [{"loss": 1}]}', "holds no logps/... and no rewards/..."),
     ("a.jsonl", '{"logps/chosen": -1, "step": 1}\n{\n', "line 2: not valid JSON"),
     ("a.json", "\x00\xff", "not valid JSON"),
@@ -392,6 +393,49 @@ def test_a_file_with_faults_is_one_message(
     assert words in message
     assert name in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("results_1.json", "{", "line 1: not valid JSON"),
+        ("results_1.json", '{"results": {"t": 1}}', "'results' of t is no object"),
+        ("results_1.json", '{"results": []}', "'results' is [], not an object"),
+        ("results_1.json", '{"results": {}}', "no results of benchmarks, and no samples"),
+        ("samples_t_2026-01-01T00-00-00.jsonl", "{}\n[1]\n", "line 2: must be a JSON object"),
+    ],
+)
+def test_results_of_lm_eval_with_faults_are_one_message(
+    sft_probe: Run, tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    folder = tmp_path / "theirs/step4"
+    folder.mkdir(parents=True)
+    if name.startswith("samples"):
+        (folder / "results_2026-01-01T00-00-00.json").write_text('{"results": {}}')
+    (folder / name).write_text(content)
+    message = user_error(sft_probe("import", tmp_path / "theirs", "--out", tmp_path / "out"))
+    assert words in message, message
+
+
+def test_benchmarks_of_a_plain_lm_eval_are_kept(sft_probe: Run, tmp_path: Path) -> None:
+    for step, right in ((0, [0.0, 0.0, 1.0]), (4, [1.0, 0.0, 1.0])):
+        folder = tmp_path / f"theirs/step{step}"
+        folder.mkdir(parents=True)
+        metrics = {"acc,none": sum(right) / 3, "acc_stderr,none": 0.3, "alias": "quiz"}
+        results = {"results": {"quiz": metrics}, "n-samples": {"quiz": {"effective": 3}}}
+        (folder / "results_2026-01-01T00-00-00.json").write_text(json.dumps(results))
+        lines = [
+            {"doc": {"query": f"q{n}"}, "filter": "none", "acc": value, "resps": [[["-1", 0]]] * 2}
+            for n, value in enumerate(right)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "samples_quiz_2026-01-01T00-00-00.jsonl").write_text(text)
+    result = sft_probe("import", tmp_path / "theirs", "--out", tmp_path / "run")
+    assert "benchmarks: quiz" in result.stdout, result.stderr
+    table = pd.read_csv(tmp_path / "run/benchmarks.csv")
+    assert table["step"].to_list() == [0, 4]
+    assert set(table["clusters"]) == {3}
+    assert "+0.333" in sft_probe("analyze", tmp_path / "run").stdout
 
 
 def test_files_of_two_settings_or_one_step_are_not_one_run(sft_probe: Run, tmp_path: Path) -> None:
@@ -443,3 +487,17 @@ def test_sums_with_and_without_the_terminator_share_no_table(
     for command in ("plot", "report"):
         assert sft_probe(command, *both).returncode == 0
     assert "compare splits of one kind" in Path("report.html").read_text()
+
+
+def test_steps_that_count_different_things_have_axes_of_their_own(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    for name, column in (("steps", "step"), ("examples", "train_examples")):
+        rows = "".join(f"{step},chosen,{-9 + step}\n" for step in (0, 1, 4))
+        (tmp_path / f"{name}.csv").write_text(f"{column},category,logprob\n{rows}")
+    runs = (tmp_path / "steps.csv", tmp_path / "examples.csv")
+    result = sft_probe("plot", *runs, "--out", tmp_path / "out", "--format", "svg")
+    assert result.returncode == 0, result.stderr
+    svg = (tmp_path / "out/changes_heldout.svg").read_text()
+    for words in ("optimizer step (log)", "training examples (log)", "as published; no intervals"):
+        assert words in svg, words

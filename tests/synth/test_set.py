@@ -574,4 +574,9 @@ def test_a_table_of_other_columns_is_recognised_too(
     result = sft_probe(*command.removeprefix("sft-probe ").split())
     assert result.returncode == 0, result.stderr
     pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
-    assert "(--from-table)" in user_error(sft_probe("probe-set", "own.parquet"))
+    assert "--from-table own.parquet" in user_error(sft_probe("probe-set", "own.parquet"))
+    pd.DataFrame(rows).to_csv(tmp_path / "own.csv", index=False)
+    message = user_error(sft_probe("train", "--probe_set", "own.csv", "--output_dir", "run"))
+    assert "own.csv is a table with the columns question, answer, n" in message
+    again = message.splitlines()[-1].strip().removeprefix("sft-probe ").split()
+    assert sft_probe(*again[:-1], tmp_path / "again").returncode == 0

@@ -83,7 +83,10 @@ def _of_json(path: Path, texts: Path | None) -> Imported:
     if not lines:
         raise UserError(f"{path} is empty.")
     if "log_history" in lines[0]:
-        lines = [line for line in lines[0]["log_history"] or () if isinstance(line, dict)]
+        history = lines[0]["log_history"]
+        lines = history if isinstance(history, list) else []
+        if bad := [n for n, line in enumerate(lines, start=1) if not isinstance(line, dict)]:
+            raise UserError(f"{path}: entry {bad[0]} of 'log_history' is no object.")
         if not is_trainer_log(lines):
             raise UserError(f"{path}: 'log_history' holds no logps/... and no rewards/... .")
     if is_trainer_log(lines):

@@ -58,6 +58,13 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(every[:_MAX_NAMED]) + more
 
 
+def check_results(path: Path, results: dict[str, Any]) -> None:
+    """Raise `UserError` where the results of a task of lm-eval are no object."""
+    for task, metrics in results.get("results", {}).items():
+        if not isinstance(metrics, dict):
+            raise UserError(f"{path}: 'results' of {task} is no object.")
+
+
 def benchmark_table(
     run: str, rows: Sequence[tuple[int, str, str, str, float, float, float]]
 ) -> pd.DataFrame | None:

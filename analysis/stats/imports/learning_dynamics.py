@@ -234,7 +234,7 @@ def _faults(kept: Sequence[dict[str, Any]]) -> list[str]:
 
 def _read_array(path: Path) -> Floats:
     try:
-        values = np.load(path, allow_pickle=False)
+        values = np.load(path, mmap_mode="r", allow_pickle=False)  # a false size costs no memory
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read as an array of numbers ({error}).") from error
     if not isinstance(values, np.ndarray) or values.ndim != 3 or values.dtype.kind != "f":

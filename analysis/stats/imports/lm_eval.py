@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.stats.benchmarks import benchmark_rows
-from sft_probe.analysis.stats.imports.imported import Imported, Texts, named
+from sft_probe.analysis.stats.imports.imported import Imported, Texts, check_results, named
 from sft_probe.analysis.stats.steps import STEP, find_step
 from sft_probe.errors import UserError
 from sft_probe.files import find, read_jsonl, read_object
@@ -17,7 +17,7 @@ from sft_probe.scores import SCHEMA
 
 _SAMPLES_FILE = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.:-]+)\.jsonl")
 _PREFIX = "sft_probe_"
-_KINDS = {"results": dict, "config": dict}
+_KINDS = {"results": dict, "config": dict, "n-samples": dict}
 
 
 def read_lm_eval(directory: Path) -> Imported:
@@ -38,6 +38,7 @@ def read_lm_eval(directory: Path) -> Imported:
     model = name
     for path in find(directory, "**/results_*.json"):
         results = read_object(path, optional={**_KINDS, "model_name": str | None})
+        check_results(path, results)
         step = _step_of(results, path, directory)
         model = results.get("model_name") or model
         every = {task: read_jsonl(samples) for task, samples in _samples_of(path)}

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sft_probe.analysis.stats.benchmarks import benchmark_rows
-from sft_probe.analysis.stats.imports.imported import Imported, named
+from sft_probe.analysis.stats.imports.imported import Imported, check_results, named
 from sft_probe.analysis.stats.steps import STEP, NamedStep, common_unit, find_step
 from sft_probe.errors import UserError
 from sft_probe.files import read_object
@@ -45,9 +45,7 @@ def read_old_results(paths: Sequence[Path], name: str) -> Imported:
         steps[found.step] = path
         units.append((path.name, found))
         settings.setdefault(_setting_of(results), path)
-        for task, metrics in results["results"].items():
-            if not isinstance(metrics, dict):
-                raise UserError(f"{path}: 'results' of {task} is no object.")
+        check_results(path, results)
         rows += benchmark_rows(results, name, found.step)
     if len(settings) > 1:
         shown = "; ".join(f"{path.name} is of {' '.join(key)}" for key, path in settings.items())
