@@ -224,6 +224,13 @@ def train(
     trainer, precision = make_trainer(arguments, examples, end_id, FiniteTrainer)
     state = latest_state(folder)
     losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
+    known = {
+        **losses.columns,
+        "prompt_format": prompt_format.name,
+        "prompt_format_source": prompt_format.source,
+        "terminator_id": end_id,
+        **_about(arguments, probe_set, examples),
+    }
     snapshots = SnapshotCallback(
         folder / "weights", arguments.snapshot_steps, arguments.snapshot_dtype, tokenizer, losses
     )
@@ -245,6 +252,7 @@ def train(
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
         _log_plan(arguments, examples, run_dir.begin_run(folder, request))
+        write_json(folder / run_dir.BEGUN, {"request": request, **known})
     try:
         _run(trainer, losses, precision, state)
     except (UserError, KeyboardInterrupt):
@@ -267,10 +275,7 @@ def train(
         log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
     return {
         **precision.columns,
-        **losses.columns,
-        "prompt_format": prompt_format.name,
-        "prompt_format_source": prompt_format.source,
-        "terminator_id": end_id,
+        **known,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
         "noise_nats": trainer.noise_nats,

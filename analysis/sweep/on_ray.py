@@ -78,6 +78,8 @@ def score_on_ray(
     reference: Checkpoint | None,
 ) -> list[str]:
     """Score the checkpoints on the cluster that `connect` reached; return what went wrong."""
+    if not checkpoints:
+        return []
     num_workers, start = _plan(request, decided_by, checkpoints, reference)
     log.info("%d workers on %s", num_workers, request.device)
     idle = [start() for _ in range(num_workers)]

@@ -101,6 +101,10 @@ class SweepRequest(Benchmarks, Replayable):
     reference: Annotated[str | None, "first|STEP|MODEL"] = None
     """Also give each token its KL from a second model, held in memory; takes about twice as
     long."""
+    follow: bool = False
+    """Wait for further checkpoints and score each as it appears, until the run has finished."""
+    until: Positive | None = None
+    """Last step to wait for with --follow; checkpoints of another trainer need it."""
     dry_run: bool = False
     """List the checkpoints with step, size and what is scored already, and end."""
 
@@ -114,10 +118,12 @@ class SweepRequest(Benchmarks, Replayable):
     def check(self) -> None:
         """Check the options, the checkpoints' names and meta data, and what the run recorded."""
         self._check_options()
-        checkpoints, problems = find_checkpoints(self)
-        if not checkpoints:
-            raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
-        manifest = run_manifest(self)
+        manifest = {}
+        if not self.follow:  # which waits for both
+            checkpoints, problems = find_checkpoints(self)
+            if not checkpoints:
+                raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+            manifest = run_manifest(self)
         source = self.probe_set or manifest.get("probe_set")
         if source:
             check_source(source)
@@ -146,12 +152,27 @@ class SweepRequest(Benchmarks, Replayable):
         for spec in self.tasks:
             if spec.endswith((".yaml", ".yml")) and not Path(spec).is_file():
                 raise UserError(f"--tasks: {spec} is missing.")
+        self._check_follow()
         names = ("num_fewshot", "limit", "apply_chat_template")
         idle = [name for name in names if getattr(self, name)]
         if idle and not self.tasks:
             raise UserError(
                 f"--{idle[0].replace('_', '-')} is for benchmarks (--tasks): probe texts are "
                 "rendered by the prompt format alone."
+            )
+
+    def _check_follow(self) -> None:
+        if self.until is not None and not self.follow:
+            raise UserError("--until says where --follow ends: add --follow.")
+        if not self.follow:
+            return
+        if self.model or self.engine == "ray":
+            other = "--model" if self.model else "--engine ray"
+            raise UserError(f"--follow scores local checkpoints in this process, not {other}.")
+        if self.checkpoints and self.until is None:
+            raise UserError(
+                "--follow needs --until STEP here: checkpoints of another trainer do not say when "
+                "its run has finished."
             )
 
 
@@ -169,14 +190,17 @@ def find_checkpoints(request: SweepRequest) -> tuple[list[Checkpoint], list[str]
 
 
 def run_manifest(request: SweepRequest) -> dict[str, Any]:
-    """Return what a finished run has recorded; nothing of foreign checkpoints.
+    """Return what a run has recorded, one that is followed at its start; nothing of foreign
+    checkpoints.
 
     Raises:
-        UserError: the run has not finished.
+        UserError: the run has not finished, and is not followed.
     """
     if request.checkpoints or request.model:
         return {}
     path = request.directory / "manifest.json"
+    if request.follow and not path.exists():
+        path = request.directory / "begun.json"  # what the training knows from its start
     if not path.exists():
         raise UserError(
             f"{request.directory} holds no finished run (manifest.json is missing). Run the same "

@@ -6,6 +6,8 @@ It resumes part by part: `sweep/step_000016/heldout/` exists only complete.
 
 import logging
 from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,7 @@ from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
+from sft_probe.analysis.sweep.follow import follow
 from sft_probe.analysis.sweep.generate import generation_docs
 from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources
 from sft_probe.analysis.sweep.parts import inputs_text
@@ -35,9 +38,54 @@ def sweep(request: SweepRequest) -> list[Path]:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
             be.
     """
-    checkpoints, problems = find_checkpoints(request)
-    if not checkpoints:
-        raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+    if request.follow:
+        problems = _follow(request)
+    else:
+        checkpoints, problems = find_checkpoints(request)
+        if not checkpoints:
+            raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+        problems += _prepare(request, checkpoints)(_shard(request, checkpoints))
+    tables = write_tables(request.directory)
+    if problems:
+        done = f"the others are in {request.directory}" if tables else "nothing was scored"
+        raise UserError(
+            "\n".join(
+                [f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]
+            )
+        )
+    return tables
+
+
+def _follow(request: SweepRequest) -> list[str]:
+    """Score checkpoints as they appear; return what went wrong."""
+    prepared: list[Callable[[list[Checkpoint]], list[str]]] = []
+
+    def score(found: Sequence[Checkpoint], some: list[Checkpoint]) -> list[str]:
+        mine = [one for one in some if one in _shard(request, found)]
+        if not mine:
+            return []
+        if not prepared:
+            prepared.append(_prepare(request, found))
+        problems = prepared[0](mine)
+        write_tables(request.directory)
+        return problems
+
+    return follow(request, partial(find_checkpoints, request), score)
+
+
+def _shard(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    index, num_shards = request.shard
+    return list(checkpoints[index - 1 :: num_shards])
+
+
+def _prepare(
+    request: SweepRequest, checkpoints: Sequence[Checkpoint]
+) -> Callable[[list[Checkpoint]], list[str]]:
+    """Fix what all steps share, and return what scores some of them and says what went wrong.
+
+    Raises:
+        UserError: nothing can be scored.
+    """
     reference = find_reference(request.reference, checkpoints) if request.reference else None
     benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
@@ -61,22 +109,9 @@ def sweep(request: SweepRequest) -> list[Path]:
         len(settings.probe_set.categories),
         len(settings.dropped),
     )
-    index, num_shards = request.shard
-    mine = checkpoints[index - 1 :: num_shards]
-    if request.engine == "ray" and mine:
-        problems += _on_ray().score_on_ray(request, settings.decided_by, mine, reference)
-    else:
-        scorer = Scorer(request, settings, max_tokens, benchmarks, reference)
-        problems += _score_here(scorer, mine)
-    tables = write_tables(request.directory)
-    if problems:
-        done = f"the others are in {request.directory}" if tables else "nothing was scored"
-        raise UserError(
-            "\n".join(
-                [f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]
-            )
-        )
-    return tables
+    if request.engine == "ray":
+        return partial(_on_ray().score_on_ray, request, settings.decided_by, reference=reference)
+    return partial(_score_here, Scorer(request, settings, max_tokens, benchmarks, reference))
 
 
 def _on_ray() -> ModuleType:
