@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sft_probe.command_line import log_written
+from sft_probe.files import check_exists
 from sft_probe.options import Command, Positional
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,12 @@ class Import(Command):
     texts: Annotated[Path | None, "FILE"] = None
     """JSONL file with the prompt and the responses of each doc of a .npy, in its order: docs that
     share a response are then one cluster."""
+
+    def check(self) -> None:
+        """Check that the files are there."""
+        check_exists(self.path)
+        if self.texts:
+            check_exists(self.texts)
 
     def execute(self) -> None:
         """Write the run, or one for each model, and print what was taken for what."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_probe.command_line import config_of, log_written, write_config
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, check_names
 from sft_probe.files import read_object
 from sft_probe.probe_set import LeftOut, train_command
 from sft_probe.synth import build, output
@@ -80,10 +80,7 @@ def run_synth(options: SynthRun) -> None:
 def _check(options: SynthRun) -> None:
     """Raise `UserError` where options do not fit together."""
     kinds = kinds_of(options)
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(
-            f"--categories: {', '.join(unknown)} cannot be made; there are {', '.join(KINDS)}."
-        )
+    check_names("--categories", "category", kinds, KINDS)
     written = [kind for kind in kinds if kind in SOURCE_OF]
     if written and not options.writer:
         raise UserError(

@@ -165,6 +165,8 @@ KNOWN_AT_ONCE = [
     ("report run --categories chosn", "there is no category 'chosn'. Did you mean chosen?"),
     ("plot run --figures chnges", "there is no figure 'chnges'. Did you mean changes?"),
     ("plot run --format pgn", "there is no format 'pgn'. Did you mean png?"),
+    ("sweep run --tasks ,", "--tasks: it names nothing"),
+    ("import no --out d", "no does not exist"),
     ("sweep run", "holds no finished run"),
     ("sweep run --contexts wide,own", "there is no context 'wide'. Use one of own, near, far"),
     ("sweep run --splits test", "there is no split 'test'. Use one of heldout, train."),

@@ -19,7 +19,6 @@ from sft_probe.analysis.figures.figure import (
     Style,
     colors_of,
     key_colors,
-    panel_width,
     small_multiples,
     step_axis,
 )
@@ -39,11 +38,6 @@ _ANSWERS = {
     "num_tokens": "length (tokens)",
     "ended": "share that ended",
     "repetition": "repeated 4-grams",
-}
-_RANKED = {
-    "start_bits_per_byte": ("bits per byte", "before training"),
-    "bits_per_byte": ("bits per byte", "prequential"),
-    "half_gain_by_examples": ("examples to half gain", "half gain"),
 }
 
 
@@ -307,53 +301,39 @@ def plot_simplicity(
     formats: Sequence[str] = PAPER_FORMATS,
     style: Style = Style(),  # noqa: B008 - frozen
 ) -> list[Path]:
-    """Write `simplicity_ranks` with its numbers; return the paths."""
-    names = list(found.runs.sort_values("bits_per_byte")["run"])
-    table = found.runs.melt(
-        id_vars=["run", "train_category"],
-        value_vars=list(_RANKED),
-        var_name="measure",
-        value_name="value",
-    ).dropna(subset="value")
-    table["panel"] = [_RANKED[name][0] for name in table["measure"]]
-    table["what"] = [_RANKED[name][1] for name in table["measure"]]
+    """Write `simplicity_excess` with its numbers, where a category has a description length; return
+    the paths."""
+    if not len(found.excess):
+        return []
     figure = Figure(
-        name="simplicity_ranks",
-        title="Runs by the code length of their training set, and by examples to half gain",
+        name="simplicity_excess",
+        title="Excess description length of the examples seen so far",
         subtitle=[
-            "A description, not a test: different texts differ in entropy, and ranks of a few runs "
-            "decide nothing"
+            "Bits saved on held-out texts, for as many tokens, less bits saved on the examples "
+            "while they were learnt",
+            "95 % over data orders, training texts and held-out texts, each point alone",
         ],
-        table=table,
-        build=partial(_ranked_dots, table, names, style),
+        table=found.excess,
+        build=partial(_excess_chart, found.excess, style),
     )
     return figure.save(folder, formats, style)
 
 
-def _ranked_dots(table: pd.DataFrame, names: list[str], style: Style, width: float) -> Any:
-    """Return a row of dots for each run, in a panel for each unit."""
+def _excess_chart(table: pd.DataFrame, style: Style, width: float) -> Any:
+    """Return a curve with its band for each training category."""
     trained = [str(name) for name in dict.fromkeys(table["train_category"])]
-    color = alt.Scale(domain=trained, range=list(colors_of(trained).values()))
-    kinds = list(dict.fromkeys(what for _, what in _RANKED.values()))
-    shape = alt.Scale(domain=kinds, range=["cross", "circle", "diamond"])
-    panels = list(dict.fromkeys(table["panel"]))
-    charts = []
-    for number, panel in enumerate(panels):
-        own = table[table["panel"] == panel]
-        shown = alt.Legend(title=None, values=list(dict.fromkeys(own["what"])))
-        charts.append(
-            alt.Chart(own)
-            .mark_point(filled=True, size=50, opacity=1)
-            .encode(
-                x=alt.X("value:Q", title=panel, scale=alt.Scale(zero=False)),
-                y=alt.Y("run:N", sort=names, axis=alt.Axis(title=None) if number == 0 else None),
-                color=alt.Color("train_category:N", scale=color, legend=alt.Legend(title=None)),
-                shape=alt.Shape("what:N", scale=shape, legend=shown),
-                tooltip=["run:N", "train_category:N", "what:N", "value:Q"],
-            )
-            .properties(
-                width=panel_width(width, len(panels), style),
-                height=1.6 * style.font_size * len(names),
-            )
-        )
-    return alt.hconcat(*charts).resolve_scale(shape="independent")
+    keys = Keys(column="train_category", colors=colors_of(trained), style=style)
+    table = table.assign(step=table["examples_seen"])
+    base = alt.Chart(table).encode(
+        x=step_axis(table["step"].tolist(), "examples seen (log)"), color=keys.color
+    )
+    y = alt.Y("low:Q", title="excess description length (bits)")
+    band = base.mark_area(opacity=0.12).encode(y=y, y2="high:Q")
+    line = base.mark_line().encode(y="excess_bits:Q", strokeDash=keys.dash)
+    points = base.mark_point(filled=True, size=34, opacity=1).encode(
+        y="excess_bits:Q",
+        shape=keys.shape,
+        tooltip=["train_category:N", "examples_seen:Q", "excess_bits:Q", "low:Q", "high:Q"],
+    )
+    size = {"width": width - 5 * style.font_size, "height": 0.45 * min(width, 600)}
+    return alt.layer(band, line, points).properties(**size)

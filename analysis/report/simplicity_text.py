@@ -41,6 +41,7 @@ def simplicity_text(found: Simplicity) -> str:
             )
     if "kl_at" in found.runs:
         lines += kl_text(found.runs)
+    lines += _excess_lines(found)
     for _, row in found.contrasts.iterrows():
         scope = (
             "for other texts; one order" if row["num_runs"] == 1 else "for other orders and texts"
@@ -57,6 +58,26 @@ def simplicity_text(found: Simplicity) -> str:
             f"order(s), {interval}"
         )
     return "\n".join([*lines, *(f"! {note}" for note in found.notes)])
+
+
+def _excess_lines(found: Simplicity) -> list[str]:
+    """Return a line for each category with a description length: that of the last probed step of
+    its first epoch."""
+    if not len(found.excess):
+        return []
+    lines = []
+    for category, table in found.excess.groupby("train_category", sort=False):
+        row = table.iloc[-1]
+        if row["gain_high"] < 0:
+            lines.append(f"{category}: held-out loss rose: no description length")
+            continue
+        lines.append(
+            f"{category}: excess description length {row['excess_bits']:+z.0f} bits "
+            f"[{row['low']:+z.0f}, {row['high']:+z.0f}] for other orders and texts, "
+            f"{row['bits_per_token']:+z.3f} per token, after {row['examples_seen']} of "
+            f"{row['num_texts']} examples, {row['num_orders']} orders"
+        )
+    return lines
 
 
 def _bracket(after: float, by: float) -> str:

@@ -386,16 +386,25 @@ def add_runs(found: Estimate, *run_means: Floats) -> Estimate:
         *run_means: each `[runs, points]`, two runs or more: what the runs of one independent set
             contribute.
     """
-    variances = [found.stderr**2, *(means.var(axis=0, ddof=1) / len(means) for means in run_means)]
-    total = np.sum(variances, axis=0)
-    fewer = [np.full_like(total, len(means) - 1) for means in run_means]
+    for means in run_means:
+        found = add_variance(found, means.var(axis=0, ddof=1) / len(means), len(means) - 1)
+    return found
 
-    def satterthwaite(degrees: Floats) -> Floats:
-        parts = [
-            variance**2 / df for variance, df in zip(variances, [degrees, *fewer], strict=True)
-        ]
+
+def add_variance(found: Estimate, variance: Floats, degrees: float) -> Estimate:
+    """Add an independent source of error to an estimate; the degrees of freedom are
+    Satterthwaite's.
+
+    Args:
+        found: the estimate so far.
+        variance: [points], of the mean.
+        degrees: degrees of freedom of the variance.
+    """
+    total = found.stderr**2 + variance
+
+    def satterthwaite(own: Floats) -> Floats:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(total**2 / np.sum(parts, axis=0))
+            return np.asarray(total**2 / (found.stderr**4 / own + variance**2 / degrees))
 
     return replace(
         found,

@@ -1,5 +1,5 @@
 """How simple a training target is for a model: code lengths from the losses of the first epoch,
-examples to half gain.
+excess description length, examples to half gain.
 
 Every loss is that of an example before the update it takes part in, summed over response and
 terminator, in nats.
@@ -20,11 +20,11 @@ from sft_probe.analysis.stats.curves import half_bracket
 from sft_probe.analysis.stats.intervals import Floats, over_runs, over_runs_and_docs
 from sft_probe.analysis.stats.runs import Recording, load_recordings
 from sft_probe.analysis.stats.verdict import cluster_warnings
+from sft_probe.analysis.studies.description_length import MIN_ORDERS, CodedRun, excess_table
 from sft_probe.analysis.studies.matched_kl import at_matched_gain
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 
-MIN_ORDERS = 3
 _COLUMNS = (
     "run",
     "step",
@@ -98,6 +98,8 @@ class Simplicity:
     """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders
     low high effective_clusters largest_cluster`, each row on the same texts; `low` and `high` end
     the 95 % interval over data orders and texts, in bits (of one order: over texts alone)."""
+    excess: pd.DataFrame
+    """From `excess_table`, of the categories with three data orders."""
     notes: list[str]
 
 
@@ -135,7 +137,15 @@ def simplicity(paths: Sequence[Path]) -> Simplicity:
     fewest = min(runs.groupby("train_category", dropna=False)["order_seed"].nunique())
     if fewest < MIN_ORDERS:
         notes.append(f"{fewest} data order(s) of a category: a claim needs at least {MIN_ORDERS}")
-    return Simplicity(runs=runs, contrasts=_contrasts(recordings, losses, notes), notes=notes)
+    contrasts = _contrasts(recordings, losses, notes)
+    excess, reasons = excess_table(
+        [
+            CodedRun(recording=recording, losses=own, start=_start_losses(recording, own))
+            for recording in recordings
+            for own in (losses[recording.name],)
+        ]
+    )
+    return Simplicity(runs=runs, contrasts=contrasts, excess=excess, notes=[*notes, *reasons])
 
 
 def _row(recording: Recording, losses: pd.DataFrame) -> dict[str, object]:
@@ -332,10 +342,14 @@ def _owners(recording: Recording) -> dict[str, str]:
 
 
 def write_simplicity(found: Simplicity, folder: Path) -> list[Path]:
-    """Write `simplicity.csv` and, where there is one, `simplicity_contrasts.csv`; return their
-    paths."""
+    """Write `simplicity.csv` and, where there are such rows, `simplicity_contrasts.csv` and
+    `simplicity_excess.csv`; return their paths."""
     make_dir(folder)
-    tables = {"simplicity": found.runs, "simplicity_contrasts": found.contrasts}
+    tables = {
+        "simplicity": found.runs,
+        "simplicity_contrasts": found.contrasts,
+        "simplicity_excess": found.excess,
+    }
     paths = [folder / f"{name}.csv" for name, table in tables.items() if len(table)]
     for path in paths:
         write_text(path, tables[path.stem].to_csv(index=False))

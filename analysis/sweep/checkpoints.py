@@ -4,6 +4,7 @@ hub."""
 import glob
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,11 @@ def _matches(pattern: str) -> dict[Path, int | None]:
     if step is not None and len(folders) > 1:
         raise UserError(f"{name} matches {len(folders)} directories; only one can be step {step}.")
     return dict.fromkeys(folders, step)
+
+
+def main_source(checkpoints: Sequence[Checkpoint]) -> str:
+    """Return where most of the checkpoints belong: a base model at step 0 may lie elsewhere."""
+    return Counter(checkpoint.source for checkpoint in checkpoints).most_common(1)[0][0]
 
 
 def hub_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:

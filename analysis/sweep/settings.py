@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from sft_probe import __version__
-from sft_probe.analysis.sweep.checkpoints import Checkpoint
+from sft_probe.analysis.sweep.checkpoints import Checkpoint, main_source
 from sft_probe.analysis.sweep.live_model import active_part, model_config, tokenizer_of
 from sft_probe.analysis.sweep.parts import chosen_inputs
 from sft_probe.analysis.sweep.request import SweepRequest, run_manifest
@@ -108,7 +108,7 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
             "model": manifest.get("model")
             or earlier.get("model")
             or request.model
-            or checkpoints[0].source,
+            or main_source(checkpoints),
             "train_category": manifest.get("train_category"),
             "order_seed": manifest.get("order_seed"),
             "compute_dtype": request.dtype,

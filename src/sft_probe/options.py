@@ -47,7 +47,10 @@ Positional = Annotated[T, _Position()]
 
 def names(text: str) -> tuple[str, ...]:
     """Return the parts of a comma-separated list, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError("it names nothing")
+    return found
 
 
 def whole(text: str) -> int:

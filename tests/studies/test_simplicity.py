@@ -61,11 +61,6 @@ def test_code_length_and_half_gain(sft_probe: Run, tmp_path: Path) -> None:
     assert "surplus" not in text
     assert "step-0 scores of 0 of 32 training texts" in text
     assert "a claim needs at least 3" in text
-    assert set(pd.read_csv(tmp_path / "out/simplicity_ranks.csv")["what"]) == {
-        "prequential",
-        "half gain",
-    }
-    assert (tmp_path / "out/simplicity_ranks.png").stat().st_size > 10_000
 
 
 def test_learned_bits_are_the_loss_at_the_start_minus_the_code_length(
@@ -140,6 +135,57 @@ def test_categories_are_contrasted_on_the_same_texts(sft_probe: Run, tmp_path: P
     )
     assert "for other orders and texts" in text
     assert "! 3 runs: intervals for other runs and prompts hold the truth in 92%" in text
+
+
+def _swept_at_the_start(run: Path) -> Path:
+    """Give the trained texts their step-0 scores, those of the held-out docs of the same names."""
+    path = run / "probe/step_000000.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    trained = [{**row, "split": "train"} for row in rows if row["category"] == "chosen"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *trained]))
+    starts = [-(row["logprob"] + row["logprob_eos"]) for row in trained]
+    return _losses(run, [loss - 0.5 for loss in starts])
+
+
+def test_excess_description_length_takes_three_orders_and_the_start_of_all_texts(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    curves = {"chosen": CURVES["chosen"]}
+    runs = [
+        _swept_at_the_start(
+            write_run(tmp_path / f"order{seed}", seed=seed, curves=curves, steps=(0, 1, 4, 6))
+        )
+        for seed in range(3)
+    ]
+    _, text = _table(sft_probe, tmp_path / "out", *runs)
+    table = pd.read_csv(tmp_path / "out/simplicity_excess.csv")
+    assert list(table["examples_seen"]) == [4, 16, 24]
+    gain = 1.25 * CURVES["chosen"](6)  # with the terminator, nats per response
+    last = table.iloc[-1]
+    assert last["low"] < 24 * (gain - 0.5) / math.log(2) < last["high"]
+    assert last["low"] > 0
+    assert "chosen: excess description length +" in text
+    assert "after 24 of 24 examples, 3 orders" in text
+    assert (tmp_path / "out/simplicity_excess.png").stat().st_size > 10_000
+    _, text = _table(sft_probe, tmp_path / "two", *runs[:2])
+    assert "no excess description length: 2 data order(s), and it takes 3" in text
+    _losses(runs[0], [100.0] * NUM_TRAIN)
+    _, text = _table(sft_probe, tmp_path / "more", *runs)
+    assert "not all texts of order0 were scored at step 0" in text
+
+
+def test_there_is_no_description_length_where_held_out_loss_rises(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    falling = {"chosen": lambda step: -float(step)}
+    runs = [
+        _swept_at_the_start(
+            write_run(tmp_path / f"order{seed}", seed=seed, curves=falling, steps=(0, 1, 6))
+        )
+        for seed in range(3)
+    ]
+    _, text = _table(sft_probe, tmp_path / "out", *runs)
+    assert "chosen: held-out loss rose: no description length" in text
 
 
 def test_runs_without_prompts_gain_on_their_responses(sft_probe: Run, tmp_path: Path) -> None:

@@ -293,7 +293,9 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
         )
 
     assert "--source, --out are missing" in user_error(sft_probe("synth"))
-    assert "--categories: nonsense cannot be made" in message("--categories", "paraphrase,nonsense")
+    assert "--categories: there is no category 'nonsense'" in message(
+        "--categories", "paraphrase,nonsense"
+    )
     assert "no such directory" in message("--templates", tmp_path / "none")
     assert "usable docs but needs 2 or more" in message("--limit", 3)
     assert "no prompt format" in message("--prompt-format", "hhh")
