@@ -42,7 +42,8 @@ from sft_probe.files import make_dir, write_text
 from sft_probe.text_table import number
 
 MAX_BYTES = 8_000_000
-_DOC_BYTES = 3_500_000
+_DOC_BYTES = 5_000_000
+_COMPACT = (",", ":")
 _COLUMNS = {
     "category": True,
     "docs": True,
@@ -214,7 +215,7 @@ def _isolating(spec: dict[str, Any]) -> dict[str, Any]:
 
 def json_in_html(value: Any) -> str:
     """Return JSON that can stand in a script element: ASCII, and no character that HTML reads."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=_COMPACT)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -409,7 +410,7 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
         tokens = _tokens(recording, by_doc[doc_id], doc_id, ticks(arrays.steps))
         doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][index])
         doc["tokens"] = {name: tokens[name] for name in arrays.categories if name in tokens}
-        max_bytes -= len(json.dumps(doc))
+        max_bytes -= len(json.dumps(doc, separators=_COMPACT))
         if max_bytes < 0 and docs:
             break
         docs.append(doc)
