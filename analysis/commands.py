@@ -322,52 +322,85 @@ class Transfer(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger(Command):
-    """Split each category's gain by the prompt that it shows under, or by the layers it lies in.
+    """Split each category's gain by the prompt that it shows under, by layer, or by example.
 
     By prompt, the parts (text, register, topic, prompt) add up to the gain; this needs `sft-probe
     sweep RUN --contexts own,near,far,none`. With --path, the gradient is integrated along the
-    weights between snapshots, and divided by layer and kind of weight.
+    weights between snapshots, and divided by layer and kind of weight; with --examples, by the
+    training examples that moved the weights, for which the run is repeated twice in memory.
 
     Examples:
         sft-probe ledger runs/mine
         sft-probe ledger runs/mine --path --categories chosen,random --docs 16
+        sft-probe ledger runs/mine --examples --categories chosen
     """
 
     run: Positional[Annotated[Path, "RUN"]]
-    """A run that was swept with --contexts."""
+    """A run that was swept with --contexts; for --path and --examples, a finished one."""
     categories: Names | None = None
-    """Categories to split. Default: all; with --path, what was trained on and random."""
+    """Categories to split. Default: all; with --path or --examples, what was trained on and
+    random."""
     path: bool = False
     """Split by layer and kind of weight."""
+    examples: bool = False
+    """Split by training example."""
     docs: Positive = 16
-    """Held-out docs whose gradients --path takes."""
+    """Held-out docs whose gradients --path and --examples take."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of table and figure. Default: RUN/analysis."""
 
     def check(self) -> None:
-        """Check the run, and the categories where they are recorded."""
-        check_runs([self.run], self.categories)
+        """Check the run, and the categories where they are recorded; snapshots need no scores."""
+        if self.path and self.examples:
+            raise UserError("--path and --examples are two ledgers: give one of them at a time.")
+        if not self.path and not self.examples:
+            check_runs([self.run], self.categories)
 
     def execute(self) -> None:
         """Print the parts, and write table and figure."""
-        from sft_probe.analysis.report.studies_text import ledger_text, path_text
+        folder = self.out or self.run / "analysis"
+        if self.examples:
+            text, written = self._by_example(folder)
+        elif self.path:
+            text, written = self._by_layer(folder)
+        else:
+            text, written = self._by_prompt(folder)
+        print(text)  # noqa: T201
+        log_written([*written, *self._draw(folder)])
+
+    def _by_prompt(self, folder: Path) -> tuple[str, list[Path]]:
+        from sft_probe.analysis.report.ledger_text import ledger_text
         from sft_probe.analysis.studies.ledger import ledger, write_ledger
+
+        found = ledger(self.run, self.categories)
+        return ledger_text(found), write_ledger(found, folder)
+
+    def _by_layer(self, folder: Path) -> tuple[str, list[Path]]:
+        from sft_probe.analysis.report.ledger_text import path_text
         from sft_probe.analysis.studies.ledger_path import path_ledger, write_path
 
+        found = path_ledger(self.run, self.categories, self.docs)
+        return path_text(found), write_path(found, folder)
+
+    def _by_example(self, folder: Path) -> tuple[str, list[Path]]:
+        from sft_probe.analysis.report.ledger_text import examples_text
+        from sft_probe.analysis.studies.ledger_examples import example_ledger, write_examples
+
+        found = example_ledger(self.run, self.categories, self.docs)
+        return examples_text(found), write_examples(found, folder)
+
+    def _draw(self, folder: Path) -> list[Path]:
+        """Draw the tables that were written just now."""
+        if self.examples:
+            return []
         try:
-            from sft_probe.analysis.figures.ledger import plot_ledger, plot_path
+            from sft_probe.analysis.figures.figure import Style
+            from sft_probe.analysis.figures.ledger import written_figures
         except ImportError as error:
             raise _needs_report(error) from error
-        folder = self.out or self.run / "analysis"
-        if self.path:
-            path = path_ledger(self.run, self.categories, self.docs)
-            print(path_text(path))  # noqa: T201
-            written = [*write_path(path, folder), *plot_path(path, folder)]
-        else:
-            found = ledger(self.run, self.categories)
-            print(ledger_text(found))  # noqa: T201
-            written = [*write_ledger(found, folder), *plot_ledger(found, folder)]
-        log_written(written)
+        name = "ledger_path" if self.path else "ledger_parts"
+        figures = [figure for figure in written_figures(folder) if figure.name == name]
+        return [path for figure in figures for path in figure.save(folder, ["png", "pdf"], Style())]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,6 +193,7 @@ KNOWN_AT_ONCE = [
     ("train --output_dir x --train_category no", "there is no category 'no'"),
     ("train --output_dir x --deepspeed zero22", "Did you mean zero2?"),
     ("train --output_dir run/manifest", "is a file"),
+    ("train --output_dir x --model_name_or_path ./run", "over the model's window of 64 tokens"),
     ("train", "--output_dir is missing"),
 ]
 
@@ -208,6 +209,7 @@ def test_what_files_and_flags_tell_is_said_before_anything_heavy_is_imported(
     (run / "sweep/manifest.json").write_text('{"categories": ["chosen", "rejected"]}')
     (run / "sweep/step_000000/heldout/rows.jsonl").write_text("")
     (run / "manifest").write_text("")
+    (run / "config.json").write_text('{"max_position_embeddings": 64}')
     code = (
         "import contextlib, io, json, sys, sft_probe.cli as cli\n"
         "for words, message in json.loads(sys.argv[1]):\n"

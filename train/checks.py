@@ -10,6 +10,7 @@ from typing import Any
 
 from sft_probe import ds_configs
 from sft_probe.errors import UserError, unknown
+from sft_probe.files import read_object
 from sft_probe.models import DTYPES, EMBEDDED_MODEL
 from sft_probe.options import Option
 from sft_probe.probe_set import ProbeSet, load_probe_set
@@ -173,6 +174,8 @@ def _check_files(values: Mapping[str, Any]) -> None:
     is_path = model.startswith(("/", ".", "~")) or Path(model).exists()
     if is_path and not Path(model, "config.json").is_file():
         raise UserError(f"--model_name_or_path {model}: there is no config.json in it.")
+    if is_path:
+        _check_window(Path(model, "config.json"), values.get("max_length", TrainOptions.max_length))
     stage = str(values.get("deepspeed", "none"))
     if stage not in (*ds_configs.available(), "none") and not Path(stage).is_file():
         known = [*ds_configs.available(), "none"]
@@ -185,3 +188,17 @@ def _check_files(values: Mapping[str, Any]) -> None:
         check_format(str(prompt_format), "--prompt_format")
     if (folder := values.get("output_dir")) and Path(folder).is_file():
         raise UserError(f"--output_dir {folder} is a file. Choose a directory.")
+
+
+def _check_window(path: Path, max_length: int) -> None:
+    """Raise `UserError` where every window that a model's config names is under `max_length`."""
+    config = read_object(path)
+    text = config.get("text_config")
+    config = text if isinstance(text, dict) else config
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    sizes = [config[name] for name in names if isinstance(config.get(name), int)]
+    if sizes and max(sizes) < max_length:
+        raise UserError(
+            f"max_length {max_length} is over the model's window of {max(sizes)} tokens; set "
+            "--max_length."
+        )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -165,18 +165,11 @@ def _train_unless_complete(
 
     The first rank alone looks at what an earlier attempt has left, and writes `config.yaml`.
     """
-    tokenizer, prompt_format, examples = inputs
+    tokenizer, prompt_format, _ = inputs
     request: dict[str, Any] = {}
     if arguments.should_save:
         request = run_dir.request_of(
-            asked,
-            arguments.world_size,
-            probe_set_sha256=probe_set.sha256,
-            train_data_sha256=sha256_of_source(arguments.train_data),
-            deepspeed_config_sha256=run_dir.sha256_text(arguments.deepspeed),
-            model_version=model_version(arguments.model_name_or_path),
-            prompt_format=prompt_format.name,
-            encoded_data_sha256=examples.sha256,
+            asked, arguments.world_size, **contents_of(arguments, probe_set, inputs)
         )
     (is_complete,) = broadcast_object_list(
         [arguments.should_save and run_dir.is_complete(folder, request)]
@@ -199,6 +192,21 @@ def _train_unless_complete(
     return False
 
 
+def contents_of(
+    arguments: SftArguments, probe_set: ProbeSet, inputs: Inputs
+) -> dict[str, str | None]:
+    """Return what a run is made from beside its flags: hashes of data and files, and the format."""
+    _, prompt_format, examples = inputs
+    return {
+        "probe_set_sha256": probe_set.sha256,
+        "train_data_sha256": sha256_of_source(arguments.train_data),
+        "deepspeed_config_sha256": run_dir.sha256_text(arguments.deepspeed),
+        "model_version": model_version(arguments.model_name_or_path),
+        "prompt_format": prompt_format.name,
+        "encoded_data_sha256": examples.sha256,
+    }
+
+
 def train(
     arguments: SftArguments,
     probe_set: ProbeSet,
@@ -213,7 +221,7 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    trainer, precision = _make_trainer(arguments, examples, end_id)
+    trainer, precision = make_trainer(arguments, examples, end_id, FiniteTrainer)
     state = latest_state(folder)
     losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
     known = {
@@ -275,9 +283,15 @@ def train(
     }
 
 
-def _make_trainer(
-    arguments: SftArguments, examples: TrainingExamples, end_id: int
-) -> tuple[FiniteTrainer, PrecisionCallback]:
+Kind = TypeVar("Kind", bound=FiniteTrainer)
+
+
+def make_trainer(
+    arguments: SftArguments,
+    examples: TrainingExamples,
+    end_id: int,
+    kind: type[Kind],
+) -> tuple[Kind, PrecisionCallback]:
     """Load the model and return its trainer.
 
     Raises:
@@ -285,7 +299,7 @@ def _make_trainer(
     """
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
     with as_user_error(), doing("setting up the trainer"):
-        trainer = FiniteTrainer(
+        trainer = kind(
             model=model,
             args=arguments,
             train_dataset=examples,

@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +76,12 @@ class SftTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the Trainer's loss; while the model runs, only labelled positions reach its
         head."""
-        with self._head_rows.select(_predicting_rows(inputs["labels"]), inputs["labels"].shape):
+        with self.select_head(inputs["labels"]):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def select_head(self, labels: torch.Tensor) -> AbstractContextManager[None]:
+        """Let the head of the model run on the positions that predict a label, within a block."""
+        return self._head_rows.select(_predicting_rows(labels), labels.shape)
 
     def _token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """Return the losses [R], in nats, of the labelled tokens of `labels` [B, L], row by row."""
@@ -143,7 +147,7 @@ class SftTrainer(Trainer):
         batch = PadRight(0)([(0, _example(item)) for item in items])
         labels = batch["labels"].to(model.device)
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        with torch.no_grad(), self._head_rows.select(_predicting_rows(labels), labels.shape):
+        with torch.no_grad(), self.select_head(labels):
             losses: npt.NDArray[np.float32] = (
                 self._token_losses(model(**inputs), labels).cpu().numpy()
             )

@@ -17,8 +17,10 @@ import vl_convert
 
 from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
+from sft_probe.analysis.figures.ledger import written_figures
 from sft_probe.analysis.figures.names import FIGURES
 from sft_probe.analysis.figures.plot import figures_of, share_steps
+from sft_probe.analysis.report.ledger_text import written_examples
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
@@ -40,7 +42,8 @@ from sft_probe.files import make_dir, write_text
 from sft_probe.text_table import number
 
 MAX_BYTES = 8_000_000
-_DOC_BYTES = 3_500_000
+_DOC_BYTES = 5_000_000
+_COMPACT = (",", ":")
 _COLUMNS = {
     "category": True,
     "docs": True,
@@ -182,6 +185,11 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
             spec = _isolating(figure.spec(look))
             shown = {"id": f"figure-{prefix}-{figure.name}", "title": figure.title, "spec": spec}
             sections.setdefault(title, []).append(shown)
+    for place, recording in enumerate(analysis.recordings):
+        for figure in written_figures(recording.path / "analysis"):
+            spec = _isolating(figure.spec(style))
+            shown = {"id": f"figure-{place}-{figure.name}", "title": figure.title, "spec": spec}
+            sections.setdefault(recording.name, []).append(shown)
     return [{"title": title, "figures": figures} for title, figures in sections.items()]
 
 
@@ -207,7 +215,7 @@ def _isolating(spec: dict[str, Any]) -> dict[str, Any]:
 
 def json_in_html(value: Any) -> str:
     """Return JSON that can stand in a script element: ASCII, and no character that HTML reads."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=_COMPACT)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -254,6 +262,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "splits": splits,
         "benchmarks": benchmark_tables(analysis, recording),
         "texts": texts,
+        "examples": written_examples(recording.path / "analysis"),
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
 
@@ -346,10 +355,18 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
                 _md_row(shown.columns),
             ]
             lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
+        for title, columns, rows in run["examples"]:
+            lines += ["", f"### {_md(title)}", "", _md_row(columns), "|---" * len(columns) + "|"]
+            lines += [_md_row(row) for row in rows]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]
         lines.append("")
-    for figure in figures_of(analysis, style):
+    ledgers = [
+        figure
+        for recording in analysis.recordings[:1]
+        for figure in written_figures(recording.path / "analysis")
+    ]
+    for figure in [*figures_of(analysis, style), *ledgers]:
         written += figure.save(figures, ["png"], style)
         lines += [f"![{_md(figure.title)}]({quote(figures.name)}/{figure.name}.png)", ""]
     write_text(target, "\n".join(lines) + "\n")
@@ -393,7 +410,7 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
         tokens = _tokens(recording, by_doc[doc_id], doc_id, ticks(arrays.steps))
         doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][index])
         doc["tokens"] = {name: tokens[name] for name in arrays.categories if name in tokens}
-        max_bytes -= len(json.dumps(doc))
+        max_bytes -= len(json.dumps(doc, separators=_COMPACT))
         if max_bytes < 0 and docs:
             break
         docs.append(doc)

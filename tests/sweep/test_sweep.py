@@ -311,6 +311,12 @@ def test_a_benchmark_of_ones_own_is_found_by_its_name(
     assert sorted(table["step"].unique()) == [0, 1, 4]
 
 
+def test_a_sweep_records_where_its_texts_are_and_a_hash_of_each(swept_run: Path) -> None:
+    manifest = json.loads((swept_run / "sweep/manifest.json").read_text())
+    docs = load_probe_set(manifest["probe_set_source"]).docs
+    assert manifest["doc_sha256"] == {doc.doc_id: doc.sha256 for doc in docs}
+
+
 def test_a_dry_run_lists_checkpoints_and_what_is_done(
     swept_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
