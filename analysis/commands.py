@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from sft_probe.command_line import config_of, write_config
-from sft_probe.errors import UserError
+from sft_probe.analysis.figures.names import FIGURES, FORMATS
+from sft_probe.analysis.stats.places import check_runs
+from sft_probe.analysis.sweep.checkpoints import snapshots_of_run
+from sft_probe.command_line import config_of, log_written, write_config
+from sft_probe.errors import UserError, check_names, doing
+from sft_probe.files import check_exists
 from sft_probe.options import (
     Command,
     Names,
@@ -21,6 +25,7 @@ from sft_probe.options import (
     Replayable,
     Shard,
 )
+from sft_probe.recipes import find_recipe
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,10 @@ class Analyze(Selection):
     format: Literal["text", "md", "latex", "csv"] = "text"
     """Form of what is printed; all but text are the tables alone, as a paper needs them."""
 
+    def check(self) -> None:
+        """Check the runs, and the categories where they are recorded."""
+        check_runs(self.runs, self.categories)
+
     def execute(self) -> None:
         """Print the verdict and write the tables."""
         from sft_probe.analysis.stats.analyze import (
@@ -80,8 +89,8 @@ class Analyze(Selection):
             shown = verdict_tables(analysis, self.format)
         print(shown)  # noqa: T201
         if folder := self.out or default_folder(self.runs):
-            for path in write_analysis(analysis, folder):
-                log.info("wrote %s", path)
+            runs = " ".join(map(str, self.runs))
+            log_written(write_analysis(analysis, folder), f"report {runs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,14 @@ class Plot(Selection):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the figures. Default: RUN/figures, or ./figures for several runs."""
 
+    def check(self) -> None:
+        """Check the runs, and the names of figures, formats and categories."""
+        check_names("--format", "format", self.format, FORMATS)
+        check_names("--figures", "figure", self.figures or (), FIGURES)
+        check_runs(self.runs, self.categories)
+        if self.labels:
+            check_exists(self.labels)
+
     def execute(self) -> None:
         """Draw the figures."""
         try:
@@ -137,16 +154,17 @@ class Plot(Selection):
             titled=not self.no_title,
             labels=read_labels(self.labels) if self.labels else {},
         )
-        for path in plot(
-            self.runs,
-            style=style,
-            figures=self.figures,
-            categories=self.categories,
-            formats=self.format,
-            include_eos=self.include_eos,
-            out=self.out,
-        ):
-            log.info("wrote %s", path)
+        log_written(
+            plot(
+                self.runs,
+                style=style,
+                figures=self.figures,
+                categories=self.categories,
+                formats=self.format,
+                include_eos=self.include_eos,
+                out=self.out,
+            )
+        )
 
 
 def _needs_report(error: ImportError) -> UserError:
@@ -171,20 +189,25 @@ class Report(Selection):
     out: Annotated[Path | None, "FILE"] = None
     """Where the report goes. Default: RUN/report.html, or ./report.html for several runs."""
 
+    def check(self) -> None:
+        """Check the runs, and the categories where they are recorded."""
+        check_runs(self.runs, self.categories)
+
     def execute(self) -> None:
         """Write the report."""
         try:
             from sft_probe.analysis.report.html import report
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in report(
-            self.runs,
-            format_name=self.format,
-            include_eos=self.include_eos,
-            categories=self.categories,
-            out=self.out,
-        ):
-            log.info("wrote %s", path)
+        log_written(
+            report(
+                self.runs,
+                format_name=self.format,
+                include_eos=self.include_eos,
+                categories=self.categories,
+                out=self.out,
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,22 +216,25 @@ class Simplicity(Command):
 
     Examples:
         sft-probe simplicity runs/mine
-        sft-probe simplicity runs/chosen runs/random --kl --out simplicity
+        sft-probe simplicity runs/chosen runs/random --out simplicity
     """
 
     runs: Positional[Annotated[list[Path], "RUN"]]
     """Finished training runs."""
-    kl: bool = False
-    """Also measure the KL divergence from the start; every snapshot is loaded once."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables and a figure. Default: nothing is written."""
+
+    def check(self) -> None:
+        """Check that the runs are there."""
+        for path in self.runs:
+            check_exists(path)
 
     def execute(self) -> None:
         """Print the comparison, and write it where --out is given."""
         from sft_probe.analysis.report.simplicity_text import simplicity_text
         from sft_probe.analysis.studies.simplicity import simplicity, write_simplicity
 
-        found = simplicity(self.runs, with_kl=self.kl)
+        found = simplicity(self.runs)
         print(simplicity_text(found))  # noqa: T201
         if self.out:
             written = write_simplicity(found, self.out)
@@ -216,8 +242,7 @@ class Simplicity(Command):
                 from sft_probe.analysis.figures.runs import plot_simplicity
             except ImportError as error:
                 raise _needs_report(error) from error
-            for path in [*written, *plot_simplicity(found, self.out)]:
-                log.info("wrote %s", path)
+            log_written([*written, *plot_simplicity(found, self.out)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,36 +278,42 @@ class Transfer(Training):
     out: Annotated[Path, "DIR"] = Path("transfer")
     """Directory of the runs, tables and figures."""
 
-    def execute(self) -> None:
-        """Train what is missing, print the matrix, and write tables and figures."""
+    def check(self) -> None:
+        """Check the runs, or the recipe that they are trained by."""
         if bool(self.runs) == bool(self.train_on):
             raise UserError("transfer needs either --runs or --train-on.")
+        check_runs([Path(run) for run in self.runs])
+        if self.train_on and self.recipe is None:
+            raise UserError("--train-on needs --recipe, that of `sft-probe train`.")
+        if self.recipe is not None:
+            find_recipe(self.recipe)
+
+    def execute(self) -> None:
+        """Train what is missing, print the matrix, and write tables and figures."""
         from sft_probe.analysis.report.transfer_text import transfer_text
         from sft_probe.analysis.studies.transfer import transfer, write_transfer
 
         runs = self.runs or self._train()
         if self.shard[1] > 1:
             return
-        found = transfer(runs)
+        with doing("comparing the runs"):
+            found = transfer(runs)
         print(transfer_text(found))  # noqa: T201
         written = write_transfer(found, self.out)
         try:
             from sft_probe.analysis.figures.runs import plot_transfer
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_transfer(found, self.out)]:
-            log.info("wrote %s", path)
+        log_written([*written, *plot_transfer(found, self.out)])
         write_config(self.out / "config.yaml", "sft-probe transfer", config_of(self))
 
     def _train(self) -> list[str]:
         from sft_probe.analysis.studies.training_runs import train_rows
 
-        if self.recipe is None:
-            raise UserError("--train-on needs --recipe, that of `sft-probe train`.")
         return train_rows(
             self.train_on or (),
             self.out,
-            recipe=self.recipe,
+            recipe=str(self.recipe),
             num_orders=self.order_seeds,
             shard=self.shard,
             extra=shlex.split(self.train_flags),
@@ -291,49 +322,85 @@ class Transfer(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger(Command):
-    """Split each category's gain by the prompt that it shows under, or by the layers it lies in.
+    """Split each category's gain by the prompt that it shows under, by layer, or by example.
 
     By prompt, the parts (text, register, topic, prompt) add up to the gain; this needs `sft-probe
     sweep RUN --contexts own,near,far,none`. With --path, the gradient is integrated along the
-    weights between snapshots, and divided by layer and kind of weight.
+    weights between snapshots, and divided by layer and kind of weight; with --examples, by the
+    training examples that moved the weights, for which the run is repeated twice in memory.
 
     Examples:
         sft-probe ledger runs/mine
         sft-probe ledger runs/mine --path --categories chosen,random --docs 16
+        sft-probe ledger runs/mine --examples --categories chosen
     """
 
     run: Positional[Annotated[Path, "RUN"]]
-    """A run that was swept with --contexts."""
+    """A run that was swept with --contexts; for --path and --examples, a finished one."""
     categories: Names | None = None
-    """Categories to split. Default: all; with --path, what was trained on and random."""
+    """Categories to split. Default: all; with --path or --examples, what was trained on and
+    random."""
     path: bool = False
     """Split by layer and kind of weight."""
+    examples: bool = False
+    """Split by training example."""
     docs: Positive = 16
-    """Held-out docs whose gradients --path takes."""
+    """Held-out docs whose gradients --path and --examples take."""
     out: Annotated[Path | None, "DIR"] = None
     """Directory of table and figure. Default: RUN/analysis."""
 
+    def check(self) -> None:
+        """Check the run, and the categories where they are recorded; snapshots need no scores."""
+        if self.path and self.examples:
+            raise UserError("--path and --examples are two ledgers: give one of them at a time.")
+        if not self.path and not self.examples:
+            check_runs([self.run], self.categories)
+
     def execute(self) -> None:
         """Print the parts, and write table and figure."""
-        from sft_probe.analysis.report.studies_text import ledger_text, path_text
+        folder = self.out or self.run / "analysis"
+        if self.examples:
+            text, written = self._by_example(folder)
+        elif self.path:
+            text, written = self._by_layer(folder)
+        else:
+            text, written = self._by_prompt(folder)
+        print(text)  # noqa: T201
+        log_written([*written, *self._draw(folder)])
+
+    def _by_prompt(self, folder: Path) -> tuple[str, list[Path]]:
+        from sft_probe.analysis.report.ledger_text import ledger_text
         from sft_probe.analysis.studies.ledger import ledger, write_ledger
+
+        found = ledger(self.run, self.categories)
+        return ledger_text(found), write_ledger(found, folder)
+
+    def _by_layer(self, folder: Path) -> tuple[str, list[Path]]:
+        from sft_probe.analysis.report.ledger_text import path_text
         from sft_probe.analysis.studies.ledger_path import path_ledger, write_path
 
+        found = path_ledger(self.run, self.categories, self.docs)
+        return path_text(found), write_path(found, folder)
+
+    def _by_example(self, folder: Path) -> tuple[str, list[Path]]:
+        from sft_probe.analysis.report.ledger_text import examples_text
+        from sft_probe.analysis.studies.ledger_examples import example_ledger, write_examples
+
+        found = example_ledger(self.run, self.categories, self.docs)
+        return examples_text(found), write_examples(found, folder)
+
+    def _draw(self, folder: Path) -> list[Path]:
+        """Draw the tables that were written just now."""
+        if self.examples:
+            return []
         try:
-            from sft_probe.analysis.figures.ledger import plot_ledger, plot_path
+            from sft_probe.analysis.figures.figure import Style
+            from sft_probe.analysis.figures.ledger import written_figures
         except ImportError as error:
             raise _needs_report(error) from error
-        folder = self.out or self.run / "analysis"
-        if self.path:
-            path = path_ledger(self.run, self.categories, self.docs)
-            print(path_text(path))  # noqa: T201
-            written = [*write_path(path, folder), *plot_path(path, folder)]
-        else:
-            found = ledger(self.run, self.categories)
-            print(ledger_text(found))  # noqa: T201
-            written = [*write_ledger(found, folder), *plot_ledger(found, folder)]
-        for file in written:
-            log.info("wrote %s", file)
+        name = "ledger_path" if self.path else "ledger_parts"
+        figures = [figure for figure in written_figures(folder) if figure.name == name]
+        return [path for figure in figures for path in figure.save(folder, ["png", "pdf"], Style())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +428,10 @@ class Words(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of the tables. Default: RUN/analysis."""
 
+    def check(self) -> None:
+        """Check the run, and the categories where they are recorded."""
+        check_runs([self.run], self.categories)
+
     def execute(self) -> None:
         """Print the classes and the words that gained most, and write the tables."""
         from sft_probe.analysis.report.studies_text import words_text
@@ -369,8 +440,7 @@ class Words(Command):
 
         found = words(load_recording(self.run), self.split, self.step, self.categories)
         print(words_text(found, self.top))  # noqa: T201
-        for path in write_words(found, self.out or self.run / "analysis"):
-            log.info("wrote %s", path)
+        log_written(write_words(found, self.out or self.run / "analysis"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,6 +459,10 @@ class Weights(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Directory of tables and figure. Default: RUN/analysis."""
 
+    def check(self) -> None:
+        """Check that the run has snapshots."""
+        snapshots_of_run(self.run)
+
     def execute(self) -> None:
         """Print the last step by layer and kind, and write tables and a figure."""
         from sft_probe.analysis.report.studies_text import weights_text
@@ -402,5 +476,4 @@ class Weights(Command):
             from sft_probe.analysis.figures.weight_maps import plot_weights
         except ImportError as error:
             raise _needs_report(error) from error
-        for path in [*written, *plot_weights(changes, folder)]:
-            log.info("wrote %s", path)
+        log_written([*written, *plot_weights(changes, folder)])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import sft_probe
+from sft_probe import api
 from sft_probe.analysis.stats.comparison import Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +32,8 @@ def page() -> str:
     for name, member in vars(sft_probe.Runs).items():
         if not name.startswith("_"):
             sections.append(_section(name, member, level=3))
-    for name in ("compare", "load_probe_set", "score", "record", "ProbeCallback"):
-        sections.append(_section(name, getattr(sft_probe, name)))
+    for name in ("compare", "probe_set", "score", "record", "ProbeCallback"):
+        sections.append(_section(name, getattr(api if name in vars(api) else sft_probe, name)))
         if name == "compare":
             sections.append(_section("Comparison", Comparison))
     return "\n".join(sections)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import unknown
 
 
 def available() -> list[str]:
@@ -21,7 +21,5 @@ def find_recipe(name: str) -> Path:
     stem = Path(name).name.removesuffix(".yaml")
     if stem in available() and name in (stem, f"{stem}.yaml", f"recipes/{stem}.yaml"):
         return Path(__file__).parent / f"{stem}.yaml"
-    raise UserError(
-        f"cannot read the recipe {name}: there is no such file, and the recipes that are included "
-        f"are {', '.join(available())}.{did_you_mean(stem, available())}"
-    )
+    use = f"Use a YAML file, or one of {', '.join(available())}."
+    raise unknown("recipe", name, available(), use=use)

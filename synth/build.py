@@ -7,35 +7,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from sft_probe.errors import UserError
 from sft_probe.probe_set import Doc, LeftOut, common_reasons
 from sft_probe.prompts import PromptFormat
+from sft_probe.synth import categories, splits
 from sft_probe.synth.asking.budget import Trial
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.categories import (
-    SOURCE_OF,
-    Template,
-    load_templates,
-    make_requests,
-    order_topics,
-    permuted,
-    read_topics,
-    topic_of,
-)
 from sft_probe.synth.checks import JUDGED, fault_in, fault_of, opinion_request
-from sft_probe.synth.duplicates import NearDuplicates, count_words
+from sft_probe.synth.duplicates import NearDuplicates
+from sft_probe.synth.options import SynthRun
 from sft_probe.synth.sources import hub_revision, read_pairs
-from sft_probe.synth.splits import (
-    RULE,
-    check_sizes,
-    draw_key,
-    draw_order,
-    split_docs,
-    with_random_in_splits,
-)
 
 UNTRAINED_TEMPLATE = "untrained@1"
 Ask = Callable[[Iterator[Request], int], Iterator[tuple[Request, Answer]]]
@@ -44,45 +27,22 @@ Checked = tuple[Request, Answer, str | None]
 """A request, its answer, and the fault of the answer."""
 
 
-def _ignore(_: str) -> None:
-    """Do nothing with a fault."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetSettings:
-    """The user's choices for a set."""
-
-    source: str
-    kinds: tuple[str, ...]
-    """Categories beside chosen and rejected."""
-    templates: Path | None
-    prompt_format: str
-    heldout_frac: float | None
-    limit: int | None
-    seed: int
-    thinking_tokens: int = 0
-    """Room for a model's thoughts, added to the output limit of each text."""
-    judge: bool = False
-    """Whether the writer is asked about each text that passes the checks."""
-    rule: int = RULE
-    """Version of the rule by which docs are drawn, split and given topics."""
-
-    @property
-    def written_kinds(self) -> list[str]:
-        """Categories that need a writer."""
-        return [kind for kind in self.kinds if kind in SOURCE_OF]
-
-
 @dataclass(frozen=True, kw_only=True)
 class SetPlan:
     """The docs of a set before any text is written."""
 
-    settings: SetSettings
+    options: SynthRun
+    kinds: tuple[str, ...]
+    """Categories beside chosen and rejected."""
+    rule: int
+    """Version of the rule by which docs are drawn, split and given topics."""
+    thinking_tokens: int
+    """Room for a model's thoughts, added to the output limit of each text."""
     docs: list[Doc]
     """With `chosen` and `rejected` alone."""
-    templates: dict[str, Template]
+    templates: dict[str, categories.Template]
     topics: dict[str, str]
-    """Topic of the non-response by doc_id."""
+    """Topic of the non-response by doc_id; empty where none is requested."""
     left_out: list[LeftOut]
     """Rows and docs that are not used; grows until the set is written."""
     revision: str | None
@@ -90,7 +50,7 @@ class SetPlan:
     num_rows: int
     """Number of rows of the source."""
     num_not_drawn: int
-    """Number of usable rows beyond `limit`."""
+    """Number of usable rows beyond the limit."""
 
     @property
     def num_requests(self) -> int:
@@ -99,10 +59,11 @@ class SetPlan:
 
     def requests(self) -> Iterator[Request]:
         """Yield the first request for each text, doc by doc."""
-        extra = self.settings.thinking_tokens
         for doc in self.docs:
-            for request in make_requests(doc, self.templates, self.topics[doc.doc_id]):
-                yield replace(request, max_output_tokens=request.max_output_tokens + extra)
+            topic = self.topics.get(doc.doc_id, "")
+            for request in categories.make_requests(doc, self.templates, topic):
+                limit = request.max_output_tokens + self.thinking_tokens
+                yield replace(request, max_output_tokens=limit)
 
     def leave_out(self, doc: Doc, reason: str) -> None:
         """Record that a doc is not used."""
@@ -132,37 +93,45 @@ class Written:
         self.model_versions.add(f"{request.category}: {answer.model_version}")
 
 
-def plan_set(settings: SetSettings, left_out: list[LeftOut], tokenizer: Any = None) -> SetPlan:
-    """Read the source, draw docs and split them.
+def plan_set(
+    options: SynthRun,
+    left_out: list[LeftOut],
+    *,
+    rule: int = splits.RULE,
+    thinking_tokens: int = 0,
+    tokenizer: Any = None,
+) -> SetPlan:
+    """Read the source, draw docs and split them; what cannot be used goes to `left_out`.
 
-    Args:
-        settings: the user's choices.
-        left_out: receives the rows and docs that cannot be used.
-        tokenizer: of the untrained model where its answers are requested. Every prompt must fit its
-            chat template.
+    The `tokenizer` is that of the untrained model, if requested: every prompt must fit its chat
+    template.
 
     Raises:
         UserError: the source, a template or the splits are unusable.
     """
-    templates = load_templates(settings.kinds, settings.templates)
-    revision = hub_revision(settings.source)
-    docs = read_pairs(settings.source, left_out, revision)
+    kinds = categories.kinds_of(options)
+    templates = categories.load_templates(kinds, options.templates)
+    revision = hub_revision(options.source)
+    docs = read_pairs(options.source, left_out, revision)
     num_rows = len(docs) + len(left_out)
     # the format `chat` without a tokenizer belongs to a model that is chosen later
-    if settings.prompt_format != "chat" or tokenizer is not None:
-        prompt_format = PromptFormat(settings.prompt_format, tokenizer)
+    if options.prompt_format != "chat" or tokenizer is not None:
+        prompt_format = PromptFormat(options.prompt_format, tokenizer)
         docs = [doc for doc in docs if _fits(doc, prompt_format, left_out)]
     if not docs:
         reasons = common_reasons(left_out) if num_rows else "it is empty"
         raise UserError(
-            f"the source {settings.source} has no usable row among {num_rows}: {reasons}."
+            f"the source {options.source} has no usable row among {num_rows}: {reasons}."
         )
-    drawn = _ordered(docs, settings)[: settings.limit]
+    drawn = _ordered(docs, options.seed, rule)[: options.limit]
     return SetPlan(
-        settings=settings,
-        docs=split_docs(drawn, settings.heldout_frac, settings.seed, left_out, settings.rule),
+        options=options,
+        kinds=kinds,
+        rule=rule,
+        thinking_tokens=thinking_tokens,
+        docs=splits.split_docs(drawn, options.heldout_frac, options.seed, left_out, rule),
         templates=templates,
-        topics=_topics(drawn, settings),
+        topics=_topics(drawn, options, rule) if "non_response" in kinds else {},
         left_out=left_out,
         revision=revision,
         num_rows=num_rows,
@@ -170,38 +139,45 @@ def plan_set(settings: SetSettings, left_out: list[LeftOut], tokenizer: Any = No
     )
 
 
+def _fits(doc: Doc, prompt_format: PromptFormat, left_out: list[LeftOut]) -> bool:
+    """Return whether the prompt format has a place for every turn."""
+    try:
+        prompt_format.render(list(doc.messages))
+    except UserError as error:
+        left_out.append(LeftOut(place=doc.place, doc_id=doc.doc_id, reason=str(error)))
+        return False
+    return True
+
+
 def _key(doc: Doc, seed: int) -> bytes:
     pair = {side: doc.responses[side] for side in ("chosen", "rejected")}
-    return draw_key({"messages": doc.messages, **pair}, seed)
+    return splits.draw_key({"messages": doc.messages, **pair}, seed)
 
 
-def _ordered(docs: list[Doc], settings: SetSettings) -> list[Doc]:
+def _ordered(docs: list[Doc], seed: int, rule: int) -> list[Doc]:
     """Return docs in the order in which they are drawn and written."""
-    if settings.rule == 1:
-        return draw_order(docs, settings.seed)
-    return sorted(docs, key=lambda doc: _key(doc, settings.seed))
+    if rule == 1:
+        return splits.shuffled(docs, seed)
+    return sorted(docs, key=lambda doc: _key(doc, seed))
 
 
-def _topics(drawn: list[Doc], settings: SetSettings) -> dict[str, str]:
-    """Return the topic of each doc by its id; empty ones where no topics are needed."""
-    if "non_response" not in settings.kinds:
-        return dict.fromkeys((doc.doc_id for doc in drawn), "")
-    parts = read_topics(settings.templates, len(drawn))
-    if settings.rule == 1:
-        topics = order_topics(parts, settings.seed)
+def _topics(drawn: list[Doc], options: SynthRun, rule: int) -> dict[str, str]:
+    """Return the topic of each doc by its id."""
+    parts = categories.read_topics(options.templates, len(drawn))
+    if rule == 1:
+        topics = categories.order_topics(parts, options.seed)
         return {doc.doc_id: topic for doc, topic in zip(drawn, topics, strict=False)}
-    return {doc.doc_id: topic_of(parts, _key(doc, settings.seed)) for doc in drawn}
+    keys = {doc.doc_id: _key(doc, options.seed) for doc in drawn}
+    return {doc_id: categories.topic_of(parts, key) for doc_id, key in keys.items()}
 
 
-def write_texts(plan: SetPlan, ask: Ask, note_fault: Callable[[str], None] = _ignore) -> Written:
+def write_texts(
+    plan: SetPlan, ask: Ask, note_fault: Callable[[str], None] = lambda _: None
+) -> Written:
     """Have every text written and checked, and a text that fails a second time.
 
-    Docs with a text that fails twice go to `plan.left_out`.
-
-    Args:
-        plan: the docs.
-        ask: returns the answers.
-        note_fault: called with the fault of each text, for the live line.
+    Docs with a text that fails twice go to `plan.left_out`. `note_fault` is called with the fault
+    of each text, for the live line.
 
     Raises:
         UserError: some texts have no answer, or none of the answers can be used.
@@ -268,26 +244,26 @@ class _Checker:
 
         All texts are held in memory until the opinions are there.
         """
-        if not self._plan.settings.judge:
+        if not self._plan.options.judge:
             yield from checked
             return
-        held, extra = list(checked), self._plan.settings.thinking_tokens
-        opinions = {
-            i: opinion_request(request, str(answer.text), extra)
-            for i, (request, answer, fault) in enumerate(held)
-            if fault is None
-        }
-        found: dict[str, str | None] = {}
-        for opinion, answer in _answered(self._ask(iter(opinions.values()), len(opinions))):
-            found[opinion.prompt] = fault = fault_in(answer)
+        held, extra = list(checked), self._plan.thinking_tokens
+        opinions = [
+            None if fault else opinion_request(request, str(answer.text), extra)
+            for request, answer, fault in held
+        ]
+        asked = [opinion for opinion in opinions if opinion]
+        bad: set[str] = set()
+        for opinion, answer in _answered(self._ask(iter(asked), len(asked))):
+            fault = fault_in(answer)
             self.written.opinions[fault or "yes"] += 1
             if fault == JUDGED:
+                bad.add(opinion.prompt)
                 self._note_fault(fault)
             if trial:
                 trial.note(opinion.category, answer, fault)
-        for i, (request, answer, fault) in enumerate(held):
-            is_bad = i in opinions and found.get(opinions[i].prompt) == JUDGED
-            yield request, answer, JUDGED if is_bad else fault
+        for (request, answer, fault), own in zip(held, opinions, strict=True):
+            yield request, answer, JUDGED if own and own.prompt in bad else fault
 
     def leave_out(self, request: Request, fault: str, why: str) -> None:
         """Leave a doc out for the fault of one of its texts."""
@@ -316,17 +292,27 @@ def _answered(answers: Iterator[tuple[Request, Answer]]) -> Iterator[tuple[Reque
 
 def write_untrained(plan: SetPlan, written: Written, tokenizer: Any, ask: Ask) -> None:
     """Add the untrained model's own answers; docs whose answer does not end are left out."""
-    prompt_format = PromptFormat(plan.settings.prompt_format, tokenizer)
-    docs = {doc.doc_id: doc for doc in plan.docs}
-    requests = [_untrained_request(doc, prompt_format) for doc in plan.docs]
+    prompt_format = PromptFormat(plan.options.prompt_format, tokenizer)
+    docs, requests = {doc.doc_id: doc for doc in plan.docs}, []
+    for doc in plan.docs:
+        prompt = prompt_format.render(list(doc.messages))
+        request = categories.request_of(
+            doc,
+            "untrained",
+            template=UNTRAINED_TEMPLATE,
+            template_sha256=hashlib.sha256(prompt_format.name.encode()).hexdigest(),
+            prompt=(prompt.text + prompt.separator).rstrip(" "),
+            source_text=doc.messages[-1]["content"],
+            temperature=0.0,
+        )
+        requests.append(request)
     for request, answer in _answered(ask(iter(requests), len(requests))):
-        fault = None if (answer.text or "").strip() else "empty"
-        fault = fault if answer.status == "ok" else answer.status
-        if fault:
-            written.last_faults["untrained", fault] += 1
-            plan.leave_out(docs[request.doc_id], f"`untrained`: {fault}")
-        else:
+        if answer.status == "ok" and (answer.text or "").strip():
             written.accept(request, answer)
+            continue
+        fault = "empty" if answer.status == "ok" else answer.status
+        written.last_faults["untrained", fault] += 1
+        plan.leave_out(docs[request.doc_id], f"`untrained`: {fault}")
 
 
 def finish_docs(plan: SetPlan, written: Written) -> list[Doc]:
@@ -337,58 +323,25 @@ def finish_docs(plan: SetPlan, written: Written) -> list[Doc]:
     """
     out = {item.doc_id for item in plan.left_out}
     docs: list[Doc] = []
-    trained_texts: set[str | None] = set()
+    trained_texts: set[str] = set()
     for doc in sorted(plan.docs, key=lambda doc: doc.split != "train"):  # train first
         if doc.doc_id in out:
             continue
-        texts = _texts(doc, plan.settings, written)
-        if texts is None:
-            plan.leave_out(doc, "`permuted`: the words of chosen have one order only")
-        elif doc.split == "heldout" and not trained_texts.isdisjoint(texts.values()):
+        made = dict(written.texts.get(doc.doc_id, {}))
+        if "permuted" in plan.kinds:
+            key = doc.doc_id if plan.rule == 1 else _key(doc, plan.options.seed).hex()
+            text = categories.permuted(doc.responses["chosen"], f"{plan.options.seed} {key}")
+            if text is None:
+                plan.leave_out(doc, "`permuted`: the words of chosen have one order only")
+                continue
+            made["permuted"] = text
+        texts = doc.responses | {kind: made[kind] for kind in plan.kinds if kind != "random"}
+        if doc.split == "train":
+            trained_texts.update(texts.values())
+        elif not trained_texts.isdisjoint(texts.values()):
             plan.leave_out(doc, "held out, but a text written for it is in train")
-        else:
-            if doc.split == "train":
-                trained_texts.update(texts.values())
-            docs.append(replace(doc, responses=texts))
-    check_sizes(docs, plan.left_out)
-    if "random" not in plan.settings.kinds:
-        return docs
-    return with_random_in_splits(docs, plan.settings.seed)
-
-
-def _texts(doc: Doc, settings: SetSettings, written: Written) -> dict[str, str] | None:
-    """Return all responses of a doc but `random`; None where `permuted` has only one order."""
-    made = dict(written.texts.get(doc.doc_id, {}))
-    if "permuted" in settings.kinds:
-        key = doc.doc_id if settings.rule == 1 else _key(doc, settings.seed).hex()
-        shuffled = permuted(doc.responses["chosen"], f"{settings.seed} {key}")
-        if shuffled is None:
-            return None
-        made["permuted"] = shuffled
-    return doc.responses | {kind: made[kind] for kind in settings.kinds if kind != "random"}
-
-
-def _fits(doc: Doc, prompt_format: PromptFormat, left_out: list[LeftOut]) -> bool:
-    """Return whether the prompt format has a place for every turn."""
-    try:
-        prompt_format.render(list(doc.messages))
-    except UserError as error:
-        left_out.append(LeftOut(place=doc.place, doc_id=doc.doc_id, reason=str(error)))
-        return False
-    return True
-
-
-def _untrained_request(doc: Doc, prompt_format: PromptFormat) -> Request:
-    prompt = prompt_format.render(list(doc.messages))
-    num_words = count_words(doc.responses["chosen"])
-    return Request(
-        doc_id=doc.doc_id,
-        category="untrained",
-        template=UNTRAINED_TEMPLATE,
-        template_sha256=hashlib.sha256(prompt_format.name.encode()).hexdigest(),
-        prompt=(prompt.text + prompt.separator).rstrip(" "),
-        source_text=doc.messages[-1]["content"],
-        num_words=num_words,
-        temperature=0.0,
-        max_output_tokens=max(1024, 4 * num_words),
-    )
+            continue
+        docs.append(replace(doc, responses=texts))
+    splits.check_sizes(docs, plan.left_out)
+    is_random_drawn = "random" in plan.kinds
+    return splits.with_random_in_splits(docs, plan.options.seed) if is_random_drawn else docs

@@ -20,6 +20,7 @@ from sft_probe.errors import UserError
 from sft_probe.probe_set import Doc
 from sft_probe.synth.asking.protocol import Request
 from sft_probe.synth.duplicates import count_words
+from sft_probe.synth.options import SynthRun
 
 SOURCE_OF = {
     "paraphrase": "rejected",
@@ -38,6 +39,12 @@ _DETAILS = "details"
 """An optional fourth list, which makes it unlikely that two docs share a topic."""
 _TEMPLATE_SUFFIXES = (".txt", ".jinja", ".jinja2", ".j2", ".yaml", ".yml")
 _VERSION = re.compile(r"\{#-?\s*version\s+([\w.-]+)\s*-?#\}")
+
+
+def kinds_of(options: SynthRun) -> tuple[str, ...]:
+    """Return the categories of a set beside chosen and rejected."""
+    asked = options.categories or DEFAULT_KINDS
+    return tuple(kind for kind in asked if kind not in ("chosen", "rejected"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,25 +78,18 @@ def load_templates(kinds: tuple[str, ...], directory: Path | None) -> dict[str, 
     Raises:
         UserError: the directory does not exist, or a template cannot be read or has no version.
     """
-    if directory is not None and not directory.is_dir():
-        raise UserError(f"--templates {directory}: no such directory.")
-    _check_names(directory)
+    if directory is not None:
+        if not directory.is_dir():
+            raise UserError(f"--templates {directory}: no such directory.")
+        # a file that looks like a template but has another name would be ignored
+        known = [*(f"{kind}.txt" for kind in SOURCE_OF), "topics.yaml"]
+        files = (file for file in directory.iterdir() if file.suffix in _TEMPLATE_SUFFIXES)
+        if unknown := sorted(file.name for file in files if file.name not in known):
+            raise UserError(
+                f"--templates {directory}: no category has a template {', '.join(unknown)}; there "
+                f"are {', '.join(known)}."
+            )
     return {kind: _load_template(kind, directory) for kind in kinds if kind in SOURCE_OF}
-
-
-def _check_names(directory: Path | None) -> None:
-    """Raise `UserError` where a file looks like a template but has another name, and would be
-    ignored."""
-    known = [*(f"{kind}.txt" for kind in SOURCE_OF), "topics.yaml"]
-    files = directory.iterdir() if directory else ()
-    unknown = sorted(
-        file.name for file in files if file.suffix in _TEMPLATE_SUFFIXES and file.name not in known
-    )
-    if unknown:
-        raise UserError(
-            f"--templates {directory}: no category has a template {', '.join(unknown)}; there are "
-            f"{', '.join(known)}."
-        )
 
 
 def _load_template(kind: str, directory: Path | None) -> Template:
@@ -124,12 +124,8 @@ def read_topics(directory: Path | None, num_docs: int) -> list[list[str]]:
     path = _template_file("topics.yaml", directory)
     try:
         lists = yaml.safe_load(path.read_text("utf-8"))
-        parts = [list(dict.fromkeys(map(str.strip, lists[name]))) for name in TOPIC_LISTS]
-        parts += [
-            list(dict.fromkeys(map(str.strip, lists[name])))
-            for name in (_DETAILS,)
-            if name in lists
-        ]
+        names = [*TOPIC_LISTS, *([_DETAILS] if _DETAILS in lists else [])]
+        parts = [list(dict.fromkeys(map(str.strip, lists[name]))) for name in names]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} must hold the lists subjects, places and angles, each of text ({error})."
@@ -156,26 +152,36 @@ def order_topics(parts: Sequence[Sequence[str]], seed: int) -> list[str]:
     return topics
 
 
+def request_of(doc: Doc, category: str, **fields: Any) -> Request:
+    """Return a request for a text as long as the chosen response of a doc."""
+    num_words = count_words(doc.responses["chosen"])
+    return Request(
+        doc_id=doc.doc_id,
+        category=category,
+        num_words=num_words,
+        max_output_tokens=max(1024, 4 * num_words),
+        **fields,
+    )
+
+
 def make_requests(doc: Doc, templates: dict[str, Template], topic: str) -> list[Request]:
     """Return one request for each template, in the order of `templates`."""
-    num_words = count_words(doc.responses["chosen"])
     sources = {
         "chosen": doc.responses["chosen"],
         "rejected": doc.responses["rejected"],
         "prompt": doc.messages[-1]["content"],
         "topic": topic,
     }
+    num_words = count_words(doc.responses["chosen"])
     variables = {**sources, "conversation": conversation(doc.messages), "num_words": num_words}
     return [
-        Request(
-            doc_id=doc.doc_id,
-            category=kind,
+        request_of(
+            doc,
+            kind,
             template=template.name,
             template_sha256=template.sha256,
             prompt=template.render(variables),
             source_text=sources[SOURCE_OF[kind]],
-            num_words=num_words,
-            max_output_tokens=max(1024, 4 * num_words),
         )
         for kind, template in templates.items()
     ]

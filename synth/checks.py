@@ -83,26 +83,19 @@ def is_finished(text: str) -> bool:
     last = lines[-1]
     if len(lines) > 1 and _BARE_MARKER.fullmatch(last) and not last.endswith(("```", "|")):
         return False
-    is_exclamation = count_words(text) <= _MAX_EXCLAMATION_WORDS and not _DANGLING.search(
-        last
-    )  # You're welcome
-    return is_exclamation or _ends_sentence(last) or _ends_block(lines)
+    is_exclamation = count_words(text) <= _MAX_EXCLAMATION_WORDS  # You're welcome
+    if is_exclamation and not _DANGLING.search(last):
+        return True
+    return _ends_sentence(last) or _ends_block(lines)
 
 
 def _ends_sentence(line: str) -> bool:
     core = _CLOSERS.sub("", line)
     if _ABBREVIATION.search(core):
         return False
-    return any(
-        (
-            _EMOJI.search(line),
-            _EMOJI.search(core),
-            _TERMINAL.search(core),
-            _GREEK_QUESTION.search(core),
-            _ADDRESS.search(line),
-            _NO_FULL_STOP.search(core),
-            _FORMULA.search(core),
-        )
+    of_core = (_EMOJI, _TERMINAL, _GREEK_QUESTION, _NO_FULL_STOP, _FORMULA)
+    return any(pattern.search(core) for pattern in of_core) or any(
+        pattern.search(line) for pattern in (_EMOJI, _ADDRESS)
     )
 
 
@@ -118,17 +111,13 @@ def _ends_block(lines: list[str]) -> bool:
         return False
     if _LIST_ITEM.match(last):
         items = [line for line in others if _LIST_ITEM.match(line)]
-        return (
-            2 * sum(map(_ends_sentence, items)) <= len(items) if items else others[-1].endswith(":")
-        )
-    if (
-        others[-1].endswith((",", "\uff0c", "\u060c"))
-        and len(last.split()) <= _MAX_NAME_WORDS
-        and last[0].isupper()
-    ):
-        return True  # the signature of a letter
+        num_ended = sum(map(_ends_sentence, items))
+        return 2 * num_ended <= len(items) if items else others[-1].endswith(":")
+    is_greeting = others[-1].endswith((",", "\uff0c", "\u060c"))
+    is_name = len(last.split()) <= _MAX_NAME_WORDS and last[0].isupper()
     is_verse = len(others) > 1 and not any(map(_LIST_ITEM.match, others))
-    return is_verse and all(len(line.split()) <= _MAX_LINE_WORDS for line in lines)
+    is_short = all(len(line.split()) <= _MAX_LINE_WORDS for line in lines)
+    return (is_greeting and is_name) or (is_verse and is_short)
 
 
 MIN_SHARED = 0.75
@@ -167,14 +156,9 @@ def is_near_copy(text: str, other: str) -> bool:
 @lru_cache(maxsize=8)
 def _folded_words(text: str) -> tuple[str, ...]:
     decomposed = unicodedata.normalize("NFKD", text).casefold()
-    letters = "".join(
-        letter for letter in decomposed if unicodedata.category(letter) not in ("Mn", "Cf")
-    )
-    return tuple(
-        word
-        for part in split_words(letters.translate(_LOOK_ALIKE))
-        for word in _FOLDED_WORD.findall(part)
-    )
+    kept = (letter for letter in decomposed if unicodedata.category(letter) not in ("Mn", "Cf"))
+    parts = split_words("".join(kept).translate(_LOOK_ALIKE))
+    return tuple(word for part in parts for word in _FOLDED_WORD.findall(part))
 
 
 def _trigrams(parts: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -198,11 +182,9 @@ def _num_shared(mine: tuple[str, ...], theirs: tuple[str, ...]) -> int:
 _START, _APOLOGY_START = 400, 120
 """Number of first characters that are searched for a refusal, and for an apology."""
 _CONDITION = re.compile(
-    r"\b(?:exact|definit\w+|precise|certain) "
-    r"(?:answer|number|summary|figure|date|price|estimate|time)"
-    r"|absolute "
-    r"certainty|\b(?:without|until|unless|before|sans|ohne|sin|senza|sem|zonder|bez|без|не "
-    r"зная|olmadan)\b"
+    r"\b(?:exact|definit\w+|precise|certain) (?:answer|number|summary|figure|date|price|estimate|"
+    r"time)|absolute certainty"
+    r"|\b(?:without|until|unless|before|sans|ohne|sin|senza|sem|zonder|bez|без|не зная|olmadan)\b"
     r"|如果不|不知道|分からないと|모르면",
     re.IGNORECASE,
 )
@@ -248,17 +230,13 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], list[tuple[re.Pattern
     path = resources.files("sft_probe.synth").joinpath("refusals.yaml")
     languages = list(yaml.safe_load(path.read_text("utf-8")).values())
 
-    def compiled(*lists: list[str]) -> re.Pattern[str]:
-        return re.compile("|".join(word for words in lists for word in words), re.IGNORECASE)
+    def compiled(name: str, *languages: dict[str, list[str]]) -> re.Pattern[str]:
+        words = (word for language in languages for word in language[name])
+        return re.compile("|".join(words), re.IGNORECASE)
 
-    return (
-        compiled(*(language["machine"] for language in languages)),
-        compiled(*(language["cannot"] for language in languages)),
-        [
-            tuple(compiled(language[name]) for name in ("sorry", "cannot", "task"))
-            for language in languages
-        ],
-    )
+    machine, cannot = (compiled(name, *languages) for name in ("machine", "cannot"))
+    names = ("sorry", "cannot", "task")
+    return machine, cannot, [tuple(compiled(name, one) for name in names) for one in languages]
 
 
 JUDGE = "judge"

@@ -8,11 +8,9 @@ import numpy as np
 import regex
 from datasketch import MinHash
 
-NEAR_DUPLICATE_JACCARD = 0.7
 _SHINGLE_WORDS = 3
-_NUM_PERMUTATIONS, _NUM_BANDS, _NUM_ROWS = 128, 14, 9
 # bands that weigh false and missed pairs equally at a similarity of 0.7
-
+_NUM_PERMUTATIONS, _NUM_BANDS, _NUM_ROWS = 128, 14, 9
 _MAX_RECENT = 2**16
 
 
@@ -23,18 +21,16 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
     are linked, directly or through others, are similar. The time grows linearly with the number of
     texts.
     """
-    first_of: dict[str, int] = {}
-    links = [(first_of.setdefault(text, number), number) for number, text in enumerate(texts)]
-    numbers = np.array(
-        list(first_of.values()), dtype=np.int64
-    )  # equal texts are compared with others once
+    first_of: dict[str, int] = {}  # equal texts are compared with others once
+    links = {(first_of.setdefault(text, number), number) for number, text in enumerate(texts)}
+    numbers = np.array(list(first_of.values()), dtype=np.int64)
     values = np.empty((len(first_of), _NUM_BANDS), dtype=np.uint64)
     for row, text in enumerate(first_of):
         values[row] = _band_values(text)
     for band in values.T:
         _, first, place = np.unique(band, return_index=True, return_inverse=True)
-        links += zip(numbers[first[place]].tolist(), numbers.tolist(), strict=True)
-    return sorted({(first, second) for first, second in links if first != second})
+        links.update(zip(numbers[first[place]].tolist(), numbers.tolist(), strict=True))
+    return sorted((first, second) for first, second in links if first != second)
 
 
 class NearDuplicates:
@@ -44,7 +40,7 @@ class NearDuplicates:
     """
 
     def __init__(self) -> None:
-        self._sorted = np.empty(0, dtype=np.uint64)
+        self._sorted = np.zeros(1, dtype=np.uint64)
         self._recent: set[int] = set()
 
     def add(self, text: str) -> None:
@@ -61,10 +57,8 @@ class NearDuplicates:
         if not self._recent.isdisjoint(values):
             return True
         places = np.searchsorted(self._sorted, np.array(values, dtype=np.uint64))
-        found = zip(places.tolist(), values, strict=True)
-        return any(
-            place < len(self._sorted) and self._sorted[place] == value for place, value in found
-        )
+        nearest = self._sorted[np.minimum(places, len(self._sorted) - 1)]
+        return not set(nearest.tolist()).isdisjoint(values)
 
 
 @lru_cache(maxsize=1)
@@ -82,10 +76,8 @@ def _band_values(text: str) -> list[int]:
 def shingles(text: str) -> set[str]:
     """Return the lower-case word trigrams of a text, or the whole of a shorter one."""
     parts = split_words(text.lower())
-    return {
-        " ".join(parts[i : i + _SHINGLE_WORDS])
-        for i in range(max(1, len(parts) - _SHINGLE_WORDS + 1))
-    }
+    starts = range(max(1, len(parts) - _SHINGLE_WORDS + 1))
+    return {" ".join(parts[i : i + _SHINGLE_WORDS]) for i in starts}
 
 
 def prompt_text(messages: Iterable[dict[str, str]]) -> str:
@@ -113,12 +105,9 @@ def count_words(text: str) -> int:
     if not _is_unspaced(text):
         return len(text.split())
     num_syllabic = len(_SYLLABIC_CHARACTER.findall(text))
-    return max(
-        1, len(split_words(text)) - num_syllabic + round(num_syllabic / _CHARACTERS_PER_WORD)
-    )
+    num_words = len(split_words(text)) - num_syllabic
+    return max(1, num_words + round(num_syllabic / _CHARACTERS_PER_WORD))
 
 
 def _is_unspaced(text: str) -> bool:
-    if text.isascii():
-        return False
-    return 2 * len(_CHARACTER.findall(text)) > len("".join(text.split()))
+    return not text.isascii() and 2 * len(_CHARACTER.findall(text)) > len("".join(text.split()))

@@ -17,13 +17,8 @@ _TRANSCRIPT = re.compile(r"\s*Human:|\s*Assistant:[\s\S]*\n\s*Human:")
 _LABEL = re.compile(r"\s*Assistant:")
 _ASSISTANT = "\n\nAssistant:"
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_KINDS = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "missing or null",
-    list: "a list",
-}
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+_NO_MESSAGES = 'not a list of messages {"role", "content"}'
 Messages = list[dict[str, str]]
 
 
@@ -51,33 +46,32 @@ def parse_row(row: dict[str, Any]) -> Parsed:
     Raises:
         RowRejectedError: the row holds no such pair.
     """
-    if missing := [f"`{name}`" for name in ("chosen", "rejected") if name not in row]:
-        raise RowRejectedError(
-            "`chosen` and `rejected` must both be text, or both lists of messages; missing: "
-            f"{', '.join(missing)}. The columns are {column_names(row)}. For other columns use "
-            "`sft-probe probe-set --from-csv FILE --prompt COLUMN --category NAME=COLUMN`"
-        )
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _from_messages(prompt, chosen, rejected)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
-        kinds = " and ".join(
+        names = ("chosen", "rejected")
+        what = " and ".join(
             f"`{name}` is {kind_of(row[name])}"
-            for name in ("chosen", "rejected")
-            if not isinstance(row[name], str)
+            for name in names
+            if name in row and not isinstance(row[name], str)
         )
+        if missing := [f"`{name}`" for name in names if name not in row]:
+            what = (
+                f"missing: {', '.join(missing)}. The columns are {column_names(row)}. For other "
+                "columns use `sft-probe probe-set --from-table FILE --prompt COLUMN --category "
+                "NAME=COLUMN`"
+            )
         raise RowRejectedError(
-            f"`chosen` and `rejected` must both be text, or both lists of messages; {kinds}"
+            f"`chosen` and `rejected` must both be text, or both lists of messages; {what}"
         )
     if not chosen.strip() or not rejected.strip():
         raise RowRejectedError("an empty response")
     if _TRANSCRIPT.match(chosen) and _TRANSCRIPT.match(rejected):
         return _from_transcripts(_normalise(chosen), _normalise(rejected))
     if prompt is None:
-        raise RowRejectedError(
-            "no `prompt`, and the sides are not HH transcripts (`\\n\\nHuman: ... "
-            "\\n\\nAssistant: ...`)"
-        )
+        form = r"`\n\nHuman: ... \n\nAssistant: ...`"
+        raise RowRejectedError(f"no `prompt`, and the sides are not HH transcripts ({form})")
     return _parsed(parse_turns(prompt), clean_response(chosen), clean_response(rejected))
 
 
@@ -109,6 +103,8 @@ def column_names(row: dict[str, Any]) -> str:
 
 def kind_of(value: Any) -> str:
     """Describe the type of a value that should be text."""
+    if value is None:
+        return "missing or null"
     return _KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
@@ -150,15 +146,10 @@ def check_texts(messages: Messages, responses: list[str]) -> None:
         raise RowRejectedError("the prompt does not end with a user's turn that says something")
     if not all(response.strip() for response in responses):
         raise RowRejectedError("an empty response")
-    for turn in messages:
-        content = turn["content"].strip()
-        if turn["role"] == "user" and (
-            content.startswith("Human:") or content.endswith("Assistant:")
-        ):
-            raise RowRejectedError(
-                "a user's turn still starts with `Human:` or ends with `Assistant:`"
-            )
     contents = [turn["content"] for turn in messages]
+    asked = [turn["content"].strip() for turn in messages if turn["role"] == "user"]
+    if any(text.startswith("Human:") or text.endswith("Assistant:") for text in asked):
+        raise RowRejectedError("a user's turn still starts with `Human:` or ends with `Assistant:`")
     if any(_TURN.search(text) for text in (*contents, *responses)):
         raise RowRejectedError(
             "more turns follow inside a text (a blank line and `Human:` or `Assistant:`)"
@@ -239,18 +230,16 @@ def check_messages(messages: list[Any]) -> Messages:
     Raises:
         RowRejectedError: an element is not a message with a known role and text.
     """
-    turns = [
-        {"role": turn.get("role"), "content": _content(turn.get("content"))}
-        for turn in messages
-        if isinstance(turn, dict)
-    ]
-    is_valid = len(turns) == len(messages) > 0 and all(
-        turn["role"] in ("system", "user", "assistant") and turn["content"] is not None
-        for turn in turns
-    )
-    if not is_valid:
-        raise RowRejectedError('not a list of messages {"role", "content"}')
-    return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns]
+    turns = []
+    for turn in messages:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        content = _content(turn.get("content")) if isinstance(turn, dict) else None
+        if role not in ("system", "user", "assistant") or content is None:
+            raise RowRejectedError(_NO_MESSAGES)
+        turns.append({"role": str(role), "content": content})
+    if not turns:
+        raise RowRejectedError(_NO_MESSAGES)
+    return turns
 
 
 def _content(content: Any) -> str | None:
@@ -258,7 +247,7 @@ def _content(content: Any) -> str | None:
     if isinstance(content, list) and content:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]
-        return _unix("".join(texts)).strip() if len(texts) == len(parts) else None
+        content = "".join(texts) if len(texts) == len(parts) else None
     return _unix(content).strip() if isinstance(content, str) else None
 
 

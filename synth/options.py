@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sft_probe.files import check_exists
 from sft_probe.options import (
     Amount,
     Command,
@@ -14,6 +15,7 @@ from sft_probe.options import (
     Rate,
     Replayable,
 )
+from sft_probe.prompts import check_format
 
 WriterName = Literal["gemini", "gemini-legacy", "gemini-batch", "openai", "hf", "offline"]
 
@@ -91,6 +93,12 @@ class SynthRun(Contents, Budget, Replayable):
     """Address of the server; openai needs it except for OpenAI's own."""
     dry_run: bool = False
     """Print calls, tokens and cost; send and write nothing."""
+
+    def check(self) -> None:
+        """Check the source where it is a file, and the prompt format."""
+        if self.source.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            check_exists(Path(self.source))
+        check_format(self.prompt_format, "--prompt-format")
 
     def execute(self) -> None:
         """Write the set, or print what it would cost."""

@@ -3,31 +3,22 @@
 import html
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from sft_probe import files
 from sft_probe.errors import UserError
-from sft_probe.files import (
-    find,
-    make_dir,
-    new_file,
-    read_json,
-    remove_leftovers,
-    sha256_file,
-    write_json,
-    write_jsonl,
-    write_text,
-)
 from sft_probe.probe_set import SPLITS, Doc, LeftOut, ProbeSet
 from sft_probe.synth.asking.store import open_copy
 from sft_probe.synth.build import SetPlan, Written
 from sft_probe.synth.duplicates import count_words, near_duplicates, prompt_text
 from sft_probe.synth.sources import source_files, source_sha256
 from sft_probe.synth.splits import RULE
+from sft_probe.text_table import text_table
 
 _LOG = logging.getLogger(__name__)
 WORK_DIR = "synthesis"
@@ -37,6 +28,7 @@ _RULE_FILE = f"{WORK_DIR}/rule.json"
 FIGURE = "lengths.png"
 _WRITTEN = (*(f"{split}.jsonl" for split in SPLITS), "README.md", "probe_set.json", FIGURE)
 _DATA_FILES = [{"split": split, "path": f"{split}.jsonl"} for split in SPLITS]
+_LEFT_OUT = ("doc_id", "reason", "detail")
 SetRow = dict[str, Any]
 """One line of a set's JSONL file."""
 
@@ -45,44 +37,36 @@ def check_directory(out: Path, source: str) -> None:
     """Raise `UserError` where a set in `out` would replace, or include, files of another origin."""
     path = Path(source).expanduser()
     written = {(out / name).resolve() for name in _WRITTEN}
+    existing = [name for name in sorted(_WRITTEN) if (out / name).exists()]
+    foreign = [path.name for path in files.find(out, "*.jsonl") if path.stem not in SPLITS]
+    fault = None
     if path.exists() and not written.isdisjoint(file.resolve() for file in source_files(path)):
-        raise UserError(
-            f"the source {source} would be overwritten by the set in {out}. Choose another --out."
-        )
-    existing = sorted(name for name in _WRITTEN if (out / name).exists())
-    if existing and not (out / STORE).is_file():
-        raise UserError(
-            f"{out} holds {', '.join(existing)}, which sft-probe synth has not written and would "
-            "replace. Choose another --out."
-        )
-    foreign = [path.name for path in find(out, "*.jsonl") if path.stem not in SPLITS]
-    if foreign:
-        raise UserError(
-            f"{out} holds {', '.join(foreign)}, which would count as a part of the set. Choose "
-            "another --out."
-        )
+        fault = f"the source {source} would be overwritten by the set in {out}"
+    elif existing and not (out / STORE).is_file():
+        names = ", ".join(existing)
+        fault = f"{out} holds {names}, which sft-probe synth has not written and would replace"
+    elif foreign:
+        fault = f"{out} holds {', '.join(foreign)}, which would count as a part of the set"
+    if fault:
+        raise UserError(f"{fault}. Choose another --out.")
 
 
 def rule_of(out: Path) -> int:
     """Return the version of the rule (`splits.RULE`) that a directory was begun with."""
     if (out / _RULE_FILE).is_file():
-        return int(read_json(out / _RULE_FILE)["rule"])
-    return 1 if _holds_answers(out / STORE) else RULE
-
-
-def _holds_answers(store: Path) -> bool:
-    """Return whether anything was requested; an estimate by version 0.1 left an empty store."""
-    if not store.is_file():
-        return False
-    with open_copy(store) as copy:  # so that an estimate writes nothing
-        return bool(copy.counts())
+        return int(files.read_json(out / _RULE_FILE)["rule"])
+    if not (out / STORE).is_file():
+        return RULE
+    with open_copy(out / STORE) as copy:  # so that an estimate writes nothing
+        # version 0.1 wrote no rule; its estimates left an empty store
+        return 1 if copy.counts() else RULE
 
 
 def begin_set(out: Path) -> None:
     """Make the directory and record its rule before the first answer is stored."""
     rule = rule_of(out)
-    make_dir(out / WORK_DIR)
-    write_json(out / _RULE_FILE, {"rule": rule})
+    files.make_dir(out / WORK_DIR)
+    files.write_json(out / _RULE_FILE, {"rule": rule})
 
 
 def write_set(
@@ -94,7 +78,7 @@ def write_set(
     writers: dict[str, str],
     facts: dict[str, Any],
 ) -> None:
-    """Write a set with its card.
+    """Write the finished docs of a plan, with a card and a manifest.
 
     Args:
         out: directory of the set.
@@ -113,51 +97,48 @@ def write_set(
             f"the splits overlap ({overlap}), so the set was not written. This is a defect; please "
             "report it."
         )
-    remove_leftovers(out)  # the store's lock is held
+    files.remove_leftovers(out)  # the store's lock is held
     provenance = {**_provenance(plan, docs, written), "overlap_of_splits": overlap, **facts}
     (out / "probe_set.json").unlink(missing_ok=True)
-    write_docs(out, docs, lambda doc: to_row(doc, _meta(doc, written)))
-    write_card(out, docs, writers, plan.settings.prompt_format, provenance)
-    write_manifest(out, docs, writers, plan.settings.prompt_format, provenance)
+    write_docs(out, docs, written)
+    write_card(out, docs, writers, plan.options.prompt_format, provenance)
+    write_manifest(out, docs, writers, plan.options.prompt_format, provenance)
 
 
-def to_row(doc: Doc, meta: dict[str, Any] | None = None) -> SetRow:
+def _to_row(doc: Doc, meta: dict[str, Any]) -> SetRow:
     """Return the line of a set's JSONL file for a doc."""
-    texts = dict(doc.responses)
-    drawn = {}
-    if doc.random_doc_id is not None:
-        drawn = {"random": texts.pop("random"), "random_doc_id": doc.random_doc_id}
-    return {
+    row = {
         "doc_id": doc.doc_id,
         "conversation_id": doc.conversation_id,
         "split": doc.split,
         "messages": list(doc.messages),
-        **texts,
+        **doc.responses,
         **({"meta": meta} if meta else {}),
-        **drawn,
     }
+    if doc.random_doc_id is not None:  # last
+        row |= {"random": row.pop("random"), "random_doc_id": doc.random_doc_id}
+    return row
 
 
 def _meta(doc: Doc, written: Written) -> dict[str, Any]:
-    assert doc.place is not None  # noqa: S101 - every doc of a source has one
     num_words = count_words(doc.responses["chosen"])
-    ratios = {
-        category: round(count_words(text) / num_words, 3)
-        for category, text in doc.responses.items()
-        if category not in ("chosen", "random")
-    }
     return {
-        "file": doc.place.file,
-        "line": doc.place.line,
-        "length_ratio": ratios,
+        **(doc.place._asdict() if doc.place else {}),
+        "length_ratio": {
+            category: round(count_words(text) / num_words, 3)
+            for category, text in doc.responses.items()
+            if category not in ("chosen", "random")
+        },
         "sample_index": written.sample_index.get(doc.doc_id, {}),
     }
 
 
-def write_docs(out: Path, docs: Sequence[Doc], row_of: Callable[[Doc], SetRow] = to_row) -> None:
-    """Write one JSONL file for each split."""
+def write_docs(out: Path, docs: Sequence[Doc], written: Written | None = None) -> None:
+    """Write one JSONL file for each split, with `meta` where its texts were written."""
     for split in SPLITS:
-        write_jsonl(out / f"{split}.jsonl", (row_of(doc) for doc in docs if doc.split == split))
+        own = (doc for doc in docs if doc.split == split)
+        rows = (_to_row(doc, _meta(doc, written) if written else {}) for doc in own)
+        files.write_jsonl(out / f"{split}.jsonl", rows)
 
 
 def write_manifest(
@@ -176,10 +157,10 @@ def write_manifest(
         "counts": {split: counts[split] for split in SPLITS},
         "categories": writers,
         "prompt_format": prompt_format,
-        "sha256": {path.name: sha256_file(path) for path in find(out, "*.jsonl")},
+        "sha256": {path.name: files.sha256_file(path) for path in files.find(out, "*.jsonl")},
         "provenance": provenance,
     }
-    write_json(out / "probe_set.json", manifest)
+    files.write_json(out / "probe_set.json", manifest)
 
 
 def write_left_out(out: Path, left_out: Sequence[LeftOut]) -> None:
@@ -187,47 +168,48 @@ def write_left_out(out: Path, left_out: Sequence[LeftOut]) -> None:
     rows = (
         {
             **(item.place._asdict() if item.place else {}),
-            **({"doc_id": item.doc_id} if item.doc_id else {}),
-            "reason": item.reason,
-            **({"detail": item.detail} if item.detail else {}),
+            **{name: value for name in _LEFT_OUT if (value := getattr(item, name))},
         }
         for item in left_out
     )
-    write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", rows)
+    files.write_jsonl(out / WORK_DIR / "rejected_rows.jsonl", rows)
 
 
 def overlap_of(docs: Sequence[Doc]) -> dict[str, int]:
     """Count the conversations, near-duplicate prompts, responses and partners of `random` that the
     splits share."""
     split_of = {doc.doc_id: doc.split for doc in docs}
-    conversations, responses = defaultdict(set), defaultdict(set)
-    for doc in docs:
-        conversations[doc.conversation_id].add(doc.split)
-        for text in doc.responses.values():
-            responses[text].add(doc.split)
     pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
+    partners = [(doc, doc.random_doc_id) for doc in docs if doc.random_doc_id]
     return {
-        "conversations": sum(len(splits) > 1 for splits in conversations.values()),
+        "conversations": _num_in_both((doc.conversation_id, doc.split) for doc in docs),
         "near_duplicate_prompts": sum(docs[i].split != docs[j].split for i, j in pairs),
-        "responses": sum(len(splits) > 1 for splits in responses.values()),
-        "random_partners": sum(
-            split_of[doc.random_doc_id] != doc.split for doc in docs if doc.random_doc_id
-        ),
+        "responses": _num_shared_responses(docs),
+        "random_partners": sum(split_of[partner] != doc.split for doc, partner in partners),
     }
 
 
+def _num_shared_responses(docs: Sequence[Doc]) -> int:
+    return _num_in_both((text, doc.split) for doc in docs for text in doc.responses.values())
+
+
+def _num_in_both(values: Iterable[tuple[str, str]]) -> int:
+    """Return how many values, given with their splits, are in several splits."""
+    return sum(count > 1 for count in Counter(value for value, _ in set(values)).values())
+
+
 def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[str, Any]:
-    settings = plan.settings
+    options = plan.options
     left_out = {item.place: item.reason for item in reversed(plan.left_out)}
-    is_local = Path(settings.source).expanduser().exists()
+    is_local = Path(options.source).expanduser().exists()
     return {
-        "source": Path(settings.source).name if is_local else settings.source,
-        "source_sha256": source_sha256(settings.source),
+        "source": Path(options.source).name if is_local else options.source,
+        "source_sha256": source_sha256(options.source),
         "source_revision": plan.revision,
-        "seed": settings.seed,
-        "limit": settings.limit,
-        "heldout_frac": settings.heldout_frac,
-        "rule": settings.rule,
+        "seed": options.seed,
+        "limit": options.limit,
+        "heldout_frac": options.heldout_frac,
+        "rule": plan.rule,
         "rows": {
             "read": plan.num_rows,
             "used": len(docs),
@@ -244,15 +226,15 @@ def _provenance(plan: SetPlan, docs: Sequence[Doc], written: Written) -> dict[st
             "second": _nested(written.last_faults),
         },
         "model_versions": sorted(written.model_versions),
-        **({"opinions": dict(sorted(written.opinions.items()))} if settings.judge else {}),
+        **({"opinions": dict(sorted(written.opinions.items()))} if options.judge else {}),
     }
 
 
 def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    nested: dict[str, dict[str, int]] = {}
+    nested: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for (category, fault), count in sorted(counts.items()):
-        nested.setdefault(category, {})[fault] = count
-    return nested
+        nested[category][fault] = count
+    return dict(nested)
 
 
 def write_card(
@@ -263,35 +245,44 @@ def write_card(
     provenance: dict[str, Any],
 ) -> None:
     """Write the dataset card `README.md`, with a figure where the extra `report` is installed."""
+    from jinja2 import Environment, PackageLoader
+
     table = length_table(docs, list(writers))
-    has_figure = _write_figure(out / FIGURE, table)
     header = {
         "license": provenance["license"],
         "task_categories": ["text-generation"],
         "tags": ["sft-probe", "preference", "synthetic"],
         "configs": [{"config_name": "default", "data_files": _DATA_FILES}],
     }
-    counts = Counter(doc.split for doc in docs)
-    parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
-        f"# {_text(out.resolve().name)}",
-        f"A probe set of sft-probe: {counts['train']} train and {counts['heldout']} held-out "
-        "prompts, each with "
-        f"{len(writers)} categories of response; prompt format {_text(prompt_format)}. Read it "
-        "with `datasets.load_dataset` or give the directory to `sft-probe train --probe_set`. "
-        f"Licence of the source: {_text(provenance['license'])}; texts of a model are under its "
-        "maker's terms.",
-        "## Categories and lengths in words",
-        _lengths(table, writers),
-        f"![lengths of the categories]({FIGURE})" if has_figure else "",
-        "## Where it comes from",
-        *_sections(provenance),
-        "`probe_set.json` holds all of this with hashes. Words are split at white space, and are "
-        "characters where a "
-        "script has none. The ratio is to the chosen response of the same doc; "
-        "`meta.length_ratio` has it for each text.",
-    ]
-    write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    environment = Environment(  # noqa: S701 - Markdown; what is not ours goes through `md`
+        loader=PackageLoader("sft_probe.synth", ""),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": _markdown, "faults": _fault_counts}
+    card = environment.get_template("card.md.jinja").render(
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
+        name=out.resolve().name,
+        counts=Counter(doc.split for doc in docs),
+        writers=writers,
+        prompt_format=prompt_format,
+        lengths=table,
+        figure=FIGURE if _write_figure(out / FIGURE, table) else None,
+        **provenance,
+    )
+    files.write_text(out / "README.md", card)
+
+
+def _markdown(value: object) -> str:
+    """Escape a value for Markdown: no HTML, table cells, links or code."""
+    escapes: dict[str, int | str | None] = {"|": "&#124;", "[": "&#91;", "`": "&#96;", "\n": " "}
+    return html.escape(str(value)).translate(str.maketrans(escapes))
+
+
+def _fault_counts(faults: dict[str, dict[str, int]]) -> str:
+    counts = ((kind, *item) for kind, found in faults.items() for item in found.items())
+    return ", ".join(f"{kind} {fault} {count}" for kind, fault, count in counts) or "none"
 
 
 def length_table(docs: Sequence[Doc], categories: Sequence[str]) -> pd.DataFrame:
@@ -303,67 +294,6 @@ def length_table(docs: Sequence[Doc], categories: Sequence[str]) -> pd.DataFrame
     columns = {f"p{round(100 * q):02d}": words.quantile(q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
     return pd.DataFrame({"mean": words.mean(), **columns, "ratio": ratios.mean()}).rename_axis(
         "category"
-    )
-
-
-def _lengths(table: pd.DataFrame, writers: dict[str, str]) -> str:
-    lines = [
-        "| category | writer | mean | median | 5 % | 95 % | ratio, mean |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in table.iterrows():
-        numbers = (
-            f"{row['mean']:.1f} | {row['p50']:.0f} | {row['p05']:.0f} | {row['p95']:.0f} | "
-            f"{row['ratio']:.2f}"
-        )
-        lines.append(f"| {name} | {_text(writers[str(name)])} | {numbers} |")
-    return "\n".join(lines)
-
-
-def _sections(provenance: dict[str, Any]) -> list[str]:
-    rows, revision = provenance["rows"], provenance["source_revision"]
-    revision = f" at revision {revision}" if revision else ""
-    reasons = "".join(f"\n- {count}: {_text(reason)}" for reason, count in rows["reasons"].items())
-    overlap = ", ".join(
-        f"{name.replace('_', ' ')} {number}"
-        for name, number in provenance["overlap_of_splits"].items()
-    )
-    templates = ", ".join(
-        f"{_text(item['name'])} ({item['sha256'][:12]})"
-        for item in provenance["templates"].values()
-    )
-    first, second = (
-        ", ".join(
-            f"{kind} {fault} {count}"
-            for kind, faults in provenance["failed_checks"][time].items()
-            for fault, count in faults.items()
-        )
-        or "none"
-        for time in ("first", "second")
-    )
-    note = provenance["note"]
-    return [
-        *([note] if note else []),
-        f"Source: {_text(provenance['source'])}{revision}, seed {provenance['seed']}. Of "
-        f"{rows['read']} rows "
-        f"{rows['used']} are used, {rows['not_drawn']} were not drawn, {rows['left_out']} left out"
-        f"{':' if reasons else '.'}{reasons}",
-        f"Overlap of the splits: {overlap}.",
-        f"Prompt templates{' (not followed)' if note else ''}: {templates or 'none'}.",
-        f"Texts that failed a check and were written again: {first}. Failed twice, doc left out: "
-        f"{second}.",
-        f"Cost of the texts: {provenance['cost_usd']:.4f} USD at list prices.",
-    ]
-
-
-def _text(value: object) -> str:
-    """Escape a value for Markdown: no HTML, table cells, links or code."""
-    return (
-        html.escape(str(value))
-        .replace("|", "&#124;")
-        .replace("[", "&#91;")
-        .replace("`", "&#96;")
-        .replace("\n", " ")
     )
 
 
@@ -384,64 +314,58 @@ def _write_figure(path: Path, table: pd.DataFrame) -> bool:
         base.mark_bar(height=14, color="#56B4E9").encode(x="p25:Q", x2="p75:Q"),
         base.mark_tick(color="black", thickness=2, height=14).encode(x="p50:Q"),
     ).properties(width=480)
-    with new_file(path) as temporary:
+    with files.new_file(path) as temporary:
         chart.save(str(temporary), format="png", ppi=144)
     return True
 
 
 def describe_probe_set(probe_set: ProbeSet) -> str:
     """Return a plain-text description of a probe set: counts, lengths, duplicates, faults."""
-    counts = {split: len(probe_set.of_split(split)) for split in SPLITS}
+    docs = probe_set.docs
+    counts = Counter(doc.split for doc in docs)
+    pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
+    across = [(docs[i], docs[j]) for i, j in pairs if docs[i].split != docs[j].split]
+    faults = [f"  {fault}" for fault in probe_set.faults]
+    columns = ("category", "words, mean", "min", "max", "bytes, mean", "near-duplicates")
+    rows = [
+        (category, *_lengths([doc.responses[category] for doc in docs]))
+        for category in probe_set.categories
+    ]
     lines = [
         f"probe set {probe_set.name} ({probe_set.source}), prompt format {probe_set.prompt_format}",
         f"docs: {counts['train']} train, {counts['heldout']} heldout; "
-        f"{sum(len(doc.messages) > 1 for doc in probe_set.docs)} with several turns; sha256 "
+        f"{sum(len(doc.messages) > 1 for doc in docs)} with several turns; sha256 "
         f"{probe_set.sha256[:16]}",
         "",
-        f"{'category':<20}{'words, mean':>12}{'min':>6}{'max':>6}{'bytes, mean':>13}"
-        f"{'near-duplicates':>17}",
-        *(_category_line(probe_set, category) for category in probe_set.categories),
+        text_table(columns, rows),
         "",
-        *_prompt_lines(probe_set),
+        f"near-duplicates of an earlier prompt: {len({second for _, second in pairs})}, of them in "
+        f"the other split: {len(across)}",
+        *(f"  {first.doc_id} ~ {second.doc_id}" for first, second in across[:5]),
+        f"responses that stand in both splits: {_num_shared_responses(docs)}",
         "",
-        *(
-            ["faults:", *(f"  {fault}" for fault in probe_set.faults)]
-            if probe_set.faults
-            else ["no faults"]
-        ),
+        *(["faults:", *faults] if faults else ["no faults"]),
+        *_without_chosen(probe_set),
     ]
     return "\n".join(lines)
 
 
-def _category_line(probe_set: ProbeSet, category: str) -> str:
-    texts = [doc.responses[category] for doc in probe_set.docs]
-    if not texts:
-        return f"{category:<20}{'-':>12}"
-    lengths = [count_words(text) for text in texts]
-    mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
-    return (
-        f"{category:<20}{sum(lengths) / len(lengths):>12.1f}{min(lengths):>6}{max(lengths):>6}"
-        f"{mean_bytes:>13.1f}"
-        f"{len({second for _, second in near_duplicates(texts)}):>17}"
-    )
-
-
-def _prompt_lines(probe_set: ProbeSet) -> list[str]:
-    """Describe near-duplicate prompts and the texts that the splits share."""
-    docs = probe_set.docs
-    pairs = near_duplicates([prompt_text(doc.messages) for doc in docs])
-    across = [pair for pair in pairs if docs[pair[0]].split != docs[pair[1]].split]
-    number = len({second for _, second in pairs})
-    lines = [
-        f"near-duplicates of an earlier prompt: {number}, of them in the other split: {len(across)}"
+def _without_chosen(probe_set: ProbeSet) -> list[str]:
+    """Return what a set without the category `chosen` cannot do."""
+    if "chosen" in probe_set.categories:
+        return []
+    return [
+        "! no category `chosen`: there is no `random` either, which is drawn from it, and training "
+        f"needs --train_category {probe_set.categories[0]} or another one"
     ]
-    lines += [f"  {docs[first].doc_id} ~ {docs[second].doc_id}" for first, second in across[:5]]
-    splits_of = defaultdict(set)
-    for doc in docs:
-        for text in doc.responses.values():
-            splits_of[text].add(doc.split)
-    lines.append(
-        "responses that stand in both splits: "
-        f"{sum(len(splits) > 1 for splits in splits_of.values())}"
-    )
-    return lines
+
+
+def _lengths(texts: Sequence[str]) -> list[object]:
+    """Return words (mean, fewest, most), bytes (mean) and near-duplicates of some texts."""
+    if not texts:
+        return ["-"] * 5
+    words = [count_words(text) for text in texts]
+    mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
+    num_similar = len({second for _, second in near_duplicates(texts)})
+    mean_words = f"{sum(words) / len(words):.1f}"
+    return [mean_words, min(words), max(words), f"{mean_bytes:.1f}", num_similar]

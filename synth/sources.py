@@ -17,7 +17,7 @@ from typing import Any
 from sft_probe.errors import UserError
 from sft_probe.files import sha256_file
 from sft_probe.probe_set import Doc, LeftOut, Place, is_unicode
-from sft_probe.synth.hh import RowRejectedError, parse_row
+from sft_probe.synth.hh import Messages, RowRejectedError, parse_row
 from sft_probe.synth.splits import root_id
 
 _LOG = logging.getLogger(__name__)
@@ -50,12 +50,7 @@ class Row:
 
 
 def read_pairs(source: str, left_out: list[LeftOut], revision: str | None = None) -> list[Doc]:
-    """Return every usable preference pair of a source, in its order.
-
-    Args:
-        source: a file, a directory or a hub data set.
-        left_out: receives the rows that cannot be used.
-        revision: commit of a hub source.
+    """Return every usable preference pair of a source, in its order; others go to `left_out`.
 
     Raises:
         UserError: the source does not exist, or one of its files is damaged.
@@ -70,24 +65,25 @@ def read_pairs(source: str, left_out: list[LeftOut], revision: str | None = None
             continue
         digest = hashlib.sha256(json.dumps([messages, responses]).encode()).digest()
         if digest in seen:
-            left_out.append(
-                LeftOut(
-                    place=row.place, reason="the same as an earlier row", detail=str(seen[digest])
-                )
-            )
+            reason, first = "the same as an earlier row", str(seen[digest])
+            left_out.append(LeftOut(place=row.place, reason=reason, detail=first))
             continue
         seen[digest] = row.place
-        docs.append(
-            Doc(
-                doc_id=f"{stem(row.place.file)}-{row.place.line:06d}",
-                conversation_id=root_id(messages),
-                split=row.split or "",
-                messages=tuple(messages),
-                responses=responses,
-                place=row.place,
-            )
-        )
+        doc_id = f"{stem(row.place.file)}-{row.place.line:06d}"
+        docs.append(new_doc(doc_id, row, messages, responses))
     return docs
+
+
+def new_doc(doc_id: str, row: Row, messages: Messages, responses: dict[str, str]) -> Doc:
+    """Return the doc of a row."""
+    return Doc(
+        doc_id=doc_id,
+        conversation_id=root_id(messages),
+        split=row.split or "",
+        messages=tuple(messages),
+        responses=responses,
+        place=row.place,
+    )
 
 
 def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
@@ -102,10 +98,14 @@ def read_rows(source: str, revision: str | None = None) -> Iterator[Row]:
         yield from _hub_rows(source, revision)
         return
     for file in source_files(path):
-        read = _parquet_rows if file.suffix == ".parquet" else _jsonl_rows
         split = _split_of(_SPLIT_FILE, stem(file.name)) if path.is_dir() else None
-        for line, value, fault in read(file):
-            yield Row(place=Place(file.name, line), split=split, value=value, fault=fault)
+        yield from _file_rows(file, split)
+
+
+def _file_rows(path: Path, split: str | None = None) -> Iterator[Row]:
+    read = {".parquet": _parquet_rows, ".csv": _csv_rows}.get(path.suffix, _jsonl_rows)
+    for line, value, fault in read(path):
+        yield Row(place=Place(path.name, line), split=split, value=value, fault=fault)
 
 
 def read_table(path: Path) -> Iterator[Row]:
@@ -119,11 +119,7 @@ def read_table(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: a table is a {', '.join(_TABLE_SUFFIXES)} file.")
     if not path.is_file():
         raise UserError(f"cannot read the table {path}: no such file.")
-    if path.suffix != ".csv":
-        yield from read_rows(str(path))
-        return
-    for line, value, fault in _csv_rows(path):
-        yield Row(place=Place(path.name, line), split=None, value=value, fault=fault)
+    yield from _file_rows(path)
 
 
 def source_files(path: Path) -> list[Path]:
@@ -132,15 +128,12 @@ def source_files(path: Path) -> list[Path]:
     Raises:
         UserError: there are none, or two differ only in their suffix.
     """
-    files = (
-        sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
-        if path.is_dir()
-        else [path]
-    )
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
     if not files or not all(file.name.endswith(_SUFFIXES) for file in files):
-        raise UserError(
-            f"{path}: a source is a {', '.join(_SUFFIXES)} file, or a directory of them."
-        )
+        suffixes = ", ".join(_SUFFIXES)
+        raise UserError(f"{path}: a source is a {suffixes} file, or a directory of them.")
     if len({stem(file.name) for file in files}) < len(files):
         raise UserError(
             f"{path} holds files that differ only in their suffix, so their rows cannot be told "
@@ -150,8 +143,7 @@ def source_files(path: Path) -> list[Path]:
 
 
 def source_sha256(source: str) -> dict[str, str]:
-    """Return the hash of each file of a local source; nothing for the hub, whose revision is kept
-    instead."""
+    """Return the hash of each file of a local source; nothing for the hub, which has a revision."""
     path = Path(source).expanduser()
     return {file.name: sha256_file(file) for file in source_files(path)} if path.exists() else {}
 
@@ -178,28 +170,25 @@ def stem(name: str) -> str:
 
 def _split_of(pattern: re.Pattern[str], name: str) -> str | None:
     """Return the split that a whole name stands for: `test-00000-of-00002`, not `testimonials`."""
-    if (match := pattern.fullmatch(name)) is None:
-        return None
-    return "train" if match[1] == "train" else "heldout"
+    match = pattern.fullmatch(name)
+    return match and ("train" if match[1] == "train" else "heldout")
 
 
 def _jsonl_rows(path: Path) -> Numbered:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, *_parse_json(line)
+                if not line.strip():
+                    continue
+                try:
+                    value, fault = json.loads(line), None
+                except (ValueError, RecursionError):
+                    value, fault = None, "not valid JSON in UTF-8"
+                yield number, value, fault
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"cannot read {path} to its end: {error}. Download or copy the file again."
         ) from error
-
-
-def _parse_json(line: bytes) -> tuple[Any, str | None]:
-    try:
-        return json.loads(line), None
-    except (ValueError, RecursionError):
-        return None, "not valid JSON in UTF-8"
 
 
 def _csv_rows(path: Path) -> Numbered:
@@ -230,23 +219,17 @@ def _csv_rows(path: Path) -> Numbered:
 
 
 def _checked_header(path: Path, header: list[str]) -> list[str]:
+    fault = None
     if not header:
         raise UserError(f"the table {path} is empty: its first line must name the columns.")
     if not is_unicode(header) or "\0" in "".join(header):
-        raise UserError(
-            f"{path}, line 1: not UTF-8 (UTF-16, as some programs save it?). Save the table as "
-            "UTF-8."
-        )
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        raise UserError(
-            f"{path}, line 1: no commas between the columns. Save the table with commas as "
-            "separators."
-        )
-    if repeated := [name for name, count in Counter(header).items() if count > 1]:
-        raise UserError(
-            f"{path}, line 1: the column {', '.join(repeated)} comes more than once. Rename one of "
-            "them."
-        )
+        fault = "not UTF-8 (UTF-16, as some programs save it?). Save the table as UTF-8."
+    elif len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+        fault = "no commas between the columns. Save the table with commas as separators."
+    elif repeated := [name for name, count in Counter(header).items() if count > 1]:
+        fault = f"the column {', '.join(repeated)} comes more than once. Rename one of them."
+    if fault:
+        raise UserError(f"{path}, line 1: {fault}")
     return header
 
 

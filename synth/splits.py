@@ -45,15 +45,11 @@ def draw_key(content: dict[str, Any], seed: int) -> bytes:
     return hashlib.sha256(json.dumps([seed, content], sort_keys=True).encode()).digest()
 
 
-def draw_order(docs: Sequence[Doc], seed: int) -> list[Doc]:
-    """Return docs in the order in which rule 1 draws them."""
-    return _shuffled(docs, seed)
-
-
-def _shuffled(values: Sequence[Any], seed: int) -> list[Any]:
-    shuffled = list(values)
-    random.Random(seed).shuffle(shuffled)  # noqa: S311 - reproducible, not secret
-    return shuffled
+def shuffled(values: Sequence[Any], seed: int) -> list[Any]:
+    """Return values in a random order, in which rule 1 draws docs and clusters."""
+    values = list(values)
+    random.Random(seed).shuffle(values)  # noqa: S311 - reproducible, not secret
+    return values
 
 
 def split_of(conversation: str, threshold: float, seed: int) -> str:
@@ -76,16 +72,11 @@ def choose_threshold(conversations: Sequence[str], heldout: float, seed: int) ->
     hashes = sorted((_unit_hash(conversation, seed), size) for conversation, size in sizes.items())
     totals = list(itertools.accumulate(size for _, size in hashes))
     if heldout >= 1:
-        last = next(
-            (number for number, total in enumerate(totals) if total >= heldout), len(totals) - 1
-        )
+        last = next((i for i, total in enumerate(totals) if total >= heldout), len(totals) - 1)
     else:
         num_below = sum(size for value, size in hashes if value < heldout)
-        allowed = [
-            i
-            for i, total in enumerate(totals)
-            if MIN_DOCS <= total <= len(conversations) - MIN_DOCS
-        ]
+        most = len(conversations) - MIN_DOCS
+        allowed = [i for i, total in enumerate(totals) if MIN_DOCS <= total <= most]
         if not allowed or num_below in (totals[i] for i in allowed):
             return heldout
         last = min(allowed, key=lambda i: abs(totals[i] - num_below))
@@ -107,17 +98,9 @@ def _shortest_above(value: float, limit: float) -> float:
 def clusters(docs: Sequence[Doc]) -> list[int]:
     """Return the cluster number of each doc: docs of one conversation, or with near-duplicate
     prompts (transitively), share a cluster."""
-    first: dict[str, int] = {}  # equal prompts are compared with others once
-    edges = [
-        (first.setdefault(prompt_text(doc.messages), number), number)
-        for number, doc in enumerate(docs)
-    ]
-    numbers = list(first.values())
-    edges += [(numbers[i], numbers[j]) for i, j in near_duplicates(list(first))]
+    edges = near_duplicates([prompt_text(doc.messages) for doc in docs])
     roots: dict[str, int] = {}
-    edges += [
-        (roots.setdefault(doc.conversation_id, number), number) for number, doc in enumerate(docs)
-    ]
+    edges += [(roots.setdefault(doc.conversation_id, i), i) for i, doc in enumerate(docs)]
     rows, columns = np.array(edges).T
     graph = coo_matrix((np.ones(len(edges)), (rows, columns)), shape=(len(docs), len(docs)))
     return [int(label) for label in connected_components(graph, directed=False)[1]]
@@ -130,15 +113,15 @@ def split_docs(
     left_out: list[LeftOut],
     rule: int = RULE,
 ) -> list[Doc]:
-    """Return the docs with their splits, without those that cannot be held out cleanly.
+    """Return the docs with their splits, in their order, without those that cannot be held out
+    cleanly: they share a conversation, a near-duplicate prompt or a response with train.
 
     Args:
-        docs: in the order to keep.
+        docs: with the splits of the source, where it has some.
         heldout_frac: share of the conversations to hold out. None keeps the source's own splits
             where it has both, else holds out 0.2.
         seed: of the hashes.
-        left_out: receives the held-out docs that share a conversation, a near-duplicate prompt or a
-            response with train.
+        left_out: receives the other docs.
         rule: version of the rule, see `RULE`.
 
     Raises:
@@ -146,11 +129,9 @@ def split_docs(
     """
     labels = clusters(docs)
     splits = _draw_splits(docs, labels, heldout_frac, seed, rule)
-    trained_clusters = {
-        label for label, split in zip(labels, splits, strict=True) if split == "train"
-    }
-    trained = [doc for doc, split in zip(docs, splits, strict=True) if split == "train"]
-    trained_texts = {text for doc in trained for text in doc.responses.values()}
+    trained = {i for i, split in enumerate(splits) if split == "train"}
+    trained_clusters = {labels[i] for i in trained}
+    trained_texts = {text for i in trained for text in docs[i].responses.values()}
     kept = []
     for doc, label, split in zip(docs, labels, splits, strict=True):
         reason = ""
@@ -187,7 +168,7 @@ def _held_clusters(labels: Sequence[int], heldout_frac: float, seed: int) -> set
     target = round(heldout_frac * len(labels))
     held: set[int] = set()
     num_held = 0
-    for label in _shuffled(range(len(sizes)), seed):
+    for label in shuffled(range(len(sizes)), seed):
         if num_held + sizes[label] <= target:
             held.add(label)
             num_held += sizes[label]
@@ -197,11 +178,11 @@ def _held_clusters(labels: Sequence[int], heldout_frac: float, seed: int) -> set
 def check_sizes(docs: Sequence[Doc], left_out: Sequence[LeftOut]) -> None:
     """Raise `UserError` where a split has fewer docs than `random` needs."""
     counts = Counter(doc.split for doc in docs)
+    fix = "Take more rows (--limit), or choose another --heldout-frac or --seed."
+    if left_out:
+        fix = f"Left out: {common_reasons(left_out)}. Fix the most common reason, or: {fix}"
     for split in SPLITS:
         if counts[split] < MIN_DOCS:
-            fix = "Take more rows (--limit), or choose another --heldout-frac or --seed."
-            if left_out:
-                fix = f"Left out: {common_reasons(left_out)}. Fix the most common reason, or: {fix}"
             raise UserError(
                 f"the split {split} has {counts[split]} usable docs but needs {MIN_DOCS} or more. "
                 f"{fix}"
@@ -227,11 +208,8 @@ def with_random(docs: Sequence[Doc], seed: int) -> list[Doc]:
 
 def with_random_in_splits(docs: Sequence[Doc], seed: int) -> list[Doc]:
     """Return the train docs and then the held-out docs, with `random` drawn within each split."""
-    return [
-        doc
-        for split in SPLITS
-        for doc in with_random([one for one in docs if one.split == split], seed)
-    ]
+    parts = ([doc for doc in docs if doc.split == split] for split in SPLITS)
+    return [doc for part in parts for doc in with_random(part, seed)]
 
 
 def derangement(texts: Sequence[str], seed: int) -> list[int]:

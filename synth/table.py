@@ -18,31 +18,13 @@ from sft_probe.probe_set import (
     LeftOut,
     common_reasons,
 )
-from sft_probe.synth.hh import (
-    Messages,
-    RowRejectedError,
-    check_messages,
-    check_texts,
-    clean_response,
-    column_names,
-    join_turns,
-    kind_of,
-    parse_turns,
-    split_answer,
-)
+from sft_probe.synth import hh, splits
+from sft_probe.synth.hh import Messages, RowRejectedError
 from sft_probe.synth.output import write_docs, write_manifest
-from sft_probe.synth.sources import Row, read_table, stem
-from sft_probe.synth.splits import (
-    MIN_DOCS,
-    RULE,
-    choose_threshold,
-    draw_key,
-    root_id,
-    split_of,
-    with_random_in_splits,
-)
+from sft_probe.synth.sources import Row, new_doc, read_table, stem
 
 _LOG = logging.getLogger(__name__)
+_DEFAULT_HELDOUT = 100
 
 
 def write_probe_set(
@@ -52,7 +34,7 @@ def write_probe_set(
     prompt_column: str,
     categories: dict[str, str],
     prompt_format: str,
-    heldout: float,
+    heldout: float | None,
     limit: int | None,
     seed: int,
 ) -> list[LeftOut]:
@@ -71,7 +53,7 @@ def write_probe_set(
         prompt_format: stored in the manifest.
         heldout: number of docs to hold out, exceeded by a few since whole conversations are held
             out. Below 1, the share of conversations, with which no doc changes its split when rows
-            are added or removed.
+            are added or removed. Default: 100, of under 500 docs a fifth.
         limit: largest number of docs, drawn at random.
         seed: of the draw, the split and `random`.
 
@@ -86,44 +68,34 @@ def write_probe_set(
     if not docs:
         reasons = common_reasons(left_out) if left_out else "it has no rows"
         raise UserError(f"{table} has no usable row: {reasons}.")
+    if heldout is None:
+        num_docs = min(len(docs), limit or len(docs))
+        heldout = min(_DEFAULT_HELDOUT, max(splits.MIN_DOCS, num_docs // 5))
     docs, threshold = _split(docs, heldout, limit, seed)
     writers = {name: f"column {column!r}" for name, column in categories.items()}
     is_random_drawn = "chosen" in categories and "random" not in categories
-    _check_sizes(docs, MIN_DOCS if is_random_drawn else 1, heldout)
+    _check_sizes(docs, splits.MIN_DOCS if is_random_drawn else 1, heldout)
     if is_random_drawn:
         writers["random"] = "derangement"
-        docs = with_random_in_splits(docs, seed)
+        docs = splits.with_random_in_splits(docs, seed)
     provenance = {
         "source": table.name,
         "source_sha256": sha256_file(table),
         "seed": seed,
         "left_out": len(left_out),
-        "split": {"rule": RULE, "threshold": threshold},
+        "split": {"rule": splits.RULE, "threshold": threshold},
     }
-    _write(out.resolve(), docs, writers, prompt_format, provenance)
+    make_dir(out.resolve().parent)
+    with new_dir(out.resolve()) as temporary:  # complete or absent
+        write_docs(temporary, docs)
+        write_manifest(temporary, docs, writers, prompt_format, provenance, name=out.resolve().name)
     num_held = sum(doc.split == "heldout" for doc in docs)
     _LOG.info(
         "%d of %d docs are held out. --heldout %s keeps each in its split when rows are added or "
         "removed.",
-        num_held,
-        len(docs),
-        threshold,
+        *(num_held, len(docs), threshold),
     )
     return left_out
-
-
-def _write(
-    out: Path,
-    docs: list[Doc],
-    writers: dict[str, str],
-    prompt_format: str,
-    provenance: dict[str, Any],
-) -> None:
-    """Write a set under a temporary name and rename it, so that `out` is complete or absent."""
-    make_dir(out.parent)
-    with new_dir(out) as temporary:
-        write_docs(temporary, docs)
-        write_manifest(temporary, docs, writers, prompt_format, provenance, name=out.name)
 
 
 def _check_out(out: Path) -> None:
@@ -138,9 +110,10 @@ def _check_out(out: Path) -> None:
 def _check_names(categories: dict[str, str]) -> None:
     for name in categories:
         if name in RESERVED_COLUMNS:
+            columns = ", ".join(RESERVED_COLUMNS)
             raise UserError(
-                f"--category {name}: a probe set has a column of this name "
-                f"({', '.join(RESERVED_COLUMNS)}). Choose another name."
+                f"--category {name}: a probe set has a column of this name ({columns}). Choose "
+                "another name."
             )
         if not CATEGORY_NAME.fullmatch(name):
             raise UserError(
@@ -165,8 +138,8 @@ def _docs(
             left_out.append(LeftOut(place=row.place, doc_id=doc_id, reason=str(error)))
     if seen and (missing := [column for column in columns if column not in seen]):
         raise UserError(
-            f"{table} has no column {', '.join(missing)}; it has {column_names(seen)}. Name yours "
-            "with --prompt COLUMN and --category NAME=COLUMN."
+            f"{table} has no column {', '.join(missing)}; it has {hh.column_names(seen)}. Name "
+            "yours with --prompt COLUMN and --category NAME=COLUMN."
         )
 
 
@@ -175,23 +148,14 @@ def _doc(doc_id: str, row: Row, prompt_column: str, categories: dict[str, str]) 
     values = {category: columns.get(column) for category, column in categories.items()}
     if empty := [name for name, value in values.items() if _is_empty(value)]:
         raise RowRejectedError(f"empty {', '.join(empty)}")
-    if faults := [
-        f"{name} is {kind_of(value)}, not text"
-        for name, value in values.items()
-        if not isinstance(value, str | list)
-    ]:
+    wrong = {name: value for name, value in values.items() if not isinstance(value, str | list)}
+    if wrong:
+        faults = (f"{name} is {hh.kind_of(value)}, not text" for name, value in wrong.items())
         raise RowRejectedError(", ".join(faults))
     messages = _prompt(columns.get(prompt_column))
     responses = {name: _response(name, value, messages) for name, value in values.items()}
-    check_texts(messages, list(responses.values()))
-    return Doc(
-        doc_id=doc_id,
-        conversation_id=root_id(messages),
-        split="",
-        messages=tuple(messages),
-        responses=responses,
-        place=row.place,
-    )
+    hh.check_texts(messages, list(responses.values()))
+    return new_doc(doc_id, row, messages, responses)
 
 
 def _is_empty(value: Any) -> bool:
@@ -212,9 +176,7 @@ def _decode_messages(value: Any) -> Any:
 def _prompt(value: Any) -> Messages:
     """Return the turns of a prompt. A whole conversation is cut before the assistant's last
     message."""
-    if value == "":
-        return []
-    messages = parse_turns(value)
+    messages = hh.parse_turns(value)
     is_answered = isinstance(value, list) and messages[-1]["role"] == "assistant"
     return messages[:-1] if is_answered else messages
 
@@ -223,16 +185,11 @@ def _response(name: str, value: Any, messages: Messages) -> str:
     """Return the text of a response: text, or the last message of a conversation that continues the
     prompt."""
     if isinstance(value, str):
-        return clean_response(value)
-    turns = check_messages(value)
-    before, text = split_answer(turns)
-    if join_turns(messages, before) != messages:
+        return hh.clean_response(value)
+    before, text = hh.split_answer(value)
+    if hh.join_turns(messages, before) != messages:
         raise RowRejectedError(f"the messages of {name} before its last one are not the prompt's")
     return text
-
-
-def _content(doc: Doc) -> dict[str, Any]:
-    return {"conversation_id": doc.conversation_id, "messages": doc.messages, **doc.responses}
 
 
 def _split(
@@ -240,16 +197,24 @@ def _split(
 ) -> tuple[list[Doc], float]:
     """Return the docs that are drawn, in the order of their hashes and with their splits, and the
     threshold of the split."""
-    if heldout >= 1 and not heldout < min(len(docs), limit or len(docs)):
+    num_docs = min(len(docs), limit or len(docs))
+    if num_docs < 2:
+        raise UserError("one row can be used: a set needs one doc to train on and one held out.")
+    if heldout >= num_docs:
         raise UserError(
-            f"--heldout {heldout:g} of {min(len(docs), limit or len(docs))} docs leaves one of the "
-            "splits empty."
+            f"--heldout {heldout:g}: only {num_docs} docs can be used. Hold out fewer, or give a "
+            "share below 1."
         )
-    threshold = choose_threshold([doc.conversation_id for doc in docs], heldout, seed)
-    docs = sorted(
-        (replace(doc, split=split_of(doc.conversation_id, threshold, seed)) for doc in docs),
-        key=lambda doc: draw_key(_content(doc), seed),
-    )
+    threshold = splits.choose_threshold([doc.conversation_id for doc in docs], heldout, seed)
+
+    def key(doc: Doc) -> bytes:
+        content = {"conversation_id": doc.conversation_id, "messages": doc.messages}
+        return splits.draw_key({**content, **doc.responses}, seed)
+
+    docs = [
+        replace(doc, split=splits.split_of(doc.conversation_id, threshold, seed))
+        for doc in sorted(docs, key=key)
+    ]
     if heldout >= 1:  # a limit takes docs from train alone, so that no doc changes its split
         docs.sort(key=lambda doc: doc.split == "train")
     return docs[:limit], threshold
@@ -260,7 +225,7 @@ def _check_sizes(docs: list[Doc], needed: int, heldout: float) -> None:
     if any(counts[split] < needed for split in SPLITS):
         num_conversations = len({doc.conversation_id for doc in docs})
         raise UserError(
-            f"--heldout {heldout:g} gives {counts['train']} docs for train and "
+            f"holding out {heldout:g} gives {counts['train']} docs for train and "
             f"{counts['heldout']} held out, and each split needs {needed}. Whole conversations are "
             f"held out, and the {len(docs)} docs are of {num_conversations}. Give more rows, or "
             "another --heldout or --seed."

@@ -1,6 +1,7 @@
 """lm-eval's `hf` model with the one scorer of `sft_probe.scoring.score`: `--model sft_probe`."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,13 +14,19 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from sft_probe.adapters import attach_adapter, check_adapter
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import code_refused, local_folder, needs_code
 from sft_probe.prompts import Prompt, encode_pair, joins_in_use, no_pair_reason, terminator_id
 from sft_probe.scoring.packing import Continuation
-from sft_probe.scoring.score import FittingScorer, Score, default_max_tokens
-from sft_probe.scoring.targets import TokenColumns
+from sft_probe.scoring.score import (
+    FittingScorer,
+    Reference,
+    Score,
+    choose_mode,
+    default_max_tokens,
+)
+from sft_probe.scoring.targets import Distances, TokenColumns
 from sft_probe.tasks.cache import bind_cache
 
 log = logging.getLogger(__name__)
@@ -41,6 +48,8 @@ class ProbeScore(tuple[float, bool]):
     """False where the model gave NaN or an infinity."""
     token_columns: TokenColumns | None = None
     """More of each token; `None` where it was not asked for."""
+    distances: Distances | None = None
+    """How far the model is from a reference; `None` without one."""
 
     @classmethod
     def of(cls, score: Score) -> "ProbeScore":
@@ -51,6 +60,7 @@ class ProbeScore(tuple[float, bool]):
         result.logprob_eos = score.logprob_eos
         result.is_finite = score.is_finite
         result.token_columns = score.columns
+        result.distances = score.distances
         return result
 
 
@@ -58,7 +68,9 @@ class NonFiniteError(UserError):
     """The model gave NaN or infinite log-probs for some requests; the others are scored."""
 
     def __init__(self, faults: list[Instance], scored: list[tuple[Instance, ProbeScore]]) -> None:
-        names = _join(f"{_name(request)}: NaN or infinite logits" for request in faults)
+        names = first_few(
+            (f"{_name(request)}: NaN or infinite logits" for request in faults), _MAX_NAMED, "\n"
+        )
         super().__init__(
             f"{len(faults)} of {len(faults) + len(scored)} requests have no log-prob:\n{names}"
         )
@@ -109,6 +121,8 @@ class ProbeLM(HFLM):
             max_tokens or default_max_tokens(str(self.device)), self.max_length
         )
         self.token_columns = token_columns
+        self.reference: Reference | None = None
+        """Probe tasks also get `ProbeScore.distances` from it."""
         if torch.device(self.device).type == "cpu":
             keep_freed_memory()
             if self.model.dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -160,6 +174,21 @@ class ProbeLM(HFLM):
             self.scorer.mode = None
         self._modules = modules
 
+    def compare_with(self, model: Any) -> None:
+        """Give probe tasks the distance from another model of the same token ids, which stays.
+
+        Raises:
+            UserError: it has another number of logits.
+        """
+        sizes = [item.config.get_text_config().vocab_size for item in (self.model, model)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"the reference has {sizes[1]} logits and the model {sizes[0]}: no divergence is "
+                "defined between them. Use a reference of the same vocabulary."
+            )
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.reference = Reference(model=inner, mode=choose_mode(inner, self.max_length))
+
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[ProbeScore]:
@@ -182,12 +211,15 @@ class ProbeLM(HFLM):
                 num_cut,
                 len(items),
             )
-        self.scorer.with_columns = self.token_columns and any(map(_is_probe, requests))
+        is_probe = any(map(_is_probe, requests))
+        self.scorer.with_columns = self.token_columns and is_probe
+        self.scorer.reference = self.reference if is_probe else None
         results: dict[int, ProbeScore] = {}
         for index, result in self._score(items, disable_tqdm):
             results[index] = result
             if result.is_finite:
                 self.cache_hook.add_partial("loglikelihood", requests[index].args, result)
+        self.scorer.reference = None  # whatever else it scores has none
         ordered = [results[i] for i in range(len(requests))]
         answered = list(zip(requests, ordered, strict=True))
         if faults := [request for request, result in answered if not result.is_finite]:
@@ -269,7 +301,8 @@ class ProbeLM(HFLM):
                 )
         if faults:
             raise UserError(
-                f"{len(faults)} of {len(requests)} requests cannot be scored:\n{_join(faults)}"
+                f"{len(faults)} of {len(requests)} requests cannot be scored:\n"
+                + first_few(faults, _MAX_NAMED, "\n")
             )
 
     def _fit(self, context_ids: list[int], ids: list[int], end: int | None) -> Continuation:
@@ -282,9 +315,8 @@ class ProbeLM(HFLM):
         """Return the scores of `items` by index."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         scores = self.scorer.score(model, items)
-        for index, result in tqdm(
-            scores, total=len(items), desc="scoring", disable=disable_tqdm or self.rank != 0
-        ):
+        is_shown = sys.stderr.isatty() and not disable_tqdm and self.rank == 0
+        for index, result in tqdm(scores, total=len(items), desc="scoring", disable=not is_shown):
             yield index, ProbeScore.of(result)
 
 
@@ -315,10 +347,3 @@ def _name(request: Instance) -> str:
         else request.doc_id
     )
     return f"{request.task_name}, doc {doc_id}"
-
-
-def _join(lines: Any) -> str:
-    """Join at most ten names, and say how many there are."""
-    all_lines = list(lines)
-    more = [f"and {len(all_lines) - _MAX_NAMED} more"] if len(all_lines) > _MAX_NAMED else []
-    return "\n".join([*all_lines[:_MAX_NAMED], *more])

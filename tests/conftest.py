@@ -123,6 +123,16 @@ def swept_run(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run, tiny_run
     return directory
 
 
+@pytest.fixture(scope="session")
+def referred_run(tmp_path_factory: pytest.TempPathFactory, sft_probe: Run, swept_run: Path) -> Path:
+    """A copy of the swept run, swept again beside its first step. Copy it before you change it."""
+    directory = tmp_path_factory.mktemp("referred") / "tiny"
+    shutil.copytree(swept_run, directory)
+    result = sft_probe("sweep", directory, "--reference", "first")
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
 @pytest.fixture
 def write_set(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
     """Writes docs as a bare JSONL probe set."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_probe.scores import score_row
+from sft_probe.scores import TOKEN_COLUMNS, score_row
 
 CURVES: dict[str, Callable[[int], float]] = {
     "chosen": lambda step: 4.0 * np.log2(step + 1),
@@ -28,6 +28,7 @@ def write_run(
     texts: dict[str, str] | None = None,
     prompt: str = "What is it?",
     omit: Callable[[dict[str, Any]], bool] = lambda _: False,
+    argmax: Callable[[int], float] | None = None,
     **columns: Any,
 ) -> Path:
     """A live-probed run: the mean body change of each category is its curve (nats per response),
@@ -35,7 +36,8 @@ def write_run(
 
     The first token gains a tenth of a curve, the terminator a quarter, the body the rest of what
     `logprob` gains: the whole curve. `texts`: category to response of every doc, so that a probe
-    set lies beside the run.
+    set lies beside the run. `argmax`: change of the argmax mass of every response, for rows
+    with token columns; the other columns do not move.
     """
     curves = curves or CURVES
     probe = directory / "probe"
@@ -62,6 +64,9 @@ def write_run(
                 tokens[1:-1] += 0.9 * gain / (NUM_TOKENS - 1)
                 tokens[-1] += 0.25 * gain
                 rows.append(_row({**shared, "step": step}, f"d{doc}", category, tokens))
+                if argmax is not None:
+                    mass = -20.0 + argmax(step) + 0.1 * noise[step][doc, number]
+                    rows[-1] |= _columns(mass)
         rows = [row for row in rows if not omit(row)]
         (probe / f"step_{step:06d}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows)
@@ -112,6 +117,11 @@ def _row(columns: dict[str, Any], doc_id: str, category: str, tokens: np.ndarray
         logprob_eos=float(tokens[-1]),
         is_greedy=False,
     )
+
+
+def _columns(argmax: float) -> dict[str, list[float]]:
+    values = (argmax / NUM_TOKENS, 2.0, 3, 0.5)
+    return {name: [value] * NUM_TOKENS for name, value in zip(TOKEN_COLUMNS, values, strict=True)}
 
 
 def _doc(doc_id: str, prompt: str, responses: dict[str, str]) -> dict[str, Any]:

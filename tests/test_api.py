@@ -68,7 +68,7 @@ def test_figures_are_altair_charts(two: list[Path], figure: str) -> None:
     chart = sft_probe.load(two[0]).plot(figure)
     assert isinstance(chart, alt.TopLevelMixin)
     assert chart.to_dict(validate=False)["$schema"].startswith("https://vega.github.io")
-    with pytest.raises(UserError, match="is none of the figures"):
+    with pytest.raises(UserError, match="there is no figure"):
         sft_probe.load(two[0]).plot("pie")
 
 
@@ -103,9 +103,7 @@ def test_score_gives_what_a_sweep_gives(swept_run: Path) -> None:
     assert len(ours) == len(theirs)
     for name in ("logprob", "logprob_first", "logprob_eos", "num_tokens"):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-3, err_msg=name)
-    assert set(sft_probe.load_probe_set(Path("helpful-mini")).categories) == set(
-        ours.index.unique(0)
-    )
+    assert set(sft_probe.probe_set(Path("helpful-mini")).categories) == set(ours.index.unique(0))
 
 
 def test_the_page_is_generated() -> None:
@@ -128,3 +126,12 @@ def test_the_notebook_runs(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> 
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)  # noqa: S102 - our own notebook
     assert names["comparison"] is not None
+
+
+def test_the_earlier_name_of_probe_set_works_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="is now sft_probe.probe_set"):
+        earlier = sft_probe.load_probe_set("helpful-mini")
+    assert earlier.sha256 == sft_probe.probe_set().sha256
+    assert "probe_set" in dir(sft_probe)
+    module = importlib.import_module("sft_probe.probe_set")
+    assert module.ProbeSet is type(earlier), "the module of this name is still one"

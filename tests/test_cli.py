@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import runpy
 import signal
@@ -17,12 +18,12 @@ import yaml
 from helpers import Run, make_docs, user_error
 from transformers import TrainingArguments
 
-from sft_probe import recipes
+from sft_probe import errors, recipes
 from sft_probe.analysis.commands import Plot, Transfer
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.cli import COMMANDS, ProbeSet, main
+from sft_probe.cli import COMMANDS, ProbeSet, main, overview
 from sft_probe.command_line import config_of, read_command, write_config
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.options import Command, about, options_of
 from sft_probe.synth.options import SynthRun
 from sft_probe.train import launch
@@ -120,14 +121,14 @@ def test_synth_without_run_is_still_run(sft_probe: Run, tmp_path: Path) -> None:
     [
         (["swep", "runs/a"], "there is no command 'swep'. Did you mean sweep?"),
         (["sweep", "runs/a", "--max_lenght", "5"], "Did you mean --max-length?"),
-        (["sweep", "runs/a", "--max", "5"], "sft-probe sweep has no option --max."),
+        (["sweep", "runs/a", "--max", "5"], "there is no option '--max'. See sft-probe sweep"),
         (["sweep", "runs/a", "--max-length", "0"], "--max-length: 0 is not positive"),
-        (["sweep", "runs/a", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["sweep", "runs/a", "--dtype", "int8"], "--dtype: there is no choice 'int8'."),
         (["sweep", "runs/a", "--max-length"], "--max-length: expected one argument"),
         (["sweep", "runs/a", "runs/b"], "'runs/b' is one argument too many"),
         (["sweep"], "RUN is missing. Usage: sft-probe sweep RUN [options]"),
         (["synth"], "--source, --out are missing"),
-        (["completion", "tcsh"], "'tcsh': use one of bash, zsh, fish"),
+        (["completion", "tcsh"], "SHELL: there is no choice 'tcsh'. Use one of bash"),
         (["transfer"], "transfer needs either --runs or --train-on"),
         (["train", "--learning_rat", "1"], "Did you mean --learning_rate?"),
         (["train", "--snapshot-step", "1"], "Did you mean --snapshot_steps?"),
@@ -147,16 +148,87 @@ def test_a_typo_is_one_line(words: list[str], message: str, sft_probe: Run) -> N
     assert len(said.splitlines()) == 1
 
 
-def test_a_typo_in_train_is_found_before_torch_is_imported() -> None:
+KNOWN_AT_ONCE = [
+    ("analyze no", "no does not exist"),
+    ("plot no", "no does not exist"),
+    ("report no", "no does not exist"),
+    ("words no", "no does not exist"),
+    ("weights no", "no does not exist"),
+    ("ledger no", "no does not exist"),
+    ("simplicity no", "no does not exist"),
+    ("track no", "no does not exist"),
+    ("sweep no", "no does not exist"),
+    ("transfer --runs a=no", "no does not exist"),
+    ("transfer --train-on chosen --recipe no", "there is no recipe 'no'"),
+    ("analyze rnu", "rnu does not exist. Did you mean run?"),
+    ("analyze run --categories chosn", "there is no category 'chosn'. Did you mean chosen?"),
+    ("report run --categories chosn", "there is no category 'chosn'. Did you mean chosen?"),
+    ("plot run --figures chnges", "there is no figure 'chnges'. Did you mean changes?"),
+    ("plot run --format pgn", "there is no format 'pgn'. Did you mean png?"),
+    ("sweep run --tasks ,", "--tasks: it names nothing"),
+    ("import no --out d", "no does not exist"),
+    ("sweep run", "holds no finished run"),
+    ("sweep run --contexts wide,own", "there is no context 'wide'. Use one of own, near, far"),
+    ("sweep run --splits test", "there is no split 'test'. Use one of heldout, train."),
+    ("sweep run --tasks no.yaml", "--tasks: no.yaml is missing"),
+    ("sweep out --checkpoints run/weights/* --probe-set no", "there is no probe set 'no'"),
+    ("sweep out --checkpoints run/weights/* --prompt-format no", "no prompt format 'no'. Use hh"),
+    ("probe-set no", "there is no probe set 'no'"),
+    ("probe-set --from-table no.csv --prompt a --category b=c --out d", "no.csv does not exist"),
+    ("probe-set --from-table run --prompt a --category b:c --out d", "--category b:c: write NAME="),
+    ("benchmarks add no.jsonl", "no.jsonl does not exist"),
+    ("tasks-dir --probe-set no", "there is no probe set 'no'"),
+    ("synth run --source no.jsonl --categories random --out x", "no.jsonl"),
+    ("train --no_flag", "there is no option '--no_flag'"),
+    ("train --config no", "there is no recipe 'no'"),
+    ("train --output_dir x --max_steps four", "--max_steps: 'four' is not a whole number"),
+    ("train --output_dir x --learning_rate fast", "--learning_rate: 'fast' is not a number"),
+    ("train --output_dir x --bf16 maybe", "--bf16: 'maybe' is neither true nor false"),
+    ("train --output_dir x --learning_rate", "--learning_rate needs a value"),
+    ("train --output_dir x --seed 1 2", "--seed takes one value"),
+    ("train --output_dir x --lr_scheduler_type cosin", "'cosin'. Did you mean cosine?"),
+    ("train --output_dir x --optim adamw", "there is no choice 'adamw'"),
+    ("train --output_dir x --snapshot_steps often", "'often' is neither a step"),
+    ("train --output_dir x --prompt_format no", "there is no prompt format 'no'"),
+    ("train --output_dir x --train_category no", "there is no category 'no'"),
+    ("train --output_dir x --deepspeed zero22", "Did you mean zero2?"),
+    ("train --output_dir run/manifest", "is a file"),
+    ("train --output_dir x --model_name_or_path ./run", "over the model's window of 64 tokens"),
+    ("train", "--output_dir is missing"),
+]
+
+
+def test_what_files_and_flags_tell_is_said_before_anything_heavy_is_imported(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    for folder in ("sweep/step_000000/heldout", "weights/step_0"):
+        (run / folder).mkdir(parents=True)
+    meta = {"step": 0, "examples_seen": 0, "tokens_seen": 0, "epoch": 0.0, "dtype": "float32"}
+    (run / "weights/step_0/meta.json").write_text(json.dumps({**meta, "sha256": {}}))
+    (run / "sweep/manifest.json").write_text('{"categories": ["chosen", "rejected"]}')
+    (run / "sweep/step_000000/heldout/rows.jsonl").write_text("")
+    (run / "manifest").write_text("")
+    (run / "config.json").write_text('{"max_position_embeddings": 64}')
     code = (
-        "import sys, sft_probe.cli as cli\n"
-        "for words in (['--no_flag'], ['--config', 'no'], ['--train_category', 'no']):\n"
-        "    try: cli.main(['train', *words])\n"
-        "    except SystemExit as end: assert end.code == 2\n"
-        "assert 'torch' not in sys.modules"
+        "import contextlib, io, json, sys, sft_probe.cli as cli\n"
+        "for words, message in json.loads(sys.argv[1]):\n"
+        "    said = io.StringIO()\n"
+        "    try:\n"
+        "        with contextlib.redirect_stderr(said): cli.main(words.split())\n"
+        "    except SystemExit as end: assert end.code == 2, words\n"
+        "    else: assert False, words\n"
+        "    assert message in said.getvalue(), (words, said.getvalue())\n"
+        "    assert said.getvalue().count('sft-probe: ') == 1, said.getvalue()\n"
+        "    found = {'torch', 'transformers', 'numpy', 'pandas', 'lm_eval'} & {*sys.modules}\n"
+        "    assert not found, (words, found)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, json.dumps(KNOWN_AT_ONCE)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
 
@@ -182,7 +254,7 @@ def test_a_recipe_with_an_unknown_option_is_refused(tmp_path: Path, sft_probe: R
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("learning_rat: 1e-5\n")
     said = user_error(sft_probe("train", "--config", recipe))
-    assert f"{recipe}: sft-probe train has no option 'learning_rat'." in said
+    assert f"{recipe}: there is no option 'learning_rat'." in said
     assert "Did you mean learning_rate?" in said
 
 
@@ -277,8 +349,7 @@ def test_a_dry_run_needs_no_directory(
 
 def test_a_category_that_no_run_has_is_refused(swept_run: Path, sft_probe: Run) -> None:
     said = user_error(sft_probe("analyze", swept_run, "--categories", "chosen,rejcted"))
-    assert "--categories rejcted: the runs have only chosen" in said
-    assert "Did you mean rejected?" in said
+    assert "--categories: there is no category 'rejcted'. Did you mean rejected?" in said
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -293,7 +364,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, sft_probe: Run) -> 
     def interrupted(_: Plot) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Plot, "execute", interrupted)
+    monkeypatch.setattr(Plot, "check", interrupted)
     result = sft_probe("plot", "runs/a")
     assert result.returncode == 130
     assert result.stderr.splitlines() == ["sft-probe: interrupted; what is complete is kept."]
@@ -365,3 +436,61 @@ def test_the_program_without_a_command_shows_its_help(capsys: pytest.CaptureFixt
     assert end.value.code == 0
     assert "synth status" in capsys.readouterr().out
     assert Train in COMMANDS.values()
+
+
+def test_a_wait_is_said_when_it_has_lasted_long_and_not_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with errors.doing("being quick"):
+        pass
+    monkeypatch.setattr(errors, "_QUICK_S", 0.01)
+    monkeypatch.setattr(errors, "_AGAIN_S", 0.02)
+    with errors.doing("loading the model"):
+        while len(caplog.messages) < 2:
+            time.sleep(0.01)
+    assert caplog.messages[0] == "loading the model ..."
+    assert caplog.messages[1].startswith("loading the model (0 s so far")
+    assert not [message for message in caplog.messages if "quick" in message]
+
+
+def test_no_progress_bars_of_other_libraries_are_shown() -> None:
+    code = (
+        "from sft_probe.errors import quiet; quiet()\n"
+        "from transformers.utils import logging\n"
+        "assert not logging.is_progress_bar_enabled()"
+    )
+    environment = {k: v for k, v in os.environ.items() if "PROGRESS_BARS" not in k}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_dry_run_of_a_sweep_imports_nothing_heavy(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"out/checkpoint-{step}").mkdir(parents=True)
+    code = (
+        "import sys, sft_probe.cli as cli\n"
+        "cli.main(['sweep', 'x', '--checkpoints', 'out/*', '--dry-run'])\n"
+        "found = {'torch', 'transformers', 'numpy', 'pandas', 'lm_eval'} & {*sys.modules}\n"
+        "assert not found, found"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "out/checkpoint-2" in result.stdout
+
+
+def test_the_overview_lists_every_command_once_in_titled_groups() -> None:
+    lines = overview().splitlines()
+    found = [line for line in lines if line.startswith("  ")]
+    assert len(found) == len(COMMANDS)
+    assert all(line.startswith(f"  {name}  ") for line, name in zip(found, COMMANDS, strict=True))
+    assert lines.count("studies of runs:") == 1
+
+
+def test_a_message_names_the_first_few_and_says_how_many_more_there_are() -> None:
+    assert first_few("abcde", 2) == "a, b and 3 more"
+    assert first_few("ab", 2) == "a, b"
+    assert first_few((name for name in "abc"), 1, "\n") == "a\nand 2 more"
+    assert first_few(["a: x", "b: y", "c: z"], 2, "; ") == "a: x; b: y and 1 more"

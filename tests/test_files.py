@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_probe.analysis.stats.imports import _read_samples
 from sft_probe.analysis.studies.simplicity import first_epoch
 from sft_probe.errors import UserError
 from sft_probe.files import (
@@ -18,6 +17,7 @@ from sft_probe.files import (
     jsonl_lines,
     new_dir,
     new_file,
+    read_jsonl,
     read_object,
     remove_leftovers,
     write_json,
@@ -32,7 +32,7 @@ NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 @pytest.mark.parametrize(
     "read",
     [
-        lambda path: list(_read_samples(path)),
+        read_jsonl,
         lambda path: pd.DataFrame(first_epoch(path.parent)).to_dict("records"),
         lambda path: pd.read_json(path, lines=True, dtype=False).to_dict("records"),
         lambda path: pyarrow.json.read_json(path).to_pylist(),

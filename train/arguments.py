@@ -3,67 +3,24 @@
 import inspect
 import json
 import logging
-import math
 import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
 
-from sft_probe.errors import UserError
-from sft_probe.models import DTYPES, load_tokenizer
+from sft_probe.errors import UserError, doing
+from sft_probe.models import load_tokenizer
 from sft_probe.train import launch
-from sft_probe.train.options import OBJECTIVES, ObjectiveOptions, TrainOptions, expand
-from sft_probe.train.snapshots import SNAPSHOT_DTYPES
+from sft_probe.train.checks import check_flags
+from sft_probe.train.options import TrainOptions, expand
 
 log = logging.getLogger(__name__)
-
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "dtype": DTYPES,
-    "snapshot_dtype": (None, *SNAPSHOT_DTYPES),
-    "objective": OBJECTIVES,
-    "loss_type": ("sigmoid", "ipo"),
-    "train_sampling_strategy": (
-        "random",
-        "sequential",
-    ),  # any other order follows from the lengths of the texts
-}
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "seed": 0,
-    "probe_train": 0,
-    "lora_r": 1,
-    "dataloader_num_workers": 0,
-}
-"""The smallest value of flags that nothing else checks in time."""
-_REQUIRED = {
-    "save_only_model": False,  # these three: a resume would not be exact
-    "ignore_data_skip": False,
-    "auto_find_batch_size": False,
-    "average_tokens_across_devices": True,  # these two: the loss would be another than documented
-    "label_smoothing_factor": 0.0,
-    # these three need a data set for evaluation; the probe is the evaluation here
-    "eval_strategy": "no",
-    "eval_on_start": False,
-    "load_best_model_at_end": False,
-    "resume_from_checkpoint": None,  # the same command resumes by itself
-    "save_on_each_node": False,  # all nodes see one run directory
-    "logging_nan_inf_filter": False,  # the console would show another loss than the files
-    "dataloader_in_order": True,
-    "enable_jit_checkpoint": False,  # it would answer SIGTERM in its own way
-    "push_to_hub": False,
-    "parallelism_config": None,
-    "fsdp_config": None,
-    "fsdp": None,  # snapshots are gathered from DeepSpeed's ZeRO
-}
-"""Flags of `TrainingArguments` that would break a promise of this program, and the value that they
-must keep."""
 
 
 @dataclass
@@ -71,7 +28,7 @@ class SftArguments(TrainOptions, TrainingArguments):
     """`TrainingArguments` with defaults for dense, comparable snapshots, and our options."""
 
     def __post_init__(self) -> None:
-        self._check_values()
+        self._check_checkpointing()
         self._settle_cpu()
         self.deepspeed = config = launch.deepspeed_config(self.deepspeed)
         self._settle_precision()
@@ -90,55 +47,6 @@ class SftArguments(TrainOptions, TrainingArguments):
         self.deepspeed = config
         self._check_single_gpu()
 
-    def _check_values(self) -> None:
-        """Raise `UserError` for values that no training here can have."""
-        if self.output_dir is None and not self.dry_run:
-            raise UserError("--output_dir is missing: where shall the run go?")
-        for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"--{name} {value}: use one of {', '.join(filter(None, known))}.")
-        if self.save_strategy != "no" or self.save_total_limit < 2:
-            raise UserError(
-                "resume states are saved at --resume_steps, with --save_total_limit 2 or more."
-            )
-        if self.max_steps == 0 or self.num_train_epochs <= 0:
-            raise UserError("a run has one step at least: raise --max_steps or --num_train_epochs.")
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"--{name} {value}: it must be {least} or more.")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name} {value}: a finite number is needed.")
-        for name, required in _REQUIRED.items():
-            if (value := getattr(self, name)) != required:
-                raise UserError(
-                    f"--{name} {value} does not work here. Leave it out: it must be {required}."
-                )
-        self._check_texts()
-        self._check_preference()
-
-    def _check_preference(self) -> None:
-        """Raise `UserError` for values that no preference stage can have, and for its options
-        without it."""
-        if self.objective == "sft":
-            for option in fields(ObjectiveOptions):
-                if getattr(self, option.name) != option.default:
-                    raise UserError(f"--{option.name} is for --objective dpo.")
-            return
-        if self.beta <= 0:
-            raise UserError(f"--beta {self.beta}: it must be above 0; at 0 a pair teaches nothing.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--label_smoothing {self.label_smoothing}: from 0 to below 0.5.")
-        if self.loss_type == "ipo" and self.label_smoothing:
-            raise UserError("--label_smoothing is for --loss_type sigmoid.")
-        if self.sft_weight < 0:
-            raise UserError(f"--sft_weight {self.sft_weight}: it must be 0 or more.")
-        if self.train_category != "chosen":
-            raise UserError(
-                f"--train_category {self.train_category}: --objective dpo trains on chosen over "
-                "rejected. Leave it out."
-            )
-
     @property
     def data_name(self) -> str:
         """What a run trains on, for messages."""
@@ -146,16 +54,8 @@ class SftArguments(TrainOptions, TrainingArguments):
             return "pairs of chosen and rejected"
         return f"examples of {self.train_category}"
 
-    def _check_texts(self) -> None:
-        """Raise `UserError` for flags with a syntax of their own, which the Trainer reads late or
-        not at all."""
-        for name, value in vars(self).items():
-            if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
-                raise UserError(f"--{name} {value}: a JSON object is needed.")
-        if any("=" not in part for part in (self.optim_args or "=").split(",")):
-            raise UserError(
-                f"--optim_args {self.optim_args}: write name=value, with commas between them."
-            )
+    def _check_checkpointing(self) -> None:
+        """Raise `UserError` for settings of gradient checkpointing that torch does not know."""
         known = (*inspect.signature(checkpoint).parameters, "preserve_rng_state")
         for flag in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             value = getattr(self, flag) or {}
@@ -241,16 +141,13 @@ def parse_arguments(argv: list[str]) -> tuple[SftArguments, dict[str, str]]:
         UserError: an unknown flag, a recipe that cannot be read, or a value that does not fit.
     """
     flags = expand(argv)
+    check_flags(flags)
     parser = HfArgumentParser(
         SftArguments, prog="sft-probe train", conflict_handler="resolve", allow_abbrev=False
     )
     parser.error = _refuse
-    with as_user_error():
+    with as_user_error(), doing("setting up the trainer"):
         (arguments,) = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
-    if arguments.hub_token is not None:
-        raise UserError(
-            "--hub_token would end up in the manifest; set HF_TOKEN in the environment instead."
-        )
     return arguments, _asked(flags)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.probe_set import LONE_SURROGATE, Doc, find_lone_surrogate
 from sft_probe.prompts import (
     DroppedDoc,
@@ -305,8 +305,7 @@ def _empty_prompt_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 def describe_first(dropped: Sequence[DroppedDoc]) -> str:
     """Say why the first few docs were dropped, for a message."""
-    more = [f"and {len(dropped) - 3} more"] if len(dropped) > 3 else []
-    return "; ".join([*(f"{drop.doc_id}: {drop.reason}" for drop in dropped[:3]), *more])
+    return first_few((f"{drop.doc_id}: {drop.reason}" for drop in dropped), 3, "; ")
 
 
 def _cut_turns(

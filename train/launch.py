@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import _get_build_directory  # private: where tor
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from sft_probe import ds_configs
-from sft_probe.errors import UserError, exit_on_user_error
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet
 from sft_probe.files import make_dir, read_json
 from sft_probe.models import cache_dir
 
@@ -32,18 +32,11 @@ def deepspeed_config(name: str | None) -> str | None:
 
     Returns:
         `None` for the name `none`. Without a name: zero2 with a GPU, else cpu.
-
-    Raises:
-        UserError: there is no such file.
     """
     name = name or ("zero2" if torch.cuda.is_available() else "cpu")
     if name == "none":
         return None
-    path = ds_configs.path_of(name) if name in ds_configs.available() else Path(name)
-    if not path.is_file():
-        known = ", ".join(ds_configs.available())
-        raise UserError(f"--deepspeed {name}: use one of {known}, none, or a JSON file.")
-    return str(path)
+    return str(ds_configs.path_of(name) if name in ds_configs.available() else name)
 
 
 def accelerator_config(given: Any) -> dict[str, Any]:
@@ -146,6 +139,6 @@ def build_extension() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_on_user_error():
+    quiet()
+    with exit_on_user_error(), doing("importing DeepSpeed, or compiling its extension"):
         build_extension()

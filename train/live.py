@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.files import make_dir, read_object, write_json, write_jsonl
 from sft_probe.models import check_window
 from sft_probe.probe_set import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
@@ -270,7 +270,7 @@ def write_step(folder: Path, step: int, rows: list[dict[str, Any]]) -> list[dict
     for row in rows:
         (scored if math.isfinite(row["logprob"] + row["logprob_eos"]) else faults).append(row)
     if faults:
-        names = ", ".join(f"{row['doc_id']} {row['category']}" for row in faults[:_MAX_NAMED])
+        names = first_few((f"{row['doc_id']} {row['category']}" for row in faults), _MAX_NAMED)
         log.error("step %d: %d logits are NaN or infinite: %s", step, len(faults), names)
         keys = ("step", "split", "category", "doc_id")
         notes = [{**{key: row[key] for key in keys}, "reason": "NaN or inf"} for row in faults]

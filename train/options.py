@@ -1,23 +1,24 @@
 """The options of `sft-probe train`: ours, and the Trainer's, read without importing torch."""
 
+import argparse
 import ast
 import importlib.util
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from sft_probe import ds_configs, recipes
+from sft_probe import recipes
 from sft_probe.command_line import check_known, parser_of, read_config
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import UserError, unknown
 from sft_probe.models import EMBEDDED_MODEL
-from sft_probe.options import Command, Option, as_text, options_of
-from sft_probe.probe_set import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
+from sft_probe.options import Command, Option, options_of, real, whole
+from sft_probe.probe_set import DEFAULT_PROBE_SET
 
 PROG = "sft-probe train"
-OBJECTIVES = ("sft", "dpo")
+SNAPSHOT_DTYPES = ("training", "float32")
 PAIR = ("chosen", "rejected")
 
 
@@ -183,10 +184,8 @@ def parse_mixture(text: str, categories: Sequence[str], source: str) -> list[Sha
         name, _, fraction = (piece.strip() for piece in item.partition(":"))
         category = name if name in categories else name.removesuffix(_NO_PROMPT)
         if category not in categories:
-            raise UserError(
-                f"--train_category {text}: {source} has only {', '.join(categories)}, not {name!r}."
-                f"{did_you_mean(category, categories)}"
-            )
+            where = f"--train_category {text}: {source}"
+            raise unknown("category", name, categories, where=where)
         shares.append(
             Share(
                 name=name,
@@ -201,7 +200,7 @@ def parse_mixture(text: str, categories: Sequence[str], source: str) -> list[Sha
 
 
 def mixture_of(
-    objective: str | None, train_category: str, categories: Sequence[str], source: str
+    objective: str, train_category: str, categories: Sequence[str], source: str
 ) -> list[Share]:
     """Return the mixture that is trained on: both sides of each pair in the preference stage.
 
@@ -234,8 +233,13 @@ def _fraction(text: str, flag: str) -> float:
 def train_options() -> tuple[Option, ...]:
     """Return our options and then those of the Trainer that we do not declare."""
     ours = options_of(Train, underscores=True)
+    theirs = {option.name: option for option in _trainer_options()}
+    choices = {name: option.choices for name, option in theirs.items()}
     names = {option.name for option in ours}
-    return (*ours, *(option for option in _trainer_options() if option.name not in names))
+    return (
+        *(replace(option, choices=choices.get(option.name, option.choices)) for option in ours),
+        *(option for name, option in theirs.items() if name not in names),
+    )
 
 
 def _trainer_options() -> list[Option]:
@@ -244,12 +248,7 @@ def _trainer_options() -> list[Option]:
     An import would take seconds, for torch. Comments such as `# --- Optimizer ---` title the
     groups.
     """
-    spec = importlib.util.find_spec("transformers")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    path = Path(folders[0] if folders else "", "training_args.py")
-    if not path.is_file():
-        return []
-    source = path.read_text("utf-8")
+    source = _source("training_args.py")
     sections = [
         (number, match[1])
         for number, line in enumerate(source.splitlines(), start=1)
@@ -265,18 +264,65 @@ def _trainer_options() -> list[Option]:
     return found
 
 
+def read_switch(text: str) -> bool:
+    """Return what the Trainer takes for true or false; a flag alone is true.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if text.lower() in ("", "yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+_READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "bool": ("true|false", read_switch),
+    "int": ("N", whole),
+    "float": ("X", real),
+    "str": ("TEXT", str),
+}
+"""Placeholder and reader of the types of the Trainer's options."""
+
+
+@cache
+def _enumerations() -> dict[str, tuple[str, ...]]:
+    """Return the values of each enumeration of the Trainer, by its class, from the source."""
+    found = {}
+    for name in ("training_args.py", "trainer_utils.py"):
+        for node in ast.parse(_source(name)).body:
+            if isinstance(node, ast.ClassDef) and "ExplicitEnum" in map(ast.unparse, node.bases):
+                values = [
+                    _literal(item.value) for item in node.body if isinstance(item, ast.Assign)
+                ]
+                found[node.name] = tuple(value for value in values if isinstance(value, str))
+    return found
+
+
+def _source(name: str) -> str:
+    """Return the source of a module of transformers; empty where that is not installed."""
+    spec = importlib.util.find_spec("transformers")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    path = Path(folders[0] if folders else "", name)
+    return path.read_text("utf-8") if path.is_file() else ""
+
+
 def _trainer_option(field: ast.AnnAssign, value: ast.Call, section: str) -> Option:
     name, kind = ast.unparse(field.target), ast.unparse(field.annotation)
     keywords = {keyword.arg: keyword.value for keyword in value.keywords}
     metadata, default = _literal(keywords.get("metadata")), _literal(keywords.get("default"))
-    metavars = {"bool": "true|false", "int": "N", "float": "X", "str": "TEXT"}
     about = metadata.get("help", "") if isinstance(metadata, dict) else ""
+    plain = kind.removesuffix(" | None")
+    metavar, read = _READERS.get(plain, ("VALUE", str))
     return Option(
         name=name,
         help=" ".join(about.replace("%%", "%").split()),
         group=f"Trainer: {section}" if section else "Trainer",
         flag=f"--{name}",
-        metavar=metavars.get(kind.removesuffix(" | None"), "VALUE"),
+        metavar=metavar,
+        read=read,
+        choices=_enumerations().get(plain.partition(" ")[0], ()),
         default=default,
     )
 
@@ -335,18 +381,16 @@ def recipe_flags(name: str | Path) -> list[str]:
     for key, value in read_config(path).items():
         option = key.replace("-", "_")
         if option not in _known():
-            hint = did_you_mean(option, [known.name for known in train_options()])
-            raise UserError(f"{path}: sft-probe train has no option {key!r}.{hint}")
+            names = [known.name for known in train_options()]
+            use = f"See {PROG} --help."
+            raise unknown("option", key, names, where=str(path), use=use)
         values = value if isinstance(value, list) else [value]
         flags += [f"--{option}", *map(str, values)]
     return flags
 
 
-def given_options(flags: Sequence[str]) -> dict[str, Any]:
-    """Return each flag with its values, the later ones winning: what `config.yaml` holds.
-
-    Read as a recipe, each value is the same text again, so that a run counts as the same run.
-    """
+def values_of(flags: Sequence[str]) -> dict[str, list[str]]:
+    """Return each flag with the texts that follow it, the later ones winning."""
     found: dict[str, list[str]] = {}
     name = ""
     for part in flags:
@@ -355,9 +399,17 @@ def given_options(flags: Sequence[str]) -> dict[str, Any]:
             found[name] = []
         elif name:
             found[name].append(part)
+    return found
+
+
+def given_options(flags: Sequence[str]) -> dict[str, Any]:
+    """Return each flag with its values, the later ones winning: what `config.yaml` holds.
+
+    Read as a recipe, each value is the same text again, so that a run counts as the same run.
+    """
     return {
         name: values if len(values) > 1 else _plain("".join(values) or "true")
-        for name, values in found.items()
+        for name, values in values_of(flags).items()
     }
 
 
@@ -367,34 +419,3 @@ def _plain(text: str) -> Any:
         return text
     value = float(text) if "." in text else int(text)
     return value if str(value) == text else text
-
-
-def check_inputs(flags: Sequence[str]) -> ProbeSet:
-    """Check what the flags name, before torch is imported and DeepSpeed compiles.
-
-    Returns the probe set.
-
-    Raises:
-        UserError: there is no such model directory, probe set, category or DeepSpeed setting.
-    """
-    given = {name: as_text(value) for name, value in given_options(flags).items()}
-    model = given.get("model_name_or_path", EMBEDDED_MODEL)
-    is_path = model.startswith(("/", ".", "~")) or Path(model).exists()
-    if is_path and not Path(model, "config.json").is_file():
-        raise UserError(f"--model_name_or_path {model}: there is no config.json in it.")
-    stage = given.get("deepspeed", "none")
-    if stage not in (*ds_configs.available(), "none") and not Path(stage).is_file():
-        raise UserError(
-            f"--deepspeed {stage}: use one of {', '.join(ds_configs.available())}, none, or a JSON "
-            f"file.{did_you_mean(stage, ds_configs.available())}"
-        )
-    data = given.get("train_data")
-    if data and data.endswith((".jsonl", ".jsonl.gz", ".parquet")) and not Path(data).is_file():
-        raise UserError(f"--train_data {data}: there is no such file.")
-    probe_set = load_probe_set(given.get("probe_set", DEFAULT_PROBE_SET))
-    if data is None:
-        category = given.get("train_category", "chosen")
-        mixture_of(given.get("objective"), category, probe_set.categories, probe_set.source)
-    if "output_dir" not in given and given.get("dry_run", "false").lower() in ("false", "no", "0"):
-        raise UserError("--output_dir is missing: where shall the run go?")
-    return probe_set

@@ -30,7 +30,7 @@ from sft_probe.train.model import (
     num_virtual_tokens,
 )
 from sft_probe.train.schedule import resolve_steps
-from sft_probe.train.trackers import TRACKERS, Tracker, means_of
+from sft_probe.train.trackers import TRACKERS, Tracker, means_of, muted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -249,9 +249,8 @@ class ProbeCallback(TrainerCallback):
 
             should_log = self.trainer.control.should_log
             # not `self.trainer.log`: TRL's averages its own metrics there, and empties them
-            Trainer.log(
-                self.trainer,
-                {f"probe/{category}": round(mean, 4) for category, mean in means.items()},
-            )
+            logged = {f"probe/{category}": round(mean, 4) for category, mean in means.items()}
+            with muted(self.trainer, [tracker.name for tracker in self.trackers]):
+                Trainer.log(self.trainer, logged)
             # `log` clears it, and then the loss of this step would not be logged
             self.trainer.control.should_log = should_log

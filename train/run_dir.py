@@ -35,6 +35,8 @@ STOPPED_EXIT_CODE = 75
 _MAY_DIFFER = ("max_wall_time_s", "dry_run", "local_rank")
 """Flags that may change from one attempt at a run to the next; `deepspeed` sets the last one."""
 _MARKER = "sft_probe_state.json"
+BEGUN = "begun.json"
+"""What `manifest.json` will say of a run and is known from its start, for those that follow it."""
 _COUNTS = {"times_shown": dict, "tokens_seen": int, "lr_since_snapshot": float}
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -133,12 +135,14 @@ def begin_run(run_dir: Path, request: dict[str, Any]) -> str | None:
 def abandon_run(run_dir: Path) -> None:
     """Remove the request if nothing was made for it, so that other flags can use the directory."""
     if latest_state(run_dir) is None and not (run_dir / "weights").exists():
-        (run_dir / "started.json").unlink(missing_ok=True)
+        for name in ("started.json", BEGUN):
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def finish_run(run_dir: Path) -> None:
     """Remove what only a resumed attempt would need from a complete run."""
-    (run_dir / "started.json").unlink(missing_ok=True)
+    for name in ("started.json", BEGUN):
+        (run_dir / name).unlink(missing_ok=True)
     for path in run_dir.glob("checkpoint-*"):
         shutil.rmtree(path)
 

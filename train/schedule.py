@@ -14,19 +14,21 @@ part  = N        that step
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
-
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from typing import TYPE_CHECKING, Any
 
 from sft_probe.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
 
 def resolve_steps(
-    text: str, *, flag: str, args: TrainingArguments, state: TrainerState, dataloader: Any
+    text: str, *, flag: str, args: "TrainingArguments", state: "TrainerState", dataloader: Any
 ) -> list[int]:
     """Parse a schedule for a training that is about to begin; in one without a known length the
     only epoch ends last."""
+    from transformers.trainer_utils import has_length
+
     num_batches = (
         len(dataloader)
         if has_length(dataloader)

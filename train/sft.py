@@ -8,17 +8,18 @@ Run as: sft-probe train --config quickstart --output_dir runs/mine
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from sft_probe.command_line import write_config
-from sft_probe.errors import UserError, exit_on_user_error, quiet
+from sft_probe.command_line import log_written, write_config
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet
 from sft_probe.files import make_dir, write_json
 from sft_probe.malloc import keep_freed_memory
 from sft_probe.models import load_tokenizer
@@ -33,6 +34,7 @@ from sft_probe.prompts import (
 from sft_probe.synth.splits import with_random
 from sft_probe.train import plan, run_dir
 from sft_probe.train.arguments import SftArguments, as_user_error, parse_arguments
+from sft_probe.train.checks import check_inputs
 from sft_probe.train.examples import (
     PadRight,
     TrainingExamples,
@@ -44,13 +46,7 @@ from sft_probe.train.examples import (
     without_heldout,
 )
 from sft_probe.train.model import PrecisionCallback, load_trained_model, model_version
-from sft_probe.train.options import (
-    PROG,
-    check_inputs,
-    expand,
-    given_options,
-    mixture_of,
-)
+from sft_probe.train.options import PROG, expand, given_options, mixture_of
 from sft_probe.train.preference import (
     PreferenceTrainer,
     preference_loss,
@@ -59,7 +55,6 @@ from sft_probe.train.preference import (
 )
 from sft_probe.train.probe import ProbeCallback
 from sft_probe.train.run_dir import STOPPED_EXIT_CODE, ResumeCallback, latest_state
-from sft_probe.train.schedule import parse_steps
 from sft_probe.train.snapshots import SnapshotCallback, parent_of
 from sft_probe.train.trainer import (
     FiniteTrainer,
@@ -110,12 +105,8 @@ def load_inputs(arguments: SftArguments, probe_set: ProbeSet) -> Inputs:
     """Return all inputs that need no weights: their faults are found before the model loads.
 
     Raises:
-        UserError: steps, tokenizer, data, mixture or prompt format are unusable.
+        UserError: tokenizer, data, mixture or prompt format are unusable.
     """
-    for flag in ("snapshot_steps", "probe_steps", "resume_steps"):
-        parse_steps(
-            getattr(arguments, flag) or "last", flag=f"--{flag}", max_steps=0, steps_per_epoch=1
-        )
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     docs, categories, dropped = _train_docs(arguments, probe_set)
     prompt_format = _resolve_format(arguments, tokenizer, probe_set, docs)
@@ -185,18 +176,11 @@ def _train_unless_complete(
 
     The first rank alone looks at what an earlier attempt has left, and writes `config.yaml`.
     """
-    tokenizer, prompt_format, examples = inputs
+    tokenizer, prompt_format, _ = inputs
     request: dict[str, Any] = {}
     if arguments.should_save:
         request = run_dir.request_of(
-            asked,
-            arguments.world_size,
-            probe_set_sha256=probe_set.sha256,
-            train_data_sha256=sha256_of_source(arguments.train_data),
-            deepspeed_config_sha256=run_dir.sha256_text(arguments.deepspeed),
-            model_version=model_version(arguments.model_name_or_path),
-            prompt_format=prompt_format.name,
-            encoded_data_sha256=examples.sha256,
+            asked, arguments.world_size, **contents_of(arguments, probe_set, inputs)
         )
     (is_complete,) = broadcast_object_list(
         [arguments.should_save and run_dir.is_complete(folder, request)]
@@ -215,7 +199,23 @@ def _train_unless_complete(
             write_json(folder / "manifest.json", {"request": request, "argv": sys.argv, **manifest})
     if arguments.should_save:
         run_dir.finish_run(folder)
+        log_written([folder], f"sweep {folder}")
     return False
+
+
+def contents_of(
+    arguments: SftArguments, probe_set: ProbeSet, inputs: Inputs
+) -> dict[str, str | None]:
+    """Return what a run is made from beside its flags: hashes of data and files, and the format."""
+    _, prompt_format, examples = inputs
+    return {
+        "probe_set_sha256": probe_set.sha256,
+        "train_data_sha256": sha256_of_source(arguments.train_data),
+        "deepspeed_config_sha256": run_dir.sha256_text(arguments.deepspeed),
+        "model_version": model_version(arguments.model_name_or_path),
+        "prompt_format": prompt_format.name,
+        "encoded_data_sha256": examples.sha256,
+    }
 
 
 def train(
@@ -232,14 +232,22 @@ def train(
         keep_freed_memory()
     tokenizer, prompt_format, examples = inputs
     end_id = terminator_id(prompt_format.name, tokenizer)
-    reference = (
-        reference_logprobs(arguments, tokenizer, examples, folder)
-        if arguments.objective == "dpo"
-        else None
-    )
-    trainer, precision = _make_trainer(arguments, examples, end_id, reference)
+    kind: Callable[..., FiniteTrainer] = FiniteTrainer
+    is_preference = arguments.objective == "dpo"
+    if is_preference:
+        reference = reference_logprobs(arguments, tokenizer, examples, folder)
+        preference = preference_loss(arguments)
+        kind = partial(PreferenceTrainer, preference=preference, reference=reference)
+    trainer, precision = make_trainer(arguments, examples, end_id, kind)
     state = latest_state(folder)
     losses = LossLog(folder, trainer, examples, _run_columns(arguments, folder))
+    known = {
+        **losses.columns,
+        "prompt_format": prompt_format.name,
+        "prompt_format_source": prompt_format.source,
+        "terminator_id": end_id,
+        **_about(arguments, probe_set, examples),
+    }
     snapshots = SnapshotCallback(
         folder / "weights", arguments.snapshot_steps, arguments.snapshot_dtype, tokenizer, losses
     )
@@ -261,6 +269,7 @@ def train(
     if arguments.should_save:  # no other rank may walk a directory that this one clears
         plan.check_disk(needed, folder)
         _log_plan(arguments, examples, run_dir.begin_run(folder, request))
+        write_json(folder / run_dir.BEGUN, {"request": request, **known})
     try:
         _run(trainer, losses, precision, state)
     except (UserError, KeyboardInterrupt):
@@ -283,45 +292,37 @@ def train(
         log.info("saving %d snapshots took %.1f s", len(snapshots.steps), snapshots.save_s())
     return {
         **precision.columns,
-        **losses.columns,
-        "prompt_format": prompt_format.name,
-        "prompt_format_source": prompt_format.source,
-        "terminator_id": end_id,
+        **known,
         "snapshot_steps": snapshots.steps,
         "snapshot_save_s": round(snapshots.save_s(), 3),
         "noise_nats": trainer.noise_nats,
-        "objective": arguments.objective,
-        **({} if reference is None else {"reference_sha256": reference_sha256(folder)}),
+        **({"reference_sha256": reference_sha256(folder)} if is_preference else {}),
         **_about(arguments, probe_set, examples),
     }
 
 
-def _make_trainer(
+Kind = TypeVar("Kind", bound=FiniteTrainer)
+
+
+def make_trainer(
     arguments: SftArguments,
     examples: TrainingExamples,
     end_id: int,
-    reference: torch.Tensor | None,
-) -> tuple[FiniteTrainer, PrecisionCallback]:
-    """Load the model and return its trainer: of pairs where there are log-probs of a reference.
+    kind: Callable[..., Kind],
+) -> tuple[Kind, PrecisionCallback]:
+    """Load the model and return its trainer.
 
     Raises:
         UserError: the Trainer or the launcher refuses the flags.
     """
     model, precision = load_trained_model(arguments), PrecisionCallback(arguments.dtype)
-    options: dict[str, Any] = {
-        "model": model,
-        "args": arguments,
-        "train_dataset": examples,
-        "data_collator": PadRight(end_id),
-        "callbacks": [precision],
-    }
-    with as_user_error():
-        trainer = (
-            FiniteTrainer(**options)
-            if reference is None
-            else PreferenceTrainer(
-                preference=preference_loss(arguments), reference=reference, **options
-            )
+    with as_user_error(), doing("setting up the trainer"):
+        trainer = kind(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=PadRight(end_id),
+            callbacks=[precision],
         )
     if trainer.is_deepspeed_enabled != (arguments.deepspeed is not None):
         raise UserError("the launcher and --deepspeed disagree on whether DeepSpeed is used.")
@@ -358,6 +359,7 @@ def _about(
     arguments: SftArguments, probe_set: ProbeSet, examples: TrainingExamples
 ) -> dict[str, Any]:
     return {
+        "objective": arguments.objective,
         "parent": parent_of(arguments.model_name_or_path),
         "probe_set": probe_set.absolute_source,
         "train_data": arguments.train_data,

@@ -64,9 +64,6 @@ def _master(parameter: torch.nn.Parameter) -> torch.Tensor:
     return _whole(parameter).float() if master is None else master  # a frozen weight has none
 
 
-SNAPSHOT_DTYPES = ("training", "float32")
-
-
 def parent_of(model: str) -> dict[str, Any] | None:
     """Return `run_dir`, `step` and `sha256` of the snapshot that a run continues from; `None` where
     the model is none."""

@@ -6,7 +6,8 @@ such as those of a sweep, stand at their place.
 
 import importlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Tracker:
     """
 
     def __init__(self, name: str, manifest: dict[str, Any], categories: Iterable[str]) -> None:
+        self.name = name
         self.module = importlib.import_module(name)
         config = {f"probe/{key}": manifest[key] for key in _CONFIG if key in manifest}
         self.module.config.update(config, allow_val_change=True)
@@ -53,6 +55,25 @@ class Tracker:
         table = self.module.Table(columns=list(_TABLE), data=values)
         means = {f"probe/{category}": mean for category, mean in means_of(rows).items()}
         self.module.log({AXIS: step, **means, "probe/docs": table})
+
+
+@contextmanager
+def muted(trainer: Any, names: Iterable[str]) -> Iterator[None]:
+    """Keep what a `transformers.Trainer` logs in the block from these libraries.
+
+    They have it already, on an axis of its own: a second curve would be `train/probe/*`.
+    """
+    from transformers import integrations
+
+    classes = {"wandb": integrations.WandbCallback, "trackio": integrations.TrackioCallback}
+    theirs = tuple(classes[name] for name in names)
+    handler = trainer.callback_handler
+    everyone = handler.callbacks
+    handler.callbacks = [callback for callback in everyone if not isinstance(callback, theirs)]
+    try:
+        yield
+    finally:
+        handler.callbacks = everyone
 
 
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.files import to_json, write_jsonl
 from sft_probe.scoring.head import HeadRows
 from sft_probe.scoring.packing import Continuation
@@ -76,8 +76,12 @@ class SftTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the Trainer's loss; while the model runs, only labelled positions reach its
         head."""
-        with self._head_rows.select(_predicting_rows(inputs["labels"]), inputs["labels"].shape):
+        with self.select_head(inputs["labels"]):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def select_head(self, labels: torch.Tensor) -> AbstractContextManager[None]:
+        """Let the head of the model run on the positions that predict a label, within a block."""
+        return self._head_rows.select(_predicting_rows(labels), labels.shape)
 
     def _token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """Return the losses [R], in nats, of the labelled tokens of `labels` [B, L], row by row."""
@@ -143,7 +147,7 @@ class SftTrainer(Trainer):
         batch = PadRight(0)([[(0, _example(item))] for item in items])
         labels = batch["labels"].to(model.device)
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        with torch.no_grad(), self._head_rows.select(_predicting_rows(labels), labels.shape):
+        with torch.no_grad(), self.select_head(labels):
             losses: npt.NDArray[np.float32] = (
                 self._token_losses(model(**inputs), labels).cpu().numpy()
             )
@@ -411,9 +415,7 @@ def save_last_good_step(trainer: SftTrainer, losses: LossLog, latest: Path | Non
     if trainer.args.world_size > 1:
         shown = gather_object(shown)
     spoiled = [losses.examples[index] for index, loss in shown if not math.isfinite(loss)]
-    names = [f"{example.doc_id} ({example.category})" for example in spoiled[:_MAX_NAMED]]
-    if len(spoiled) > _MAX_NAMED:
-        names.append(f"and {len(spoiled) - _MAX_NAMED} more")
+    names = first_few((f"{item.doc_id} ({item.category})" for item in spoiled), _MAX_NAMED)
     if step and (latest is None or latest.name != f"checkpoint-{step}"):
         trainer._save_checkpoint(
             trainer.model, trial=None
@@ -428,6 +430,6 @@ def save_last_good_step(trainer: SftTrainer, losses: LossLog, latest: Path | Non
     )
     return UserError(
         f"step {step + 1}: the loss is NaN or infinite, so the update was not made. {len(spoiled)} "
-        f"of {len(shown)} examples of the step have such a loss: {', '.join(names)}. {cause} "
+        f"of {len(shown)} examples of the step have such a loss: {names}. {cause} "
         + (f"The state of step {step} is in checkpoint-{step}." if step else "No step was made.")
     )

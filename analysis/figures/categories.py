@@ -15,6 +15,7 @@ from sft_probe.analysis.figures.figure import (
     category_keys,
     colors_of,
     key_colors,
+    panel_width,
     small_multiples,
     step_axis,
     ticks,
@@ -31,8 +32,7 @@ def curves_of(changes: pd.DataFrame, measure: str, split: str, style: Style) -> 
     """Return what a figure of changes draws: one measure per response of one split, with `label`
     and bands of levels, which end at log p = 0."""
     table = changes[(changes["split"] == split) & (changes["unit"] == PER_RESPONSE)]
-    shown = measure if (table["measure"] == measure).any() else "logprob_with_eos"
-    table = table[table["measure"] == shown].copy()
+    table = table[table["measure"] == measure].copy()
     table["label"] = [style.label(str(name)) for name in table["category"]]
     start = table["level"] - table["change"]
     table["level_low"] = np.minimum(start + table["band_low"], 0.0)
@@ -59,10 +59,33 @@ def changes_chart(
     keys = category_keys(categories, style)
     panels = list(dict.fromkeys(table["run"]))
     most = style.num_ticks(panels=len(panels) > 1)
+    if table["step_unit"].nunique() > 1:
+        return _own_axes(table, keys, panels, style, width)
     layers = _curves(table, keys, value="change", title=CHANGE_TITLE, marks=marks, most=most)
     if len(panels) == 1:
         return layers.properties(width=width - 5 * style.font_size, height=0.5 * min(width, 600))
     return small_multiples(layers, panels, style, width, column="run", ratio=1)
+
+
+def _own_axes(
+    table: pd.DataFrame, keys: Keys, runs: Sequence[str], style: Style, width: float
+) -> Any:
+    """Return a panel for each run with a step axis of its own, since steps count different
+    things."""
+    columns = min(len(runs), 3 if style.width >= 400 else 2)
+    cell = panel_width(width, columns, style)
+    most = style.num_ticks(panels=True)
+    charts = [
+        _curves(
+            table[table["run"] == run], keys, value="change", title=CHANGE_TITLE, most=most
+        ).properties(
+            width=cell,
+            height=min(cell, 300.0),
+            title=alt.Title(run, anchor="start", fontSize=style.font_size),
+        )
+        for run in runs
+    ]
+    return alt.concat(*charts, columns=columns).resolve_scale(y="shared")
 
 
 def levels_chart(table: pd.DataFrame, categories: Sequence[str], style: Style, width: float) -> Any:

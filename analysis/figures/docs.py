@@ -311,18 +311,22 @@ def _token_chart(table: pd.DataFrame, names: Sequence[str], style: Style, width:
     return small_multiples(layers, names, style, width, max_columns=1, height=height)
 
 
-def token_levels(recording: Recording, rows: pd.DataFrame) -> dict[str, dict[int, list[float]]]:
-    """Return the log-prob of each token by category and step.
+def token_levels(
+    recording: Recording, rows: pd.DataFrame, column: str = "token_logprobs"
+) -> dict[str, dict[int, list[float]]]:
+    """Return one column of each token by category and step.
 
     Args:
         recording: the run; nothing is returned where it did not keep its tokens.
         rows: its score rows of one doc and split.
+        column: `token_logprobs`, or one of `TOKEN_COLUMNS`.
     """
     found: dict[str, dict[int, list[float]]] = {}
     if recording.tokens is not None:
+        values = recording.tokens[column]
         places = zip(rows.index, rows["category"], rows["step"], strict=True)
         for index, category, step in places:
-            levels = recording.tokens[int(index)].as_py()
+            levels = values[int(index)].as_py()
             if levels:
                 found.setdefault(str(category), {})[int(step)] = levels
     return found

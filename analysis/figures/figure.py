@@ -190,6 +190,7 @@ def step_axis(steps: Sequence[int], title: str | None, most: int = MAX_TICKS) ->
         type="symlog",
         constant=max(min((step for step in steps if step > 0), default=1), 1),
         nice=False,
+        domain=[min(steps), max(steps)] if len(set(steps)) > 1 else alt.Undefined,
     )
     axis = alt.Axis(
         values=ticks(steps, most),

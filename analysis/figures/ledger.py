@@ -8,19 +8,16 @@ import altair as alt
 import pandas as pd
 
 from sft_probe.analysis.figures.figure import Figure, Style, small_multiples
-from sft_probe.analysis.studies.ledger import MEASURES, WHOLE, Ledger
-from sft_probe.analysis.studies.ledger_path import PathLedger
+from sft_probe.analysis.studies.ledger import MEASURES, WHOLE
 
 _COLORS = ("#bdbdbd", "#9ecae1", "#4292c6", "#08519c")
 
 
-def plot_ledger(
-    found: Ledger, folder: Path, formats: tuple[str, ...] = ("png", "pdf")
-) -> list[Path]:
-    """Write the figure `ledger_parts` with its numbers; return the paths."""
+def parts_figure(parts: pd.DataFrame) -> Figure:
+    """Return the figure `ledger_parts` of the rows of `Ledger.parts`."""
     style = Style()
-    table = found.parts[found.parts["measure"] == MEASURES[0]]
-    figure = Figure(
+    table = parts[parts["measure"] == MEASURES[0]]
+    return Figure(
         name="ledger_parts",
         title="The gain by the prompt that it shows under",
         subtitle=[
@@ -30,28 +27,31 @@ def plot_ledger(
         table=table,
         build=partial(_stacks, table, style),
     )
-    return figure.save(folder, formats, style)
 
 
-def plot_path(
-    found: PathLedger, folder: Path, formats: tuple[str, ...] = ("png", "pdf")
-) -> list[Path]:
-    """Write the figure `ledger_path` with its numbers; return the paths."""
+def path_figure(parts: pd.DataFrame) -> Figure:
+    """Return the figure `ledger_path` of the rows of `PathLedger.parts`."""
     style = Style()
-    sums = found.parts.groupby(["category", "first_step", "last_step", "layer"], dropna=False)
+    sums = parts.groupby(["category", "first_step", "last_step", "layer"], dropna=False)
     table = sums["change"].sum().reset_index().sort_values(["first_step", "layer"])
     table["layer"] = [
-        "other" if pd.isna(layer) else str(layer) for layer in table["layer"].astype(object)
+        "other" if pd.isna(layer) else str(int(layer)) for layer in table["layer"].astype(object)
     ]
     table["steps"] = table["first_step"].astype(str) + "-" + table["last_step"].astype(str)
-    figure = Figure(
+    return Figure(
         name="ledger_path",
         title="Where the gain lies: share of the path by layer and interval of steps",
         subtitle=["Nats per response; other: embeddings, head and last norm; one run"],
         table=table,
         build=partial(_layers, table, style),
     )
-    return figure.save(folder, formats, style)
+
+
+def written_figures(folder: Path) -> list[Figure]:
+    """Return the figures of the tables that `sft-probe ledger` has written into a directory."""
+    tables = {"ledger": parts_figure, "path": path_figure}
+    paths = {folder / f"{name}.csv": make for name, make in tables.items()}
+    return [make(pd.read_csv(path)) for path, make in paths.items() if path.is_file()]
 
 
 def _layers(table: pd.DataFrame, style: Style, width: float) -> Any:

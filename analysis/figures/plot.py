@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from sft_probe.analysis.figures.benchmarks import benchmark_figure
 from sft_probe.analysis.figures.categories import (
     changes_chart,
     curves_of,
@@ -17,36 +18,31 @@ from sft_probe.analysis.figures.categories import (
     parts_of,
     runs_chart,
 )
+from sft_probe.analysis.figures.distribution import (
+    DISTANCES,
+    distance_figure,
+    forgetting_figure,
+    squeezing_figure,
+)
 from sft_probe.analysis.figures.docs import data_card, doc_curves, length_figure, token_figure
 from sft_probe.analysis.figures.figure import Figure, Style
+from sft_probe.analysis.figures.names import DEFAULT_FORMATS
 from sft_probe.analysis.figures.runs import (
-    benchmark_figure,
     code_length_figure,
     comparison_figures,
     generation_figure,
 )
 from sft_probe.analysis.stats.analyze import Analysis, analyze
+from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.intervals import MIN_CLUSTERS
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
+from sft_probe.analysis.stats.places import named_path
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tables import write_tables
-from sft_probe.errors import UserError, did_you_mean
+from sft_probe.errors import UserError
 from sft_probe.files import make_dir
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("png", "svg", "pdf", "html")
-DEFAULT_FORMATS = ("png", "pdf")
-_OF_A_SPLIT = (
-    "data_card",
-    "trajectory",
-    "changes",
-    "levels",
-    "parts",
-    "docs",
-    "tokens",
-    "length",
-)
-FIGURES = (*_OF_A_SPLIT, "comparison", "benchmarks", "generations", "code_length")
 _MAX_EPOCHS = 12
 _LEVEL_BANDS = (
     "Around levels: the bands of the paired change, which are narrower than those of a level"
@@ -77,15 +73,16 @@ def plot(
         out: folder of the figures.
 
     Raises:
-        UserError: there is nothing to draw, or a name is unknown.
+        UserError: there is nothing to draw.
     """
-    _check("--format", formats, FORMATS)
-    _check("--figures", figures or (), FIGURES)
     folders = [named_path(path)[1] for path in paths]
     for path in folders:
         if (path / "probe").is_dir():
             write_tables(path)  # training writes no tables
     analysis = analyze(paths, include_eos=include_eos, categories=categories)
+    if style.color != "category" and not share_steps(analysis.recordings):
+        reason = cautions(analysis.recordings)[0]
+        raise UserError(f"--color {style.color} puts all runs on one axis, but {reason}.")
     own = folders[0] / "figures" if len(paths) == 1 and folders[0].is_dir() else Path("figures")
     folder = make_dir(out or own)
     drawn = set()
@@ -97,12 +94,9 @@ def plot(
         log.warning("nothing to draw of these runs: %s", ", ".join(missing))
 
 
-def _check(flag: str, names: Collection[str], known: Sequence[str]) -> None:
-    """Raise `UserError` for a name that is not known, with the nearest one."""
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise UserError(f"{flag}: {name} is none of {', '.join(known)}.{hint}")
+def share_steps(recordings: Sequence[Recording]) -> bool:
+    """Return whether the steps of all runs with scores count the same."""
+    return len({recording.step_unit for recording in recordings if recording.splits}) < 2
 
 
 def figures_of(
@@ -120,6 +114,7 @@ def figures_of(
         makers = dict(_makers_of_several(analysis, style))
     else:
         makers = dict(_makers_of_one(analysis, recordings[0], style))
+    makers["forgetting", ""] = partial(forgetting_figure, analysis.items, style)
     makers["code_length", ""] = partial(code_length_figure, recordings, style)
     for (name, _), make in makers.items():
         if not wanted or name in wanted:
@@ -143,6 +138,16 @@ def _makers_of_one(analysis: Analysis, recording: Recording, style: Style) -> _M
         for name in ("trajectory", "changes", "levels"):
             yield (name, split), partial(_curve_figure, name, recording, split, table, style)
         yield ("parts", split), partial(_parts_figure, changes, split, categories, style)
+        yield (
+            ("squeezing", split),
+            partial(squeezing_figure, table, analysis.distribution, split, style),
+        )
+        reference = str(recording.probe.get("reference") or "another model")
+        for name in DISTANCES:
+            yield (
+                (name, split),
+                partial(distance_figure, name, analysis.distribution, reference, split, style),
+            )
         if recording.means is None:
             measure = analysis.measure
             yield ("docs", split), partial(doc_curves, split, arrays, measure, style)
@@ -232,7 +237,10 @@ def _runs_figure(analysis: Analysis, split: str, style: Style) -> Iterator[Figur
             f"Change of log p(response | prompt), {SPLIT_NAMES[split]}, "
             f"{len(analysis.recordings)} runs"
         ),
-        subtitle=[_bands_text(table)],
+        subtitle=[
+            _bands_text(table),
+            *(f"{text[0].upper()}{text[1:]}" for text in cautions(analysis.recordings)),
+        ],
         table=table,
         build=partial(changes_chart, table, categories, pd.DataFrame(), style)
         if by_run
@@ -264,6 +272,8 @@ def boundaries(recording: Recording) -> pd.DataFrame:
 
 def _bands_text(table: pd.DataFrame) -> str:
     """Return what the bands of one run are, or why none is drawn."""
+    if not table["num_docs"].any():
+        return "Means over prompts as published; no intervals"
     if table["stderr"].isna().all():
         return "Too few prompts for intervals"
     if table["band_low"].isna().all():

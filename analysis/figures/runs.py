@@ -1,4 +1,4 @@
-"""Figures of whole runs: benchmarks, greedy answers, code lengths, transfer, simplicity."""
+"""Figures of whole runs: greedy answers, code lengths, transfer, simplicity."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from sft_probe.analysis.figures.benchmarks import probe_change
 from sft_probe.analysis.figures.categories import differences_chart
 from sft_probe.analysis.figures.figure import (
     Figure,
@@ -18,11 +19,9 @@ from sft_probe.analysis.figures.figure import (
     Style,
     colors_of,
     key_colors,
-    panel_width,
     small_multiples,
     step_axis,
 )
-from sft_probe.analysis.stats.changes import PER_RESPONSE
 from sft_probe.analysis.stats.comparison import Comparison
 from sft_probe.analysis.stats.generations import on_common_docs
 from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
@@ -40,68 +39,6 @@ _ANSWERS = {
     "ended": "share that ended",
     "repetition": "repeated 4-grams",
 }
-_RANKED = {
-    "start_bits_per_byte": ("bits per byte", "before training"),
-    "bits_per_byte": ("bits per byte", "prequential"),
-    "half_gain_by_examples": ("examples to half gain", "half gain"),
-}
-
-
-def benchmark_figure(recording: Recording, changes: pd.DataFrame, style: Style) -> Iterator[Figure]:
-    """Yield the figure of each benchmark on the step axis, and against the change of the training
-    category on held-out prompts."""
-    table = recording.benchmarks
-    if table is None or table.empty:
-        return
-    own_filter = (", " + table["filter"].astype(str)).where(table["filter"] != "none", "")
-    error = 1.96 * table["stderr"].fillna(0.0)
-    table = table.assign(
-        name=table["task"] + ", " + table["metric"] + own_filter,
-        low=table["value"] - error,
-        high=table["value"] + error,
-    )
-    names = list(dict.fromkeys(table["name"]))
-    own = recording.target(recording.categories("heldout")) or "chosen"
-    probe = _probe_change(recording, changes, own)[["step", "change"]].rename(
-        columns={"change": "probe_change"}
-    )
-    table = table.merge(probe, on="step", how="left")
-    subtitle = [
-        "Above by step, with 95 % intervals over questions; below against the probe: points of one "
-        "run, not independent"
-    ]
-    if more := names[MAX_PANELS:]:
-        subtitle.append(f"{len(more)} more are in the CSV alone: {', '.join(more[:5])}, ...")
-    yield Figure(
-        name="benchmarks",
-        title="Benchmarks beside probes",
-        subtitle=subtitle,
-        table=table,
-        build=partial(_benchmark_chart, table, names[:MAX_PANELS], own, style),
-    )
-
-
-def _benchmark_chart(
-    table: pd.DataFrame, names: Sequence[str], own: str, style: Style, width: float
-) -> Any:
-    shown = table[table["name"].isin(names)]
-    y = alt.Y("value:Q", title="value", scale=alt.Scale(zero=False))
-    base = alt.Chart(shown).encode(y=y)
-    x = step_axis(table["step"].tolist(), "step (log)", style.num_ticks(panels=True))
-    band = base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="value"), y2="high:Q")
-    line = base.mark_line(point=True).encode(
-        x=x, tooltip=["name:N", "step:Q", "value:Q", "stderr:Q", "n:Q"]
-    )
-    layers = [alt.layer(band, line, data=shown)]
-    if shown["probe_change"].notna().any():
-        against = base.mark_line(point=True, color="#D55E00").encode(
-            x=alt.X("probe_change:Q", title=f"change of {style.label(own)} (nats)"),
-            order="step:Q",
-            tooltip=["step:Q", "value:Q"],
-        )
-        layers.append(alt.layer(against, data=shown))
-    panels = partial(small_multiples, names=names, style=style, width=width, column="name")
-    return alt.vconcat(*(panels(layer, ratio=0.6, own_scale=True) for layer in layers))
 
 
 def generation_figure(
@@ -114,7 +51,7 @@ def generation_figure(
     answers = on_common_docs(recording.generations)
     own = recording.target(recording.categories("heldout")) or "chosen"
     parts = [_means(answers, column).assign(name=name) for column, name in _ANSWERS.items()]
-    change = _probe_change(recording, changes, own)
+    change = probe_change(recording, changes, own)
     if len(change):
         bands = {"change": "value", "band_low": "low", "band_high": "high"}
         name = f"change of {style.label(own)} (nats)"
@@ -168,18 +105,6 @@ def _means(answers: pd.DataFrame, column: str) -> pd.DataFrame:
         ends = (mean, mean) if math.isnan(low) else (low, high)
         rows.append({"step": step, "value": mean, "low": ends[0], "high": ends[1]})
     return pd.DataFrame(rows)
-
-
-def _probe_change(recording: Recording, changes: pd.DataFrame, category: str) -> pd.DataFrame:
-    """Return `step change band_low band_high` of a category on held-out prompts, in nats per
-    response without terminator."""
-    return changes[
-        (changes["run"] == recording.name)
-        & (changes["split"] == "heldout")
-        & (changes["category"] == category)
-        & (changes["measure"] == "logprob")
-        & (changes["unit"] == PER_RESPONSE)
-    ][["step", "change", "band_low", "band_high"]]
 
 
 def code_length_figure(recordings: Sequence[Recording], style: Style) -> Iterator[Figure]:
@@ -328,7 +253,7 @@ def _heat_map(
     """Return a cell for each pair, hatched where its interval holds 0."""
     row, column, value = columns
     known = table[value].notna() & (table["low"] * table["high"] > 0)
-    text = table[value].map("{:+.2f}".format).where(table[value].notna(), "?")
+    text = table[value].map("{:+z.2f}".format).where(table[value].notna(), "?")
     table = table.assign(hatched=~known, text=text)
     order = list(dict.fromkeys(table[row]))
     across = order if set(order) == set(table[column]) else list(dict.fromkeys(table[column]))
@@ -376,53 +301,39 @@ def plot_simplicity(
     formats: Sequence[str] = PAPER_FORMATS,
     style: Style = Style(),  # noqa: B008 - frozen
 ) -> list[Path]:
-    """Write `simplicity_ranks` with its numbers; return the paths."""
-    names = list(found.runs.sort_values("bits_per_byte")["run"])
-    table = found.runs.melt(
-        id_vars=["run", "train_category"],
-        value_vars=list(_RANKED),
-        var_name="measure",
-        value_name="value",
-    ).dropna(subset="value")
-    table["panel"] = [_RANKED[name][0] for name in table["measure"]]
-    table["what"] = [_RANKED[name][1] for name in table["measure"]]
+    """Write `simplicity_excess` with its numbers, where a category has a description length; return
+    the paths."""
+    if not len(found.excess):
+        return []
     figure = Figure(
-        name="simplicity_ranks",
-        title="Runs by the code length of their training set, and by examples to half gain",
+        name="simplicity_excess",
+        title="Excess description length of the examples seen so far",
         subtitle=[
-            "A description, not a test: different texts differ in entropy, and ranks of a few runs "
-            "decide nothing"
+            "Bits saved on held-out texts, for as many tokens, less bits saved on the examples "
+            "while they were learnt",
+            "95 % over data orders, training texts and held-out texts, each point alone",
         ],
-        table=table,
-        build=partial(_ranked_dots, table, names, style),
+        table=found.excess,
+        build=partial(_excess_chart, found.excess, style),
     )
     return figure.save(folder, formats, style)
 
 
-def _ranked_dots(table: pd.DataFrame, names: list[str], style: Style, width: float) -> Any:
-    """Return a row of dots for each run, in a panel for each unit."""
+def _excess_chart(table: pd.DataFrame, style: Style, width: float) -> Any:
+    """Return a curve with its band for each training category."""
     trained = [str(name) for name in dict.fromkeys(table["train_category"])]
-    color = alt.Scale(domain=trained, range=list(colors_of(trained).values()))
-    kinds = list(dict.fromkeys(what for _, what in _RANKED.values()))
-    shape = alt.Scale(domain=kinds, range=["cross", "circle", "diamond"])
-    panels = list(dict.fromkeys(table["panel"]))
-    charts = []
-    for number, panel in enumerate(panels):
-        own = table[table["panel"] == panel]
-        shown = alt.Legend(title=None, values=list(dict.fromkeys(own["what"])))
-        charts.append(
-            alt.Chart(own)
-            .mark_point(filled=True, size=50, opacity=1)
-            .encode(
-                x=alt.X("value:Q", title=panel, scale=alt.Scale(zero=False)),
-                y=alt.Y("run:N", sort=names, axis=alt.Axis(title=None) if number == 0 else None),
-                color=alt.Color("train_category:N", scale=color, legend=alt.Legend(title=None)),
-                shape=alt.Shape("what:N", scale=shape, legend=shown),
-                tooltip=["run:N", "train_category:N", "what:N", "value:Q"],
-            )
-            .properties(
-                width=panel_width(width, len(panels), style),
-                height=1.6 * style.font_size * len(names),
-            )
-        )
-    return alt.hconcat(*charts).resolve_scale(shape="independent")
+    keys = Keys(column="train_category", colors=colors_of(trained), style=style)
+    table = table.assign(step=table["examples_seen"])
+    base = alt.Chart(table).encode(
+        x=step_axis(table["step"].tolist(), "examples seen (log)"), color=keys.color
+    )
+    y = alt.Y("low:Q", title="excess description length (bits)")
+    band = base.mark_area(opacity=0.12).encode(y=y, y2="high:Q")
+    line = base.mark_line().encode(y="excess_bits:Q", strokeDash=keys.dash)
+    points = base.mark_point(filled=True, size=34, opacity=1).encode(
+        y="excess_bits:Q",
+        shape=keys.shape,
+        tooltip=["train_category:N", "examples_seen:Q", "excess_bits:Q", "low:Q", "high:Q"],
+    )
+    size = {"width": width - 5 * style.font_size, "height": 0.45 * min(width, 600)}
+    return alt.layer(band, line, points).properties(**size)

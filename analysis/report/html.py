@@ -17,25 +17,33 @@ import vl_convert
 
 from sft_probe.analysis.figures.docs import token_levels
 from sft_probe.analysis.figures.figure import Style, colors_of, ticks
-from sft_probe.analysis.figures.plot import FIGURES, figures_of
+from sft_probe.analysis.figures.ledger import written_figures
+from sft_probe.analysis.figures.names import FIGURES
+from sft_probe.analysis.figures.plot import figures_of, share_steps
+from sft_probe.analysis.report.ledger_text import written_examples
 from sft_probe.analysis.stats.analyze import (
     Analysis,
     analyze,
+    benchmark_tables,
     notes_of,
     over_runs_text,
     sentences_of,
 )
+from sft_probe.analysis.stats.comparison import cautions
 from sft_probe.analysis.stats.generations import generations_text
 from sft_probe.analysis.stats.intervals import Floats
 from sft_probe.analysis.stats.measures import PARTS
-from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording, named_path
+from sft_probe.analysis.stats.places import named_path
+from sft_probe.analysis.stats.runs import SPLIT_NAMES, Recording
 from sft_probe.analysis.stats.tokens import token_texts
 from sft_probe.analysis.stats.verdict import share_text
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, doing
 from sft_probe.files import make_dir, write_text
+from sft_probe.text_table import number
 
 MAX_BYTES = 8_000_000
-_DOC_BYTES = 3_500_000
+_DOC_BYTES = 5_000_000
+_COMPACT = (",", ":")
 _COLUMNS = {
     "category": True,
     "docs": True,
@@ -109,7 +117,8 @@ def report(
     make_dir(target.parent)
     if format_name == "md":
         return _write_markdown(analysis, target)
-    text = html_report(analysis)
+    with doing("drawing the figures of the report"):
+        text = html_report(analysis)
     if (size := len(text.encode())) > MAX_BYTES:
         raise UserError(f"the report would take {size / 1e6:.1f} MB, over 8: give fewer runs.")
     write_text(target, text)
@@ -121,7 +130,7 @@ def html_report(analysis: Analysis) -> str:
     nothing."""
     sections = _figure_sections(analysis)
     specs = {figure["id"]: figure["spec"] for section in sections for figure in section["figures"]}
-    with_docs = [recording for recording in analysis.recordings if recording.means is None]
+    with_docs = [recording for recording in analysis.recordings if len(recording.rows)]
     docs = [
         browser(recording, analysis.measure, _DOC_BYTES // len(with_docs))
         for recording in with_docs
@@ -137,6 +146,7 @@ def html_report(analysis: Analysis) -> str:
         + ", ".join(recording.name for recording in analysis.recordings),
         runs=[_run(analysis, recording) for recording in analysis.recordings],
         columns=_COLUMNS,
+        cautions=cautions(analysis.recordings),
         over_runs=over_runs_text(analysis.over_runs),
         sums=", ".join(
             dict.fromkeys(recording.sums(analysis.measure) for recording in analysis.recordings)
@@ -156,22 +166,30 @@ def _figure_sections(analysis: Analysis) -> list[dict[str, Any]]:
     """Return `title figures` for each run, then for all of them; a figure is `id title spec`."""
     style = Style(width=780, font_size=12)
     several = len(analysis.recordings) > 1
-    own = set(FIGURES) - ({"trajectory", "code_length"} if several else {"trajectory"})
+    own = set(FIGURES) - (
+        {"trajectory", "code_length", "forgetting"} if several else {"trajectory"}
+    )
     parts = [
         (recording.name, f"{number}", _of_run(analysis, recording), style, own)
         for number, recording in enumerate(analysis.recordings)
     ]
     if several:
         by_run = replace(style, color="run")
-        shared = {"changes", "comparison", "code_length"}
+        shared = {"changes", "comparison", "code_length", "forgetting"}
         parts.append(("all runs", "all", analysis, style, shared))
-        parts.append(("all runs", "all", analysis, by_run, {"changes"}))
+        if share_steps(analysis.recordings):
+            parts.append(("all runs", "all", analysis, by_run, {"changes"}))
     sections: dict[str, list[dict[str, Any]]] = {}
     for title, prefix, tables, look, wanted in parts:
         for figure in figures_of(tables, look, wanted):
             spec = _isolating(figure.spec(look))
             shown = {"id": f"figure-{prefix}-{figure.name}", "title": figure.title, "spec": spec}
             sections.setdefault(title, []).append(shown)
+    for place, recording in enumerate(analysis.recordings):
+        for figure in written_figures(recording.path / "analysis"):
+            spec = _isolating(figure.spec(style))
+            shown = {"id": f"figure-{place}-{figure.name}", "title": figure.title, "spec": spec}
+            sections.setdefault(recording.name, []).append(shown)
     return [{"title": title, "figures": figures} for title, figures in sections.items()]
 
 
@@ -197,7 +215,7 @@ def _isolating(spec: dict[str, Any]) -> dict[str, Any]:
 
 def json_in_html(value: Any) -> str:
     """Return JSON that can stand in a script element: ASCII, and no character that HTML reads."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=_COMPACT)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -214,6 +232,8 @@ def _of_run(analysis: Analysis, recording: Recording) -> Analysis:
         changes=analysis.changes[analysis.changes["run"] == recording.name],
         verdict=analysis.verdict[analysis.verdict["run"] == recording.name],
         contrasts=analysis.contrasts,
+        distribution=analysis.distribution,
+        items=analysis.items,
         over_runs=pd.DataFrame(),
     )
 
@@ -226,7 +246,7 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
             f"{rows['first_step'].iloc[0]} to "
             f"{rows['last_step'].iloc[0]}",
             "rows": [_cells(row) for _, row in rows.iterrows()],
-            "sentences": sentences_of(rows, analysis.contrasts),
+            "sentences": sentences_of(rows, analysis),
         }
         for split, rows in own.groupby("split", sort=False)
     ]
@@ -240,7 +260,9 @@ def _run(analysis: Analysis, recording: Recording) -> dict[str, Any]:
         "summary": summary(own, recording),
         "notes": notes_of(recording, own),
         "splits": splits,
+        "benchmarks": benchmark_tables(analysis, recording),
         "texts": texts,
+        "examples": written_examples(recording.path / "analysis"),
         "manifest": json.dumps(_manifest(recording), indent=2, ensure_ascii=False),
     }
 
@@ -256,13 +278,15 @@ def _change_text(row: "pd.Series[Any]") -> str:
     """Return the change with its interval in parentheses, as far as they are known."""
     if math.isnan(row["change"]):
         return ""
-    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
-    return f" ({row['change']:+.1f}{interval})"
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+z.1f}, {row['high']:+z.1f}]"
+    return f" ({row['change']:+z.1f}{interval})"
 
 
 def summary(verdict: pd.DataFrame, recording: Recording) -> str:
     """Return what rose, fell and did not move in one sentence, from held-out prompts if there are
     any."""
+    if verdict.empty:
+        return f"{recording.name}: benchmarks alone."
     split = str(verdict["split"].iloc[0])
     rows = verdict[verdict["split"] == split]
     parts = []
@@ -287,26 +311,23 @@ def summary(verdict: pd.DataFrame, recording: Recording) -> str:
 
 
 def _cells(row: "pd.Series[Any]") -> list[str]:
-    def number(name: str, form: str) -> str:
-        return "-" if math.isnan(row[name]) else format(row[name], form)
-
     shares = [share_text(row, part) for part in PARTS]
-    interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
+    interval = "-" if math.isnan(row["low"]) else f"{row['low']:+z.1f} to {row['high']:+z.1f}"
     return [
         str(row["category"]),
         str(row["num_docs"] or "?"),
-        number("start", ".1f"),
-        number("change", "+.1f"),
+        number(row["start"], ".1f"),
+        number(row["change"], "+z.1f"),
         interval,
         row["sign"],
-        number("p_holm", ".2g"),
-        number("body", "+.1f"),
-        number("peak", "+.1f"),
+        number(row["p_holm"], ".2g"),
+        number(row["body"], "+z.1f"),
+        number(row["peak"], "+z.1f"),
         str(row["peak_step"]),
-        number("half_step", ".1f"),
+        number(row["half_step"], ".1f"),
         "-" if "-" in shares else " / ".join(shares) + " %",
-        number("rank", ".0f"),
-        number("stderr", ".2f"),
+        number(row["rank"], ".0f"),
+        number(row["stderr"], ".2f"),
     ]
 
 
@@ -316,6 +337,7 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
     style = Style()
     names = ", ".join(recording.name for recording in analysis.recordings)
     lines = [f"# What the model learned: {_md(names)}", ""]
+    lines += [f"- {_md(caution)}" for caution in cautions(analysis.recordings)]
     written = []
     for recording in analysis.recordings:
         run = _run(analysis, recording)
@@ -325,10 +347,26 @@ def _write_markdown(analysis: Analysis, target: Path) -> list[Path]:
             lines += ["", f"### {_md(part['title'])}", "", _md_row(_COLUMNS)]
             lines += ["|---" * len(_COLUMNS) + "|", *map(_md_row, part["rows"])]
             lines += ["", *(f"- {_md(sentence)}" for sentence in part["sentences"])]
+        for shown in run["benchmarks"]:
+            lines += [
+                "",
+                f"### {_md(shown.title[0].upper() + shown.title[1:])}",
+                "",
+                _md_row(shown.columns),
+            ]
+            lines += ["|---" * len(shown.columns) + "|", *map(_md_row, shown.rows)]
+        for title, columns, rows in run["examples"]:
+            lines += ["", f"### {_md(title)}", "", _md_row(columns), "|---" * len(columns) + "|"]
+            lines += [_md_row(row) for row in rows]
         for title, text in run["texts"]:
             lines += ["", f"### {_md(title)}", "", _md(text)]
         lines.append("")
-    for figure in figures_of(analysis, style):
+    ledgers = [
+        figure
+        for recording in analysis.recordings[:1]
+        for figure in written_figures(recording.path / "analysis")
+    ]
+    for figure in [*figures_of(analysis, style), *ledgers]:
         written += figure.save(figures, ["png"], style)
         lines += [f"![{_md(figure.title)}]({quote(figures.name)}/{figure.name}.png)", ""]
     write_text(target, "\n".join(lines) + "\n")
@@ -346,6 +384,12 @@ def _md(text: str) -> str:
 
 
 MAX_CHARACTERS = 4000
+_OF_TOKENS = {
+    "ranks": ("token_ranks", 1),
+    "entropies": ("token_entropies", 100),
+    "kl": ("token_kl_forward", 1000),
+}
+"""What the browser says of a token beside its change: column, and how many units make 1."""
 
 
 def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any]:
@@ -353,7 +397,8 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
     counts the others.
 
     `curves` are levels of `measure` in nats, at `steps`; `tokens` hold the change of each token in
-    hundredths of a nat, at each of `ticks`. Texts are cut at 4,000 characters.
+    hundredths of a nat, at each of `ticks`, and what is in `_OF_TOKENS` at the first and the last
+    of them. Texts are cut at 4,000 characters.
     """
     split = recording.splits[0]
     arrays = recording.cube(split)
@@ -361,11 +406,11 @@ def browser(recording: Recording, measure: str, max_bytes: int) -> dict[str, Any
         measure = "logprob"
     by_doc = dict(list(recording.rows[recording.rows["split"] == split].groupby("doc_id")))
     docs: list[dict[str, Any]] = []
-    for number, doc_id in enumerate(arrays.doc_ids):
+    for index, doc_id in enumerate(arrays.doc_ids):
         tokens = _tokens(recording, by_doc[doc_id], doc_id, ticks(arrays.steps))
-        doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][number])
+        doc = _doc(recording, doc_id, arrays.categories, arrays.arrays[measure][index])
         doc["tokens"] = {name: tokens[name] for name in arrays.categories if name in tokens}
-        max_bytes -= len(json.dumps(doc))
+        max_bytes -= len(json.dumps(doc, separators=_COMPACT))
         if max_bytes < 0 and docs:
             break
         docs.append(doc)
@@ -414,6 +459,11 @@ def _tokens(
             for step in steps
         ]
         found[category] = {"texts": words, "changes": changes}
+    for name, (column, unit) in _OF_TOKENS.items():
+        for category, levels in token_levels(recording, rows, column).items():
+            ends = [levels.get(step) for step in (steps[0], steps[-1])]
+            if category in found and all(ends):
+                found[category][name] = [[round(unit * x) for x in end or ()] for end in ends]
     return found
 
 

@@ -58,7 +58,8 @@ function changeOf(doc, category, index) {
 }
 
 function signed(value, digits) {
-  return (value > 0 ? "+" : value < 0 ? "\u2212" : "") + Math.abs(value).toFixed(digits);
+  const rounded = Number(value.toFixed(digits));
+  return (rounded > 0 ? "+" : rounded < 0 ? "\u2212" : "") + Math.abs(rounded).toFixed(digits);
 }
 
 function listDocs() {
@@ -138,7 +139,9 @@ function response(run, doc, category) {
   const tokens = doc.tokens[category];
   const changes = tokens && tokens.changes[state.step];
   if (changes && changes.length) {
-    tokens.texts.forEach((token, index) => text.append(coloured(token, changes[index] / 100)));
+    tokens.texts.forEach((token, index) => {
+      text.append(coloured(token, changes[index] / 100, moreOf(tokens, index)));
+    });
   } else {
     text.textContent = doc.responses[category] ?? "(the text is not here)";
   }
@@ -146,12 +149,22 @@ function response(run, doc, category) {
   return block;
 }
 
-function coloured(token, change) {
+// rank, entropy and KL of a token at the first and the last step, where they are known
+function moreOf(tokens, index) {
+  const ends = (name, unit, digits) => tokens[name].map((values) => (values[index] / unit).toFixed(digits)).join(" \u2192 ");
+  const found = [];
+  if (tokens.ranks) found.push("rank " + ends("ranks", 1, 0));
+  if (tokens.entropies) found.push("entropy " + ends("entropies", 100, 2) + " nats");
+  if (tokens.kl) found.push("KL " + ends("kl", 1000, 3) + " nats");
+  return found.length ? "\nfirst \u2192 last step: " + found.join(", ") : "";
+}
+
+function coloured(token, change, more) {
   const span = element("span", token, "token");
   const strength = Math.min(1, Math.abs(change) / 3).toFixed(2);
   span.style.background = change > 0 ? `rgba(0,114,178,${strength})` : `rgba(230,120,0,${strength})`;
   if (change > 1.8) span.style.color = "#fff";
-  span.title = signed(change, 2) + " nats";
+  span.title = signed(change, 2) + " nats" + more;
   return span;
 }
 

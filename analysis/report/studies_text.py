@@ -1,11 +1,7 @@
 """What `sft-probe ledger`, `sft-probe words` and `sft-probe weights` print."""
 
-from typing import Any
-
 import pandas as pd
 
-from sft_probe.analysis.studies.ledger import MEASURES, WHOLE, Ledger
-from sft_probe.analysis.studies.ledger_path import PathLedger
 from sft_probe.analysis.studies.weight_changes import by_layer
 from sft_probe.analysis.studies.words import MIN_DOCS, WordChanges
 
@@ -29,86 +25,6 @@ _LITERAL_COLUMNS = {
 }
 
 
-_MEANINGS = {
-    "text": "shows without any prompt",
-    "register": "with any prompt at all",
-    "topic": "with a prompt on a near topic",
-    "prompt": "only with its own prompt",
-}
-
-
-def ledger_text(found: Ledger) -> str:
-    """Return the parts of the last step, a sentence for each category, and what they do not say."""
-    last = found.parts["step"].max()
-    blocks = [
-        f"change of log p by step {last}, nats per response, by the prompt that it shows under; "
-        "95 % intervals over docs; one run"
-    ]
-    for category, own in found.parts[found.parts["step"] == last].groupby("category", sort=False):
-        table = own.pivot(index="part", columns="measure", values="change")
-        table = table.loc[list(dict.fromkeys(own["part"])), list(MEASURES)]
-        whole = own[own["measure"] == MEASURES[0]].set_index("part")
-        table.insert(1, "95 % interval", [_interval(whole.loc[part]) for part in table.index])
-        table = table.rename(columns={MEASURES[0]: "total"})
-        shown: str = table.reset_index().to_string(index=False, float_format="{:+.2f}".format)
-        name = str(category)
-        blocks.append(f"{name}\n{shown}\n- {_ledger_sentence(name, whole)}")
-    if len(found.preference):
-        row = found.preference.iloc[-1]
-        blocks.append(
-            f"preference: chosen gained {row['change']:+.2f} [{row['low']:+.2f}, "
-            f"{row['high']:+.2f}] nats more than rejected"
-        )
-    blocks.append(
-        "This says where the gain shows, not what in the training data caused it: training under "
-        "other prompts (`sft-probe transfer`) is another question with another answer."
-    )
-    return "\n\n".join(blocks)
-
-
-def _interval(row: pd.Series) -> str:
-    return f"[{row['low']:+.2f}, {row['high']:+.2f}]"
-
-
-def _ledger_sentence(category: str, whole: pd.DataFrame) -> str:
-    parts = [
-        f"{row['change']:+.1f} {' or '.join(_MEANINGS[name] for name in str(part).split(' + '))}"
-        for part, row in whole.iterrows()
-        if part != WHOLE
-    ]
-    gain: Any = whole.loc[WHOLE, "change"]
-    return f"of {category}'s {gain:+.1f} nats: {'; '.join(parts)}"
-
-
-def path_text(found: PathLedger) -> str:
-    """Return where each category's change lies, over all intervals, and whether it closes."""
-    blocks = []
-    for category, parts in found.parts.groupby("category", sort=False):
-        sums = parts.groupby(["layer", "kind"], dropna=False)["change"].sum().reset_index()
-        largest = sums.reindex(sums["change"].abs().sort_values(ascending=False).index).head(8)
-        whole = found.closure[found.closure["category"] == category]
-        name = str(category)
-        blocks.append(
-            f"{name}: {whole['measured'].sum():+.3f} nats measured, {whole['path'].sum():+.3f} "
-            "along the path; the largest shares of the path:"
-        )
-        largest["layer"] = largest["layer"].astype(object).where(largest["layer"].notna(), "-")
-        blocks.append(str(largest.to_string(index=False, float_format="{:+.3f}".format)))
-    errors = found.closure["error"]
-    if found.too_long:
-        blocks.append(
-            f"! steps too far apart between {', '.join(found.too_long)}: the path misses up to "
-            f"{errors.max():.1%} of its parts. Add snapshots there."
-        )
-    else:
-        blocks.append(f"the path closes: at most {errors.max():.2%} of its parts are missed")
-    blocks.append(
-        f"{found.parts['num_docs'].max()} held-out docs, one run. These are shares of the path, "
-        "not what would not have happened without a layer."
-    )
-    return "\n\n".join(blocks)
-
-
 def words_text(found: WordChanges, top: int) -> str:
     """Return the classes, and the words and sequences that gained most, of each category."""
     head = (
@@ -118,7 +34,7 @@ def words_text(found: WordChanges, top: int) -> str:
     blocks = [head]
     for category, classes in found.classes.groupby("category", sort=False):
         total = classes["change"].sum()
-        blocks.append(f"{category}: {total:+.2f} nats per response, terminator included")
+        blocks.append(f"{category}: {total:+z.2f} nats per response, terminator included")
         blocks.append(_table(classes, _CLASS_COLUMNS))
         for name, table in (("words", found.literals), ("sequences", found.sequences)):
             own = table[table["category"] == category]
@@ -164,7 +80,7 @@ def _table(rows: pd.DataFrame, columns: dict[str, str]) -> str:
     formats = {
         "p (Holm)": lambda p: "<0.0001" if p < 1e-4 else f"{p:.4f}",
         **{
-            name: "{:+.3f}".format
+            name: "{:+z.3f}".format
             for name in ("nats per response", "low", "high", "nats each", "nats in all")
             if name in shown
         },

@@ -21,7 +21,7 @@ def transfer_text(found: Transfer) -> str:
         [
             name,
             part["seeds"].iloc[0],
-            *(f"{row['transfer']:+.3f}{_mark(row)}" for _, row in part.iterrows()),
+            *(f"{row['transfer']:+z.3f}{_mark(row)}" for _, row in part.iterrows()),
             selective[name],
         ]
         for name, part in found.matrix.groupby("row", sort=False)
@@ -51,9 +51,9 @@ def transfer_text(found: Transfer) -> str:
         interval = (
             "(no interval)"
             if math.isnan(row["low"])
-            else f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+            else f"[{row['low']:+z.3f}, {row['high']:+z.3f}]"
         )
-        more = f"{row['difference']:+.3f} {interval} nats per body token more"
+        more = f"{row['difference']:+z.3f} {interval} nats per body token more"
         lines.append(
             f"training on {row['row']} gained {more} on {row['category']} than training on "
             f"{row['other']}"

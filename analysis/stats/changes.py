@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,15 @@ HEADLINES = ("logprob", "logprob_with_eos")
 too."""
 
 
+COLUMNS = [
+    *("run", "split", "step_unit", "category", "step", "examples_seen", "epoch"),
+    *("measure", "unit", "level", "change", "stderr", "low", "high", "band_low", "band_high"),
+    *("rest_low", "rest_high", "share", "share_low", "share_high"),
+    *("num_docs", "num_clusters", "effective_clusters", "largest_cluster", "p_value"),
+]
+"""Of `change_table`."""
+
+
 def change_table(recording: Recording, categories: Sequence[str] | None = None) -> pd.DataFrame:
     """Return every change of one run: a row per split, category, step, measure and unit.
 
@@ -51,7 +61,7 @@ def change_table(recording: Recording, categories: Sequence[str] | None = None) 
         return _table_of_means(recording, categories)
     tables = []
     for split in recording.splits:
-        names = _chosen(recording, split, categories)
+        names = chosen_categories(recording, split, categories)
         if names:
             tables.append(_table_of_split(recording, split, recording.cube(split, names)))
     if not tables:
@@ -61,7 +71,10 @@ def change_table(recording: Recording, categories: Sequence[str] | None = None) 
     return pd.concat(tables, ignore_index=True)
 
 
-def _chosen(recording: Recording, split: str, categories: Sequence[str] | None) -> list[str]:
+def chosen_categories(
+    recording: Recording, split: str, categories: Sequence[str] | None
+) -> list[str]:
+    """Return the categories of a split that were asked for, in the order of the probe set."""
     return [
         name for name in recording.categories(split) if categories is None or name in categories
     ]
@@ -77,51 +90,69 @@ def _one_step(recording: Recording, step: int) -> UserError:
     )
 
 
+class Measure(NamedTuple):
+    """One number of every response and how it is averaged; arrays are [docs, categories, steps]."""
+
+    name: str
+    unit: str
+    values: Floats
+    denominators: Floats | None = None
+    """The mean is then sum of values / sum of these."""
+
+
 def _table_of_split(recording: Recording, split: str, arrays: Cube) -> pd.DataFrame:
+    """Return the changes of the log-prob and its parts, with `rest_*` and `share*`."""
+    found = arrays.arrays
+    measures = [
+        *(Measure(name, PER_RESPONSE, found[name]) for name in MEASURES),
+        Measure("body", PER_TOKEN, found["body"], arrays.at_start("num_tokens") - 1),
+        Measure("logprob", PER_BYTE, found["logprob"], arrays.at_start("num_bytes")),
+    ]
+    tables = []
+    for measure in measures:
+        # a plain `hf` model gives neither parts nor the terminator
+        if not np.isnan(measure.values).all():
+            table = table_of_measure(recording, split, arrays, measure)
+            more = np.full((2, len(table)), np.nan)
+            if measure.name in HEADLINES and measure.unit == PER_RESPONSE:
+                left = measure.values[:, :, -1:] - measure.values
+                rest = estimate(left, arrays.clusters, band=True)
+                more = np.stack([rest.band_low.reshape(-1), rest.band_high.reshape(-1)])
+            is_part = measure.name in PARTS and measure.unit == PER_RESPONSE
+            nothing = dict.fromkeys(("share", "share_low", "share_high"), np.nan)
+            shares = _shares(arrays, measure.name) if is_part else nothing
+            tables.append(table.assign(rest_low=more[0], rest_high=more[1], **shares))
+    return pd.concat(tables, ignore_index=True)
+
+
+def table_of_measure(
+    recording: Recording, split: str, arrays: Cube, measure: Measure
+) -> pd.DataFrame:
+    """Return a row per category and step: level, paired change from the first step, interval and
+    band.
+
+    Raises:
+        UserError: there is one step only.
+    """
     if len(arrays.steps) < 2:
         raise _one_step(recording, arrays.steps[0])
     seen = recording.rows.groupby("step")[["examples_seen", "epoch"]].first().reindex(arrays.steps)
     places = pd.DataFrame(
         itertools.product(arrays.categories, arrays.steps), columns=["category", "step"]
+    ).join(seen, on="step")
+    values = measure.values
+    levels = weighted_mean(values, measure.denominators)
+    found = estimate(
+        values - values[:, :, :1], arrays.clusters, denominators=measure.denominators, band=True
     )
-    places = places.join(seen, on="step")
-    tables = []
-    for measure, unit in [
-        *((name, PER_RESPONSE) for name in MEASURES),
-        ("body", PER_TOKEN),
-        ("logprob", PER_BYTE),
-    ]:
-        if np.isnan(arrays.arrays[measure]).all():
-            continue  # a plain `hf` model gives neither parts nor the terminator
-        denominators = None
-        if unit != PER_RESPONSE:
-            denominators = (
-                arrays.at_start("num_tokens") - 1
-                if unit == PER_TOKEN
-                else arrays.at_start("num_bytes")
-            )
-        values = arrays.arrays[measure]
-        levels = weighted_mean(values, denominators)
-        found = estimate(
-            arrays.change(measure), arrays.clusters, denominators=denominators, band=True
-        )
-        rest = None
-        if measure in HEADLINES and unit == PER_RESPONSE:
-            rest = estimate(values[:, :, -1:] - values, arrays.clusters, band=True)
-        table = _rows(places, levels, found, rest)
-        if measure in PARTS and unit == PER_RESPONSE:
-            table = table.assign(**_shares(arrays, measure))
-        tables.append(table.assign(measure=measure, unit=unit))
-    table = pd.concat(tables, ignore_index=True)
+    table = _rows(places, levels, found).assign(measure=measure.name, unit=measure.unit)
     table.insert(0, "run", recording.name)
     table.insert(1, "split", split)
     table.insert(2, "step_unit", recording.step_unit)
     return table
 
 
-def _rows(
-    places: pd.DataFrame, levels: Floats, found: Estimate, rest: Estimate | None
-) -> pd.DataFrame:
+def _rows(places: pd.DataFrame, levels: Floats, found: Estimate) -> pd.DataFrame:
     columns = {
         "level": levels,
         "change": found.mean,
@@ -136,10 +167,6 @@ def _rows(
         "largest_cluster": found.largest_cluster,
         "p_value": found.p_values,
     }
-    nothing = np.full(levels.shape, np.nan)
-    columns |= dict.fromkeys(("rest_low", "rest_high", "share", "share_low", "share_high"), nothing)
-    if rest is not None:
-        columns |= {"rest_low": rest.band_low, "rest_high": rest.band_high}
     return places.assign(**{name: values.reshape(-1) for name, values in columns.items()})
 
 
@@ -231,7 +258,7 @@ def table_over_runs(
     tables = []
     for split in group[0].splits:
         if all(split in recording.splits for recording in group):
-            chosen = [_chosen(recording, split, categories) for recording in group]
+            chosen = [chosen_categories(recording, split, categories) for recording in group]
             names = [name for name in chosen[0] if all(name in other for other in chosen)]
             if names:
                 tables.append(

@@ -2,7 +2,7 @@
 steps."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,41 @@ def compare_recordings(
         settings=settings_that_differ(a, b),
         notes=tuple(_notes(a, b, table)),
     )
+
+
+def cautions(recordings: Sequence[Recording]) -> list[str]:
+    """Return what of several runs must not be read off one figure: steps that count different
+    things, other prompts, cuts at other lengths, other docs."""
+    found = []
+    units = _by_value(recordings, lambda run: run.step_unit)
+    if len(units) > 1:
+        found.append(f"steps count different things, so no axis is shared: {_each(units)}")
+    splits = _by_value(recordings, lambda run: ", ".join(SPLIT_NAMES[name] for name in run.splits))
+    if len(splits) > 1:
+        found.append(f"scored on {_each(splits)}: compare splits of one kind")
+    lengths = _by_value(recordings, lambda run: run.probe.get("max_length"))
+    if len(lengths) > 1:
+        found.append(f"texts were cut or left out at other lengths: {_each(lengths, ' tokens')}")
+    docs = [set(run.rows["doc_id"]) for run in recordings if len(run.rows)]
+    if len(docs) > 1 and not set.intersection(*docs):
+        found.append("no doc is common to all runs: compare changes, not levels")
+    return found
+
+
+def _by_value(
+    recordings: Sequence[Recording], value_of: Callable[[Recording], object]
+) -> dict[str, list[str]]:
+    """Return the names of the runs with scores by one of their properties, where it is known."""
+    found: dict[str, list[str]] = {}
+    for run in recordings:
+        value = value_of(run)
+        if run.splits and value is not None:
+            found.setdefault(str(value), []).append(run.name)
+    return found
+
+
+def _each(names: dict[str, list[str]], unit: str = "") -> str:
+    return "; ".join(f"{value}{unit} ({', '.join(runs)})" for value, runs in names.items())
 
 
 def _tables_of_split(
@@ -200,9 +235,9 @@ def comparison_text(found: Comparison, form: Form = "text") -> str:
         rows = [
             [
                 row["category"],
-                number(row["a"], "+.1f"),
-                number(row["b"], "+.1f"),
-                number(row["difference"], "+.1f"),
+                number(row["a"], "+z.1f"),
+                number(row["b"], "+z.1f"),
+                number(row["difference"], "+z.1f"),
                 interval(row["low"], row["high"]),
                 p_value(p),
             ]
@@ -229,8 +264,8 @@ def _benchmark_text(found: Comparison, form: Form) -> list[str]:
             row["task"],
             row["metric"],
             *(number(row[name], ".3f") for name in ("a", "b")),
-            number(row["difference"], "+.3f"),
-            interval(row["low"], row["high"], "+.3f"),
+            number(row["difference"], "+z.3f"),
+            interval(row["low"], row["high"], "+z.3f"),
         ]
         for _, row in table.iterrows()
     ]

@@ -133,8 +133,8 @@ def pmi_sentence(contrasts: pd.DataFrame, run: str, split: str) -> str | None:
         else ""
     )
     return (
-        f"of chosen's change, {last['value']:+.1f} [{last['low']:+.1f}, {last['high']:+.1f}] nats "
-        "hang on its own "
+        f"of chosen's change, {last['value']:+z.1f} [{last['low']:+z.1f}, {last['high']:+z.1f}] "
+        "nats hang on its own "
         f"prompt (change of PMI over {last['num_docs']} texts that were also scored under another "
         f"prompt{warning})"
     )

@@ -57,5 +57,5 @@ def _moved(table: pd.DataFrame, column: str, scale: float) -> str:
     low, high = mean_interval(
         (both.iloc[:, 1] - both.iloc[:, 0]).to_numpy(dtype=float), conversations.to_numpy()
     )
-    interval = "no interval" if math.isnan(low) else f"[{low:+.0f}, {high:+.0f}]"
-    return f"{first:.0f} to {last:.0f} ({last - first:+.0f} {interval})"
+    interval = "no interval" if math.isnan(low) else f"[{low:+z.0f}, {high:+z.0f}]"
+    return f"{first:.0f} to {last:.0f} ({last - first:+z.0f} {interval})"

@@ -7,7 +7,7 @@ docs/claims.md.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +34,26 @@ _UPPER = (1 + LEVEL) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Means with their intervals; every array has the shape of the points, NaN where nothing can be
-    said."""
+class _Means:
+    """Means with their standard errors, and what they rest on."""
 
     mean: Floats
     stderr: Floats
+    num_docs: Ints
+    num_clusters: Ints
+    """Clusters with a doc that was measured"""
+    effective_clusters: Floats
+    """(sum of weights)^2 / sum of squared weights, over clusters: as many as there are if all weigh
+    the same"""
+    largest_cluster: Floats
+    """Share of the largest cluster in the sum of weights"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(_Means):
+    """Means with their intervals; every array has the shape of the points, NaN where nothing can be
+    said."""
+
     degrees_low: Floats
     """Degrees of freedom of the t distribution that gives the lower end of the interval"""
     degrees_high: Floats
@@ -49,14 +63,6 @@ class Estimate:
     band_high: Floats
     critical: float
     """Half width of the band in standard errors"""
-    num_docs: Ints
-    num_clusters: Ints
-    """Clusters with a doc that was measured"""
-    effective_clusters: Floats
-    """(sum of weights)^2 / sum of squared weights, over clusters: as many as there are if all weigh
-    the same"""
-    largest_cluster: Floats
-    """Share of the largest cluster in the sum of weights"""
 
     @property
     def low(self) -> Floats:
@@ -97,25 +103,19 @@ class _Sums:
 
     def take(self, points: Bools) -> "_Sums":
         """Return the sums of some points."""
-        return _Sums(*(getattr(self, name)[:, points] for name in self.__dataclass_fields__))
+        return _Sums(*(getattr(self, field.name)[:, points] for field in fields(self)))
 
     def merge(self, into: Ints) -> "_Sums":
         """Return sums over larger clusters; `into`: [clusters], the larger one of each."""
         member = membership(into)
-        return _Sums(*(member @ getattr(self, name) for name in self.__dataclass_fields__))
+        return _Sums(*(member @ getattr(self, field.name) for field in fields(self)))
 
 
-@dataclass(frozen=True)
-class _Fit:
+@dataclass(frozen=True, kw_only=True)
+class _Fit(_Means):
     """Points of one category, which share their clusters: arrays of `[points]`, and sums by
     cluster."""
 
-    mean: Floats
-    stderr: Floats
-    num_docs: Ints
-    num_clusters: Ints
-    effective_clusters: Floats
-    largest_cluster: Floats
     sums: _Sums
 
     @property
@@ -188,15 +188,8 @@ def estimate(
         for sign in (1, -1)
     )
     found = {
-        name: np.stack([getattr(fit, name) for fit in fits]).reshape(values.shape[1:])
-        for name in (
-            "mean",
-            "stderr",
-            "num_docs",
-            "num_clusters",
-            "effective_clusters",
-            "largest_cluster",
-        )
+        field.name: np.stack([getattr(fit, field.name) for fit in fits]).reshape(values.shape[1:])
+        for field in fields(_Means)
     }
     nothing = np.full(values.shape[1:], np.nan)
     result = Estimate(
@@ -236,21 +229,18 @@ def _fit(values: Floats, weights: Floats, clusters: Ints) -> _Fit:
         stderr = np.where(
             count > 1, np.sqrt((errors**2).sum(axis=0) * count / (count - 1)) / total, np.nan
         )
-        copies = (errors**2).sum(axis=0) <= 1e-24 * (sums**2).sum(
-            axis=0
-        )  # of one doc: they tell of no other
+        # copies of one doc tell of no other
+        copies = (errors**2).sum(axis=0) <= 1e-24 * (sums**2).sum(axis=0)
         stderr[copies & (mean != 0)] = np.nan
-        effective = total**2 / (sizes**2).sum(axis=0)
-        largest = sizes.max(axis=0) / total
-    return _Fit(
-        mean,
-        stderr,
-        (weights > 0).sum(axis=0),
-        count,
-        effective,
-        largest,
-        _Sums(errors, sizes, errors**2, errors * sizes, sizes**2),
-    )
+        return _Fit(
+            mean=mean,
+            stderr=stderr,
+            num_docs=(weights > 0).sum(axis=0),
+            num_clusters=count,
+            effective_clusters=total**2 / (sizes**2).sum(axis=0),
+            largest_cluster=sizes.max(axis=0) / total,
+            sums=_Sums(errors, sizes, errors**2, errors * sizes, sizes**2),
+        )
 
 
 def _resampled_t(sums: _Sums, draws: Floats) -> Floats:
@@ -386,16 +376,25 @@ def add_runs(found: Estimate, *run_means: Floats) -> Estimate:
         *run_means: each `[runs, points]`, two runs or more: what the runs of one independent set
             contribute.
     """
-    variances = [found.stderr**2, *(means.var(axis=0, ddof=1) / len(means) for means in run_means)]
-    total = np.sum(variances, axis=0)
-    fewer = [np.full_like(total, len(means) - 1) for means in run_means]
+    for means in run_means:
+        found = add_variance(found, means.var(axis=0, ddof=1) / len(means), len(means) - 1)
+    return found
 
-    def satterthwaite(degrees: Floats) -> Floats:
-        parts = [
-            variance**2 / df for variance, df in zip(variances, [degrees, *fewer], strict=True)
-        ]
+
+def add_variance(found: Estimate, variance: Floats, degrees: float) -> Estimate:
+    """Add an independent source of error to an estimate; the degrees of freedom are
+    Satterthwaite's.
+
+    Args:
+        found: the estimate so far.
+        variance: [points], of the mean.
+        degrees: degrees of freedom of the variance.
+    """
+    total = found.stderr**2 + variance
+
+    def satterthwaite(own: Floats) -> Floats:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(total**2 / np.sum(parts, axis=0))
+            return np.asarray(total**2 / (found.stderr**4 / own + variance**2 / degrees))
 
     return replace(
         found,

@@ -11,13 +11,23 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from sft_probe.analysis.stats.imports import read_lm_eval, read_means, read_metrics
+from sft_probe.analysis.stats.imports.choose import import_runs
+from sft_probe.analysis.stats.imports.imported import Imported
+from sft_probe.analysis.stats.imports.store import read_import
 from sft_probe.analysis.stats.measures import Cube, add_measures, cube
-from sft_probe.errors import UserError
+from sft_probe.analysis.stats.places import kind_of, named_path
+from sft_probe.errors import UserError, first_few, unknown
 from sft_probe.files import find, read_object
 from sft_probe.models import EMBEDDED_MODEL
 from sft_probe.probe_set import CATEGORIES, EMBEDDED_PROBE_SETS, ProbeSet, load_probe_set
-from sft_probe.scores import KEY, read_scores, read_scores_parquet
+from sft_probe.scores import (
+    DISTANCE_COLUMNS,
+    KEY,
+    SCHEMA,
+    TOKEN_COLUMNS,
+    read_scores,
+    read_scores_parquet,
+)
 
 _KINDS = {
     "model": str | None,
@@ -29,6 +39,7 @@ _KINDS = {
     "probe_set": str | None,
     "probe_set_sha256": str | None,
     "doc_sha256": dict,
+    "reference": str | None,
 }
 _MAX_NAMED = 5
 _SETTING = (
@@ -58,8 +69,9 @@ class Recording:
     path: Path
     rows: pd.DataFrame
     """From `add_measures`, of one source; empty where only means are known."""
-    tokens: pa.ListArray | None = None
-    """Token log-probs; the index of `rows` counts them."""
+    tokens: pa.Table | None = None
+    """`token_logprobs`, `TOKEN_COLUMNS` and `DISTANCE_COLUMNS`; the index of `rows` counts its
+    rows."""
     means: pd.DataFrame | None = None
     """`split category step value`, where no doc is known; nats with the terminator, as they were
     published."""
@@ -112,6 +124,19 @@ class Recording:
         seed = self.manifest.get("order_seed", self.probe.get("order_seed"))
         return "?" if seed is None else str(seed)
 
+    def has(self, measure: str) -> bool:
+        """Return whether a log-prob is known: `logprob`, or `logprob_with_eos`."""
+        if self.means is not None:
+            return measure == "logprob_with_eos"
+        return bool(self.rows[measure].notna().any())
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of logits of the model, where a sweep recorded its config."""
+        config = self.probe.get("model_config") or {}
+        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        return int(size) if size else None
+
     def sums(self, measure: str) -> str:
         """Say what is in the sums of a measure."""
         if self.means is not None:
@@ -140,13 +165,6 @@ class Recording:
         return cube(rows[rows["category"].isin(names)], names, self.texts)
 
 
-def named_path(path: Path) -> tuple[str, Path]:
-    """Return the name and the path of `NAME=PATH`; the name is empty for a path alone."""
-    name, equals, rest = str(path).partition("=")
-    is_named = bool(equals and rest) and "/" not in name and not path.exists()
-    return (name, Path(rest)) if is_named else ("", path)
-
-
 def load_recordings(paths: Sequence[Path]) -> list[Recording]:
     """Read every run, and name it as in `NAME=RUN`; equal names are numbered.
 
@@ -167,43 +185,45 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 def load_recording(path: Path) -> Recording:
     """Read a run directory, a parquet file of score rows, a directory of lm-eval's results, or
     means."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
-    if path.suffix in (".csv", ".json"):
-        means, step_unit, notes = read_means(path) if path.suffix == ".csv" else read_metrics(path)
+    kind = kind_of(path)
+    if kind == "rows":
+        return _of_rows(path, path.parent, read_scores_parquet(path))
+    if kind == "import":
+        return _of_import(path, [read_import(path)])
+    if kind == "run":
+        rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
+        return _of_rows(path, path, read_scores(rows))
+    if kind == "table":
+        return _of_rows(path, path, read_scores_parquet(path / "scores.parquet"))
+    return _of_import(path, import_runs(path))
+
+
+def _of_import(path: Path, runs: Sequence[Imported]) -> Recording:
+    """Return what an import has read as a recording."""
+    if len(runs) > 1:
+        raise UserError(
+            f"{path} holds {len(runs)} models: `sft-probe import {path} --out runs/NAME` makes a "
+            "run of each."
+        )
+    (run,) = runs
+    notes = run.notes
+    if run.means is not None:
         notes = (
             "means over docs as they were published: no intervals, and the terminator may be in "
             "the sums",
             *notes,
         )
-        return Recording(
-            name=path.stem,
-            path=path,
-            rows=pd.DataFrame(),
-            means=means,
-            step_unit=step_unit,
-            notes=notes,
-        )
-    if path.is_file():
-        return _of_rows(path, path.parent, read_scores_parquet(path))
-    rows = find(path, "sweep/step_*/*/rows.jsonl") or find(path, "probe/step_*.jsonl")
-    if rows:
-        return _of_rows(path, path, read_scores(rows))
-    if (path / "scores.parquet").is_file():
-        return _of_rows(path, path, read_scores_parquet(path / "scores.parquet"))
-    if find(path, "**/results_*.json"):
-        table, texts, prompts, notes = read_lm_eval(path)
-        return Recording(
-            name=path.resolve().name,
-            path=path,
-            rows=add_measures(table),
-            texts=texts,
-            prompts=prompts,
-            notes=notes,
-        )
-    raise UserError(
-        f"{path} holds no scores: no sweep (`sft-probe sweep {path}`), no live probe (`sft-probe "
-        "train --probe_steps`), no scores.parquet and no results of lm-eval."
+    return Recording(
+        name=run.name,
+        path=path,
+        rows=add_measures(run.rows if run.rows is not None else SCHEMA.empty_table()),
+        means=run.means,
+        step_unit=run.step_unit,
+        probe={**run.settings, "model": run.model, "form": run.form},
+        texts=run.texts,
+        prompts=run.prompts,
+        benchmarks=run.benchmarks,
+        notes=notes,
     )
 
 
@@ -218,10 +238,8 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         raise UserError(f"{path} holds no score rows.")
     frame = add_measures(table)
     for name, known in (("split", {"heldout", "train"}), ("source", {"lm_eval", "live"})):
-        if unknown := set(frame[name].map(str)) - known:
-            raise UserError(
-                f"{path}: the {name} {min(unknown)!r} is none of {', '.join(sorted(known))}."
-            )
+        if other := set(frame[name].map(str)) - known:
+            raise unknown(name, min(other), sorted(known), where=str(path))
     repeated = frame.duplicated(list(KEY))
     if repeated.any():
         first = frame[repeated].iloc[0]
@@ -245,7 +263,7 @@ def _of_rows(path: Path, directory: Path, table: pa.Table) -> Recording:
         path=path,
         rows=rows,
         step_unit=probe.get("step_unit", "optimizer step"),
-        tokens=table["token_logprobs"].combine_chunks(),
+        tokens=table.select(["token_logprobs", *TOKEN_COLUMNS, *DISTANCE_COLUMNS]).combine_chunks(),
         manifest=manifest,
         probe=probe,
         probe_set=probe_set,
@@ -301,10 +319,8 @@ def _notes(
 ) -> list[str]:
     notes = []
     if dropped := probe.get("dropped"):
-        names = ", ".join(str(drop["doc_id"]) for drop in dropped[:_MAX_NAMED])
-        notes.append(
-            f"{len(dropped)} docs were left out of all categories: {names}{_more(len(dropped))}"
-        )
+        names = first_few((str(drop["doc_id"]) for drop in dropped), _MAX_NAMED)
+        notes.append(f"{len(dropped)} docs were left out of all categories: {names}")
     for split, part in rows.groupby("split"):
         size = part["doc_id"].nunique() * part["category"].nunique() * part["step"].nunique()
         if missing := size - len(part):
@@ -333,6 +349,10 @@ def _notes(
             "the texts were written for the demo: it demonstrates the tool, it is no evidence"
         )
     if source == "lm_eval" and (live := find(directory, "probe/step_*.jsonl")):
+        notes.append(
+            f"the scores are those of the sweep; those of the live probe ({len(live)} steps) are "
+            "left out, since both never share a curve"
+        )
         notes += _disagreement(rows, live)
     return notes
 
@@ -352,7 +372,3 @@ def _disagreement(swept: pd.DataFrame, live: list[Path]) -> list[str]:
         f"live probe and sweep differ by up to {largest:.2f} nats on {len(both)} common scores "
         "(weights in 16 bits?)"
     ]
-
-
-def _more(count: int) -> str:
-    return f" and {count - _MAX_NAMED} more" if count > _MAX_NAMED else ""

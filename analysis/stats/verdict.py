@@ -64,10 +64,7 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
     for (run, split), part in changes[changes["unit"] == PER_RESPONSE].groupby(
         ["run", "split"], sort=False
     ):
-        own = part[
-            part["measure"]
-            == (measure if (part["measure"] == measure).any() else "logprob_with_eos")
-        ]
+        own = part[part["measure"] == measure]
         curves = {
             str(name): curve.sort_values("step")
             for name, curve in own.groupby("category", sort=False)
@@ -78,7 +75,7 @@ def verdict_table(changes: pd.DataFrame, measure: str = "logprob") -> pd.DataFra
         for (name, curve), p_holm in zip(curves.items(), adjusted, strict=True):
             row = _row(curve, float(p_holm), part[part["category"] == name])
             rows.append({"run": run, "split": split, "category": name, "rank": ranks[name], **row})
-    return pd.DataFrame(rows)[COLUMNS]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _row(curve: pd.DataFrame, p_holm: float, parts: pd.DataFrame) -> dict[str, object]:
@@ -132,7 +129,7 @@ def share_text(row: pd.Series, part: str) -> str:
     """
     share, low, high = (row[f"share_{part}{end}"] for end in ("", "_low", "_high"))
     return (
-        "-" if math.isnan(low) else f"{100 * share:.0f}±{100 * max(high - share, share - low):.0f}"
+        "-" if math.isnan(low) else f"{100 * share:z.0f}±{100 * max(high - share, share - low):.0f}"
     )
 
 
@@ -161,7 +158,7 @@ def sentence(curve: pd.DataFrame, sign: str) -> str:
             f"{name} {verb} {abs(y[turn]):.1f} nats {by} {x[turn]}, then {back} to {where}; {scope}"
         )
     if not certain:
-        return f"{name} did not change clearly ({y[-1]:+.1f} nats {by} {x[-1]}); {scope}"
+        return f"{name} did not change clearly ({y[-1]:+z.1f} nats {by} {x[-1]}); {scope}"
     _, half = half_bracket(x.tolist(), y.tolist())
     moved = f"{name} {'rose' if y[-1] > 0 else 'fell'} {abs(y[-1]):.1f} nats {by} {x[-1]}"
     return f"{moved}, half of it {by} {half:.0f}; {scope}"
@@ -205,9 +202,9 @@ def has_moved(curve: pd.DataFrame, sign: str) -> bool:
 
 def _place(last: float, *, turned: float, certain: bool) -> str:
     if not certain:
-        return f"about its start ({last:+.1f})"
+        return f"about its start ({last:+z.1f})"
     side = "above" if last > 0 else "below"
-    return f"{abs(last):.1f} {side} its start" if last * turned < 0 else f"{last:+.1f}"
+    return f"{abs(last):.1f} {side} its start" if last * turned < 0 else f"{last:+z.1f}"
 
 
 def _is_certain(curve: pd.DataFrame, low: str, high: str) -> Bools:

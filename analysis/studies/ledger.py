@@ -10,7 +10,7 @@ import pandas as pd
 from sft_probe.analysis.stats.clusters import cluster_ids
 from sft_probe.analysis.stats.intervals import Floats, estimate
 from sft_probe.analysis.stats.runs import load_recording
-from sft_probe.analysis.sweep.contexts import CONTEXTS
+from sft_probe.analysis.sweep.request import CONTEXTS
 from sft_probe.errors import UserError
 from sft_probe.files import find, make_dir, read_jsonl, write_text
 

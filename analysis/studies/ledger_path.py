@@ -23,9 +23,9 @@ from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.settings import resolve_settings
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir, write_text
-from sft_probe.models import load_model
+from sft_probe.models import load_model, resolve_model
 from sft_probe.prompts import EncodedDoc
-from sft_probe.weights import ADAPTER_CONFIG
+from sft_probe.weights import ADAPTER_CONFIG, base_of
 
 MIN_DOCS = 10
 MAX_ERROR = 0.01
@@ -72,22 +72,12 @@ def path_ledger(
         UserError: fewer than two snapshots, snapshots of 16 bits, fewer than 10 docs, or a category
             that the set does not have.
     """
-    checkpoints, problems = snapshots_of_run(run)
-    if len(checkpoints) < 2:
-        raise UserError(
-            f"{run} has {len(checkpoints)} snapshots that can be read; a path needs two. "
-            f"{' '.join(problems)}".rstrip()
-        )
-    if bad := [point for point in checkpoints if point.weights_dtype != "float32"]:
-        raise UserError(
-            f"{bad[0].name} holds {bad[0].weights_dtype} weights, whose small changes are rounded "
-            "away. Train with --snapshot_dtype float32."
-        )
-    docs, names = _docs(run, checkpoints, categories, num_docs)
-    model = _load(checkpoints[0])
-    values = {name: _value_of(model, docs, name) for name in names}
+    inputs = path_inputs(run, categories, num_docs)
+    checkpoints, docs, names = inputs.checkpoints, inputs.docs, inputs.categories
+    model = load_snapshot(checkpoints[0])
+    values = {name: value_of(model, docs, name) for name in names}
     steps = [point.step for point in checkpoints]
-    thetas = (_weights(_load(point)) for point in checkpoints)
+    thetas = (weights_of(load_snapshot(point)) for point in checkpoints)
     found = dict(
         zip(names, _integrate(model, thetas, list(values.values()), len(docs)), strict=True)
     )
@@ -99,11 +89,32 @@ def path_ledger(
     )
 
 
-def _docs(
-    run: Path, checkpoints: Sequence[Checkpoint], categories: Sequence[str] | None, num_docs: int
-) -> tuple[list[EncodedDoc], list[str]]:
-    """Return the docs whose gradients are taken, and the categories."""
+@dataclass(frozen=True, kw_only=True)
+class PathInputs:
+    """Snapshots of a run by step, and whose log-prob is followed along them."""
+
+    checkpoints: list[Checkpoint]
+    docs: list[EncodedDoc]
+    categories: list[str]
+    run: str
+    """Name of the run."""
+
+
+def path_inputs(run: Path, categories: Sequence[str] | None, num_docs: int) -> PathInputs:
+    """Return what a path of a run is integrated on; raise `UserError` as `path_ledger` does."""
+    checkpoints, problems = snapshots_of_run(run)
+    if len(checkpoints) < 2:
+        raise UserError(
+            f"{run} has {len(checkpoints)} snapshots that can be read; a path needs two. "
+            f"{' '.join(problems)}".rstrip()
+        )
+    if bad := [point for point in checkpoints if point.weights_dtype != "float32"]:
+        raise UserError(
+            f"{bad[0].name} holds {bad[0].weights_dtype} weights, whose small changes are rounded "
+            "away. Train with --snapshot_dtype float32."
+        )
     settings = resolve_settings(SweepRequest(directory=run), checkpoints)
+    _check_base(checkpoints, settings.run_columns["model"])
     docs = [doc for doc in settings.docs if doc.doc.split == "heldout"][:num_docs]
     if len(docs) < MIN_DOCS:
         raise UserError(f"{run}: {len(docs)} held-out docs can be scored; a path needs {MIN_DOCS}.")
@@ -112,22 +123,41 @@ def _docs(
     names = list(categories or default or settings.probe_set.categories)
     if unknown := [name for name in names if name not in settings.probe_set.categories]:
         raise UserError(f"--categories: the probe set has no {unknown[0]!r}.")
-    return docs, names
+    return PathInputs(
+        checkpoints=checkpoints,
+        docs=docs,
+        categories=names,
+        run=str(settings.run_columns["run"]),
+    )
 
 
-def _load(checkpoint: Checkpoint) -> Any:
+def _check_base(checkpoints: Sequence[Checkpoint], model: Any) -> None:
+    """Raise `UserError` where an adapter names another base than the run was trained from."""
+    for point in checkpoints:
+        path = Path(point.model) / ADAPTER_CONFIG
+        if path.exists() and (base := base_of(path.parent, "main")[0]) != resolve_model(model):
+            raise UserError(
+                f"{path} names the base {base}, but the run was trained from {model}. Put the "
+                "adapter of this run back."
+            )
+
+
+def load_snapshot(checkpoint: Checkpoint) -> Any:
+    """Load the model of a snapshot in float32."""
     folder = Path(checkpoint.model)
     if (folder / ADAPTER_CONFIG).exists():
         return load_adapter(folder, "float32")
     return load_model(str(folder), "float32").eval()
 
 
-def _weights(model: Any) -> Weights:
+def weights_of(model: Any) -> Weights:
     """Return copies of the parameters, tied ones once."""
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
-def _value_of(model: Any, docs: Sequence[EncodedDoc], category: str) -> Value:
+def value_of(model: Any, docs: Sequence[EncodedDoc], category: str) -> Value:
+    """Return the sum of log-probs over a doc's response as a function of the doc's index."""
+
     def value(index: int) -> torch.Tensor:
         doc = docs[index]
         own = doc.continuation_ids[category]
@@ -162,7 +192,7 @@ def _integrate(
     while here is not None:
         there = next(thetas, None)
         after = None if there is None else {name: there[name] - here[name] for name in here}
-        _set(live, here)
+        set_weights(live, here)
         sides = {side: d for side, d in (("right", before), ("left", after)) if d is not None}
         for value, found in zip(values, nodes, strict=True):
             at, dots = _node(live, value, num_docs, list(sides.values()), groups)
@@ -170,7 +200,7 @@ def _integrate(
             for side, dot in zip(sides, dots, strict=True):
                 found[side].append(dot)
         if after is not None:
-            _set(live, {name: here[name] + after[name] / 2 for name in here})
+            set_weights(live, {name: here[name] + after[name] / 2 for name in here})
             for value, found in zip(values, nodes, strict=True):
                 found["middle"].append(_node(live, value, num_docs, [after], groups)[1][0])
         here, before = there, after
@@ -183,7 +213,8 @@ def _simpson(node: Mapping[str, list[Floats]]) -> Floats:
     return (left + 4 * middle + right) / 6
 
 
-def _set(live: Mapping[str, torch.nn.Parameter], weights: Weights) -> None:
+def set_weights(live: Mapping[str, torch.nn.Parameter], weights: Weights) -> None:
+    """Copy weights into the parameters of a live model."""
     with torch.no_grad():
         for name, parameter in live.items():
             parameter.copy_(weights[name])

@@ -1,5 +1,5 @@
 """How simple a training target is for a model: code lengths from the losses of the first epoch,
-examples to half gain.
+excess description length, examples to half gain.
 
 Every loss is that of an example before the update it takes part in, summed over response and
 terminator, in nats.
@@ -20,10 +20,11 @@ from sft_probe.analysis.stats.curves import half_bracket
 from sft_probe.analysis.stats.intervals import Floats, over_runs, over_runs_and_docs
 from sft_probe.analysis.stats.runs import Recording, load_recordings
 from sft_probe.analysis.stats.verdict import cluster_warnings
+from sft_probe.analysis.studies.description_length import MIN_ORDERS, CodedRun, excess_table
+from sft_probe.analysis.studies.matched_kl import at_matched_gain
 from sft_probe.errors import UserError
 from sft_probe.files import jsonl_lines, make_dir, write_text
 
-MIN_ORDERS = 3
 _COLUMNS = (
     "run",
     "step",
@@ -97,22 +98,23 @@ class Simplicity:
     """`train_category than num_runs num_texts difference_bits bits_per_byte low_orders high_orders
     low high effective_clusters largest_cluster`, each row on the same texts; `low` and `high` end
     the 95 % interval over data orders and texts, in bits (of one order: over texts alone)."""
+    excess: pd.DataFrame
+    """From `excess_table`, of the categories with three data orders."""
     notes: list[str]
 
 
-def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
+def simplicity(paths: Sequence[Path]) -> Simplicity:
     """Compute the code lengths of finished runs.
 
     `code_length` is the prequential one, the sum of all first-epoch losses (Blier & Ollivier 2018,
     arXiv 1802.07044). `learned_bits` is what the same texts cost before training less that, where
     the run has scores of trained prompts at step 0. Half of the last held-out gain was first seen
     at `half_gain_by_examples`, and not yet at the probed step before, `half_gain_after_examples`.
-    `with_kl` adds the forward KL from the start at matched gain (arXiv 2509.04259), for which every
-    snapshot is loaded once.
+    Runs swept with `--reference` also have the forward KL from it at matched gain (arXiv
+    2509.04259).
 
     Raises:
-        UserError: a run has no scores or no `first_epoch.jsonl`; with the KL, if it has no snapshot
-            of step 0.
+        UserError: a run has no scores or no `first_epoch.jsonl`.
     """
     recordings = load_recordings(paths)
     losses: dict[str, pd.DataFrame] = {}
@@ -126,13 +128,8 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
     runs = pd.DataFrame([_row(recording, losses[recording.name]) for recording in recordings])[
         COLUMNS
     ]
-    if with_kl:
-        from sft_probe.analysis.studies.divergence import at_matched_gain
-
-        gains = [_gain(recording) for recording in recordings]
-        runs = pd.concat(
-            [runs, at_matched_gain([recording.path for recording in recordings], gains)], axis=1
-        )
+    gains = [_gain(recording) for recording in recordings]
+    runs = pd.concat([runs, at_matched_gain(recordings, gains)], axis=1)
     notes = [
         "raw code lengths mostly rank the entropy of the texts: compare categories on the same "
         "texts",
@@ -140,7 +137,15 @@ def simplicity(paths: Sequence[Path], *, with_kl: bool = False) -> Simplicity:
     fewest = min(runs.groupby("train_category", dropna=False)["order_seed"].nunique())
     if fewest < MIN_ORDERS:
         notes.append(f"{fewest} data order(s) of a category: a claim needs at least {MIN_ORDERS}")
-    return Simplicity(runs=runs, contrasts=_contrasts(recordings, losses, notes), notes=notes)
+    contrasts = _contrasts(recordings, losses, notes)
+    excess, reasons = excess_table(
+        [
+            CodedRun(recording=recording, losses=own, start=_start_losses(recording, own))
+            for recording in recordings
+            for own in (losses[recording.name],)
+        ]
+    )
+    return Simplicity(runs=runs, contrasts=contrasts, excess=excess, notes=[*notes, *reasons])
 
 
 def _row(recording: Recording, losses: pd.DataFrame) -> dict[str, object]:
@@ -337,10 +342,14 @@ def _owners(recording: Recording) -> dict[str, str]:
 
 
 def write_simplicity(found: Simplicity, folder: Path) -> list[Path]:
-    """Write `simplicity.csv` and, where there is one, `simplicity_contrasts.csv`; return their
-    paths."""
+    """Write `simplicity.csv` and, where there are such rows, `simplicity_contrasts.csv` and
+    `simplicity_excess.csv`; return their paths."""
     make_dir(folder)
-    tables = {"simplicity": found.runs, "simplicity_contrasts": found.contrasts}
+    tables = {
+        "simplicity": found.runs,
+        "simplicity_contrasts": found.contrasts,
+        "simplicity_excess": found.excess,
+    }
     paths = [folder / f"{name}.csv" for name, table in tables.items() if len(table)]
     for path in paths:
         write_text(path, tables[path.stem].to_csv(index=False))

@@ -119,7 +119,8 @@ def _pieces(
 
 def _token_logprobs(recording: Recording, row: int) -> Floats:
     """Return the token log-probs of a score row, float64 [tokens]."""
-    values = [] if recording.tokens is None else recording.tokens[row].as_py()
+    tokens = recording.tokens
+    values = [] if tokens is None else tokens["token_logprobs"][row].as_py()
     return np.array(values or [], dtype=np.float64)
 
 

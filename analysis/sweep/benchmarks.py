@@ -1,12 +1,10 @@
 """Benchmarks beside the probes: lm-eval's tasks by name, pattern or file, and their results."""
 
-import difflib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_probe.errors import UserError
+from sft_probe.errors import unknown
 from sft_probe.tasks.benchmark_files import benchmarks_dir
 
 if TYPE_CHECKING:
@@ -52,8 +50,6 @@ class BenchmarkTasks:
 
     def _match(self, spec: str) -> "tuple[TaskManager, list[str]]":
         if spec.endswith((".yaml", ".yml")):
-            if not Path(spec).is_file():
-                raise UserError(f"--tasks: {spec} is missing.")
             return self._own, [spec]
         for manager in (self._own, self._all):
             if names := manager.match_tasks([spec]):
@@ -62,39 +58,5 @@ class BenchmarkTasks:
                     names = [name for name in names if name in manager.all_subtasks]
                 return manager, names
         known = [*self._own.all_tasks, *self._all.all_tasks]
-        near = difflib.get_close_matches(spec, known, n=3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(
-            f"--tasks: lm-eval knows no task {spec!r}.{hint} `lm_eval ls tasks` lists them; "
-            "`sft-probe benchmarks add` makes one of a JSONL file."
-        )
-
-
-def slug(spec: str) -> str:
-    """Return a spec as part of a directory's name."""
-    return "".join(c if c.isalnum() else "_" for c in Path(spec).name.removesuffix(".yaml"))
-
-
-def benchmark_rows(results: dict[str, Any], run: str, step: int) -> list[dict[str, Any]]:
-    """Return rows `run step task metric filter value stderr n` of the tasks and groups in lm-eval's
-    results."""
-    rows = []
-    for task, metrics in results["results"].items():
-        for key, value in metrics.items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr"):
-                continue
-            stderr = metrics.get(f"{metric}_stderr,{filter_name}")
-            rows.append(
-                {
-                    "run": run,
-                    "step": step,
-                    "task": task,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "value": value,
-                    "stderr": stderr if isinstance(stderr, float) else None,
-                    "n": results["n-samples"].get(task, {}).get("effective"),
-                }
-            )
-    return rows
+        use = "`lm_eval ls tasks` lists them; `sft-probe benchmarks add` makes one of a JSONL file."
+        raise unknown("task", spec, known, where="--tasks", use=use)

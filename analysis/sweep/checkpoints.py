@@ -4,6 +4,7 @@ hub."""
 import glob
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from sft_probe.analysis.stats.steps import (
     step_in,
 )
 from sft_probe.errors import UserError
-from sft_probe.files import find, read_object
+from sft_probe.files import check_exists, find, read_object
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,17 @@ class Checkpoint:
         return self.model if self.revision == "main" else f"{self.model}@{self.revision}"
 
 
+class NothingFoundError(UserError):
+    """There is no checkpoint, or not yet."""
+
+
 def snapshots_of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
     """Return the snapshots of a run, by step, and what is wrong with those that cannot be used.
 
     Raises:
-        UserError: the directory holds no snapshots.
+        UserError: the directory does not exist, or holds no snapshots.
     """
+    check_exists(run_dir)
     checkpoints: dict[int, Checkpoint] = {}
     problems = []
     for folder in find(run_dir, "weights/step_*"):
@@ -80,7 +86,7 @@ def snapshots_of_run(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
         except UserError as error:
             problems.append(f"{folder.name}: {error}")
     if not checkpoints and not problems:
-        raise UserError(
+        raise NothingFoundError(
             f"{run_dir} holds no snapshots (weights/step_*); is it the directory of a run?"
         )
     return [checkpoints[step] for step in sorted(checkpoints)], problems
@@ -113,7 +119,7 @@ def checkpoints_matching(patterns: Sequence[str]) -> tuple[list[Checkpoint], lis
     """
     given = {folder: step for pattern in patterns for folder, step in _matches(pattern).items()}
     if not given:
-        raise UserError(f"no directory matches {' '.join(patterns)}.")
+        raise NothingFoundError(f"no directory matches {' '.join(patterns)}.")
     states: dict[Path, NamedStep] = {}
     problems = []
     for folder in sorted(given):
@@ -153,10 +159,15 @@ def _matches(pattern: str) -> dict[Path, int | None]:
     folders = [Path(match) for match in matches or glob.glob(name) if Path(match).is_dir()]  # noqa: PTH207
     # a file is skipped: a shell may have put it in the place of `out/*`
     if not matches and not folders:
-        raise UserError(f"no directory matches {name}.")
+        raise NothingFoundError(f"no directory matches {name}.")
     if step is not None and len(folders) > 1:
         raise UserError(f"{name} matches {len(folders)} directories; only one can be step {step}.")
     return dict.fromkeys(folders, step)
+
+
+def main_source(checkpoints: Sequence[Checkpoint]) -> str:
+    """Return where most of the checkpoints belong: a base model at step 0 may lie elsewhere."""
+    return Counter(checkpoint.source for checkpoint in checkpoints).most_common(1)[0][0]
 
 
 def hub_revisions(model: str, revisions: Sequence[str]) -> list[Checkpoint]:

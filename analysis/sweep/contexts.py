@@ -9,26 +9,15 @@ from typing import Any
 
 import torch
 
-from sft_probe.errors import UserError
 from sft_probe.files import read_object, write_json
 from sft_probe.prompts import EncodedDoc
 from sft_probe.scoring.packing import Continuation
 from sft_probe.scoring.score import FittingScorer
 from sft_probe.synth.splits import derangement
 
-CONTEXTS = ("none", "far", "near", "own")
-"""From the least to the most that a context has of a doc's own prompt."""
 NUM_FAR = 4
 """Derangements: each doc is given so many prompts of other docs, drawn at random."""
 PLAN = "contexts.json"
-
-
-def check_contexts(contexts: Sequence[str]) -> None:
-    """Raise `UserError` where `--contexts` names something else, or lacks `own` or all others."""
-    if unknown := [name for name in contexts if name not in CONTEXTS]:
-        raise UserError(f"--contexts: {unknown[0]!r} is none; use {','.join(reversed(CONTEXTS))}.")
-    if contexts and ("own" not in contexts or len(contexts) < 2):
-        raise UserError("--contexts compares own with others: own,far or own,near,far,none.")
 
 
 def context_plan(path: Path, docs: Sequence[EncodedDoc], model: Any) -> dict[str, Any]:

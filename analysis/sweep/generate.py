@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft_probe.errors import UserError
+from sft_probe.models import continue_prompts
 from sft_probe.prompts import EncodedDoc
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def generate_answers(
     with _greedy(model, ends, limit):
         for start in range(0, len(docs), batch_size):
             batch = docs[start : start + batch_size]
-            answers = _continue(model, [doc.prompt_ids for doc in batch], int(ends[0]))
+            prompts = [doc.prompt_ids for doc in batch]
+            answers = continue_prompts(
+                model, prompts, pad=int(ends[0]), logits_processor=[_check_finite]
+            )
             rows += [
                 _row(doc, tokenizer, answer, ends, limit)
                 for doc, answer in zip(batch, answers, strict=True)
@@ -91,21 +95,6 @@ def _greedy(model: Any, ends: Sequence[int], limit: int) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _continue(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int]]:
-    """Return what the model writes after each prompt, padded on the right."""
-    width = max(len(ids) for ids in prompts)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_processor=[_check_finite],
-        )
-    answers: list[list[int]] = output[:, width:].tolist()
-    return answers
 
 
 def _check_finite(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

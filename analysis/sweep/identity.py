@@ -25,9 +25,10 @@ Identity = dict[str, Any]
 _KINDS = {"place": str, "commit": str | None, "files": dict, "base": dict | None}
 
 
-def recorded(part: Path) -> Identity | None:
-    """Return what a part of a sweep was scored with; `None` where an earlier version wrote it."""
-    return read_object(part / RECORD, _KINDS) if (part / RECORD).exists() else None
+def recorded(part: Path, name: str = RECORD) -> Identity | None:
+    """Return what a part of a sweep was scored with; `None` where it does not say, as of an earlier
+    version."""
+    return read_object(part / name, _KINDS) if (part / name).exists() else None
 
 
 def recorded_of_step(folder: Path) -> Identity | None:

@@ -87,15 +87,20 @@ class LiveModel:
         self.model: PreTrainedModel | PeftModel | None = None
         self._same_ids: set[str] = set()
 
-    def load(self, checkpoint: Checkpoint) -> Any:
+    def load(self, checkpoint: Checkpoint, *, any_config: bool = False) -> Any:
         """Return the model with the weights of a checkpoint.
+
+        Args:
+            checkpoint: of the sweep, or one that is compared with those.
+            any_config: it may be of another architecture.
 
         Raises:
             UserError: it is of another architecture than the others, its tokenizer gives other ids,
                 or its weights do not fit.
         """
         folder = local_folder(checkpoint.model, checkpoint.revision)
-        self._check_config(checkpoint, folder)
+        if not any_config:
+            self._check_config(checkpoint, folder)
         self._check_tokenizer(checkpoint)
         self.model = None  # frees the memory before the next weights come
         if (folder / ADAPTER_CONFIG).exists():

@@ -72,10 +72,15 @@ def _start_ray(address: str | None) -> None:
 
 
 def score_on_ray(
-    request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
+    request: SweepRequest,
+    decided_by: Checkpoint,
+    checkpoints: list[Checkpoint],
+    reference: Checkpoint | None,
 ) -> list[str]:
     """Score the checkpoints on the cluster that `connect` reached; return what went wrong."""
-    num_workers, start = _plan(request, decided_by, checkpoints)
+    if not checkpoints:
+        return []
+    num_workers, start = _plan(request, decided_by, checkpoints, reference)
     log.info("%d workers on %s", num_workers, request.device)
     idle = [start() for _ in range(num_workers)]
     busy: dict[Any, tuple[Any, Checkpoint]] = {}
@@ -109,7 +114,10 @@ def score_on_ray(
 
 
 def _plan(
-    request: SweepRequest, decided_by: Checkpoint, checkpoints: list[Checkpoint]
+    request: SweepRequest,
+    decided_by: Checkpoint,
+    checkpoints: list[Checkpoint],
+    reference: Checkpoint | None,
 ) -> tuple[int, Callable[[], Any]]:
     """Return how many workers there are, and what starts one: a GPU each, else as many CPU slots
     each as there are enough of."""
@@ -124,17 +132,24 @@ def _plan(
         )
     options = {"num_cpus": share} if kind == "CPU" else {"num_gpus": 1}
     worker = ray.remote(StepWorker).options(**options)
-    return num_workers, lambda: worker.remote(request, decided_by, Path.cwd())
+    return num_workers, lambda: worker.remote(request, decided_by, Path.cwd(), reference)
 
 
 class StepWorker:
     """A Ray actor that holds one live model."""
 
-    def __init__(self, request: SweepRequest, decided_by: Checkpoint, directory: Path) -> None:
+    def __init__(
+        self,
+        request: SweepRequest,
+        decided_by: Checkpoint,
+        directory: Path,
+        reference: Checkpoint | None,
+    ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         os.chdir(directory)
         self.request = request
         self.decided_by = decided_by
+        self.reference = reference
         self.scorer: Scorer | None = None
 
     def score(self, checkpoint: Checkpoint, wait: bool) -> list[str] | None:
@@ -145,7 +160,7 @@ class StepWorker:
                 settings = resolve_settings(self.request, [self.decided_by])
                 max_tokens = fix_settings(settings, self.request)
                 benchmarks = BenchmarkTasks(self.request.tasks)
-                self.scorer = Scorer(self.request, settings, max_tokens, benchmarks)
+                self.scorer = Scorer(self.request, settings, max_tokens, benchmarks, self.reference)
             return self.scorer.score(checkpoint, wait=wait)
         except StepBusyError:
             return None

@@ -19,6 +19,7 @@ from sft_probe.analysis.sweep.identity import (
     recorded,
     recorded_of_step,
 )
+from sft_probe.analysis.sweep.parts import step_folder
 from sft_probe.analysis.sweep.settings import sweep_manifest
 from sft_probe.errors import UserError
 from sft_probe.files import find, remove_leftovers, write_json
@@ -28,11 +29,6 @@ log = logging.getLogger(__name__)
 
 class StepBusyError(Exception):
     """Another process is scoring the step."""
-
-
-def step_folder(directory: Path, step: int) -> Path:
-    """Return where the parts of a step lie."""
-    return directory / "sweep" / f"step_{step:06d}"
 
 
 @contextmanager

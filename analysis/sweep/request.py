@@ -3,13 +3,33 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from sft_probe.command_line import config_of, write_config
-from sft_probe.errors import UserError
+from sft_probe.analysis.sweep.checkpoints import (
+    Checkpoint,
+    checkpoints_matching,
+    hub_revisions,
+    snapshots_of_run,
+)
+from sft_probe.command_line import config_of, log_written, write_config
+from sft_probe.errors import UserError, check_names
+from sft_probe.files import read_object
 from sft_probe.options import Names, Positional, Positive, Replayable, Shard
+from sft_probe.probe_set import check_source
+from sft_probe.prompts import check_format
 
 log = logging.getLogger(__name__)
+
+CONTEXTS = ("none", "far", "near", "own")
+"""From the least to the most that a context has of a doc's own prompt."""
+_RUN_MANIFEST = {"prompt_format": str, "prompt_format_source": str, "request": dict}
+_RUN_MANIFEST_OPTIONAL = {
+    "probe_set": str | None,
+    "max_length": int | None,
+    "model": str | None,
+    "train_category": str | None,
+    "order_seed": int | None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +98,13 @@ class SweepRequest(Benchmarks, Replayable):
     own,near,far,none."""
     columns: Literal["all", "logprob"] = "all"
     """Columns of each token: log-prob, argmax, entropy, rank and norm, or the log-prob alone."""
+    reference: Annotated[str | None, "first|STEP|MODEL"] = None
+    """Also give each token its KL from a second model, held in memory; takes about twice as
+    long."""
+    follow: bool = False
+    """Wait for further checkpoints and score each as it appears, until the run has finished."""
+    until: Positive | None = None
+    """Last step to wait for with --follow; checkpoints of another trainer need it."""
     dry_run: bool = False
     """List the checkpoints with step, size and what is scored already, and end."""
 
@@ -88,26 +115,44 @@ class SweepRequest(Benchmarks, Replayable):
 
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
+    def check(self) -> None:
+        """Check the options, the checkpoints' names and meta data, and what the run recorded."""
+        self._check_options()
+        manifest = {}
+        if not self.follow:  # which waits for both
+            checkpoints, problems = find_checkpoints(self)
+            if not checkpoints:
+                raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+            manifest = run_manifest(self)
+        source = self.probe_set or manifest.get("probe_set")
+        if source:
+            check_source(source)
+        if self.prompt_format:
+            check_format(self.prompt_format, "--prompt-format")
+
     def execute(self) -> None:
         """Score what is not scored yet, and write `RUN/sweep/config.yaml`."""
-        self._check()
-        from sft_probe.analysis.sweep.sweep import plan, sweep
-
         if self.dry_run:
+            from sft_probe.analysis.sweep.parts import plan
+
             print(plan(self))  # noqa: T201
             return
-        for path in sweep(self):
-            log.info("wrote %s", path)
+        from sft_probe.analysis.sweep.sweep import sweep
+
+        log_written(sweep(self), f"analyze {self.directory}")
         write_config(self.directory / "sweep/config.yaml", "sft-probe sweep", config_of(self))
 
-    def _check(self) -> None:
+    def _check_options(self) -> None:
         if bool(self.model) != bool(self.revisions):
             raise UserError("--model and --revisions go together.")
-        if unknown := set(self.splits) - {"heldout", "train"}:
-            raise UserError(
-                f"--splits: {', '.join(sorted(unknown))} is no split; use heldout, train or "
-                "heldout,train."
-            )
+        check_names("--splits", "split", self.splits, ("heldout", "train"))
+        check_names("--contexts", "context", self.contexts, CONTEXTS[::-1])
+        if self.contexts and ("own" not in self.contexts or len(self.contexts) < 2):
+            raise UserError("--contexts compares own with others: own,far or own,near,far,none.")
+        for spec in self.tasks:
+            if spec.endswith((".yaml", ".yml")) and not Path(spec).is_file():
+                raise UserError(f"--tasks: {spec} is missing.")
+        self._check_follow()
         names = ("num_fewshot", "limit", "apply_chat_template")
         idle = [name for name in names if getattr(self, name)]
         if idle and not self.tasks:
@@ -115,3 +160,51 @@ class SweepRequest(Benchmarks, Replayable):
                 f"--{idle[0].replace('_', '-')} is for benchmarks (--tasks): probe texts are "
                 "rendered by the prompt format alone."
             )
+
+    def _check_follow(self) -> None:
+        if self.until is not None and not self.follow:
+            raise UserError("--until says where --follow ends: add --follow.")
+        if not self.follow:
+            return
+        if self.model or self.engine == "ray":
+            other = "--model" if self.model else "--engine ray"
+            raise UserError(f"--follow scores local checkpoints in this process, not {other}.")
+        if self.checkpoints and self.until is None:
+            raise UserError(
+                "--follow needs --until STEP here: checkpoints of another trainer do not say when "
+                "its run has finished."
+            )
+
+
+def find_checkpoints(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
+    """Return what a sweep scores, by step, and what is wrong with what it cannot score.
+
+    Raises:
+        UserError: there is nothing, or a name tells no step.
+    """
+    if request.checkpoints:
+        return checkpoints_matching(request.checkpoints)
+    if request.model:
+        return hub_revisions(request.model, request.revisions), []
+    return snapshots_of_run(request.directory)
+
+
+def run_manifest(request: SweepRequest) -> dict[str, Any]:
+    """Return what a run has recorded, one that is followed at its start; nothing of foreign
+    checkpoints.
+
+    Raises:
+        UserError: the run has not finished, and is not followed.
+    """
+    if request.checkpoints or request.model:
+        return {}
+    path = request.directory / "manifest.json"
+    if request.follow and not path.exists():
+        path = request.directory / "begun.json"  # what the training knows from its start
+    if not path.exists():
+        raise UserError(
+            f"{request.directory} holds no finished run (manifest.json is missing). Run the same "
+            "`sft-probe train` command again, or name foreign checkpoints with --checkpoints or "
+            "--model."
+        )
+    return read_object(path, _RUN_MANIFEST, _RUN_MANIFEST_OPTIONAL)

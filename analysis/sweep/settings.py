@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from sft_probe import __version__
-from sft_probe.analysis.sweep.checkpoints import Checkpoint
+from sft_probe.analysis.sweep.checkpoints import Checkpoint, main_source
 from sft_probe.analysis.sweep.live_model import active_part, model_config, tokenizer_of
-from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.errors import UserError
+from sft_probe.analysis.sweep.parts import chosen_inputs
+from sft_probe.analysis.sweep.request import SweepRequest, run_manifest
+from sft_probe.errors import UserError, first_few
 from sft_probe.files import make_dir, read_object, remove_leftovers, write_json
 from sft_probe.models import check_weights_fit, load_tokenizer, local_folder
-from sft_probe.probe_set import DEFAULT_PROBE_SET, ProbeSet, load_probe_set
+from sft_probe.probe_set import ProbeSet
 from sft_probe.prompts import (
     DroppedDoc,
     EncodedDoc,
@@ -46,14 +47,6 @@ _FIXED = (
     "step_unit",
     "model_config",
 )
-_RUN_MANIFEST = {"prompt_format": str, "prompt_format_source": str, "request": dict}
-_RUN_MANIFEST_OPTIONAL = {
-    "probe_set": str | None,
-    "max_length": int | None,
-    "model": str | None,
-    "train_category": str | None,
-    "order_seed": int | None,
-}
 _SWEEP_MANIFEST = {"max_tokens": int}
 _SWEEP_MANIFEST_OPTIONAL = {"model": str | None, "run": str, "sources": list, "model_config": dict}
 
@@ -95,15 +88,10 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
         UserError: training has not finished, the probe set has changed or has another format than
             the run, no checkpoint can be read, or no doc fits.
     """
-    foreign = bool(request.checkpoints or request.model)
-    manifest = {} if foreign else _run_manifest(request.directory)
+    manifest = run_manifest(request)
     earlier = sweep_manifest(request.directory) or {}
-    source = request.probe_set or manifest.get("probe_set") or DEFAULT_PROBE_SET
-    probe_set = load_probe_set(source)
+    probe_set, given = chosen_inputs(request)
     decided_by, tokenizer_source, tokenizer, config = _first_readable(checkpoints)
-    given = request.prompt_format or (
-        probe_set.prompt_format if foreign else manifest["prompt_format_source"]
-    )
     recorded = manifest.get("prompt_format_source") or _recorded_format(request.directory)
     prompt_format = resolve_format(given, tokenizer, probe_set.docs, recorded)
     _check_against_run(manifest, probe_set, prompt_format, tokenizer, request)
@@ -111,7 +99,7 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
     docs, dropped = encode_probe_set(probe_set, prompt_format, tokenizer, max_length)
     if not docs:
         raise UserError(
-            f"no doc of {source} can be scored; the first one: {dropped[0].doc_id}: "
+            f"no doc of {probe_set.source} can be scored; the first one: {dropped[0].doc_id}: "
             f"{dropped[0].reason}"
         )
     return SweepSettings(
@@ -120,7 +108,7 @@ def resolve_settings(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -
             "model": manifest.get("model")
             or earlier.get("model")
             or request.model
-            or checkpoints[0].source,
+            or main_source(checkpoints),
             "train_category": manifest.get("train_category"),
             "order_seed": manifest.get("order_seed"),
             "compute_dtype": request.dtype,
@@ -165,8 +153,7 @@ def _first_readable(checkpoints: Sequence[Checkpoint]) -> _Readable:
             faults.append(f"step {checkpoint.step}: {name}{textwrap.shorten(str(error), 300)}")
     if without_weights:
         return without_weights
-    more = [f"and {len(faults) - _MAX_NAMED} more"] if len(faults) > _MAX_NAMED else []
-    raise UserError("\n".join(["no checkpoint can be scored:", *faults[:_MAX_NAMED], *more]))
+    raise UserError("no checkpoint can be scored:\n" + first_few(faults, _MAX_NAMED, "\n"))
 
 
 def _recorded_format(directory: Path) -> str | None:
@@ -174,16 +161,6 @@ def _recorded_format(directory: Path) -> str | None:
     stays what it was."""
     earlier = sweep_manifest(directory) or {}
     return earlier.get("prompt_format_source") or earlier.get("prompt_format")
-
-
-def _run_manifest(directory: Path) -> dict[str, Any]:
-    if not (directory / "manifest.json").exists():
-        raise UserError(
-            f"{directory} holds no finished run (manifest.json is missing). Run the same "
-            "`sft-probe train` command "
-            "again, or name foreign checkpoints with --checkpoints or --model."
-        )
-    return read_object(directory / "manifest.json", _RUN_MANIFEST, _RUN_MANIFEST_OPTIONAL)
 
 
 def sweep_manifest(directory: Path) -> dict[str, Any] | None:
@@ -273,6 +250,7 @@ def _manifest(settings: SweepSettings, request: SweepRequest) -> dict[str, Any]:
             for split in ("train", "heldout")
         },
         "doc_ids": [doc.doc.doc_id for doc in settings.docs],
+        "doc_sha256": {doc.doc.doc_id: doc.doc.sha256 for doc in settings.docs},
         "dropped": [vars(drop) for drop in settings.dropped],
         "model_config": settings.model_config,
         "sft_probe_version": __version__,

@@ -7,7 +7,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks, benchmark_rows, slug
+from sft_probe.analysis.stats.benchmarks import benchmark_rows
+from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
 from sft_probe.analysis.sweep.checkpoints import Checkpoint
 from sft_probe.analysis.sweep.contexts import PLAN, context_plan, score_contexts
 from sft_probe.analysis.sweep.generate import generate_answers, generation_docs, max_new_tokens
@@ -35,11 +36,18 @@ from sft_probe.analysis.sweep.ownership import (
     owned_step,
     remove_parts,
     stale_parts,
+)
+from sft_probe.analysis.sweep.parts import (
+    ANSWERS,
+    OTHER_PROMPTS,
+    REFERENCE,
+    parts_asked_for,
     step_folder,
 )
+from sft_probe.analysis.sweep.reference import is_beside, reference_name
 from sft_probe.analysis.sweep.request import SweepRequest
 from sft_probe.analysis.sweep.settings import SweepSettings, record
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, first_few
 from sft_probe.files import new_dir, read_jsonl, write_json, write_jsonl, write_text
 from sft_probe.models import check_window
 from sft_probe.prompts import first_visible, terminator_id
@@ -50,8 +58,6 @@ from sft_probe.tasks.lm import NonFiniteError, ProbeLM, ProbeScore
 log = logging.getLogger(__name__)
 
 ERROR_LOG = "error.log"
-_ANSWERS = "--generate"
-_CONTEXTS = "--contexts"
 _MAX_NAMED = 5
 
 
@@ -65,6 +71,7 @@ class Scorer:
         max_tokens: the token budget; lowered, and recorded in the sweep's manifest, where memory
             runs out.
         benchmarks: those of the request.
+        reference: the model from which distances are taken.
     """
 
     def __init__(
@@ -73,10 +80,12 @@ class Scorer:
         settings: SweepSettings,
         max_tokens: int,
         benchmarks: BenchmarkTasks,
+        reference: Checkpoint | None = None,
     ) -> None:
         self.request = request
         self.settings = settings
         self.max_tokens = max_tokens
+        self.reference = reference
         self.identity: Identity = {}
         """Of the checkpoint that is being scored."""
         self._reset()
@@ -132,9 +141,9 @@ class Scorer:
             try:
                 if name in request.splits:
                     self._score_probes(checkpoint, name, parts[name])
-                elif name == _ANSWERS:
+                elif name == ANSWERS:
                     self._generate(checkpoint, parts[name])
-                elif name == _CONTEXTS:
+                elif name == OTHER_PROMPTS:
                     self._score_contexts(checkpoint, parts[name])
                 else:
                     self._score_benchmark(checkpoint, name, parts[name])
@@ -157,7 +166,10 @@ class Scorer:
             log.warning("step %d: %s What was scored is kept.", checkpoint.step, error)
             return []
         stale = stale_parts(folder, self.identity)
-        missing = [name for name, path in parts.items() if name in missing or path in stale]
+        alone = [path for path in self._scored_alone(parts) if path not in stale]
+        missing = [
+            name for name, path in parts.items() if name in missing or path in (*stale, *alone)
+        ]
         if missing:
             log.info("step %d: scoring %s", checkpoint.step, ", ".join(missing))
             check_undamaged(checkpoint, self.identity)
@@ -165,16 +177,32 @@ class Scorer:
             check_unchanged(checkpoint, self.identity)
         else:
             log.info("step %d is complete", checkpoint.step)
-        if stale:
-            names = ", ".join(path.name for path in stale)
-            log.warning(
-                "step %d: %s has changed since %s were scored: removed",
-                checkpoint.step,
-                checkpoint.name,
-                names,
-            )
-            remove_parts(self.request.directory, stale)
+        for parts_again, why in (
+            (stale, f"{checkpoint.name} has changed since %s were scored: removed"),
+            (alone, "%s were scored without this reference: removed"),
+        ):
+            if parts_again:
+                names = ", ".join(path.name for path in parts_again)
+                log.warning(f"step %d: {why}", checkpoint.step, names)
+                remove_parts(self.request.directory, parts_again)
         return missing
+
+    @cached_property
+    def _reference_identity(self) -> Identity:
+        assert self.reference is not None  # noqa: S101 - the callers' branch
+        try:
+            identity = identify(self.reference)
+            check_undamaged(self.reference, identity)
+        except UserError as error:
+            raise UserError(f"--reference: {error}") from error
+        return identity
+
+    def _scored_alone(self, parts: dict[str, Path]) -> list[Path]:
+        """Return the splits that were scored without the reference, or beside another one."""
+        if self.reference is None:
+            return []
+        splits = [parts[name] for name in self.request.splits if parts[name].exists()]
+        return [path for path in splits if not is_beside(path, self._reference_identity)]
 
     @contextmanager
     def _new_part(self, folder: Path) -> Iterator[Path]:
@@ -191,7 +219,7 @@ class Scorer:
             self.lm.use(model)
             return
         with _quiet("lm_eval"):
-            self.lm = ProbeLM(
+            lm = ProbeLM(
                 pretrained=model,
                 backend="causal",
                 tokenizer=self.settings.tokenizer,
@@ -200,6 +228,13 @@ class Scorer:
                 max_tokens=self.max_tokens,
                 token_columns=self.request.columns == "all",
             )
+        if self.reference is not None:
+            live = LiveModel(self.request.dtype, self.request.resolved_device, self.settings)
+            try:
+                lm.compare_with(live.load(self.reference, any_config=True))
+            except UserError as error:
+                raise UserError(f"--reference {self.reference.name}: {error}") from error
+        self.lm = lm
 
     def _score_probes(self, checkpoint: Checkpoint, split: str, folder: Path) -> None:
         if split not in self.probe_tasks:
@@ -225,12 +260,16 @@ class Scorer:
         rows = [self._row(doc, score, checkpoint) for doc, score in scored]
         with self._new_part(folder) as temporary:
             write_jsonl(temporary / "rows.jsonl", rows)
+            if self.reference is not None:
+                write_json(temporary / REFERENCE, self._reference_identity)
             if results is not None:
                 self._write_results(temporary, results, checkpoint)
             if faults:
                 write_jsonl(
                     temporary / "faults.jsonl", [_fault(doc, checkpoint.step) for doc in faults]
                 )
+        if self.reference is not None:
+            record(self.request.directory, reference=reference_name(self.reference))
 
     def _row(
         self, doc: dict[str, Any], score: ProbeScore, checkpoint: Checkpoint
@@ -253,6 +292,7 @@ class Scorer:
             logprob_eos=score.logprob_eos,
             is_greedy=score[1],
             token_columns=score.token_columns,
+            distances=score.distances,
         )
 
     def _load_probe_tasks(self, split: str) -> Any:
@@ -276,16 +316,17 @@ class Scorer:
     def _score_benchmark(self, checkpoint: Checkpoint, spec: str, folder: Path) -> None:
         with _quiet("lm_eval"):
             tasks = self.benchmarks.load(spec)
-        results = simple_evaluate(
-            model=self.lm,
-            tasks=tasks,
-            num_fewshot=self.request.num_fewshot,
-            limit=self.request.limit,
-            apply_chat_template=self.request.apply_chat_template,
-            task_manager=TaskManager(
-                include_defaults=False
-            ),  # else it reads 14,000 files, at every step
-        )
+        with _quiet("lm_eval"):
+            results = simple_evaluate(
+                model=self.lm,
+                tasks=tasks,
+                num_fewshot=self.request.num_fewshot,
+                limit=self.request.limit,
+                apply_chat_template=self.request.apply_chat_template,
+                task_manager=TaskManager(
+                    include_defaults=False
+                ),  # else it reads 14,000 files, at every step
+            )
         self._keep_max_tokens()
         rows = benchmark_rows(results, self.settings.run_columns["run"], checkpoint.step)
         with self._new_part(folder) as temporary:
@@ -354,22 +395,6 @@ class Scorer:
             _write_lm_eval_files(folder, results, arguments)
 
 
-def parts_asked_for(request: SweepRequest, folder: Path) -> dict[str, Path]:
-    """Return the directory of each part of a step that a request asks for, by what is scored."""
-    options = (
-        f"-{request.num_fewshot}shot" if request.num_fewshot is not None else "",
-        f"-limit{request.limit:g}" if request.limit is not None else "",
-        "-chat" if request.apply_chat_template else "",
-    )
-    parts = {split: folder / split for split in request.splits}
-    parts |= {spec: folder / f"benchmark_{slug(spec)}{''.join(options)}" for spec in request.tasks}
-    if request.generate:
-        parts[_ANSWERS] = folder / f"generate_{request.generate}"
-    if request.contexts:
-        parts[_CONTEXTS] = folder / f"contexts_{'_'.join(sorted(request.contexts))}"
-    return parts
-
-
 def _write_error_log(folder: Path) -> str:
     """Write the traceback of the exception that is being handled; return where it is."""
     try:
@@ -394,11 +419,9 @@ def _faults(folder: Path) -> list[str]:
     if not path.exists():
         return []
     rows = read_jsonl(path)
-    names = ", ".join(f"{row['doc_id']} {row['category']}" for row in rows[:_MAX_NAMED])
-    more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
+    names = first_few((f"{row['doc_id']} {row['category']}" for row in rows), _MAX_NAMED)
     return [
-        f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names}{more} "
-        f"({path})"
+        f"{folder.name}: the logits of {len(rows)} responses are NaN or infinite: {names} ({path})"
     ]
 
 

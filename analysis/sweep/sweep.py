@@ -6,24 +6,26 @@ It resumes part by part: `sweep/step_000016/heldout/` exists only complete.
 
 import logging
 from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from sft_probe.analysis.stats.steps import STEP
 from sft_probe.analysis.stats.tables import write_tables
 from sft_probe.analysis.sweep.benchmarks import BenchmarkTasks
-from sft_probe.analysis.sweep.checkpoints import (
-    Checkpoint,
-    checkpoints_matching,
-    hub_revisions,
-    snapshots_of_run,
-)
-from sft_probe.analysis.sweep.contexts import check_contexts
+from sft_probe.analysis.sweep.checkpoints import Checkpoint
+from sft_probe.analysis.sweep.follow import follow
 from sft_probe.analysis.sweep.generate import generation_docs
-from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources, step_folder
-from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.analysis.sweep.settings import fix_settings, resolve_settings
-from sft_probe.analysis.sweep.step import Scorer, parts_asked_for
+from sft_probe.analysis.sweep.ownership import StepBusyError, claim_sources
+from sft_probe.analysis.sweep.parts import inputs_text
+from sft_probe.analysis.sweep.reference import find_reference
+from sft_probe.analysis.sweep.request import SweepRequest, find_checkpoints
+from sft_probe.analysis.sweep.settings import (
+    fix_settings,
+    resolve_settings,
+)
+from sft_probe.analysis.sweep.step import Scorer
 from sft_probe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,10 +38,55 @@ def sweep(request: SweepRequest) -> list[Path]:
         UserError: nothing can be scored; or, after all others are done, some checkpoint could not
             be.
     """
-    checkpoints, problems = _find(request)
-    if not checkpoints:
-        raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
-    check_contexts(request.contexts)
+    if request.follow:
+        problems = _follow(request)
+    else:
+        checkpoints, problems = find_checkpoints(request)
+        if not checkpoints:
+            raise UserError("\n".join(["no checkpoint can be scored:", *problems]))
+        problems += _prepare(request, checkpoints)(_shard(request, checkpoints))
+    tables = write_tables(request.directory)
+    if problems:
+        done = f"the others are in {request.directory}" if tables else "nothing was scored"
+        raise UserError(
+            "\n".join(
+                [f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]
+            )
+        )
+    return tables
+
+
+def _follow(request: SweepRequest) -> list[str]:
+    """Score checkpoints as they appear; return what went wrong."""
+    prepared: list[Callable[[list[Checkpoint]], list[str]]] = []
+
+    def score(found: Sequence[Checkpoint], some: list[Checkpoint]) -> list[str]:
+        mine = [one for one in some if one in _shard(request, found)]
+        if not mine:
+            return []
+        if not prepared:
+            prepared.append(_prepare(request, found))
+        problems = prepared[0](mine)
+        write_tables(request.directory)
+        return problems
+
+    return follow(request, partial(find_checkpoints, request), score)
+
+
+def _shard(request: SweepRequest, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    index, num_shards = request.shard
+    return list(checkpoints[index - 1 :: num_shards])
+
+
+def _prepare(
+    request: SweepRequest, checkpoints: Sequence[Checkpoint]
+) -> Callable[[list[Checkpoint]], list[str]]:
+    """Fix what all steps share, and return what scores some of them and says what went wrong.
+
+    Raises:
+        UserError: nothing can be scored.
+    """
+    reference = find_reference(request.reference, checkpoints) if request.reference else None
     benchmarks = BenchmarkTasks(request.tasks)
     if checkpoints[0].step_unit != STEP:
         log.warning("the names tell no steps: %ss are counted instead", checkpoints[0].step_unit)
@@ -54,6 +101,7 @@ def sweep(request: SweepRequest) -> list[Path]:
     claim_sources(request.directory, checkpoints)
     for drop in settings.dropped:
         log.warning("left out of all categories: %s: %s", drop.doc_id, drop.reason)
+    log.info(inputs_text(request, settings.probe_set, settings.format_name))
     log.info(
         "%d checkpoints; %d docs can be scored in %d categories, %d are left out",
         len(checkpoints),
@@ -61,52 +109,9 @@ def sweep(request: SweepRequest) -> list[Path]:
         len(settings.probe_set.categories),
         len(settings.dropped),
     )
-    index, num_shards = request.shard
-    mine = checkpoints[index - 1 :: num_shards]
-    if request.engine == "ray" and mine:
-        problems += _on_ray().score_on_ray(request, settings.decided_by, mine)
-    else:
-        problems += _score_here(Scorer(request, settings, max_tokens, benchmarks), mine)
-    tables = write_tables(request.directory)
-    if problems:
-        done = f"the others are in {request.directory}" if tables else "nothing was scored"
-        raise UserError(
-            "\n".join(
-                [f"{len(problems)} checkpoints could not be scored in full; {done}:", *problems]
-            )
-        )
-    return tables
-
-
-def plan(request: SweepRequest) -> str:
-    """Return what a sweep would score: step, name and size of each checkpoint, and what is done.
-
-    Nothing is loaded or written, and no benchmark is looked up.
-
-    Raises:
-        UserError: no checkpoint is found, or the step of one is not clear.
-    """
-    checkpoints, problems = _find(request)
-    index, num_shards = request.shard
-    lines = [f"{'step':>8}  {'size':>9}  {'done':<30} checkpoint"]
-    for checkpoint in checkpoints[index - 1 :: num_shards]:
-        parts = parts_asked_for(request, step_folder(request.directory, checkpoint.step))
-        done = [name for name, path in parts.items() if path.exists()]
-        text = "all" if len(done) == len(parts) else ", ".join(done) or "-"
-        size = _size_bytes(checkpoint)
-        size_text = "on hub" if size is None else f"{size / 1e6:,.0f} MB"
-        lines.append(f"{checkpoint.step:>8}  {size_text:>9}  {text:<30} {checkpoint.name}")
-    asked = ", ".join(parts_asked_for(request, request.directory))
-    lines.append(f"asked for: {asked}")
-    return "\n".join([*lines, *(f"cannot be scored: {problem}" for problem in problems)])
-
-
-def _size_bytes(checkpoint: Checkpoint) -> int | None:
-    """Return the size of a checkpoint's weights; `None` where they are not on this disk."""
-    folder = Path(checkpoint.model)
-    if not folder.is_dir():
-        return None
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if request.engine == "ray":
+        return partial(_on_ray().score_on_ray, request, settings.decided_by, reference=reference)
+    return partial(_score_here, Scorer(request, settings, max_tokens, benchmarks, reference))
 
 
 def _on_ray() -> ModuleType:
@@ -138,11 +143,3 @@ def _score_here(scorer: Scorer, checkpoints: list[Checkpoint]) -> list[str]:
         for problem in found:
             log.error("step %d: %s", checkpoint.step, problem)
     return problems
-
-
-def _find(request: SweepRequest) -> tuple[list[Checkpoint], list[str]]:
-    if request.checkpoints:
-        return checkpoints_matching(request.checkpoints)
-    if request.model:
-        return hub_revisions(request.model, request.revisions), []
-    return snapshots_of_run(request.directory)

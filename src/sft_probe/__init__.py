@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sft_probe.api import compare as compare
     from sft_probe.api import load as load
     from sft_probe.api import load_probe_set as load_probe_set
+    from sft_probe.api import probe_set as probe_set
     from sft_probe.train.live import record as record
     from sft_probe.train.live import score as score
     from sft_probe.train.probe import ProbeCallback as ProbeCallback
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "ProbeCallback": "sft_probe.train.probe",
-    **dict.fromkeys(("Runs", "compare", "load", "load_probe_set"), "sft_probe.api"),
+    **dict.fromkeys(("Runs", "compare", "load", "load_probe_set", "probe_set"), "sft_probe.api"),
     **dict.fromkeys(("record", "score"), "sft_probe.train.live"),
 }
 """Public name to the module that has it: torch, pandas and the rest are imported at first use."""
-__all__ = ["ProbeCallback", "Runs", "compare", "load", "load_probe_set", "record", "score"]
+__all__ = ["ProbeCallback", "Runs", "compare", "load", "probe_set", "record", "score"]
 
 
 def __getattr__(name: str) -> Any:

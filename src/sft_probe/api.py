@@ -1,15 +1,16 @@
 """The Python interface, for notebooks and scripts: runs as tables and figures."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sft_probe.analysis.stats.analyze import Analysis, tables_of, verdict_text
+from sft_probe.analysis.stats.analyze import Analysis, common_measure, tables_of, verdict_text
 from sft_probe.analysis.stats.comparison import Comparison, compare_recordings
 from sft_probe.analysis.stats.runs import Recording, load_recordings
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, check_names
 from sft_probe.probe_set import DEFAULT_PROBE_SET, ProbeSet
 from sft_probe.probe_set import load_probe_set as _load_probe_set
 
@@ -21,8 +22,7 @@ def load(*paths: str | Path) -> "Runs":
     """Read finished runs.
 
     Args:
-        paths: run directories, parquet files of score rows, directories of lm-eval's results, or
-            CSVs of means.
+        paths: run directories, parquet files of score rows, or what `sft-probe import` reads.
 
     Example:
         runs = sft_probe.load("runs/a", "runs/b")
@@ -148,8 +148,8 @@ class Runs(Sequence["Runs"]):
     def analysis(
         self, *, categories: Sequence[str] | None = None, include_eos: bool = False
     ) -> Analysis:
-        """Return all tables of `sft-probe analyze`: `changes`, `verdict`, `contrasts`, `over_runs`
-        and, of two runs, `comparison`.
+        """Return all tables of `sft-probe analyze`: `changes`, `verdict`, `contrasts`,
+        `distribution`, `items`, `over_runs` and, of two runs, `comparison`.
 
         Args:
             categories: default: all.
@@ -181,8 +181,9 @@ class Runs(Sequence["Runs"]):
         """Return a figure of `sft-probe plot` as an Altair chart, which shows itself in a notebook.
 
         Args:
-            figure: `changes`, `levels`, `trajectory`, `parts`, `docs`, `tokens`, `length`,
-                `data_card`, `benchmarks`, `generations` or `code_length`.
+            figure: `changes`, `levels`, `trajectory`, `parts`, `squeezing`, `kl`, `shift`, `docs`,
+                `tokens`, `length`, `data_card`, `benchmarks`, `forgetting`, `generations` or
+                `code_length`.
             split: `heldout` or `train`.
             categories: default: all.
             include_eos: whether the terminator is counted in.
@@ -194,10 +195,10 @@ class Runs(Sequence["Runs"]):
             runs.plot("parts").save("parts.html")
         """
         from sft_probe.analysis.figures.figure import Style
-        from sft_probe.analysis.figures.plot import FIGURES, figures_of
+        from sft_probe.analysis.figures.names import FIGURES
+        from sft_probe.analysis.figures.plot import figures_of
 
-        if figure not in FIGURES:
-            raise UserError(f"{figure!r} is none of the figures {', '.join(FIGURES)}.")
+        check_names("plot", "figure", [figure], FIGURES)
         analysis = self.analysis(categories=categories, include_eos=include_eos)
         style = Style(color=color, width=width)
         drawn = {found.name: found for found in figures_of(analysis, style, [figure])}
@@ -261,18 +262,28 @@ def compare(
     Example:
         print(sft_probe.compare("runs/a", "runs/b"))
     """
-    one, two = load_recordings([Path(a), Path(b)])
-    measure = "logprob_with_eos" if include_eos else "logprob"
-    return compare_recordings(one, two, measure, categories)
+    runs = load_recordings([Path(a), Path(b)])
+    measure = common_measure(runs, include_eos=include_eos)
+    return compare_recordings(runs[0], runs[1], measure, categories)
 
 
-def load_probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
+def probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
     """Read a probe set: its `docs`, `categories` and `prompt_format`.
 
     Args:
         source: a directory, a `.jsonl` file, a hub id or an embedded name.
 
     Example:
-        sft_probe.load_probe_set("helpful-mini").docs[0].responses["chosen"]
+        sft_probe.probe_set("helpful-mini").docs[0].responses["chosen"]
     """
     return _load_probe_set(str(source))
+
+
+def load_probe_set(source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
+    """Read a probe set: the earlier name of `probe_set`, with a warning."""
+    warnings.warn(
+        "sft_probe.load_probe_set is now sft_probe.probe_set; please use the new name.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return probe_set(source)

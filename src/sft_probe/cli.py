@@ -2,6 +2,8 @@
 help comes at once."""
 
 import argparse
+import contextlib
+import importlib
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -19,12 +21,17 @@ from sft_probe.analysis.commands import (
     Weights,
     Words,
 )
+from sft_probe.analysis.import_commands import Import, PublishedGet, PublishedList
 from sft_probe.analysis.sweep.request import SweepRequest
-from sft_probe.command_line import Parser, read_command
-from sft_probe.errors import UserError, did_you_mean, exit_on_user_error, quiet
+from sft_probe.command_line import Parser, log_written, read_command
+from sft_probe.errors import UserError, doing, exit_on_user_error, quiet, unknown
+from sft_probe.files import check_exists
 from sft_probe.options import Command, Heldout, OldName, Positional, Positive, about, options_of
+from sft_probe.probe_set import check_source, train_command
+from sft_probe.prompts import check_format
 from sft_probe.synth.options import SynthRun, SynthStatus
-from sft_probe.train.options import Train, check_inputs, expand, print_help, train_options
+from sft_probe.train.checks import check_inputs
+from sft_probe.train.options import Train, expand, print_help, train_options
 
 log = logging.getLogger(__name__)
 _DESCRIPTION = "See what a language model really learns during supervised fine-tuning."
@@ -63,8 +70,9 @@ class Table(Command):
     """Categories of responses, each with its column."""
     prompt_format: str = "hh"
     """hh, chat, plain or a Jinja file."""
-    heldout: Heldout = 100
-    """Docs held out; or a share below 1: then no doc changes its split when rows are added."""
+    heldout: Heldout | None = None
+    """Docs held out; or a share below 1: then no doc changes its split when rows are added.
+    Default: 100, of under 500 rows a fifth."""
     limit: Positive | None = None
     """Largest number of docs; they are drawn at random. Default: all."""
     seed: int = 0
@@ -84,18 +92,35 @@ class ProbeSet(Table):
     source: Positional[Annotated[str | None, "SET"]] = None
     """A directory, a .jsonl file, a hub id or an embedded set."""
 
+    def check(self) -> None:
+        """Check the path of the set; or of the table, and that all is said that it needs."""
+        if self.from_table is None:
+            if self.source is None:
+                raise UserError("name a probe set, or a table with --from-table.")
+            check_source(self.source)
+            return
+        check_exists(self.from_table)
+        check_format(self.prompt_format, "--prompt-format")
+        if not self.prompt or not self.out or not self.category:
+            raise UserError(
+                "--from-table needs --prompt COLUMN, --out DIR and --category NAME=COLUMN, once "
+                "for each."
+            )
+        if len(self._categories()) < len(self.category):
+            raise UserError("--category names a category twice. Give each one column.")
+
     def execute(self) -> None:
         """Print what the set holds; a set with faults ends with a `UserError`."""
         from sft_probe.probe_set import read_probe_set
         from sft_probe.synth.output import describe_probe_set
 
         if self.from_table is not None:
-            self._make()
-        elif self.source is None:
-            raise UserError("name a probe set, or a table with --from-table.")
+            self._make(self.from_table)
         source = str(self.out if self.from_table is not None else self.source)
         probe_set = read_probe_set(source)
         print(describe_probe_set(probe_set))  # noqa: T201
+        if self.out is not None:
+            log_written([self.out], train_command(source, probe_set.categories))
         if probe_set.faults:
             number = len(probe_set.faults)
             faults = "1 fault" if number == 1 else f"{number} faults"
@@ -103,24 +128,24 @@ class ProbeSet(Table):
                 f"{probe_set.name} has {faults} (listed above). Fix these lines, or remove them."
             )
 
-    def _make(self) -> None:
+    def _categories(self) -> dict[str, str]:
+        """Return the columns of the categories. Raises `UserError` where one is not NAME=COLUMN."""
+        pairs = [item.partition("=") for item in self.category]
+        for item, (name, _, column) in zip(self.category, pairs, strict=True):
+            if not name or not column:
+                raise UserError(
+                    f"--category {item}: write NAME=COLUMN, as in --category chosen=answer."
+                )
+        return {name: column for name, _, column in pairs}
+
+    def _make(self, table: Path) -> None:
         from sft_probe.synth.table import write_probe_set
 
-        pairs = [item.partition("=") for item in self.category]
-        is_whole = all(name and column for name, _, column in pairs)
-        if not self.prompt or not self.out or not self.from_table or not pairs or not is_whole:
-            raise UserError(
-                "--from-table needs --prompt COLUMN, --out DIR and --category NAME=COLUMN, once "
-                "for each."
-            )
-        categories = {name: column for name, _, column in pairs}
-        if len(categories) < len(pairs):
-            raise UserError("--category names a category twice. Give each one column.")
         left_out = write_probe_set(
-            self.from_table,
-            self.out,
-            prompt_column=self.prompt,
-            categories=categories,
+            table,
+            Path(str(self.out)),
+            prompt_column=str(self.prompt),
+            categories=self._categories(),
             prompt_format=self.prompt_format,
             heldout=self.heldout,
             limit=self.limit,
@@ -128,7 +153,7 @@ class ProbeSet(Table):
         )
         for item in left_out:
             log.warning("left out: %s", item)
-        log.info("wrote %s; %d rows left out", self.out, len(left_out))
+        log.info("%d rows left out", len(left_out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +174,22 @@ class BenchmarksAdd(Command):
     out: Annotated[Path | None, "DIR"] = None
     """Where tasks and copies of the items are written. Default: in the cache, for `sweep`."""
 
+    def check(self) -> None:
+        """Check that the files are there."""
+        for file in self.files:
+            check_exists(file)
+
     def execute(self) -> None:
         """Write the tasks and say what each file was taken for."""
-        from sft_probe.tasks.benchmark_files import add_benchmarks
+        from sft_probe.tasks.benchmark_files import add_benchmarks, benchmarks_dir
 
-        for name, layout, num_items in add_benchmarks(self.files, self.out):
+        added = add_benchmarks(self.files, self.out)
+        for name, layout, num_items in added:
             print(f"{name}: {num_items} items, {layout}")  # noqa: T201
+        names = ",".join(name for name, _, _ in added)
+        files = [(self.out or benchmarks_dir()) / f"{name}.yaml" for name, _, _ in added]
+        tasks = names if self.out is None else ",".join(map(str, files))
+        log_written(files, f"sweep RUN --tasks {tasks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +205,11 @@ class TasksDir(Command):
     """Write tasks for the categories of this set. Default: those of the embedded set."""
     out: Annotated[Path | None, "DIR"] = None
     """Where they are written. Default: in the cache."""
+
+    def check(self) -> None:
+        """Check that the probe set is there."""
+        if self.probe_set is not None:
+            check_source(self.probe_set)
 
     def execute(self) -> None:
         """Print the directory, and write it first where a set is named."""
@@ -203,7 +243,7 @@ class LinkTasks(Command):
         if self.remove:
             log.info("removed %s", unlink_tasks())
         else:
-            log.info("wrote stubs to %s; now: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
+            log.info("wrote stubs to %s; next: lm_eval --tasks 'sft_probe_*' ...", link_tasks())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +276,10 @@ class Track(Command):
     """Where to send them."""
     project: str = "sft-probe"
     """Name of the project there."""
+
+    def check(self) -> None:
+        """Check that the run is there."""
+        check_exists(self.run)
 
     def execute(self) -> None:
         """Send them."""
@@ -276,6 +320,9 @@ COMMANDS: dict[str, type[Command]] = {
     "ledger": Ledger,
     "words": Words,
     "weights": Weights,
+    "import": Import,
+    "published list": PublishedList,
+    "published get": PublishedGet,
     "synth run": SynthRun,
     "synth status": SynthStatus,
     "probe-set": ProbeSet,
@@ -287,6 +334,42 @@ COMMANDS: dict[str, type[Command]] = {
     "completion": Completion,
 }
 """Every command by the words that call it, in the order of the help."""
+_TITLES = {
+    "quickstart": "from training to a report",
+    "transfer": "studies of runs",
+    "import": "runs of others",
+    "synth run": "probe sets and benchmarks",
+    "tasks-dir": "lm-eval, trackers, shells",
+}
+"""The titles of groups of commands, each by the first one of its group."""
+_WITHOUT_WORD = {"synth": "synth run", "published": "published list"}
+"""What the first word of a group alone calls."""
+
+
+_IMPORTS = {
+    "train": "sft_probe.train.sft",
+    "sweep": "sft_probe.analysis.sweep.sweep",
+    "analyze": "sft_probe.analysis.stats.analyze",
+    "plot": "sft_probe.analysis.figures.plot",
+    "report": "sft_probe.analysis.report.html",
+    "transfer": "sft_probe.analysis.figures.runs",
+    "simplicity": "sft_probe.analysis.figures.runs",
+    "ledger": "sft_probe.analysis.studies.ledger_path",
+    "words": "sft_probe.analysis.studies.words",
+    "weights": "sft_probe.analysis.studies.weight_changes",
+    "synth run": "sft_probe.synth.build",
+    "probe-set": "sft_probe.synth.output",
+    "benchmarks add": "sft_probe.tasks.benchmark_files",
+    "import": "sft_probe.analysis.stats.imports.store",
+}
+"""The module of a command whose import takes longest."""
+
+
+def _import_for(name: str) -> None:
+    """Import what a command needs, with a line where that takes long."""
+    with doing("importing libraries"), contextlib.suppress(ImportError):
+        if name in _IMPORTS:
+            importlib.import_module(_IMPORTS[name])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -303,7 +386,11 @@ def main(argv: list[str] | None = None) -> None:
         if name == "train":
             _train(rest)
         else:
-            read_command(f"sft-probe {name}", COMMANDS[name], rest).execute()
+            command = read_command(f"sft-probe {name}", COMMANDS[name], rest)
+            command.check()
+            if not getattr(command, "dry_run", False):
+                _import_for(name)
+            command.execute()
 
 
 def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
@@ -316,7 +403,7 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
     first, second = (*arguments, "", "")[:2]
     is_group = any(name.startswith(f"{first} ") for name in COMMANDS)
     word = second if first and is_group else first
-    if word in ("-h", "--help") or (not word and first != "synth"):
+    if word in ("-h", "--help") or (not word and first not in _WITHOUT_WORD):
         print(overview(first if is_group else ""))  # noqa: T201
         raise SystemExit(0 if word else 2)
     if first == "--version":
@@ -324,14 +411,11 @@ def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
         raise SystemExit(0)
     if f"{first} {second}" in COMMANDS:
         return f"{first} {second}", arguments[2:]
-    if first == "synth":  # as it was before there was `synth run`
-        return "synth run", arguments[1:]
+    if first in _WITHOUT_WORD:
+        return _WITHOUT_WORD[first], arguments[1:]
     if first not in COMMANDS:
         name = f"{first} {second}" if is_group else first
-        raise UserError(
-            f"there is no command {name!r}.{did_you_mean(name, COMMANDS)} `sft-probe --help` lists "
-            "all."
-        )
+        raise unknown("command", name, COMMANDS, use="`sft-probe --help` lists all.")
     return first, arguments[1:]
 
 
@@ -342,8 +426,11 @@ def overview(prefix: str = "") -> str:
     }
     width = max(map(len, shown)) + 2
     lines = [f"usage: {' '.join(['sft-probe', *prefix.split()])} COMMAND [options]", ""]
-    lines += [_DESCRIPTION, ""] if not prefix else []
-    lines += ["commands:", *(f"  {name:<{width}}{summary}" for name, summary in shown.items()), ""]
+    lines += [_DESCRIPTION] if not prefix else ["commands:"]
+    for name, summary in shown.items():
+        lines += ["", f"{_TITLES[name]}:"] if name in _TITLES and not prefix else []
+        lines.append(f"  {name:<{width}}{summary}")
+    lines.append("")
     return "\n".join([*lines, "`sft-probe COMMAND --help` explains a command, with examples."])
 
 
@@ -352,6 +439,7 @@ def _train(arguments: list[str]) -> None:
         print_help()
         return
     probe_set = check_inputs(expand(arguments))
+    _import_for("train")
     try:
         from sft_probe.train.sft import main as train
     except ImportError as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sft_probe.errors import UserError, did_you_mean, one_of
+from sft_probe.errors import UserError, unknown
 from sft_probe.files import write_bytes
 from sft_probe.options import Option, about, as_text, options_of, usage
 
@@ -103,10 +103,8 @@ def _values(
 
 
 def _read(option: Option, text: str) -> Any:
-    if option.choices and text not in option.choices:
-        raise UserError(f"{text!r}: use {one_of(option.choices)}.")
     try:
-        return option.read(text)
+        return option.value_of(text)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{option.metavar} {text!r}: {error}") from error
 
@@ -134,13 +132,12 @@ def _dashed(flag: str) -> str:
     return "--" + flag.removeprefix("--").replace("_", "-")
 
 
-def check_known(prog: str, unknown: Sequence[str], options: Iterable[Option], *others: str) -> None:
+def check_known(prog: str, extra: Sequence[str], options: Iterable[Option], *others: str) -> None:
     """Raise `UserError` for options that do not exist, with the one that was perhaps meant."""
-    if unknown:
-        flag = unknown[0].partition("=")[0]
+    if extra:
+        flag = extra[0].partition("=")[0]
         known = [option.flag for option in options if not option.is_positional]
-        hint = did_you_mean(flag, [*known, *others])
-        raise UserError(f"{prog} has no option {flag}.{hint} See {prog} --help.")
+        raise unknown("option", flag, [*known, *others], use=f"See {prog} --help.")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -166,8 +163,13 @@ def _config_flags(recorded: Mapping[str, Any], options: Sequence[Option], path: 
     for name, value in recorded.items():
         option = known.get(_dashed(name))
         if option is None:
-            hint = did_you_mean(name, [option.name for option in options])
-            raise UserError(f"{path}: there is no option {name!r}.{hint}")
+            raise unknown(
+                "option",
+                name,
+                [option.name for option in options],
+                where=str(path),
+                use="The help of the command lists all.",
+            )
         values = [as_text(part) for part in value] if isinstance(value, list) else [as_text(value)]
         if option.is_positional:
             positionals += values
@@ -177,6 +179,22 @@ def _config_flags(recorded: Mapping[str, Any], options: Sequence[Option], path: 
             joined = values if option.is_list else [",".join(values)]
             flags += [option.flag, *joined] if option.is_list else [f"{option.flag}={joined[0]}"]
     return [*flags, "--", *positionals]
+
+
+def log_written(paths: Iterable[Path], following: str = "") -> None:
+    """Log what a command has written, the last one with the command that comes next.
+
+    Args:
+        paths: files or directories; each is logged when it is there.
+        following: a command line, without `sft-probe`; empty where none suggests itself.
+    """
+    last: Path | None = None
+    for path in paths:
+        if last is not None:
+            log.info("wrote %s", last)
+        last = path
+    if last is not None:
+        log.info("wrote %s%s", last, f"; next: sft-probe {following}" if following else "")
 
 
 def config_of(command: Any) -> dict[str, Any]:

@@ -9,11 +9,16 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+log = logging.getLogger(__name__)
+_QUICK_S = 2.0
+_AGAIN_S = 60.0
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it."""
 
@@ -46,15 +51,44 @@ def quiet() -> None:
     if os.environ.get("SFT_PROBE_VERBOSE"):
         logging.basicConfig(level=logging.INFO)
         return
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    start = "\r\033[K" if sys.stderr.isatty() else ""  # a line of its own where a bar is drawn
+    logging.basicConfig(level=logging.ERROR, format=start + "%(message)s")
     logging.getLogger("sft_probe").setLevel(logging.INFO)
     # DeepSpeed sets the level of its logger when it is imported; a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", append=True)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Log what is being done where the block takes over 2 s, and once a minute while it lasts.
+
+    Args:
+        what: such as `loading the model`.
+    """
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def report() -> None:
+        wait = _QUICK_S
+        while not ended.wait(wait):
+            seconds = time.monotonic() - started
+            log.info("%s%s", what, " ..." if wait == _QUICK_S else f" ({seconds:.0f} s so far)")
+            wait = _AGAIN_S
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:
@@ -71,6 +105,42 @@ def run_command(arguments: Sequence[str], output: IO[str] | None = None) -> int:
             raise
 
 
+def first_few(names: Iterable[str], most: int, separator: str = ", ") -> str:
+    """Return the first names and how many more there are: `a, b and 3 more`.
+
+    Args:
+        names: in the order in which they are shown.
+        most: how many of them are shown.
+        separator: what stands between them; lines where it is a line break.
+    """
+    every = list(names)
+    space = separator if separator.isspace() else " "
+    more = f"{space}and {len(every) - most} more" if len(every) > most else ""
+    return separator.join(every[:most]) + more
+
+
+def unknown(
+    what: str, name: str, known: Iterable[str], *, where: str = "", use: str = ""
+) -> UserError:
+    """Return the error for a name that does not exist: the one form of all commands.
+
+        WHERE: there is no WHAT 'NAME'. Did you mean X? Use one of A, B, C.
+
+    Args:
+        what: the kind of thing, such as `category`.
+        name: as the user wrote it.
+        known: the names that exist.
+        where: the option or file that holds the name.
+        use: the last sentence, where a list of all names would be too long or too little.
+    """
+    known = list(known)
+    place = f"{where}: " if where else ""
+    remedy = use or f"Use one of {', '.join(known)}."
+    return UserError(
+        f"{place}there is no {what} {name!r}.{did_you_mean(name, known)} {remedy}".rstrip()
+    )
+
+
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?`, or nothing where no known name is close to the text."""
     plain = {name.replace("_", "-"): name for name in known}
@@ -78,6 +148,8 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     return f" Did you mean {plain[close[0]]}?" if close else ""
 
 
-def one_of(known: Iterable[str]) -> str:
-    """Return `one of a, b, c`."""
-    return "one of " + ", ".join(known)
+def check_names(where: str, what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise the error of `unknown` for the first of these names that is not known."""
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known, where=where)

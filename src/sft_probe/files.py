@@ -17,7 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean
 
 
 def sha256_file(path: Path) -> str:
@@ -46,6 +46,15 @@ def make_dir(path: Path) -> Path:
             f"cannot write to the directory {path}: {error.strerror}. Choose another one."
         ) from error
     return path
+
+
+def check_exists(path: Path) -> None:
+    """Raise `UserError` where a path does not exist, with the one beside it that was perhaps
+    meant."""
+    if path.exists():
+        return
+    beside = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
+    raise UserError(f"{path} does not exist.{did_you_mean(path.name, beside)}")
 
 
 def find(folder: Path, pattern: str) -> list[Path]:
@@ -147,12 +156,9 @@ def jsonl_lines(text: str) -> list[str]:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises `UserError` naming the file and line of a fault."""
+    text = _read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
     except (
@@ -162,11 +168,21 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: JSON that cannot be read ({error}).") from error
 
 
+def _read_text(path: Path) -> str:
+    """Read a UTF-8 file. Raises `UserError` naming the file where it is none."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object per line. Raises `UserError` naming the file and line of a
     fault."""
     rows = []
-    for number, line in enumerate(jsonl_lines(path.read_text("utf-8")), start=1):
+    for number, line in enumerate(jsonl_lines(_read_text(path)), start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -5,14 +5,14 @@ import importlib.util
 import logging
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, doing
 from sft_probe.files import make_dir, new_dir, remove_leftovers, sha256_file
 from sft_probe.weights import ADAPTER_CONFIG, base_of, check_weight_files
 
@@ -60,14 +60,14 @@ def local_folder(name: str, revision: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
+        with doing(f"fetching {name} (revision {revision}) from the hub"):
+            folder = snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
                 ignore_patterns=["*/*"],
             )
-        )
+        return Path(folder)
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
             f"no directory and no model on the hub: {name!r} (revision {revision})."
@@ -130,7 +130,7 @@ def _from_pretrained(name: str, revision: str, **options: Any) -> Any:
     if folder.is_dir():
         check_weight_files(folder)
     try:
-        with _quiet():
+        with _quiet(), doing(f"loading {name}"):
             model, info = AutoModelForCausalLM.from_pretrained(
                 resolve_model(name),
                 revision=revision,
@@ -211,13 +211,39 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
     config = None
     if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
         config = load_config(*base_of(folder, revision))
+    source = resolve_model(name)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve_model(name), revision=revision, config=config, trust_remote_code=False
-        )
+        with doing(f"loading the tokenizer of {name}"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source, revision=revision, config=config, trust_remote_code=False
+            )
     except Exception as error:  # files of another shape make transformers raise errors of any kind
         raise _load_error("tokenizer", name, error) from error
     return tokenizer
+
+
+def continue_prompts(
+    model: Any, prompts: Sequence[list[int]], *, pad: int, **options: Any
+) -> list[list[int]]:
+    """Return the token ids that a model writes after each prompt, padded at the end to one length.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: token ids; shorter ones are padded on the left and masked.
+        pad: the token id that pads.
+        **options: of `model.generate`, such as `max_new_tokens`.
+    """
+    import torch  # what only reads names and configs does without
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options
+        )
+    written: list[list[int]] = output[:, width:].tolist()
+    return written
 
 
 def check_window(max_length: int, model: "PreTrainedModel") -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from sft_probe.errors import unknown
+
 T = TypeVar("T")
 
 
@@ -45,12 +47,31 @@ Positional = Annotated[T, _Position()]
 
 def names(text: str) -> tuple[str, ...]:
     """Return the parts of a comma-separated list, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError("it names nothing")
+    return found
+
+
+def whole(text: str) -> int:
+    """Return a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def real(text: str) -> float:
+    """Return a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def positive(text: str) -> int:
     """Return a whole number from 1."""
-    number = int(text)
+    number = whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return number
@@ -66,7 +87,7 @@ def shard(text: str) -> tuple[int, int]:
 
 def rate(text: str) -> float:
     """Return a positive number."""
-    number = float(text)
+    number = real(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
@@ -74,7 +95,7 @@ def rate(text: str) -> float:
 
 def amount(text: str) -> float:
     """Return a sum of money, from 0."""
-    number = float(text)
+    number = real(text)
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no amount of money")
     return number
@@ -82,7 +103,7 @@ def amount(text: str) -> float:
 
 def fraction(text: str) -> float:
     """Return a number between 0 and 1."""
-    number = float(text)
+    number = real(text)
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
@@ -103,7 +124,13 @@ Heldout = Annotated[float, Reader(heldout, "N|X")]
 
 
 class Command:
-    """Base of every command: a dataclass that `execute` runs."""
+    """Base of every command: a dataclass that is checked, and that `execute` runs."""
+
+    def check(self) -> None:
+        """Raise `UserError` for what the command line, the file system and small JSON files tell.
+
+        Nothing that takes time is imported for it.
+        """
 
     def execute(self) -> None:
         """Do what the command is for."""
@@ -139,6 +166,18 @@ class Option:
     is_positional: bool = False
     old_names: tuple[str, ...] = ()
 
+    def value_of(self, text: str) -> Any:
+        """Return the value that a text stands for.
+
+        Raises:
+            UserError: it is none of the choices.
+            argparse.ArgumentTypeError: it does not fit.
+        """
+        if self.choices and text not in self.choices:
+            where = self.metavar if self.is_positional else self.flag
+            raise unknown("choice", text, self.choices, where=where)
+        return self.read(text)
+
     @property
     def is_required(self) -> bool:
         """Whether the command cannot run without it."""
@@ -157,9 +196,9 @@ class Option:
         if self.is_switch:
             given = {"help": given["help"], "action": "store_true"}
         else:
-            given |= {"type": self.read}
+            given |= {"type": self.value_of}
         if self.choices:
-            given |= {"choices": self.choices}
+            given |= {"choices": self.choices}  # for shell completion
         if self.is_list:
             given |= {"nargs": "+", "action": "extend"}
         if self.is_positional:
@@ -199,7 +238,7 @@ def options_of(command: type, underscores: bool = False) -> tuple[Option, ...]:
         for name, text in documented.items():
             if name in defaults and name not in [option.name for option in found]:
                 flag = "--" + (name if underscores else name.replace("_", "-"))
-                values = _value_of(hints[name], name)
+                values = _value_of(hints[name], name.rpartition("_")[2].upper())
                 found.append(
                     Option(
                         name=name,
@@ -227,10 +266,9 @@ def _value_of(hint: Any, name: str) -> dict[str, Any]:
         extras = [*extras, *inner]
     if get_origin(plain) is Literal:
         found["choices"] = get_args(plain)
-        found["metavar"] = "{" + ",".join(get_args(plain)) + "}"
-        return found
-    standard = {int: "N", float: "X", Path: "PATH"}.get(plain, name.upper())
-    found["read"] = plain if plain in (int, float, Path) else str
+        name = "{" + ",".join(get_args(plain)) + "}"
+    standard = {int: "N", float: "X", Path: "PATH"}.get(plain, name)
+    found["read"] = {int: whole, float: real, Path: Path}.get(plain, str)
     found["metavar"] = standard
     for extra in extras:
         if isinstance(extra, Reader):

@@ -5,17 +5,20 @@ A probe set is a directory (`probe_set.json` and `*.jsonl`), a single `.jsonl` f
 embedded set, or a data set on the Hugging Face hub. See docs/data.md for the schema.
 """
 
+import csv
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, did_you_mean, doing
 from sft_probe.files import find, read_object
 
 CATEGORIES = ("chosen", "rejected", "paraphrase", "variant", "random", "non_response")
@@ -193,31 +196,74 @@ def read_probe_set(source: str) -> ProbeSet:
     )
 
 
+def train_command(source: str, categories: Iterable[str]) -> str:
+    """Return the command line that trains on a set, on `chosen` or else its first category."""
+    names = list(categories)
+    chosen = "" if "chosen" in names else f" --train_category {names[0]}"
+    return f"train --probe_set {source}{chosen} --output_dir runs/{Path(source).name}"
+
+
+def check_source(source: str) -> None:
+    """Raise `UserError` where there is no probe set at `source`, as far as this disk tells: a hub
+    id is not looked up."""
+    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    if not is_hub_id or Path(source).exists():
+        _files_of(source)
+
+
 def _check_kind(source: str, rows: list["_Row"]) -> None:
     """Raise `UserError` where rows are data of another kind, saying how to make a set of them."""
     columns = dict.fromkeys(name for row in rows[:100] for name in row.value)
     if not columns or any({"doc_id", "split"} & row.value.keys() for row in rows):
         return
-    out = Path("sets", Path(source).name.partition(".")[0] or "mine")
-    if {"chosen", "rejected"} <= columns.keys():
-        what = "preference pairs, in"
-        commands = f"""sft-probe synth run --source {source} --categories random --out {out}
-      (chosen, rejected and random; needs no model and no key)
-  sft-probe synth run --source {source} --writer gemini --out {out}
-      (also paraphrase, variant and non_response)"""
-    else:
-        what = "a table of"
-        prompt = next((name for name in _PROMPT_COLUMNS if name in columns), "COLUMN")
-        response = next((name for name in _RESPONSE_COLUMNS if name in columns), "COLUMN")
-        commands = (
-            f"sft-probe probe-set --from-table {source} --prompt {prompt} "
-            f"--category chosen={response} --out {out}"
-        )
+    kind = "preference pairs, in" if {"chosen", "rejected"} <= columns.keys() else "a table of"
     raise UserError(
-        f"{source} is not a probe set: no row has a `doc_id` or a `split`. It holds {what} "
-        f"{len(rows)} rows with the columns {', '.join(map(_printable, list(columns)[:20]))}. Make "
-        f"a probe set of it with\n  {commands}"
+        f"{source} is not a probe set: no row has a `doc_id` or a `split`. It holds {kind} "
+        f"{len(rows)} rows with the columns {_shown(columns)}. Make a probe set of it with\n"
+        f"{_commands_for(source, columns)}"
     )
+
+
+def _commands_for(source: str, columns: Collection[str]) -> str:
+    """Return the commands that make a probe set of a table or of preference pairs."""
+    out = Path("sets", Path(source).name.partition(".")[0] or "mine")
+    prompt = next((name for name in _PROMPT_COLUMNS if name in columns), "")
+    response = next((name for name in _RESPONSE_COLUMNS if name in columns), "COLUMN")
+    pairs, commands = f"chosen={response}", []
+    if {"chosen", "rejected"} <= set(columns):
+        pairs = "chosen=chosen rejected=rejected"
+        if not source.endswith(".csv"):
+            commands = [
+                f"sft-probe synth run --source {source} --categories random --out {out}",
+                "    (chosen, rejected and random; needs no model and no key)",
+                f"sft-probe synth run --source {source} --writer gemini --out {out}",
+                "    (also paraphrase, variant and non_response)",
+            ]
+    if prompt or not commands:
+        commands.append(
+            f"sft-probe probe-set --from-table {source} --prompt {prompt or 'COLUMN'} "
+            f"--category {pairs} --out {out}"
+        )
+    return "\n".join(f"  {command}" for command in commands)
+
+
+def _check_is_no_table(path: Path, source: str) -> None:
+    """Raise `UserError` for a CSV or parquet file, saying how to make a set of it."""
+    if path.suffix not in (".csv", ".parquet") or not path.is_file():
+        return
+    columns: list[str] = []
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            columns = next(csv.reader(file), [])
+    shown = f" with the columns {_shown(columns)}" if columns else ""
+    raise UserError(
+        f"{source} is a table{shown}, not a probe set. Make one of it with\n"
+        f"{_commands_for(source, columns)}"
+    )
+
+
+def _shown(columns: Iterable[str]) -> str:
+    return ", ".join(map(_printable, list(columns)[:20]))
 
 
 @dataclass(frozen=True)
@@ -244,6 +290,7 @@ def _files_of(source: str) -> list[Path]:
         path = Path(source).expanduser()
     if not path.exists():
         path = _hub_snapshot(source)
+    _check_is_no_table(path, source)
     files = find(path, "*.jsonl") if path.is_dir() else [path]
     if not files or not all(file.suffix == ".jsonl" for file in files):
         raise UserError(
@@ -255,22 +302,21 @@ def _files_of(source: str) -> list[Path]:
 
 
 def _hub_snapshot(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    known = ", ".join(EMBEDDED_PROBE_SETS)
     hint = (
-        f"no probe set {source!r}: it is no file or directory here, none of the embedded sets "
-        f"({known})"
+        f"there is no probe set {source!r}.{did_you_mean(source, EMBEDDED_PROBE_SETS)} It is no "
+        f"file or directory here, not embedded ({', '.join(EMBEDDED_PROBE_SETS)})"
     )
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(f"{hint}, and no data set id of the hub.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        return Path(
-            snapshot_download(
+        with doing(f"fetching {source} from the hub"):
+            folder = snapshot_download(
                 source, repo_type="dataset", allow_patterns=["*.jsonl", "probe_set.json"]
             )
-        )
+        return Path(folder)
     except (OSError, ValueError, HFValidationError) as error:
         raise UserError(f"{hint}, and the hub did not give it ({type(error).__name__}).") from error
 
@@ -457,3 +503,15 @@ def _check_links(rows: list[_Row]) -> Iterator[Fault]:
             yield row.fault(
                 f"`random` is not the chosen response of {row.value['random_doc_id']!r}"
             )
+
+
+class _CallableModule(ModuleType):
+    """Lets `sft_probe.probe_set("my-set.jsonl")` read a set: the function of the Python interface
+    has the name of this module, which Python puts in its place once it is imported."""
+
+    def __call__(self, source: str | Path = DEFAULT_PROBE_SET) -> ProbeSet:
+        """Read a probe set."""
+        return load_probe_set(str(source))
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sft_probe.errors import UserError
+from sft_probe.errors import UserError, unknown
 from sft_probe.probe_set import Doc, ProbeSet
 from sft_probe.templates import ChatTemplate, Messages, refusal
 
@@ -103,6 +103,21 @@ class PromptFormat:
             return Prompt("\n\n".join(turn["content"].strip() for turn in messages), "\n\n")
         stripped = text.rstrip()
         return Prompt(stripped, text[len(stripped) :])
+
+
+def check_format(spec: str, where: str) -> None:
+    """Raise `UserError` where a format does not exist; what needs a tokenizer is not looked at.
+
+    Args:
+        spec: as for `PromptFormat`.
+        where: the option or the probe set that names it, for the message.
+    """
+    if _parse(spec)[0] == "chat":
+        return
+    try:
+        PromptFormat(spec)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def resolve_format(
@@ -253,8 +268,8 @@ def _read_template(path: Path) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if not path.is_file():
-        names = ", ".join(BUILT_IN_FORMATS)
-        raise UserError(f"no prompt format {str(path)!r}: use {names} or the path of a Jinja file.")
+        use = f"Use {', '.join(BUILT_IN_FORMATS)} or the path of a Jinja file."
+        raise unknown("prompt format", str(path), BUILT_IN_FORMATS, use=use)
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:

@@ -30,9 +30,10 @@ def quickstart(directory: Path) -> None:
                 "is lost."
             )
     log.info(
-        "done in %.0f s\n  table:   %s\n  figure:  %s\n  scores:  %s",
+        "done in %.0f s\n  table:   %s\n  figure:  %s\n  scores:  %s\nnext: sft-probe report %s",
         time.monotonic() - started,
         directory / "trajectory.csv",
         directory / "figures" / "trajectory_heldout.png",
         directory / "scores.parquet",
+        directory,
     )

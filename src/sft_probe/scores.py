@@ -13,7 +13,7 @@ from sft_probe.errors import UserError
 from sft_probe.files import new_file
 
 if TYPE_CHECKING:
-    from sft_probe.scoring.targets import TokenColumns
+    from sft_probe.scoring.targets import Distances, TokenColumns
 
 SCHEMA = pa.schema(
     [
@@ -35,11 +35,15 @@ SCHEMA = pa.schema(
         ("logprob", pa.float64()),
         ("logprob_first", pa.float64()),
         ("logprob_eos", pa.float64()),
+        ("logprob_with_eos", pa.float64()),
         ("token_logprobs", pa.list_(pa.float32())),
         ("token_max_logprobs", pa.list_(pa.float32())),
         ("token_entropies", pa.list_(pa.float32())),
         ("token_ranks", pa.list_(pa.int32())),
         ("token_norms", pa.list_(pa.float32())),
+        ("token_kl_forward", pa.list_(pa.float32())),
+        ("token_kl_reverse", pa.list_(pa.float32())),
+        ("token_reference_ranks", pa.list_(pa.int32())),
         ("is_greedy", pa.bool_()),
         ("weights_dtype", pa.string()),
         ("compute_dtype", pa.string()),
@@ -51,6 +55,11 @@ KEY = ("run", "source", "step", "split", "category", "doc_id")
 """Columns that no two score rows have in common."""
 TOKEN_COLUMNS = ("token_max_logprobs", "token_entropies", "token_ranks", "token_norms")
 """Columns of the distribution at each token; null in rows that were scored without them."""
+DISTANCE_COLUMNS = ("token_kl_forward", "token_kl_reverse", "token_reference_ranks")
+"""Columns of the distance from a reference at each token; null in rows that were scored without
+one."""
+_MAY_LACK = (*TOKEN_COLUMNS, *DISTANCE_COLUMNS, "logprob_with_eos")
+"""Columns that files of earlier versions do not have."""
 _DIGITS = 6
 _OF_DOC = ("category", "split", "doc_id", "conversation_id", "prompt_format", "num_bytes")
 
@@ -65,6 +74,7 @@ def score_row(
     logprob_eos: float | None,
     is_greedy: bool,
     token_columns: "TokenColumns | None" = None,
+    distances: "Distances | None" = None,
 ) -> dict[str, Any]:
     """Build one score row; log-probs are in nats.
 
@@ -77,15 +87,13 @@ def score_row(
         logprob_eos: log-prob of the terminator after the response.
         is_greedy: whether greedy decoding would write the response.
         token_columns: `TOKEN_COLUMNS`, each [num_tokens]; they are rounded to 6 digits.
+        distances: `DISTANCE_COLUMNS`, likewise.
     """
-    more: dict[str, Any] = dict.fromkeys(TOKEN_COLUMNS)
-    if token_columns:
-        more = {
-            name: values.astype(values.dtype if values.dtype.kind == "i" else float)
-            .round(_DIGITS)
-            .tolist()
-            for name, values in zip(TOKEN_COLUMNS, token_columns, strict=True)
-        }
+    more: dict[str, Any] = dict.fromkeys([*TOKEN_COLUMNS, *DISTANCE_COLUMNS])
+    for names, columns_of in ((TOKEN_COLUMNS, token_columns), (DISTANCE_COLUMNS, distances)):
+        for name, values in zip(names, columns_of or (), strict=columns_of is not None):
+            exact = values.astype(values.dtype if values.dtype.kind == "i" else float)
+            more[name] = exact.round(_DIGITS).tolist()
     row = {
         **columns,
         **{name: doc[name] for name in _OF_DOC},
@@ -93,6 +101,7 @@ def score_row(
         "logprob": logprob,
         "logprob_first": token_logprobs[first],
         "logprob_eos": logprob_eos,
+        "logprob_with_eos": None,
         "token_logprobs": token_logprobs,
         "is_greedy": is_greedy,
         **more,
@@ -127,11 +136,11 @@ def read_scores(paths: Sequence[Path]) -> pa.Table:
 
 
 def read_scores_parquet(path: Path) -> pa.Table:
-    """Read a parquet file of score rows; `TOKEN_COLUMNS` may be absent. Raises `UserError` where it
+    """Read a parquet file of score rows, of an earlier version too. Raises `UserError` where it
     holds anything else."""
     try:
         table = pyarrow.parquet.read_table(path)
-        for name in TOKEN_COLUMNS:
+        for name in _MAY_LACK:
             if name not in table.column_names:
                 nulls = pa.nulls(len(table), SCHEMA.field(name).type)
                 table = table.append_column(SCHEMA.field(name), nulls)

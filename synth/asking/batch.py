@@ -2,17 +2,19 @@
 
 import asyncio
 import logging
+import math
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import accumulate, islice
 from time import monotonic
 from typing import Protocol, TypeVar, runtime_checkable
 
 from sft_probe.errors import UserError
-from sft_probe.synth.asking.budget import Limits, backoff_s, price_within, useless
-from sft_probe.synth.asking.call import VersionPin
-from sft_probe.synth.asking.protocol import Answer, Request, RetryLater, failed_answer
+from sft_probe.synth.asking.budget import Limits, UselessRunError
+from sft_probe.synth.asking.call import Account, pause_s
+from sft_probe.synth.asking.protocol import Answer, Request, RetryLater, WriterId, failed_answer
 from sft_probe.synth.asking.store import Job, Store, request_key
 
 _LOG = logging.getLogger(__name__)
@@ -29,15 +31,12 @@ class JobFailedError(Exception):
 
 
 @runtime_checkable
-class BatchWriter(Protocol):
+class BatchWriter(WriterId, Protocol):
     """A writer that is asked in jobs.
 
     All methods raise `RetryLater` for calls that may succeed later, `UserError` for others.
     """
 
-    name: str
-    model: str
-    api_version: str
     poll_s: float
     """Seconds between polls of a job."""
 
@@ -91,17 +90,16 @@ class _BatchRun:
         self, requests: dict[str, Request], writer: BatchWriter, store: Store, limits: Limits
     ) -> None:
         self._requests, self._writer, self._store, self._limits = requests, writer, store, limits
-        self._price = price_within(limits, writer)
-        self._version = VersionPin(writer, store)
-        self._wrong_version: Answer | None = None
+        self._account = Account(writer, store, limits)
 
     async def run(self) -> None:
         """Find the jobs of earlier runs, create missing ones (a small one first), wait for all."""
         self._started_s = self._said_s = monotonic()
         for job in self._store.jobs(self._writer):
-            await self._find(job)
-        missing, out_of_budget = self._missing(), 0
-        is_unproven = not self._store.jobs(self._writer) and not self._store.has_text(self._writer)
+            if job.name is None:
+                await self._find(job)
+        jobs, missing, out_of_budget = self._store.jobs(self._writer), self._missing(), 0
+        is_unproven = not jobs and not self._store.has_text(self._writer)
         if is_unproven and len(missing) > 2 * _TRIAL_SIZE:
             trial, missing = missing[:_TRIAL_SIZE], missing[_TRIAL_SIZE:]
             out_of_budget = await self._submit_all(trial)
@@ -116,69 +114,40 @@ class _BatchRun:
                 "spent). All answers are stored; raise --max-cost-usd to continue."
             )
 
+    async def _find(self, job: Job) -> None:
+        """Find a job whose name never arrived by its display name, unless it was never created."""
+        name = await self._patiently(lambda: self._writer.find(job.display_name))
+        if name is None:
+            await self._store.close_job(job)
+        else:
+            await self._store.save_job(self._writer, replace(job, name=name))
+
+    def _missing(self) -> list[str]:
+        """Return the keys of the requests that are neither answered nor in a job."""
+        known = {key for job in self._store.jobs(self._writer) for key in job.keys}
+        answers = ((key, self._store.get_key(key)) for key in self._requests if key not in known)
+        return [key for key, answer in answers if answer is None or not answer.is_final]
+
     def _check_trial(self, keys: list[str]) -> None:
         answers = [answer for key in keys if (answer := self._store.get_key(key)) is not None]
         if answers and not any(answer.status == "ok" for answer in answers):
             faults = Counter(f"{answer.status}: {answer.reason}" for answer in answers)
             self._store.forget_without_text(self._writer, None)
-            raise useless(f"of the first {len(answers)} answers none has a text", faults)
-
-    async def _read_all(self) -> None:
-        """Wait for all jobs and store their answers."""
-        jobs = self._store.jobs(self._writer)
-        if jobs:
-            _LOG.info(
-                "waiting for %d batch jobs with %d requests",
-                len(jobs),
-                sum(len(job.keys) for job in jobs),
-            )
-        for number, job in enumerate(jobs):
-            await self._read(job, f"{number} of {len(jobs)} batch jobs are read")
-        if self._wrong_version is not None:
-            raise UserError(self._version.remedy(self._wrong_version))
-
-    def _missing(self) -> list[str]:
-        """Return the keys of the requests that are neither answered nor in a job."""
-        in_jobs = {key for job in self._store.jobs(self._writer) for key in job.keys}
-        return [key for key in self._requests if key not in in_jobs and not self._is_answered(key)]
-
-    async def _find(self, job: Job) -> None:
-        """Find a job whose name never arrived: by its display name, unless it was never created."""
-        if job.name is None:
-            name = await self._patiently(lambda: self._writer.find(job.display_name))
-            if name is None:
-                await self._store.close_job(job)
-            else:
-                await self._store.save_job(self._writer, replace(job, name=name))
+            raise UselessRunError(f"of the first {len(answers)} answers none has a text", faults)
 
     async def _submit_all(self, keys: list[str]) -> int:
         """Create jobs of these requests; return how many the budget left out."""
-        affordable, left_out = self._within_budget(keys)
-        for start in range(0, len(affordable), _JOB_SIZE):
-            part = affordable[start : start + _JOB_SIZE]
-            job = Job(
-                f"sft-probe-{uuid.uuid4().hex}", None, tuple(part), sum(map(self._worst_usd, part))
-            )
-            await self._store.save_job(self._writer, job)
-            name = await self._submit(job, {key: self._requests[key] for key in part})
-            await self._store.save_job(self._writer, replace(job, name=name))
-        return left_out
-
-    def _is_answered(self, key: str) -> bool:
-        answer = self._store.get_key(key)
-        return answer is not None and answer.is_final
-
-    def _worst_usd(self, key: str) -> float:
-        return self._price.worst_usd(self._requests[key]) if self._price else 0.0
-
-    def _within_budget(self, keys: list[str]) -> tuple[list[str], int]:
         limit_usd = self._limits.max_cost_usd
-        cost_usd = self._store.cost_usd()
-        for number, key in enumerate(keys):
-            cost_usd += self._worst_usd(key)
-            if limit_usd is not None and cost_usd > limit_usd:
-                return keys[:number], len(keys) - number
-        return keys, 0
+        costs = [self._account.worst_usd(self._requests[key]) for key in keys]
+        totals = accumulate(costs, initial=self._store.cost_usd())
+        number = sum(limit_usd is None or total <= limit_usd for total in islice(totals, 1, None))
+        for start in range(0, number, _JOB_SIZE):
+            part = slice(start, min(start + _JOB_SIZE, number))
+            job = Job(f"sft-probe-{uuid.uuid4().hex}", None, tuple(keys[part]), sum(costs[part]))
+            await self._store.save_job(self._writer, job)
+            name = await self._submit(job, {key: self._requests[key] for key in job.keys})
+            await self._store.save_job(self._writer, replace(job, name=name))
+        return len(keys) - number
 
     async def _submit(self, job: Job, requests: dict[str, Request]) -> str:
         """Create a job; return its name. After a failed call, which may have created it, look for
@@ -202,7 +171,8 @@ class _BatchRun:
         return await self._patiently(submit)
 
     async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        for attempt in range(1, self._limits.max_attempts + 1):
+        attempt = 1
+        while True:
             try:
                 return await call()
             except RetryLater as wait:
@@ -210,35 +180,42 @@ class _BatchRun:
                     raise UserError(
                         f"the server does not answer: {wait}. Run the same command later."
                     ) from None
-                await asyncio.sleep(max(backoff_s(self._limits, attempt), wait.wait_s or 0.0))
-        raise AssertionError("max_attempts is positive")
+                await asyncio.sleep(pause_s(self._limits, attempt, wait))
+                attempt += 1
+
+    async def _read_all(self) -> None:
+        """Wait for all jobs and store their answers."""
+        jobs = self._store.jobs(self._writer)
+        if jobs:
+            number = sum(len(job.keys) for job in jobs)
+            _LOG.info("waiting for %d batch jobs with %d requests", len(jobs), number)
+        for number, job in enumerate(jobs):
+            await self._read(job, f"{number} of {len(jobs)} batch jobs are read")
+        self._account.check_version()
 
     async def _read(self, job: Job, progress: str) -> None:
         """Wait for a job and store its answers. A job that also has other requests is kept."""
         keys = [key for key in job.keys if key in self._requests]
+        others = tuple(key for key in job.keys if key not in self._requests)
+        # a missing line may be paid for; the job's name tells it apart from that of an earlier job
+        missing = replace(failed_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
         try:
             answers = await self._finished(str(job.name), progress)
         except JobFailedError as error:
             _LOG.warning(
-                "the job %s failed: %s. The next run asks its requests again.",
-                job.name,
-                error,
+                "the job %s failed: %s. The next run asks its requests again.", job.name, error
             )
-            await self._save_answers(keys, dict.fromkeys(keys, failed_answer(f"job: {error}")))
+            answers, missing, others = {}, failed_answer(f"job: {error}"), ()
+        for start in range(0, len(keys), _SAVED_AT_ONCE):
+            some = keys[start : start + _SAVED_AT_ONCE]
+            await asyncio.gather(*(self._save(key, answers.get(key, missing)) for key in some))
+        if not others:
             await self._store.close_job(job)
             return
-        # a missing line may be paid for; the job's name tells it apart from that of an earlier job
-        missing = replace(failed_answer(f"{job.name} gave no answer"), num_prompt_tokens=None)
-        await self._save_answers(keys, {key: answers.get(key, missing) for key in keys})
-        others = tuple(key for key in job.keys if key not in self._requests)
-        if others:
-            _LOG.warning(
-                "%d answers of %s belong to other requests; it is kept", len(others), job.name
-            )
-            cost_usd = max(0.0, job.cost_usd - sum(map(self._worst_usd, keys)))
-            await self._store.save_job(self._writer, replace(job, keys=others, cost_usd=cost_usd))
-        else:
-            await self._store.close_job(job)
+        _LOG.warning("%d answers of %s belong to other requests; it is kept", len(others), job.name)
+        read_usd = sum(self._account.worst_usd(self._requests[key]) for key in keys)
+        rest = replace(job, keys=others, cost_usd=max(0.0, job.cost_usd - read_usd))
+        await self._store.save_job(self._writer, rest)
 
     async def _finished(self, name: str, progress: str) -> dict[str, Answer]:
         """Wait for a job; return its answers by key.
@@ -247,13 +224,11 @@ class _BatchRun:
             JobFailedError: the job has no answers.
             UserError: the wait takes too long.
         """
-        while True:
-            answers = await self._patiently(lambda: self._writer.read(name))
-            if answers is not None:
-                return answers
+        longest_s = self._limits.max_wait_s or math.inf
+        while (answers := await self._patiently(lambda: self._writer.read(name))) is None:
             now_s = monotonic()
-            waited_s, longest_s = now_s - self._started_s, self._limits.max_wait_s
-            if longest_s is not None and waited_s >= longest_s:
+            waited_s = now_s - self._started_s
+            if waited_s >= longest_s:
                 raise UserError(
                     f"the batch jobs have not ended after {waited_s:.0f} s ({progress}). They "
                     "continue at the server and are paid for; the same command reads them later."
@@ -263,27 +238,13 @@ class _BatchRun:
                 _LOG.info(
                     "waiting for %.0f min: %s; %s has not ended", waited_s / 60, progress, name
                 )
-            await asyncio.sleep(
-                min(self._writer.poll_s, longest_s - waited_s if longest_s else self._writer.poll_s)
-            )
-
-    async def _save_answers(self, keys: list[str], answers: dict[str, Answer]) -> None:
-        for start in range(0, len(keys), _SAVED_AT_ONCE):
-            await asyncio.gather(
-                *(self._save(key, answers[key]) for key in keys[start : start + _SAVED_AT_ONCE])
-            )
+            await asyncio.sleep(min(self._writer.poll_s, longest_s - waited_s))
+        return answers
 
     async def _save(self, key: str, answer: Answer) -> None:
-        kept = self._version.check(answer)
-        stored = self._store.get_key(key)
+        kept, stored = self._account.checked(answer), self._store.get_key(key)
         if stored is not None and (
             stored.raw == kept.raw or (kept.status == "error" and stored.status != "error")
         ):
             return  # read by a run that was stopped before it closed the job
-        if kept is not answer:
-            self._wrong_version = kept
-        request = self._requests[key]
-        cost_usd = self._price.answer_usd(request, kept) if self._price else None
-        await self._store.save(
-            self._writer, request, kept, cost_usd=cost_usd, attempts=1, reservation=None
-        )
+        await self._account.save(self._requests[key], answer)

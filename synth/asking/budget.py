@@ -1,6 +1,5 @@
-"""Prices, rates and the budget of a run, and when a run of no use ends."""
+"""Prices, rates and limits of a run, and when a run of no use ends."""
 
-import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -8,19 +7,16 @@ from dataclasses import dataclass
 
 from sft_probe.errors import UserError
 from sft_probe.synth.asking.protocol import Answer, Request, WriterId
-from sft_probe.synth.asking.store import Store
 
 MAX_BILLED_CALLS = 2
 """Most calls for one answer in one run that may be billed. A call that was cut off, or cannot be
 read, may be paid for, so it is repeated only once."""
 PRICES_DATE = "2026-10-07"
-PRICES_SOURCE = "https://ai.google.dev/gemini-api/docs/pricing"
-# USD per million tokens of input and of output (thinking included), for prompts up to 200k tokens
+# USD per million tokens of input and of output (thinking included), for prompts up to 200k tokens:
+# https://ai.google.dev/gemini-api/docs/pricing
 _PRICES = {
-    "gemini-3.8-flash": (
-        1.50,
-        7.50,
-    ),  # half until 2026-12-31; a budget should hold on the day after, too
+    # half until 2026-12-31; a budget should hold on the day after, too
+    "gemini-3.8-flash": (1.50, 7.50),
     "gemini-3.7-flash": (1.50, 7.50),
     "gemini-3.6-flash": (1.50, 7.50),
     "gemini-3.5-flash": (1.50, 9.00),
@@ -30,16 +26,14 @@ _PRICES = {
     "gemini-2.5-flash": (0.30, 2.50),
     "gemini-2.5-flash-lite": (0.10, 0.40),
 }
-_BATCH_FACTOR = 0.5
 LOCAL_WRITERS = ("hf", "offline")
 """Writers that are free and make full use of their concurrency from the start."""
 # English, for the expected cost: about four bytes and three quarters of a word per token
-_BYTES_PER_TOKEN = 4
-_TOKENS_PER_WORD = 4 / 3
+_BYTES_PER_TOKEN, _TOKENS_PER_WORD = 4, 4 / 3
 _TEMPLATE_TOKENS = 128
 # no count of a working server exceeds these
-_MAX_BYTES_PER_TOKEN = 128
-_MAX_OUTPUT_TOKENS = 200_000
+_MAX_BYTES_PER_TOKEN, _MAX_OUTPUT_TOKENS = 128, 200_000
+_MAX_BACKOFF_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +48,18 @@ class Price:
         return (num_prompt_tokens * self.input_usd + num_output_tokens * self.output_usd) / 1e6
 
     def answer_usd(self, request: Request, answer: Answer) -> float:
-        """Return the cost of one answer; the worst case where the server's count is missing or
-        impossible."""
+        """Return the cost of one answer; the worst case where the server's count is missing, far
+        too small for the texts, or far beyond any model's limit."""
         prompt, output = answer.num_prompt_tokens, answer.num_output_tokens
-        if answer.num_prompt_tokens == 0 and not answer.is_final:
+        if prompt == 0 and not answer.is_final:
             return 0.0
-        if prompt is None or output is None or _is_absurd(request, answer, prompt, output):
+        if (
+            not prompt
+            or output is None
+            or output > _MAX_OUTPUT_TOKENS
+            or prompt * _MAX_BYTES_PER_TOKEN < _num_bytes(request.prompt)
+            or output * _MAX_BYTES_PER_TOKEN < _num_bytes(answer.text or "")
+        ):
             return self.worst_usd(request)
         return self.cost_usd(prompt, output)
 
@@ -71,9 +71,8 @@ class Price:
 def parse_price(text: str) -> Price:
     """Return the price in `INPUT,OUTPUT`, USD per million tokens. Raise `UserError` for other
     text."""
-    parts = text.split(",")
     try:
-        input_usd, output_usd = (float(part) for part in parts)
+        input_usd, output_usd = map(float, text.split(","))
     except ValueError:
         input_usd = output_usd = -1.0
     if not (0 <= input_usd < float("inf") and 0 <= output_usd < float("inf")):
@@ -91,18 +90,8 @@ def price_of(writer: WriterId) -> Price | None:
     prices = _PRICES.get(writer.model.removeprefix("models/"))
     if prices is None or not writer.name.startswith("gemini"):
         return None
-    factor = _BATCH_FACTOR if writer.name == "gemini-batch" else 1.0
+    factor = 0.5 if writer.name == "gemini-batch" else 1.0
     return Price(prices[0] * factor, prices[1] * factor)
-
-
-def _is_absurd(request: Request, answer: Answer, prompt: int, output: int) -> bool:
-    """Return whether a count is far too small for the texts, or far beyond any model's limit."""
-    return (
-        prompt * _MAX_BYTES_PER_TOKEN < _num_bytes(request.prompt)
-        or output * _MAX_BYTES_PER_TOKEN < _num_bytes(answer.text or "")
-        or prompt == 0
-        or output > _MAX_OUTPUT_TOKENS
-    )
 
 
 def _num_bytes(text: str) -> int:
@@ -122,9 +111,6 @@ def expected_prompt_tokens(request: Request) -> float:
 def expected_output_tokens(request: Request) -> float:
     """Return an estimate without a tokenizer, from the requested length."""
     return min(request.num_words * _TOKENS_PER_WORD, request.max_output_tokens)
-
-
-_MAX_BACKOFF_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +143,8 @@ def price_within(limits: Limits, writer: WriterId) -> Price | None:
     if price is None and limits.max_cost_usd is not None:
         raise UserError(
             f"--max-cost-usd cannot be kept: the price of {writer.model!r} is not in the table of "
-            f"{PRICES_DATE}. "
-            "Give it with --price INPUT,OUTPUT (USD per million tokens; 0,0 for a server of your "
-            "own)."
+            f"{PRICES_DATE}. Give it with --price INPUT,OUTPUT (USD per million tokens; 0,0 for a "
+            "server of your own)."
         )
     return price
 
@@ -204,63 +189,9 @@ class BudgetSpentError(UserError):
     """The next call could exceed the budget."""
 
 
-class CostLedger:
-    """Money spent and reserved: the worst case of a call is reserved on disk before it is made, and
-    the sum never exceeds `max_cost_usd`."""
-
-    def __init__(self, store: Store, max_cost_usd: float | None) -> None:
-        self._store = store
-        self._max_cost_usd = max_cost_usd
-        self.spent_usd = store.cost_usd()
-        self._reserved_usd = 0.0
-        self._num_open = 0
-        self._settled = asyncio.Condition()
-
-    async def reserve(self, cost_usd: float) -> int | None:
-        """Return the reservation for a call, None for a free one; wait for calls in flight where
-        needed.
-
-        Raises:
-            BudgetSpentError: the call does not fit even when nothing else is in flight.
-        """
-        if cost_usd == 0:
-            return None
-        async with self._settled:
-            while not self._fits(cost_usd):
-                if self._num_open == 0:
-                    raise BudgetSpentError(
-                        f"the budget is spent: ${self.spent_usd:.4f} of "
-                        f"${self._max_cost_usd:.4f}, and the next call "
-                        f"may cost ${cost_usd:.4f}. All answers so far are stored; raise "
-                        "--max-cost-usd to continue."
-                    )
-                await self._settled.wait()
-            self._reserved_usd += cost_usd
-            self._num_open += 1
-        try:
-            return await self._store.reserve(cost_usd)
-        except BaseException:
-            await self.settle(cost_usd, 0.0)  # others may wait for this money
-            raise
-
-    def _fits(self, cost_usd: float) -> bool:
-        if self._max_cost_usd is None:
-            return True
-        return self.spent_usd + self._reserved_usd + cost_usd <= self._max_cost_usd
-
-    async def settle(self, reserved_usd: float, spent_usd: float) -> None:
-        """Replace a reservation by what was spent."""
-        async with self._settled:
-            self._num_open -= 1
-            self._reserved_usd = self._reserved_usd - reserved_usd if self._num_open else 0.0
-            self.spent_usd += spent_usd
-            self._settled.notify_all()
-
-
-NUM_WITHOUT_TEXT = 20
-"""Number of answers of any category, none with a text, after which a run ends."""
-NUM_WITHOUT_USE = 50
-"""Number of answers of one category, none of which passes the checks, after which a run ends."""
+_NUM_WITHOUT_TEXT, _NUM_WITHOUT_USE = 20, 50
+"""Number of answers of any category, none with a text, and of one category, none of which passes
+the checks, after which a run ends."""
 _CURES = {
     "truncated": "The output limit is too low for the text: shorten what the template asks for.",
     "blocked": "The server blocks these prompts or answers: try another model or source.",
@@ -285,8 +216,14 @@ _CHECK_CURE = (
 class UselessRunError(UserError):
     """None of the answers can be used: of a category, or of any."""
 
-    def __init__(self, message: str, category: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, faults: Counter[str], category: str | None = None) -> None:
+        reasons = "; ".join(f"{fault} ({count})" for fault, count in faults.most_common(3))
+        worst = faults.most_common(1)[0][0]
+        cure = _CURES.get(worst.partition(":")[0], _CHECK_CURE)
+        super().__init__(
+            f"{what}: {reasons}. The run ends here; the next one requests texts that are missing "
+            f"again. {_THOUGHTS_CURE if 'thoughts' in worst else cure}"
+        )
         self.category = category
 
 
@@ -310,35 +247,14 @@ class Trial:
             self._proven.add(category)
         if category in self._proven:
             return
+        shown = f"{fault}: {answer.reason}" if answer.reason else str(fault)
         faults = self._faults.setdefault(category, Counter())
-        faults[_shown(answer, fault)] += 1
+        faults[shown] += 1
         if not answer.is_turned_down:  # rejected requests are counted elsewhere
-            self._without_text[_shown(answer, fault)] += 1
-        if not self._has_text and self._without_text.total() >= NUM_WITHOUT_TEXT:
-            raise useless(
-                f"of the first {NUM_WITHOUT_TEXT} answers none has a text", self._without_text
-            )
-        if faults.total() >= NUM_WITHOUT_USE:
-            raise useless(
-                f"none of the first {faults.total()} answers for `{category}` can be used",
-                faults,
-                category,
-            )
-
-
-def _shown(answer: Answer, fault: str | None) -> str:
-    return f"{fault}: {answer.reason}" if answer.reason else str(fault)
-
-
-def useless(what: str, faults: Counter[str], category: str | None = None) -> UselessRunError:
-    """Return the error that ends a run of no use, with the most common faults and what to do."""
-    reasons = "; ".join(f"{fault} ({count})" for fault, count in faults.most_common(3))
-    worst = faults.most_common(1)[0][0]
-    cure = (
-        _THOUGHTS_CURE if "thoughts" in worst else _CURES.get(worst.partition(":")[0], _CHECK_CURE)
-    )
-    return UselessRunError(
-        f"{what}: {reasons}. The run ends here; the next one requests texts that are missing "
-        f"again. {cure}",
-        category,
-    )
+            self._without_text[shown] += 1
+        if not self._has_text and self._without_text.total() >= _NUM_WITHOUT_TEXT:
+            what = f"of the first {_NUM_WITHOUT_TEXT} answers none has a text"
+            raise UselessRunError(what, self._without_text)
+        if faults.total() >= _NUM_WITHOUT_USE:
+            what = f"none of the first {faults.total()} answers for `{category}` can be used"
+            raise UselessRunError(what, faults, category)

@@ -6,11 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from types import FrameType
-from typing import Any
 
 from tqdm import tqdm
 
@@ -22,8 +22,8 @@ from sft_probe.synth.asking.protocol import Answer, Request, Writer
 from sft_probe.synth.asking.store import Store, request_key
 
 _LOG = logging.getLogger(__name__)
-_WINDOW = 1000
-"""Requests held at once. One that waits for its server delays the order, not the others."""
+_SLICE = 1000
+"""Requests held at once."""
 _MANY_FAILURES = 20
 _PATIENCE_S = 5.0
 """Longest wait for a writer to end."""
@@ -34,57 +34,64 @@ class Progress:
     """The live line on a terminal; elsewhere a line of the log each minute and one at the end."""
 
     def __init__(self, total: int | None = None) -> None:
+        is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, unit="text", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+            total=total, bar_format="{desc}", file=sys.stderr, disable=not is_terminal, leave=False
         )
         self._total = total
         self._started_s = self._logged_s = time.monotonic()
         self._num_stored = 0
         self._statuses: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
+        self._cost_usd: float | None = None
 
     def stored(self) -> None:
         """Count one text from the store."""
         self._num_stored += 1
-        self._bar.update()
+        self._show()
 
     def answered(self, status: str, cost_usd: float | None) -> None:
         """Count one answer; `cost_usd` is what all runs cost so far."""
         self._statuses[status] += 1
-        self._bar.set_postfix_str(self._postfix(cost_usd), refresh=False)
-        self._bar.update()
+        self._cost_usd = cost_usd
+        self._show()
         if self._bar.disable and time.monotonic() - self._logged_s > _LOG_INTERVAL_S:
             self._logged_s = time.monotonic()
-            _LOG.info("%s", self._line(cost_usd))
+            _LOG.info("%s", self._line())
+
+    def _show(self) -> None:
+        if not self._bar.disable:
+            self._bar.set_description_str(self._line(), refresh=False)
+            self._bar.update()
 
     def failed(self, fault: str) -> None:
         """Count one text that did not pass a check."""
         self._faults[fault] += 1
 
-    def _postfix(self, cost_usd: float | None) -> str:
-        """Return the cost, and what fails: answers without a text by status, texts by fault."""
+    def _line(self) -> str:
+        """Return the number of texts, the cost, what fails (answers without a text by status, texts
+        by fault), the rate and the time that is left."""
+        num_new = self._statuses.total()
+        number = self._num_stored + num_new
+        rate = num_new / max(1e-9, time.monotonic() - self._started_s)
         faults = self._faults + self._statuses
         del faults["ok"]
-        cost = "cost unknown" if cost_usd is None else f"${cost_usd:.4f} so far"
-        return "; ".join([cost, *(f"{count} {fault}" for fault, count in faults.most_common())])
+        cost = self._cost_usd
+        parts = ["cost unknown" if cost is None else f"${cost:.4f} so far"] if num_new else []
+        of, to_go = "", ""
+        if self._total is not None:
+            left = tqdm.format_interval(max(0, self._total - number) / rate) if rate else "?"
+            of, to_go = f" of {self._total}", f", {left} to go"
+        parts += [f"{count} {fault}" for fault, count in faults.most_common()]
+        parts += [f"{rate:.2f} texts/s{to_go}"] if num_new else []
+        done = f"{number}{of} texts done, {self._num_stored} from the store"
+        return "; ".join([done, *parts])
 
-    def _line(self, cost_usd: float | None) -> str:
-        of = f" of {self._total}" if self._total is not None else ""
-        return tqdm.format_meter(
-            self._num_stored + self._statuses.total(),
-            self._total or 0,
-            time.monotonic() - self._started_s,
-            initial=self._num_stored,
-            unit=" texts",
-            bar_format=f"{{n}}{of} texts done{{postfix}}; {{rate_fmt}}, {{remaining}} to go",
-            postfix=f"{self._num_stored} from the store; {self._postfix(cost_usd)}",
-        )
-
-    def close(self, cost_usd: float | None) -> None:
+    def close(self) -> None:
         """End the line."""
         self._bar.close()
         if self._statuses:
-            _LOG.info("%s", self._line(cost_usd))
+            _LOG.info("%s", self._line())
 
 
 def ask_all(
@@ -105,7 +112,7 @@ def ask_all(
     Args:
         requests: may be a generator of any length; a thousand are held at a time. (Batch writers
             hold all.)
-        writer: the writer.
+        writer: is asked.
         store: holds the answers; locked meanwhile.
         limits: rates, retries and money.
         progress: the live line, where the caller also counts in it.
@@ -121,13 +128,12 @@ def ask_all(
             yield from ask_batch(requests, writer, store, limits)
             return
         with asyncio.Runner() as runner:
-            run = _LiveRun(requests, writer, store, limits, progress or Progress())
-            try:
-                with _stopped_by_signals(run, runner.get_loop()):
-                    while answers := runner.run(run.next_answers()):
-                        yield from answers
-            finally:
-                runner.run(run.close())
+            run = _LiveRun(writer, store, limits, progress or Progress(), runner)
+            with _stopped_by_signals(run, runner.get_loop()):
+                try:
+                    yield from run.answers(requests)
+                finally:
+                    runner.run(run.close())
 
 
 def _warn_of_earlier_runs(store: Store, limits: Limits) -> None:
@@ -137,13 +143,11 @@ def _warn_of_earlier_runs(store: Store, limits: Limits) -> None:
             "free",
             number,
         )
-    count, cost_usd = store.lost_calls()
-    if count:
+    if (lost := store.lost_calls())[0]:
         _LOG.warning(
             "%d calls of earlier runs were made and never answered (killed, cut or timed out). "
             "They may have been paid for: $%.4f is counted as spent.",
-            count,
-            cost_usd,
+            *lost,
         )
 
 
@@ -154,28 +158,29 @@ def _stopped_by_signals(run: "_LiveRun", loop: asyncio.AbstractEventLoop) -> Ite
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_stopping = False
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for one in signals:
-            signal.signal(one, abandon)
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            restore()
+            _LOG.warning("stopped at once; calls in flight are lost and count as paid")
+            loop.call_soon_threadsafe(run.abandon)
+            return
+        is_stopping = True
         _LOG.warning(
             "stopping; waiting for calls in flight, which are paid for (Ctrl-C: do not wait)"
         )
-        loop.call_soon_threadsafe(run.stop, SystemExit(128 + number))
+        run.failure = run.failure or SystemExit(128 + number)  # the loop may not run any more
+        loop.call_soon_threadsafe(run.stop, run.failure)
 
-    def abandon(_number: int, _frame: FrameType | None) -> None:
-        restore()
-        _LOG.warning("stopped at once; calls in flight are lost and count as paid")
-        loop.call_soon_threadsafe(run.abandon)
-
-    for number in signals:
-        signal.signal(number, stop)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
@@ -183,54 +188,66 @@ def _stopped_by_signals(run: "_LiveRun", loop: asyncio.AbstractEventLoop) -> Ite
 
 
 class _LiveRun:
-    """A window of requests in order, with one task for each that the store lacks."""
+    """Slices of requests, with one task for each request that the store lacks."""
 
     def __init__(
         self,
-        requests: Iterable[Request],
         writer: Writer,
         store: Store,
         limits: Limits,
         progress: Progress,
+        runner: asyncio.Runner,
     ) -> None:
-        self._requests = iter(requests)
         self._writer, self._store, self._limits, self._progress = writer, store, limits, progress
+        self._runner = runner
         self._caller = Caller(writer, store, limits)
-        self._window: deque[tuple[Request, asyncio.Future[Answer | None]]] = deque()
         self._tasks: dict[str, asyncio.Task[Answer | None]] = {}
         # An unknown server gets one call at first, and one more for each that ends well or is free
         self._num_places = limits.concurrency if writer.name in LOCAL_WRITERS else 1
         self._places = asyncio.Semaphore(self._num_places)
         self._num_failed = 0
-        self._abandoned = asyncio.Event()
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
+        """What ends the run early."""
 
-    async def next_answers(self) -> list[tuple[Request, Answer]]:
-        """Return at least one answer, in order; none at the end. Raise what ended the run early."""
-        self._fill()
-        if self._window:
-            abandoned = asyncio.ensure_future(self._abandoned.wait())
-            first: list[asyncio.Future[Any]] = [self._window[0][1], abandoned]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            abandoned.cancel()
-        answers = []
-        while self._window and self._window[0][1].done():
-            answer = self._window[0][1].result()
-            if answer is None:
-                break
-            answers.append((self._window.popleft()[0], answer))
-        if not answers and self._failure is not None:
-            raise self._failure
-        return answers
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
+        """Yield requests with their answers, in order. Raise what ended the run early."""
+        requests = iter(requests)
+        while self.failure is None and (some := list(islice(requests, _SLICE))):
+            self._tasks.clear()
+            for request, begun in [(request, self._begin(request)) for request in some]:
+                answer = begun if isinstance(begun, Answer) else self._result(begun)
+                if answer is None:
+                    break
+                yield request, answer
+        if self.failure is not None:
+            raise self.failure
+
+    def _result(self, task: "asyncio.Task[Answer | None]") -> Answer | None:
+        if not task.done():
+            self._runner.run(asyncio.wait([task]))
+        return None if task.cancelled() else task.result()
+
+    def _begin(self, request: Request) -> "Answer | asyncio.Task[Answer | None]":
+        """Return the stored answer to a request, else the task that asks for it."""
+        key = request_key(self._writer, request)
+        stored = self._store.get_key(key)
+        if key in self._tasks or (stored is not None and stored.is_final):
+            self._progress.stored()
+        if stored is not None and stored.is_final:
+            return stored
+        if key not in self._tasks:
+            is_known_bad = stored is not None and stored.is_turned_down
+            task = self._runner.get_loop().create_task(self._ask(request, is_known_bad))
+            self._tasks[key] = task
+        return self._tasks[key]
 
     def stop(self, reason: BaseException) -> None:
-        """Make no more calls; `next_answers` raises `reason` once it has no more answers."""
-        self._failure = self._failure or reason
+        """Make no more calls; `answers` raises `reason` once it has no more answers."""
+        self.failure = self.failure or reason
         self._caller.stop()
 
     def abandon(self) -> None:
         """Give up calls in flight."""
-        self._abandoned.set()
         for task in self._tasks.values():
             task.cancel()
 
@@ -238,59 +255,30 @@ class _LiveRun:
         """Complete and store calls in flight, then close the writer's connections."""
         self.stop(GeneratorExit())
         try:
-            async with asyncio.timeout(_PATIENCE_S if self._abandoned.is_set() else None):
-                await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             async with asyncio.timeout(_PATIENCE_S):
                 await self._writer.close()
         except TimeoutError:
             _LOG.warning("the writer does not end; it is left running")
         finally:
             await self._store.drain()
-            self._progress.close(self._caller.cost_usd())
+            self._progress.close()
 
-    def _fill(self) -> None:
-        """Fill the window: answers of the store as they are, a task for each other request."""
-        try:
-            while self._failure is None and len(self._window) < _WINDOW:
-                request = next(self._requests, None)
-                if request is None:
-                    return
-                self._window.append((request, self._answer_of(request)))
-        except Exception as error:  # of the caller's generator, or a damaged store
-            self.stop(error)
-
-    def _answer_of(self, request: Request) -> "asyncio.Future[Answer | None]":
-        key = request_key(self._writer, request)
-        if key in self._tasks:
-            self._progress.stored()
-            return self._tasks[key]
-        stored = self._store.get_key(key)
-        if stored is not None and stored.is_final:
-            self._progress.stored()
-            done: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
-            done.set_result(stored)
-            return done
-        is_known_bad = stored is not None and stored.is_turned_down
-        self._tasks[key] = asyncio.create_task(self._ask(key, request, is_known_bad))
-        return self._tasks[key]
-
-    async def _ask(self, key: str, request: Request, is_known_bad: bool) -> Answer | None:
+    async def _ask(self, request: Request, is_known_bad: bool) -> Answer | None:
         """Return the answer to a request, None where the run has ended before."""
         try:
             async with self._places:
-                answer = None if self._failure else await self._caller.ask(request)
+                answer = None if self.failure else await self._caller.ask(request)
             if answer is not None:
                 self._note(answer, is_known_bad)
             return answer
-        except BaseException as error:  # raised by `next_answers`: no task ends silently
+        except BaseException as error:  # raised by `answers`: no task ends silently
             self.stop(error)
             return None
-        finally:
-            del self._tasks[key]
 
     def _note(self, answer: Answer, is_known_bad: bool) -> None:
         """Count an answer: for the live line, the number of calls in flight, and failures."""
-        self._progress.answered(answer.status, self._caller.cost_usd())
+        self._progress.answered(answer.status, self._caller.account.spent_usd())
         if answer.status in ("ok", "error") and self._num_places < self._limits.concurrency:
             self._num_places += 1
             self._places.release()

@@ -1,11 +1,8 @@
 """Requests, answers, and the one protocol of all writers, remote, local and offline."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
-
-STATUSES = ("ok", "blocked", "truncated", "refused", "invalid", "error")
-"""Statuses of an answer. Only `ok` carries a text that may enter a set; see `Answer.is_final`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +31,8 @@ class Answer:
     """What a writer returned."""
 
     status: str
-    """One of `STATUSES`."""
+    """`ok`, `blocked`, `truncated`, `refused`, `invalid` or `error`. Only `ok` carries a text that
+    may enter a set."""
     raw: str
     """The whole answer as JSON, as it came; stored before anything is read from it."""
     text: str | None = None
@@ -68,47 +66,31 @@ def invalid_answer(reason: str) -> Answer:
     return replace(failed_answer(reason), status="invalid")
 
 
+@dataclass(eq=False)
 class RetryLater(Exception):  # noqa: N818 - an instruction, not a fault
-    """Raised by a writer for a call that may succeed later.
+    """Raised by a writer for a call that may succeed later."""
 
-    Args:
-        reason: why the call failed.
-        wait_s: seconds to wait, where the server named them.
-        maybe_billed: whether the call may have been paid for (cut off, timed out, unreadable).
-        raw: what the server sent, if anything.
-    """
+    reason: str
+    """Why the call failed."""
+    wait_s: float | None = None
+    """Seconds to wait, where the server named them."""
+    maybe_billed: bool = field(default=False, kw_only=True)
+    """Whether the call may have been paid for (cut off, timed out, unreadable)."""
+    raw: str | None = field(default=None, kw_only=True)
+    """What the server sent, if anything."""
 
-    def __init__(
-        self,
-        reason: str,
-        wait_s: float | None = None,
-        *,
-        maybe_billed: bool = False,
-        raw: str | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
-        self.maybe_billed = maybe_billed
-        self.raw = raw
+    def __str__(self) -> str:
+        return self.reason
 
 
 class WriterId(Protocol):
     """What identifies a writer."""
 
-    @property
-    def name(self) -> str:
-        """Name of the writer, as `--writer` takes it."""
-        ...
-
-    @property
-    def model(self) -> str:
-        """Name of the model."""
-        ...
-
-    @property
-    def api_version(self) -> str:
-        """Version of the API, with whatever else changes the texts."""
-        ...
+    name: str
+    """Name of the writer, as `--writer` takes it."""
+    model: str
+    api_version: str
+    """Version of the API, with whatever else changes the texts."""
 
 
 class Writer(WriterId, Protocol):

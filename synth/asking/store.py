@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from sft_probe.errors import UserError
 from sft_probe.files import make_dir
-from sft_probe.synth.asking.protocol import STATUSES, Answer, Request, WriterId
+from sft_probe.synth.asking.protocol import Answer, Request, WriterId
 
 _SCHEMA_VERSION = 1
 _NUM_COPIES = 10
@@ -38,18 +38,24 @@ CREATE TABLE jobs (
     cost_usd REAL NOT NULL
 );
 """
-_ANSWER_COLUMNS = "status, raw, text, reason, model_version, num_prompt_tokens, num_output_tokens"
-_SAVE = f"""
-INSERT INTO answers VALUES ({", ".join("?" * 19)})
+_ANSWER_FIELDS = [field.name for field in fields(Answer)]
+_SELECT = f"SELECT {', '.join(_ANSWER_FIELDS)} FROM answers WHERE key = ?"  # noqa: S608 - our own names
+_SAVE = """
+INSERT INTO answers VALUES (
+    :key, :writer, :model, :api_version, :template, :template_sha256, :doc_id, :category,
+    :sample_index, :status, :raw, :text, :reason, :model_version, :num_prompt_tokens,
+    :num_output_tokens, :cost_usd, :attempts, :answered_at
+)
 ON CONFLICT (key) DO UPDATE SET
     status = excluded.status, raw = excluded.raw, text = excluded.text, reason = excluded.reason,
     model_version = excluded.model_version, num_prompt_tokens = excluded.num_prompt_tokens,
     num_output_tokens = excluded.num_output_tokens,
     cost_usd = coalesce(cost_usd + excluded.cost_usd, cost_usd, excluded.cost_usd),
     attempts = attempts + excluded.attempts, answered_at = excluded.answered_at
-"""  # noqa: S608 - the one thing put in is a row of question marks
-
-Statement = tuple[str, tuple[object, ...]]
+"""
+_RELEASE = "DELETE FROM reservations WHERE id = ?"
+_OF_WRITER = "writer = ? AND model = ? AND api_version = ?"
+Statement = tuple[str, tuple[object, ...] | dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -106,15 +112,12 @@ class Store:
         make_dir(path.parent)
         self.path = path
         self._connection = _open(path)
-        try:
-            self._reader = _open(path)
-        except UserError:
-            self._connection.close()
-            raise
+        # another connection: it sees nothing that is not on disk
+        self._reader = sqlite3.connect(path, timeout=30, check_same_thread=False)
         # for callers that do not close it: from Python 3.13 on sqlite warns
         self._close_file = weakref.finalize(self, _close, self._connection, self._reader)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._queue: list[tuple[list[Statement], asyncio.Future[int | None]]] = []
+        self._queue: list[tuple[tuple[Statement, ...], asyncio.Future[int | None]]] = []
         self._flusher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> "Store":
@@ -131,17 +134,14 @@ class Store:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Lock the store for one writing run. Raise `UserError` where another run holds it."""
-        lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
-            lock.acquire()
+            lock = FileLock(f"{self.path}.lock", timeout=0).acquire()
         except Timeout:
             raise UserError(
                 f"another run is writing to {self.path}. Wait for it, or stop it."
             ) from None
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     def get(self, writer: WriterId, request: Request) -> Answer | None:
         """Return the stored answer, whatever its status."""
@@ -149,38 +149,26 @@ class Store:
 
     def get_key(self, key: str) -> Answer | None:
         """Return the stored answer of a `request_key`."""
-        rows = self._read(f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE key = ?", key)  # noqa: S608
-        return (
-            Answer(**dict(zip(_ANSWER_COLUMNS.split(", "), rows[0], strict=True))) if rows else None
-        )
-
-    def set_status(self, writer: WriterId, request: Request, status: str, reason: str) -> None:
-        """Change the status of a stored answer, for example to `refused` after reading its text."""
-        if status not in STATUSES:
-            raise ValueError(f"no status {status!r}")
-        sql = "UPDATE answers SET status = ?, reason = ? WHERE key = ?"
-        statements: list[Statement] = [(sql, (status, reason, request_key(writer, request)))]
-        self._executor.submit(self._commit, [statements]).result()
+        rows = self._read(_SELECT, key)
+        return Answer(**dict(zip(_ANSWER_FIELDS, rows[0], strict=True))) if rows else None
 
     def forget_without_text(self, writer: WriterId, category: str | None) -> None:
         """Mark the answers without a text of one category, or of all, to be requested again."""
         sql = (
-            "UPDATE answers SET status = 'error' WHERE writer = ? AND model = ? AND api_version = "
-            "? AND status != 'ok' "
+            f"UPDATE answers SET status = 'error' WHERE {_OF_WRITER} AND status != 'ok' "  # noqa: S608
             "AND ? IN (category, '')"
         )
         values = (writer.name, writer.model, writer.api_version, category or "")
-        self._executor.submit(self._commit, [[(sql, values)]]).result()
+        self._executor.submit(self._commit, [((sql, values),)]).result()
 
     def counts(self) -> list[Count]:
         """Return the answers by category and status, with tokens and cost (0 if it is unknown)."""
         rows = self._read(
-            "SELECT category, status, count(*), total(num_prompt_tokens), "
-            "total(num_output_tokens), "
-            "total(cost_usd) "
+            "SELECT category, status, count(*), CAST(total(num_prompt_tokens) AS INTEGER), "
+            "CAST(total(num_output_tokens) AS INTEGER), total(cost_usd) "
             "FROM answers GROUP BY category, status ORDER BY category, status"
         )
-        return [Count(row[0], row[1], row[2], int(row[3]), int(row[4]), row[5]) for row in rows]
+        return [Count(*row) for row in rows]
 
     def cost_usd(self) -> float:
         """Return what was or may have been spent: answers, lost calls, unread batch jobs."""
@@ -197,7 +185,7 @@ class Store:
         """Return the number of calls without an answer (killed, cut, timed out), and their worst
         case in USD."""
         [(count, cost)] = self._read("SELECT count(*), total(cost_usd) FROM reservations")
-        return int(count), float(cost)
+        return count, cost
 
     def num_unpriced(self) -> int:
         """Return the number of paid answers of runs that knew no price."""
@@ -207,31 +195,27 @@ class Store:
 
     def model_version(self, writer: WriterId) -> str | None:
         """Return the model version of this writer's answers so far."""
-        rows = self._read(
-            "SELECT model_version FROM answers WHERE writer = ? AND model = ? AND api_version = ? "
-            "AND model_version IS NOT NULL AND status != 'error' LIMIT 1",
-            *(writer.name, writer.model, writer.api_version),
-        )
-        return rows[0][0] if rows else None
+        return self._first("model_version", writer, "status != 'error'")
 
     def has_text(self, writer: WriterId) -> bool:
         """Return whether this writer and model have any text."""
+        return self._first("key", writer, "status = 'ok'") is not None
+
+    def _first(self, column: str, writer: WriterId, condition: str) -> str | None:
         sql = (
-            "SELECT 1 FROM answers WHERE writer = ? AND model = ? AND api_version = ? AND status = "
-            "'ok' LIMIT 1"
+            f"SELECT {column} FROM answers WHERE {_OF_WRITER} AND {column} NOTNULL AND {condition}"  # noqa: S608
         )
-        return bool(self._read(sql, writer.name, writer.model, writer.api_version))
+        rows = self._read(f"{sql} LIMIT 1", writer.name, writer.model, writer.api_version)
+        return rows[0][0] if rows else None
 
     def jobs(self, writer: WriterId) -> list[Job]:
         """Return the batch jobs of this writer and model that are not read yet."""
-        sql = (
+        rows = self._read(
             "SELECT display_name, name, keys, cost_usd FROM jobs WHERE writer = ? AND model = ? "
-            "ORDER BY rowid"
+            "ORDER BY rowid",
+            *(writer.name, writer.model),
         )
-        return [
-            Job(row[0], row[1], tuple(json.loads(row[2])), row[3])
-            for row in self._read(sql, writer.name, writer.model)
-        ]
+        return [Job(row[0], row[1], tuple(json.loads(row[2])), row[3]) for row in rows]
 
     def _read(self, sql: str, *values: object) -> list[Any]:
         try:
@@ -241,13 +225,13 @@ class Store:
 
     async def reserve(self, cost_usd: float) -> int:
         """Record the worst case of a call that is about to be made; return the reservation's id."""
-        row = await self._write([("INSERT INTO reservations (cost_usd) VALUES (?)", (cost_usd,))])
+        row = await self._write(("INSERT INTO reservations (cost_usd) VALUES (?)", (cost_usd,)))
         assert row is not None  # noqa: S101 - an INSERT has a row id
         return row
 
     async def release(self, reservation: int) -> None:
         """Delete the reservation of a call that cost nothing."""
-        await self._write([_release(reservation)])
+        await self._write((_RELEASE, (reservation,)))
 
     async def save(
         self,
@@ -261,57 +245,35 @@ class Store:
     ) -> None:
         """Store an answer and delete its reservation in one commit. Cost and attempts of earlier
         answers are added."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        values = (
-            request_key(writer, request),
-            writer.name,
-            writer.model,
-            writer.api_version,
-            request.template,
-            request.template_sha256,
-            request.doc_id,
-            request.category,
-            request.sample_index,
-            answer.status,
-            answer.raw,
-            answer.text,
-            answer.reason,
-            answer.model_version,
-            answer.num_prompt_tokens,
-            answer.num_output_tokens,
-            cost_usd,
-            attempts,
-            now,
-        )
+        values: dict[str, object] = {
+            **{"key": request_key(writer, request), "writer": writer.name},
+            **{"model": writer.model, "api_version": writer.api_version},
+            **vars(request),
+            **vars(answer),
+            **{"cost_usd": cost_usd, "attempts": attempts},
+            "answered_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         await self._write(
-            [
-                (_SAVE, tuple(map(_clean, values))),
-                *([_release(reservation)] if reservation is not None else []),
-            ]
+            (_SAVE, {name: _clean(value) for name, value in values.items()}),
+            (_RELEASE, (reservation,)),
         )
 
     async def save_job(self, writer: WriterId, job: Job) -> None:
         """Store a batch job, or the name that the server gave it."""
-        values = (
-            job.display_name,
-            job.name,
-            writer.name,
-            writer.model,
-            json.dumps(job.keys),
-            job.cost_usd,
-        )
-        await self._write([("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", values)])
+        keys = json.dumps(job.keys)
+        values = (job.display_name, job.name, writer.name, writer.model, keys, job.cost_usd)
+        await self._write(("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", values))
 
     async def close_job(self, job: Job) -> None:
         """Delete a job whose answers are stored."""
-        await self._write([("DELETE FROM jobs WHERE display_name = ?", (job.display_name,))])
+        await self._write(("DELETE FROM jobs WHERE display_name = ?", (job.display_name,)))
 
     async def drain(self) -> None:
         """Wait until everything is on disk."""
         if self._flusher is not None:
             await self._flusher
 
-    async def _write(self, statements: list[Statement]) -> int | None:
+    async def _write(self, *statements: Statement) -> int | None:
         future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._queue.append((statements, future))
         if self._flusher is None or self._flusher.done():
@@ -322,27 +284,29 @@ class Store:
         loop = asyncio.get_running_loop()
         while self._queue:
             batch, self._queue = self._queue, []
+            groups = [statements for statements, _ in batch]
+            rows: list[int | None] = [None] * len(batch)
+            failure: UserError | None = None
             try:
-                rows = await loop.run_in_executor(
-                    self._executor, self._commit, [item for item, _ in batch]
-                )
+                rows = await loop.run_in_executor(self._executor, self._commit, groups)
             except UserError as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
+                failure = error
             for (_, future), row in zip(batch, rows, strict=True):
-                if not future.done():
+                if future.done():  # cancelled
+                    continue
+                if failure is not None:
+                    future.set_exception(failure)
+                else:
                     future.set_result(row)
 
-    def _commit(self, groups: list[list[Statement]]) -> list[int | None]:
+    def _commit(self, groups: list[tuple[Statement, ...]]) -> list[int | None]:
         """Run all statements in one transaction; return the row id of each group's first one."""
         rows = []
         try:
             with self._connection:
-                for statements in groups:
-                    rows.append(self._connection.execute(*statements[0]).lastrowid)
-                    for statement in statements[1:]:
+                for first, *others in groups:
+                    rows.append(self._connection.execute(*first).lastrowid)
+                    for statement in others:
                         self._connection.execute(*statement)
         except sqlite3.Error as error:
             raise UserError(
@@ -356,35 +320,27 @@ def _clean(value: object) -> object:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def _release(reservation: int) -> Statement:
-    return "DELETE FROM reservations WHERE id = ?", (reservation,)
-
-
 @contextmanager
 def open_copy(path: Path) -> Iterator[Store]:
     """Open a copy of a store, so that the original and its directory stay unchanged."""
+
+    def state() -> list[tuple[Path, int, int]]:
+        files = [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
+        return [(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+
     with TemporaryDirectory(prefix="sft-probe-") as folder:
-        copy = Path(folder) / path.name
         for _ in range(_NUM_COPIES):  # again where a run wrote meanwhile
-            before = _state(path)
+            before = state()
             try:
-                for file in _files(path):
-                    shutil.copyfile(file, copy.with_name(file.name))
+                for file, *_ in before:
+                    shutil.copyfile(file, Path(folder) / file.name)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}.") from None
-            if _state(path) == before:
+            if state() == before:
                 break
-        with Store(copy) as store:
+        with Store(Path(folder) / path.name) as store:
             store.path = path  # for messages
             yield store
-
-
-def _files(path: Path) -> list[Path]:
-    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
-
-
-def _state(path: Path) -> list[tuple[int, int]]:
-    return [(file.stat().st_mtime_ns, file.stat().st_size) for file in _files(path)]
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -400,11 +356,9 @@ def _close(*connections: sqlite3.Connection) -> None:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    connection = None
     try:
         connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise _damaged(path, error) from None
-    try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -418,6 +372,7 @@ def _open(path: Path) -> sqlite3.Connection:
                 "another file."
             )
     except (sqlite3.Error, UserError) as error:
-        connection.close()
+        if connection is not None:
+            connection.close()
         raise error if isinstance(error, UserError) else _damaged(path, error) from None
     return connection

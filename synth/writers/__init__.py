@@ -1,13 +1,14 @@
 """Writers of texts: which there are, how each is made, and how little its model may think."""
 
 import asyncio
-import contextlib
 import logging
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from concurrent.futures import Future
+from contextvars import copy_context
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sft_probe.errors import UserError
 from sft_probe.synth.options import SynthRun
@@ -28,8 +29,8 @@ _MODELS = {
     "gemini-batch": _GEMINI,
     "offline": "helpful-mini",
 }
-_FLASH_LITE = re.compile(r"gemini-(?:[3-9]|\d\d)[\d.]*-flash-lite")
 _LEAST: tuple[tuple[str, dict[str, int | str], int], ...] = (
+    (r"gemini-(?:[3-9]|\d\d)[\d.]*-flash-lite", {}, 0),  # its default is the least
     (r"gemini-2\.5-flash(?!-lite)", {"thinkingBudget": 0}, 0),
     (r"gemini-2\.5-pro", {"thinkingBudget": 128}, 128),
     (r"gemini-(?:[3-9]|\d\d)[\d.]*-pro", {"thinkingLevel": "low"}, 1024),
@@ -39,8 +40,7 @@ _UNLIMITED_TOKENS = 2048
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Thinking:
+class Thinking(NamedTuple):
     """Limits of a model's thoughts, which are billed as output and leave less room for the text."""
 
     config: dict[str, int | str]
@@ -49,54 +49,41 @@ class Thinking:
     """Tokens to add to the output limit of each text."""
 
 
-NO_THINKING = Thinking({}, 0)
-
-
-@dataclass(frozen=True)
-class _RemoteWriterId:
-    """A remote writer that is not connected, for an estimate."""
-
-    name: str
-    model: str
-    api_version: str
-
-
 def make_writer(options: SynthRun) -> "AnyWriter":
     """Return the writer that the options name.
 
     Raises:
         UserError: its package, key or model is missing.
     """
-    name = str(options.writer)
+    name, model, url = str(options.writer), model_of(options), options.base_url
     try:
-        return _make_writer(name, model_of(options), options.base_url)
+        match name:
+            case "offline":
+                from sft_probe.synth.writers.offline import OfflineWriter
+
+                return OfflineWriter()
+            case "hf":
+                from sft_probe.synth.writers.hf import HfWriter
+
+                return HfWriter(model)
+            case "openai":
+                from sft_probe.synth.writers.openai import OpenAIWriter
+
+                return OpenAIWriter(model, base_url=url)
+            case "gemini-legacy":
+                from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
+
+                return LegacyGeminiWriter(model, base_url=url)
+            case _:
+                from sft_probe.synth.writers.gemini import GeminiBatchWriter, GeminiWriter
+
+                make = GeminiBatchWriter if name == "gemini-batch" else GeminiWriter
+                return make(model, base_url=url)
     except ImportError as error:
         extra = name.replace("gemini-batch", "gemini")
         raise UserError(
             f"--writer {name} needs more packages ({error}). Run:  pip install 'sft-probe[{extra}]'"
         ) from error
-
-
-def _make_writer(name: str, model: str, base_url: str | None) -> "AnyWriter":
-    if name == "offline":
-        from sft_probe.synth.writers.offline import OfflineWriter
-
-        return OfflineWriter()
-    if name == "hf":
-        from sft_probe.synth.writers.hf import HfWriter
-
-        return HfWriter(model)
-    if name == "openai":
-        from sft_probe.synth.writers.openai import OpenAIWriter
-
-        return OpenAIWriter(model, base_url=base_url)
-    if name == "gemini-legacy":
-        from sft_probe.synth.writers.gemini_legacy import LegacyGeminiWriter
-
-        return LegacyGeminiWriter(model, base_url=base_url)
-    from sft_probe.synth.writers.gemini import GeminiBatchWriter, GeminiWriter
-
-    return (GeminiBatchWriter if name == "gemini-batch" else GeminiWriter)(model, base_url=base_url)
 
 
 def name_writer(options: SynthRun) -> "WriterId":
@@ -105,8 +92,8 @@ def name_writer(options: SynthRun) -> "WriterId":
     if name in ("hf", "offline"):
         return make_writer(options)
     model = model_of(options)
-    api_version = "v1" if name == "openai" else "v1beta"
-    return _RemoteWriterId(name, model, key_version(api_version, name, model))
+    api_version = "v1" if name == "openai" else key_version("v1beta", name, model)
+    return SimpleNamespace(name=name, model=model, api_version=api_version)
 
 
 def model_of(options: SynthRun) -> str:
@@ -132,14 +119,12 @@ def thinking_tokens(options: SynthRun) -> int:
 def least_thinking(writer: str, model: str) -> Thinking:
     """Return the least thinking that the API allows for a Gemini model; nothing for all others."""
     name = model.removeprefix("models/")
-    if not writer.startswith("gemini") or _FLASH_LITE.match(name):  # flash-lite's default is least
-        return NO_THINKING
-    for pattern, config, num_tokens in _LEAST:
+    for pattern, config, num_tokens in _LEAST if writer.startswith("gemini") else ():
         if re.match(pattern, name):
-            if writer == "gemini-legacy":  # its package cannot limit thoughts
+            if config and writer == "gemini-legacy":  # its package cannot limit thoughts
                 return Thinking({}, _UNLIMITED_TOKENS)
             return Thinking(config, num_tokens)
-    return NO_THINKING
+    return Thinking({}, 0)
 
 
 def key_version(api_version: str, writer: str, model: str) -> str:
@@ -153,25 +138,17 @@ async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
 
     A thread of an executor would be joined at exit, forever if it hangs.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_T] = loop.create_future()
-
-    def settle(result: _T | None, error: BaseException | None) -> None:
-        if future.done():  # cancelled
-            return
-        if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(error)
+    future: Future[_T] = Future()
+    future.set_running_or_notify_cancel()  # who gives up waiting does not cancel it
+    context = copy_context()
 
     def run() -> None:
-        result, caught = None, None
         try:
-            result = function(*arguments)
+            result = context.run(function, *arguments)
         except BaseException as error:  # raised again where the call is awaited
-            caught = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, caught)
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     threading.Thread(target=run, daemon=True, name="writer").start()
-    return await future
+    return await asyncio.wrap_future(future)

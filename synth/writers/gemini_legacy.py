@@ -10,7 +10,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
 
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.writers import in_thread, least_thinking
+from sft_probe.synth.writers import in_thread
 from sft_probe.synth.writers.gemini import gemini_connection, read_answer
 from sft_probe.synth.writers.http import Connection, StoppedError
 from sft_probe.synth.writers.replies import read_reply
@@ -46,7 +46,6 @@ class LegacyGeminiWriter:
         self, model: str, *, base_url: str | None = None, timeout_s: float = 120.0
     ) -> None:
         self.model = model
-        self.thinking = least_thinking(self.name, model)
         self._timeout_s = timeout_s
         self._connection = gemini_connection(base_url)
         options = ClientOptions(
@@ -65,7 +64,7 @@ class LegacyGeminiWriter:
 
     async def write(self, request: Request) -> Answer:
         """Make one `generateContent` call."""
-        called = await in_thread(self._connection.call_blocking, lambda: self._generate(request))
+        called = await self._connection.call(in_thread(self._generate, request))
         return read_reply(self._connection, called.reply, read_answer)
 
     async def close(self) -> None:
@@ -103,9 +102,9 @@ class _GuardedAdapter(HTTPAdapter):
                 for chunk in response.iter_content(_CHUNK_BYTES):
                     self._connection.add_chunk(body, chunk)
         except (requests.RequestException, OSError) as error:
-            self._connection.note_problem(
-                f"connection failed ({type(error).__name__})", is_sent=_is_sent(error)
-            )
+            cause = getattr(error.args[0], "reason", None) if error.args else None
+            problem = f"connection failed ({type(error).__name__})"
+            self._connection.note_problem(problem, is_sent=not isinstance(cause, _NEVER_SENT))
             raise StoppedError from None
         shown = requests.Response()
         shown.raw = io.BytesIO(
@@ -113,8 +112,3 @@ class _GuardedAdapter(HTTPAdapter):
         )
         shown.status_code, shown.url, shown.request = response.status_code, response.url, request
         return shown
-
-
-def _is_sent(error: Exception) -> bool:
-    cause = getattr(error.args[0], "reason", None) if error.args else None
-    return not isinstance(cause, _NEVER_SENT)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sft_probe.errors import UserError
-from sft_probe.models import EMBEDDED_MODEL, load_model, load_tokenizer
+from sft_probe.models import EMBEDDED_MODEL, continue_prompts, load_model, load_tokenizer
 from sft_probe.prompts import encode
 from sft_probe.synth.asking.protocol import Answer, Request
 from sft_probe.synth.writers import in_thread
@@ -50,15 +50,11 @@ class HfWriter:
         self._model: Any = None
         self._pending: list[Pending] = []
         if is_chat and not self.tokenizer.chat_template:
-            raise UserError(
-                f"the model {model!r} has no chat template, so it cannot follow instructions. "
-                "Choose another --model."
-            )
+            lack = f"the model {model!r} has no chat template, so it cannot follow instructions"
+            raise UserError(f"{lack}. Choose another --model.")
         if self.tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer of {model!r} has no EOS token, so no answer would end. Choose "
-                "another --model."
-            )
+            lack = f"the tokenizer of {model!r} has no EOS token, so no answer would end"
+            raise UserError(f"{lack}. Choose another --model.")
 
     async def write(self, request: Request) -> Answer:
         """Write one text, in a batch with those requested at the same moment."""
@@ -76,9 +72,8 @@ class HfWriter:
     async def _work(self) -> None:
         await asyncio.sleep(_GATHER_S)  # until callers with earlier answers have asked again
         while self._pending:
-            self._pending.sort(
-                key=lambda item: _token_budget(item[0])
-            )  # a batch takes as long as its longest text
+            # a batch takes as long as its longest text
+            self._pending.sort(key=lambda item: _token_budget(item[0]))
             batch = self._pending[:BATCH_SIZE]
             try:
                 answers = await in_thread(self._generate, [request for request, _ in batch])
@@ -99,38 +94,30 @@ class HfWriter:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._model = load_model(self.model, "float32").to(device)
         prompts = [self._prompt_ids(request.prompt) for request in requests]
-        width = max(map(len, prompts))
-        eos = self.tokenizer.eos_token_id
-        ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         temperature = requests[0].temperature
         key = "\n".join(f"{request.sample_index} {request.prompt}" for request in requests)
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
-        sampling = (
-            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        sampling |= {"temperature": temperature} if temperature else {}
+        eos = self.tokenizer.eos_token_id
+        limit = max(map(_token_budget, requests))
+        texts = continue_prompts(
+            self._model, prompts, pad=eos, max_new_tokens=limit, pad_token_id=eos, **sampling
         )
-        with torch.inference_mode():
-            output = self._model.generate(
-                ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
-                max_new_tokens=max(map(_token_budget, requests)),
-                pad_token_id=eos,
-                **sampling,
-            )
-        pairs = zip(requests, prompts, output[:, width:].tolist(), strict=True)
+        pairs = zip(requests, prompts, texts, strict=True)
         return [self._answer(request, len(prompt), new) for request, prompt, new in pairs]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not self._is_chat:
             return encode(self.tokenizer, prompt)
-        messages = [{"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         return encode(self.tokenizer, text)
 
     def _answer(self, request: Request, num_prompt_tokens: int, new: list[int]) -> Answer:
-        ends = self._end_ids()
+        ids = self._model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])}
         length = next((number for number, token_id in enumerate(new) if token_id in ends), None)
         kept = new[: min(_token_budget(request), len(new) if length is None else length)]
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
@@ -149,11 +136,6 @@ class HfWriter:
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=len(kept),
         )
-
-    def _end_ids(self) -> set[int]:
-        """Return the ids that end `generate`: those of its config, and the tokenizer's EOS."""
-        ids = self._model.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])}
 
 
 def _token_budget(request: Request) -> int:

@@ -1,8 +1,7 @@
 """The one way to a server that all remote writers share: one origin, no redirects, short bodies."""
 
 import json
-import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,13 +15,9 @@ from sft_probe.synth.asking.protocol import RetryLater
 from sft_probe.synth.writers.keys import Secret
 
 _MAX_BODY_BYTES = 5_000_000  # of one answer; a text of 1,000 tokens takes a thousandth of it
-_RETRIED = (408, 409, 425, 429)
-_HOPELESS = (401, 402, 403, 404, 405, 407, 451)
-_HOPELESS_STATES = ("FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED")
-_MAX_TOKENS = 1_000_000
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)s")
-_DAILY = re.compile(r"per[\s_-]?day|daily|insufficient_quota", re.IGNORECASE)
 _PORTS = {"http": 80, "https": 443}
+_NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
+_OF_THE_BODY = ("content-encoding", "content-length", "transfer-encoding", "set-cookie")
 _T = TypeVar("_T")
 
 
@@ -44,7 +39,7 @@ class Reply:
 
 
 @dataclass
-class Exchange:
+class _Exchange:
     """What went over the wire in one call of an SDK, whatever the SDK made of it."""
 
     max_body_bytes: int
@@ -57,7 +52,7 @@ class Exchange:
     """Address of another origin that the SDK tried to reach."""
 
 
-_exchange: ContextVar[Exchange] = ContextVar("exchange")
+_exchange: ContextVar[_Exchange] = ContextVar("exchange")
 
 
 class StoppedError(Exception):
@@ -112,9 +107,8 @@ class Connection:
 
     def note_reply(self, status: int, headers: Mapping[str, str], body: bytes) -> bytes:
         """Record a reply; return the body for the SDK. Raise `StoppedError` if the call failed."""
-        _exchange.get().reply = Reply(
-            status, {name.lower(): value for name, value in headers.items()}, body
-        )
+        headers = {name.lower(): value for name, value in headers.items()}
+        _exchange.get().reply = Reply(status, headers, body)
         if not 200 <= status < 300:
             raise StoppedError
         return body if self._is_body_shown else b"{}"
@@ -145,31 +139,18 @@ class Connection:
             RetryLater: there is no reply.
             UserError: the call goes to another origin.
         """
-        exchange, value, problem = _begin_exchange(max_body_bytes), None, None
+        exchange, value, problem = _Exchange(max_body_bytes), None, None
+        _exchange.set(exchange)
         try:
             value = await awaitable
         except Exception as error:  # an SDK raises all sorts; only what was on the wire counts
             problem = type(error).__name__
-        return self._called(exchange, value, problem)
-
-    def call_blocking(self, function: Callable[[], _T]) -> Called[_T]:
-        """Make a blocking call of an SDK; see `call`."""
-        exchange, value, problem = _begin_exchange(_MAX_BODY_BYTES), None, None
-        try:
-            value = function()
-        except Exception as error:  # see above
-            problem = type(error).__name__
-        return self._called(exchange, value, problem)
-
-    def _called(self, exchange: Exchange, value: _T | None, error: str | None) -> Called[_T]:
         if exchange.refused_url is not None:
             raise self.refusal(f"a call would go to {self.show_url(exchange.refused_url)}")
         if exchange.reply is None:
-            raise RetryLater(
-                exchange.problem or f"connection failed ({error or 'no reply'})",
-                maybe_billed=exchange.is_sent,
-            )
-        return Called(exchange.reply, value, error)
+            reason = exchange.problem or f"connection failed ({problem or 'no reply'})"
+            raise RetryLater(reason, maybe_billed=exchange.is_sent)
+        return Called(exchange.reply, value, problem)
 
     def refusal(self, what: str) -> UserError:
         """Return the error of a call to another server than the configured one."""
@@ -183,26 +164,15 @@ class Connection:
         """Return an address for a message, without query, user and key."""
         try:
             parts = urlsplit(url)
-            shown = (
-                f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-                if parts.netloc
-                else parts.path
-            )
+            host = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else ""
+            return self.clean(host + parts.path)
         except ValueError:
-            shown = url
-        return self.clean(shown)
+            return self.clean(url)
 
     def clean(self, text: object) -> str:
         """Return a server's words for a message: short, printable, without the key."""
-        return "".join(char if char.isprintable() else " " for char in self.key.redact(str(text)))[
-            :300
-        ]
-
-
-def _begin_exchange(max_body_bytes: int) -> Exchange:
-    exchange = Exchange(max_body_bytes)
-    _exchange.set(exchange)
-    return exchange
+        redacted = self.key.redact(str(text))
+        return "".join(char if char.isprintable() else " " for char in redacted)[:300]
 
 
 def _origin(url: str) -> tuple[str, str, int] | None:
@@ -211,25 +181,16 @@ def _origin(url: str) -> tuple[str, str, int] | None:
         port = parts.port or _PORTS.get(parts.scheme)
     except ValueError:
         return None
-    return (
-        (parts.scheme, parts.hostname, port)
-        if parts.scheme in _PORTS and parts.hostname and port
-        else None
-    )
-
-
-_NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
-_LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    is_whole = parts.scheme in _PORTS and parts.hostname and port
+    return (parts.scheme, str(parts.hostname), int(port or 0)) if is_whole else None
 
 
 def guarded_client(connection: Connection) -> httpx2.AsyncClient:
     """Return the HTTP client for an asynchronous SDK. It follows no redirect and ignores the
     environment."""
+    transport = _GuardedTransport(connection)
     return httpx2.AsyncClient(
-        transport=_GuardedTransport(connection),
-        follow_redirects=False,
-        trust_env=False,
-        timeout=None,
+        transport=transport, follow_redirects=False, trust_env=False, timeout=None
     )
 
 
@@ -238,7 +199,8 @@ class _GuardedTransport(httpx2.AsyncBaseTransport):
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._inner = httpx2.AsyncHTTPTransport(limits=_LIMITS, proxy=connection.proxy())
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        self._inner = httpx2.AsyncHTTPTransport(limits=limits, proxy=connection.proxy())
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request. Raise `StoppedError` for everything but a success."""
@@ -252,22 +214,19 @@ class _GuardedTransport(httpx2.AsyncBaseTransport):
             finally:
                 await response.aclose()
         except (httpx2.HTTPError, OSError) as error:
-            is_sent = not isinstance(error, _NEVER_SENT)
-            self._connection.note_problem(
-                f"connection failed ({type(error).__name__})", is_sent=is_sent
-            )
+            problem = f"connection failed ({type(error).__name__})"
+            self._connection.note_problem(problem, is_sent=not isinstance(error, _NEVER_SENT))
             raise StoppedError from None
         shown = self._connection.note_reply(response.status_code, response.headers, bytes(body))
+        headers = {
+            name: value
+            for name, value in response.headers.items()
+            if name.lower() not in _OF_THE_BODY  # they describe the body as it was sent
+        }
         return httpx2.Response(
-            response.status_code, headers=_plain(response.headers), content=shown, request=request
+            response.status_code, headers=headers, content=shown, request=request
         )
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._inner.aclose()
-
-
-def _plain(headers: Any) -> dict[str, str]:
-    """Return the headers without those that describe the body as it was sent."""
-    sent = ("content-encoding", "content-length", "transfer-encoding", "set-cookie")
-    return {name: value for name, value in headers.items() if name.lower() not in sent}

@@ -18,16 +18,14 @@ class Secret:
     def __init__(self, value: str) -> None:
         self.value = value
         # every character as itself, or escaped by JSON (within JSON), in a URL or in HTML
-        characters = (
-            rf"\\*(?:{re.escape(char)}|u00(?i:{ord(char):02x}))|%(?i:{ord(char):02x})|&#{ord(char)};"
+        escaped = (
+            rf"(?:\\*(?:{re.escape(char)}|u00(?i:{ord(char):02x}))"
+            rf"|%(?i:{ord(char):02x})|&#{ord(char)};)"
             for char in value
         )
         # a shorter value is not a secret but a word, such as the `EMPTY` of vLLM
-        self._pattern = (
-            re.compile("".join(f"(?:{c})" for c in characters))
-            if len(value) >= _MIN_KEY_CHARS
-            else None
-        )
+        is_secret = len(value) >= _MIN_KEY_CHARS
+        self._pattern = re.compile("".join(escaped)) if is_secret else None
 
     def redact(self, text: str) -> str:
         """Return `text` without the key, however its characters are escaped."""
@@ -71,15 +69,12 @@ def _redact_logs() -> None:
         record = make(*args, **kwargs)
         try:
             message = record.getMessage()
-        except (
-            Exception
-        ):  # whatever a wrong format string raises; `logging` would print the arguments as they are
+        except Exception:  # of a wrong format; `logging` would print the arguments as they are
             message = f"{record.msg} {record.args!r}"
         record.msg, record.args = redact_all(message), None
         if record.exc_info:
-            record.exc_text = redact_all(
-                "".join(traceback.format_exception(*record.exc_info))
-            ).rstrip("\n")
+            error = "".join(traceback.format_exception(*record.exc_info))
+            record.exc_text = redact_all(error).rstrip("\n")
         return record
 
     logging.setLogRecordFactory(make_redacted)

@@ -24,44 +24,31 @@ class OfflineWriter:
     api_version = "2"
 
     def __init__(self) -> None:
-        texts = [
-            doc.responses[category]
-            for doc in load_probe_set(self.model).docs
-            for category in _MATERIAL
-        ]
+        docs = load_probe_set(self.model).docs
+        texts = [doc.responses[category] for doc in docs for category in _MATERIAL]
         sentences = [sentence.split() for text in texts for sentence in _SENTENCE.findall(text)]
         pieces = (
-            words[i : i + _PIECE_WORDS]
+            " ".join(words[i : i + _PIECE_WORDS])
             for words in sentences
             for i in range(0, len(words), _PIECE_WORDS)
         )
-        plain = (re.findall(r"[A-Za-z]+", " ".join(piece)) for piece in pieces)
-        self._pieces = list(
-            dict.fromkeys(tuple(words) for words in plain if len(words) == _PIECE_WORDS)
-        )
+        plain = (tuple(re.findall(r"[A-Za-z]+", piece)) for piece in pieces)
+        self._pieces = [*dict.fromkeys(words for words in plain if len(words) == _PIECE_WORDS)]
 
     async def write(self, request: Request) -> Answer:
         """Return pieces with the requested number of words, drawn by prompt and sample index."""
-        seed = hashlib.sha256(
-            f"{request.category}\n{request.sample_index}\n{request.prompt}".encode()
-        ).hexdigest()
+        key = f"{request.category}\n{request.sample_index}\n{request.prompt}"
+        seed = hashlib.sha256(key.encode()).hexdigest()
         draw = random.Random(seed)  # noqa: S311 - reproducible, not secret
         num_words = max(request.num_words, _MIN_WORDS)
         words: list[str] = []
         while len(words) < num_words:
             words += draw.choice(self._pieces)
-        text = _as_sentences(words[:num_words])
-        return Answer(
-            status="ok", raw=json.dumps({"text": text}), text=text, model_version=self.model
-        )
+        starts = range(0, num_words, _SENTENCE_WORDS)
+        sentences = (" ".join(words[i : min(i + _SENTENCE_WORDS, num_words)]) for i in starts)
+        text = " ".join(sentence.lower().capitalize() + "." for sentence in sentences)
+        raw = json.dumps({"text": text})
+        return Answer(status="ok", raw=raw, text=text, model_version=self.model)
 
     async def close(self) -> None:
         """Do nothing."""
-
-
-def _as_sentences(words: list[str]) -> str:
-    """Return words as sentences of twelve words, each with a capital letter and a full stop."""
-    starts = range(0, len(words), _SENTENCE_WORDS)
-    return " ".join(
-        " ".join(words[i : i + _SENTENCE_WORDS]).lower().capitalize() + "." for i in starts
-    )

@@ -6,10 +6,9 @@ from typing import Any
 import openai
 
 from sft_probe.synth.asking.protocol import Answer, Request
-from sft_probe.synth.writers import NO_THINKING
 from sft_probe.synth.writers.http import Connection, guarded_client
 from sft_probe.synth.writers.keys import Secret, read_key
-from sft_probe.synth.writers.replies import checked_text, read_reply, token_count
+from sft_probe.synth.writers.replies import answer_of, at, checked_text, read_reply, token_count
 
 _FINISHES = {"length": "truncated", "content_filter": "blocked"}
 _THOUGHTS = ("reasoning_content", "reasoning")  # as vLLM, DeepSeek and others name them
@@ -29,7 +28,6 @@ class OpenAIWriter:
 
     name = "openai"
     api_version = "v1"
-    thinking = NO_THINKING
 
     def __init__(self, model: str, *, base_url: str | None = None) -> None:
         self.model = model
@@ -69,34 +67,26 @@ class OpenAIWriter:
 
 def read_completion(response: dict[str, Any], raw: str) -> Answer:
     """Return the answer in a chat completion."""
-    usage, version = response.get("usage"), response.get("model")
-    counts = usage if isinstance(usage, dict) else {}
-    if not response.get("choices") and not counts:
+    if not response.get("choices") and not isinstance(response.get("usage"), dict):
         return Answer(status="error", raw=raw, reason="the answer is no chat completion")
-    status, text, reason = _read_choice(response.get("choices"))
-    output_tokens = token_count(counts.get("completion_tokens"))
-    details = counts.get("completion_tokens_details")
-    thoughts = token_count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
-    if status != "ok" and thoughts and output_tokens and thoughts > output_tokens / 2:
-        reason = f"{reason}: {thoughts} of {output_tokens} output tokens are thoughts"
-    return Answer(
-        status=status,
-        raw=raw,
-        text=text,
-        reason=reason,
-        model_version=version if isinstance(version, str) else None,
-        num_prompt_tokens=token_count(counts.get("prompt_tokens")),
-        num_output_tokens=output_tokens,
+    prompt, output = (
+        token_count(at(response, "usage", name)) for name in ("prompt_tokens", "completion_tokens")
+    )
+    return answer_of(
+        raw,
+        _read_choice(response),
+        version=response.get("model"),
+        tokens=(prompt, output),
+        thoughts=at(response, "usage", "completion_tokens_details", "reasoning_tokens"),
     )
 
 
-def _read_choice(choices: Any) -> tuple[str, str | None, str | None]:
+def _read_choice(response: dict[str, Any]) -> tuple[str, str | None, str | None]:
     """Return status, text and reason."""
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
+    message = at(response, "choices", 0, "message")
+    if not isinstance(message, dict):
         return "invalid", None, "no choice with a message"
-    finish, text = str(choice.get("finish_reason")), message.get("content")
+    finish, text = str(at(response, "choices", 0, "finish_reason")), message.get("content")
     is_thought = not text and any(message.get(name) for name in _THOUGHTS)
     if message.get("refusal") and finish not in _FINISHES:
         return "refused", None, str(message["refusal"])

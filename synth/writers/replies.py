@@ -16,19 +16,52 @@ _HOPELESS = (401, 402, 403, 404, 405, 407, 451)
 _HOPELESS_STATES = ("FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _MAX_TOKENS = 1_000_000
 _SUCCESS = Reply(200, {}, b"")
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)s")
+_SECONDS = r"\d{1,9}(?:\.\d{1,9})?"
 _DAILY = re.compile(r"per[\s_-]?day|daily|insufficient_quota", re.IGNORECASE)
+Read = Callable[[dict[str, Any], str], Answer]
+"""Makes an answer of a JSON object and its text."""
 
 
-def read_reply(
-    connection: Connection, reply: Reply, read_value: Callable[[dict[str, Any], str], Answer]
+def at(value: Any, *path: str | int) -> Any:
+    """Return what stands at a path in JSON, None where the JSON has another shape."""
+    try:
+        for step in path:
+            value = value[step]
+    except (LookupError, TypeError):
+        return None
+    return value
+
+
+def answer_of(
+    raw: str,
+    read: tuple[str, str | None, str | None],
+    *,
+    version: Any,
+    tokens: tuple[int | None, int | None],
+    thoughts: Any,
 ) -> Answer:
-    """Return the answer in a reply, every field without the key.
+    """Return an answer, with a remark where thoughts left no room for its text.
 
-    Args:
-        connection: the connection to the server.
-        reply: the server's reply.
-        read_value: makes an answer of a JSON object and its text.
+    `read` is its status, text and reason, `tokens` the numbers for prompt and output; version and
+    thoughts (their number of tokens) are as the server says them.
+    """
+    status, text, reason = read
+    num_thoughts, num_output = token_count(thoughts) or 0, tokens[1]
+    if status != "ok" and num_output and num_thoughts > num_output / 2:
+        reason = f"{reason}: {num_thoughts} of {num_output} output tokens are thoughts"
+    return Answer(
+        status=status,
+        raw=raw,
+        text=text,
+        reason=reason,
+        model_version=version if isinstance(version, str) else None,
+        num_prompt_tokens=tokens[0],
+        num_output_tokens=num_output,
+    )
+
+
+def read_reply(connection: Connection, reply: Reply, read_value: Read) -> Answer:
+    """Return the answer in a reply, every field without the key.
 
     Raises:
         RetryLater: the call failed and may be repeated.
@@ -47,20 +80,18 @@ def answer_in(
     connection: Connection,
     value: dict[str, Any],
     raw: str,
-    read_value: Callable[[dict[str, Any], str], Answer],
+    read_value: Read,
     reply: Reply = _SUCCESS,
 ) -> Answer:
     """Return the answer in the JSON object of a successful reply; see `read_reply`."""
     if value.get("error") and not value.get("candidates") and not value.get("choices"):
         return _answer_for_error_with_200(connection, reply, value, raw)
-    answer = read_value(value, raw)
+    answer, clean = read_value(value, raw), connection.clean
     return replace(
         answer,
-        text=None if answer.text is None else connection.key.redact(answer.text),
-        reason=None if answer.reason is None else connection.clean(answer.reason),
-        model_version=None
-        if answer.model_version is None
-        else connection.clean(answer.model_version),
+        text=answer.text and connection.key.redact(answer.text),
+        reason=answer.reason and clean(answer.reason),
+        model_version=answer.model_version and clean(answer.model_version),
     )
 
 
@@ -98,12 +129,9 @@ def _answer_for_error_with_200(
     connection: Connection, reply: Reply, value: dict[str, Any], raw: str
 ) -> Answer:
     """Return the answer for an error in a successful reply, which counts as paid."""
-    error = value["error"]
-    code = error.get("code") if isinstance(error, dict) else None
-    reason = (
-        f"HTTP {reply.status} with an error: "
-        f"{connection.clean(message_of(value) or 'no reason given')}"
-    )
+    code = at(value, "error", "code")
+    message = connection.clean(message_of(value) or "no reason given")
+    reason = f"HTTP {reply.status} with an error: {message}"
     if isinstance(code, int) and (code in _RETRIED or 500 <= code < 600):
         raise RetryLater(reason, wait_s(value, reply.headers), maybe_billed=True, raw=raw)
     return replace(failed_answer(reason), raw=raw, num_prompt_tokens=None, num_output_tokens=None)
@@ -111,12 +139,12 @@ def _answer_for_error_with_200(
 
 def wait_s(error: Any, headers: Mapping[str, str]) -> float | None:
     """Return the seconds that a server asks to wait, in `google.rpc.RetryInfo` or Retry-After."""
-    for detail in _details(error):
-        delay = _DURATION.fullmatch(str(detail.get("retryDelay", "")))
+    for detail in _objects(at(_inner(error), "details")):
+        delay = re.fullmatch(f"({_SECONDS})s", str(detail.get("retryDelay", "")), re.ASCII)
         if delay and str(detail.get("@type", "")).endswith("google.rpc.RetryInfo"):
             return float(delay[1])
     header = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", header):
+    if re.fullmatch(_SECONDS, header, re.ASCII):
         return float(header)
     try:
         date = parsedate_to_datetime(header).astimezone(UTC)
@@ -153,34 +181,20 @@ def message_of(value: Any) -> str | None:
     return None if not message else str(message)
 
 
-def _details(value: Any) -> list[dict[str, Any]]:
-    inner = _inner(value)
-    details = inner.get("details") if isinstance(inner, dict) else None
-    return (
-        [detail for detail in details if isinstance(detail, dict)]
-        if isinstance(details, list)
-        else []
-    )
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects in a JSON list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _daily_quota(value: Any) -> str | None:
     """Return the name of the quota where it is a daily one, or one of money."""
-    for detail in _details(value):
-        violations = detail.get("violations")
-        for violation in violations if isinstance(violations, list) else []:
-            names = [
-                str(violation.get(name, ""))
-                for name in ("quotaId", "quotaMetric")
-                if isinstance(violation, dict)
-            ]
+    inner = _inner(value)
+    for detail in _objects(at(inner, "details")):
+        for violation in _objects(detail.get("violations")):
+            names = [str(violation.get(name, "")) for name in ("quotaId", "quotaMetric")]
             if any(map(_DAILY.search, names)):
                 return next(filter(None, names))
-    inner = _inner(value)
-    said = (
-        [str(inner.get(name, "")) for name in ("code", "type", "message")]
-        if isinstance(inner, dict)
-        else []
-    )
+    said = [str(at(inner, name) or "") for name in ("code", "type", "message")]
     return next((text for text in said if _DAILY.search(text)), None)
 
 
@@ -188,7 +202,5 @@ def _is_hopeless(value: Any) -> bool:
     """Return whether an error concerns the account or the region, not the request. Google answers
     400 to an unknown key."""
     inner = _inner(value)
-    state = inner.get("status") if isinstance(inner, dict) else None
-    return state in _HOPELESS_STATES or any(
-        detail.get("reason") == "API_KEY_INVALID" for detail in _details(value)
-    )
+    reasons = [detail.get("reason") for detail in _objects(at(inner, "details"))]
+    return at(inner, "status") in _HOPELESS_STATES or "API_KEY_INVALID" in reasons

@@ -18,7 +18,10 @@ from sft_probe.analysis.figures.plot import figures_of
 from sft_probe.analysis.stats.analyze import analyze
 from sft_probe.probe_set import CATEGORIES
 
-NAMES = ("changes", "data_card", "docs", "length", "levels", "parts", "tokens", "trajectory")
+NAMES = (
+    *("changes", "data_card", "docs", "length", "levels", "parts", "squeezing", "tokens"),
+    "trajectory",
+)
 
 
 def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
@@ -53,7 +56,8 @@ def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
     result = sft_probe("plot", run, "--format", "svg")
     assert result.returncode == 0, result.stderr
     figures = run / "figures"
-    expected = {f"{name}_heldout" for name in NAMES} | {"benchmarks", "code_length"}
+    expected = {f"{name}_heldout" for name in NAMES} | {"code_length"}
+    expected |= {"benchmarks", "benchmarks_against_probe"}
     assert (
         {path.stem for path in figures.glob("*.svg")}
         == expected
@@ -72,6 +76,7 @@ def test_plot_draws_every_figure_of_a_run_and_writes_its_numbers(
     assert pd.read_csv(figures / "benchmarks.csv")["name"].nunique() == 13
     panels = (figures / "benchmarks.svg").read_text()
     assert "g, acc, strict" in panels
+    assert "non_response" in panels, "the probes stand above"
     assert "1 more are in the CSV alone: m9, acc" in panels
     tokens = pd.read_csv(figures / "tokens_heldout.csv")
     assert tokens["token"].notna().any(), "the run's own tokenizer gives the texts"
@@ -145,7 +150,8 @@ def test_pages_have_the_width_asked_for(
     sft_probe: Run, tmp_path: Path, width: str, points: float
 ) -> None:
     long = "a_category_of_forty_letters_and_a_few_more"
-    one = write_run(tmp_path / "one", curves={**CURVES, long: lambda step: -float(step)})
+    curves = {**CURVES, long: lambda step: -float(step)}
+    one = write_run(tmp_path / "one", curves=curves, argmax=float)
     two = write_run(tmp_path / "two", seed=1)
     flags = ["--width", width, "--font-size", 8, "--format", "pdf", "--out", tmp_path / "out"]
     for runs in ([one], [one, two]):
@@ -247,7 +253,7 @@ def test_published_means_are_drawn_without_intervals(sft_probe: Run, tmp_path: P
 def test_plot_refuses_what_cannot_be_drawn_with_one_message(sft_probe: Run, tmp_path: Path) -> None:
     assert "sft-probe sweep" in user_error(sft_probe("plot", tmp_path))
     run = write_run(tmp_path / "known")
-    assert "none of png, svg, pdf, html" in user_error(sft_probe("plot", run, "--format", "gif"))
+    assert "Use one of png, svg, pdf, html" in user_error(sft_probe("plot", run, "--format", "gif"))
     (tmp_path / "labels.yaml").write_text("- chosen\n")
     assert "must map categories" in user_error(
         sft_probe("plot", run, "--labels", tmp_path / "labels.yaml")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from helpers import Run, user_error
 from score_files import CURVES, write_run
@@ -71,6 +72,7 @@ def test_a_report_opens_in_a_browser_without_errors_or_requests(
     }
     assert drawn == {
         "data_card",
+        "squeezing",
         "changes",
         "levels",
         "parts",
@@ -199,6 +201,40 @@ def test_a_markdown_report_has_its_figures_beside_it(sft_probe: Run, tmp_path: P
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, (
         "a table with equal columns"
     )
+
+
+def test_the_ledgers_of_a_run_are_shown_with_hostile_texts_as_text(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", num_docs=5)
+    part = {"category": "chosen", "measure": "logprob_with_eos", "step": 8, "low": 1.0, "high": 3}
+    layer = {"category": "chosen", "first_step": 0, "last_step": 8, "kind": "mlp", "change": 1.5}
+    carried = {"category": "chosen", "train_category": "chosen", "change": 1.5, "share": 0.75}
+    tables = {
+        "ledger": [{**part, "part": name, "change": 2.0} for name in ("text", "prompt", "whole")],
+        "path": [{**layer, "layer": number} for number in (0, None)],
+        "example_extremes": [
+            {**carried, "end": end, "doc_id": f"d-{end}", "prompt": HOSTILE, "response": HOSTILE}
+            for end in ("most", "least")
+        ],
+    }
+    (run / "analysis").mkdir()
+    for name, rows in tables.items():
+        pd.DataFrame(rows).to_csv(run / f"analysis/{name}.csv", index=False)
+    result = sft_probe("report", run)
+    assert result.returncode == 0, result.stderr
+    text = (run / "report.html").read_text("utf-8")
+    shown = html.unescape(text)
+    assert "Training examples that carried least of chosen's path" in shown
+    assert "<td><bdi>+75.0%</bdi></td>" in text
+    assert "<img src=x onerror" not in text
+    assert "<img src=x onerror='window.hacked=1'>" in shown
+    for name in ("ledger_parts", "ledger_path"):
+        assert f'id="figure-0-{name}"' in text
+    assert sft_probe("report", run, "--format", "md").returncode == 0
+    assert "carried most of chosen" in (run / "report.md").read_text("utf-8")
+    names = {path.name for path in (run / "report_figures").iterdir()}
+    assert {"ledger_parts.png", "ledger_path.png"} <= names
 
 
 def test_a_report_of_a_run_with_one_step_is_refused(sft_probe: Run, tmp_path: Path) -> None:

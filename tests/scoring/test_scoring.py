@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_probe.scoring.attention import PLAIN, ForwardMode
 from sft_probe.scoring.packing import Continuation, batches, pack_shared
-from sft_probe.scoring.score import Score, choose_mode, score
+from sft_probe.scoring.score import Reference, Score, choose_mode, score
 from sft_probe.scoring.targets import read_targets
 
 VOCAB = 97
@@ -314,3 +314,84 @@ def test_entropy_is_at_most_log_v_and_rank_one_is_greedy(
     assert (columns.ranks <= VOCAB - num_masked).all()
     assert (columns.max_logprobs >= found.logprobs).all()
     assert (columns.norms <= np.exp(columns.max_logprobs / 2) + 1e-5).all()
+
+
+def _moved(model: Any, name: str) -> Any:
+    """The same architecture a little further on, as after some training."""
+    other = make_model(name)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return other
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma2",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("gpt_neox", "bloom", "mistral")),
+    ],
+)
+def test_distances_from_a_reference_equal_those_of_two_float64_forwards(name: str) -> None:
+    items, start = make_items(), make_model(name)
+    model = _moved(start, name)
+    second = Reference(model=start, mode=choose_mode(start, longest=80))
+    mode = choose_mode(model, longest=80)
+    found = dict(score(model, items, max_tokens=256, mode=mode, reference=second))
+    alone = dict(score(model, items, max_tokens=256, mode=mode))
+    for i, item in enumerate(items):
+        ids = torch.tensor([[*item.prefix_ids, *item.continuation_ids]])
+        place = slice(len(item.prefix_ids) - 1, -1)
+        with torch.no_grad():
+            new, old = (one.double()(ids).logits[0, place] for one in (model, start))
+        now, before = (torch.distributions.Categorical(logits=logits) for logits in (new, old))
+        distances = found[i].distances
+        assert distances is not None
+        for values, pair in (
+            (distances.kl_forward, (before, now)),
+            (distances.kl_reverse, (now, before)),
+        ):
+            expected = torch.distributions.kl_divergence(*pair)
+            assert expected.max() > 0.01, "they are apart"
+            np.testing.assert_allclose(values, expected, atol=2e-4)
+        likeliest = old.gather(-1, new.argmax(-1, keepdim=True))
+        assert distances.reference_ranks.tolist() == (1 + (old > likeliest).sum(-1)).tolist()
+        np.testing.assert_array_equal(found[i].token_logprobs, alone[i].token_logprobs)
+        assert alone[i].distances is None
+
+
+def test_a_model_has_no_distance_from_itself_nor_from_one_that_shares_no_prefixes() -> None:
+    items, model = make_items(), make_model("llama")
+    same = Reference(model=make_model("llama"), mode=choose_mode(model, longest=80))
+    plain = Reference(model=make_model("llama"), mode=PLAIN)
+    for second in (same, plain):
+        for one in dict(
+            score(model, items, max_tokens=256, mode=same.mode, reference=second)
+        ).values():
+            assert one.distances is not None
+            assert max(*one.distances.kl_forward, *one.distances.kl_reverse) < 1e-6
+            assert set(one.distances.reference_ranks) == {1}
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 60), st.floats(0, 60), st.integers(0, VOCAB - 2))
+@settings(max_examples=50, deadline=None)
+def test_divergences_are_never_negative_and_rank_one_is_no_shift(
+    seed: int, scale: float, change: float, num_masked: int
+) -> None:
+    random = np.random.default_rng(seed)
+    old = torch.from_numpy(scale * random.standard_normal((20, VOCAB))).float()
+    new = old + change * torch.from_numpy(random.standard_normal((20, VOCAB))).float()
+    for logits in (old, new):
+        logits[:, 1 : num_masked + 1] = -torch.inf  # what neither model ever says
+    found = read_targets(
+        [new.clone()], np.arange(20), np.zeros(20, np.int64), with_columns=True, reference=[old]
+    ).distances
+    assert found is not None
+    assert (found.kl_forward >= 0).all()
+    assert (found.kl_reverse >= 0).all()
+    assert np.isfinite([*found.kl_forward, *found.kl_reverse]).all()
+    same_greedy = (new.argmax(-1) == old.argmax(-1)).numpy()
+    assert (found.reference_ranks[same_greedy] == 1).all()
+    assert (found.reference_ranks <= VOCAB - num_masked).all()

@@ -2,21 +2,16 @@
 refuses."""
 
 import json
-import math
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import SHARED, Run, needs_shared, user_error
-from hypothesis import given
-from hypothesis import strategies as st
 from score_files import CURVES, NUM_TOKENS, STEPS, write_run
 
 from sft_probe.analysis.stats.curves import half_step
-from sft_probe.analysis.stats.imports import read_metrics
 from sft_probe.analysis.stats.runs import load_recording
 
 REFERENCE = SHARED / "reference/qwen1.5-1.8b_sft_extend.csv"
@@ -316,92 +311,6 @@ def test_analyze_warns_where_live_and_swept_scores_differ(
     assert "live probe and sweep differ by up to 0.50 nats" in sft_probe("analyze", own).stdout
 
 
-def test_a_metric_file_of_the_forerunner_is_read(sft_probe: Run, tmp_path: Path) -> None:
-    values = [(-122.5, -97.0), (-100.0, -80.0), (-79.5, -60.5)]
-    lines = [
-        json.dumps(
-            {
-                "logps_eval_prob_train/chosen": a,
-                "p_e": math.nan,
-                "logps_eval_prob_train/reject_gptformat": b,
-            }
-        )
-        for a, b in values
-    ]
-    path = tmp_path / "prob_train_metrics.json"
-    path.write_text("\n".join(lines) + "\n")
-    result = sft_probe("analyze", path, "--out", tmp_path / "out")
-    assert "from evaluation 0 to 2" in result.stdout, result.stderr
-    verdict = pd.read_csv(tmp_path / "out/verdict.csv").set_index("category")
-    assert verdict["change"].to_dict() == pytest.approx({"chosen": 43.0, "reject_gptformat": 36.5})
-    assert set(verdict["split"]) == {"train"}
-    assert (
-        "keys left out (no log-prob of a category, or not finite in every line): p_e"
-        in result.stdout
-    )
-
-
-def test_a_repeated_line_that_lost_a_key_or_a_number_is_a_repeat(tmp_path: Path) -> None:
-    lines = [
-        {f"logps_eval_prob_train/{name}": -9.0 * step for name in ("chosen", "rejected")}
-        for step in range(3)
-    ]
-    partial, not_finite = (
-        dict(list(lines[1].items())[:1]),
-        lines[2] | {"logps_eval_prob_train/rejected": math.nan},
-    )
-    path = tmp_path / "prob_train_metrics.json"
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, partial, not_finite]))
-    recording = load_recording(path)
-    assert recording.means is not None
-    assert set(recording.means["category"]) == {"chosen", "rejected"}
-    assert set(recording.means["step"]) == {0, 1, 2}
-    assert "2 of 5 lines repeat an earlier evaluation and were dropped" in recording.notes
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.floats(-4e-4, 4e-4)), min_size=2, max_size=30).filter(
-        lambda lines: len({number for number, _ in lines}) > 1
-    )
-)
-def test_repeated_and_interleaved_evaluations_count_once(lines: list[tuple[int, float]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "metrics.json")
-        path.write_text(
-            "".join(f'{{"logps_eval_prob_train/a": {-n + e}, "p_e": NaN}}\n' for n, e in lines)
-        )
-        means, unit, notes = read_metrics(path)
-    first = list(dict.fromkeys(number for number, _ in lines))
-    assert list(means["value"].round()) == [-number for number in first], (
-        "in the order of their first line"
-    )
-    assert (list(means["step"]), unit) == (list(range(len(first))), "evaluation")
-    repeats = len(lines) - len(first)
-    assert any(f"{repeats} of {len(lines)} lines repeat" in note for note in notes) == (repeats > 0)
-
-
-@needs_shared
-@pytest.mark.parametrize(
-    ("name", "evaluations", "first_last"),
-    [
-        ("pythia410m_dpo", 50, (-151.98, -146.34)),
-        ("qwen1.8b_sft_chosen", 40, (-122.81, -56.41)),
-        ("qwen1.8b_dpo_after_sft", 30, (-54.38, None)),
-    ],
-)
-def test_published_metric_files_are_read_with_all_evaluations_and_categories(
-    name: str, evaluations: int, first_last: tuple[float, float | None]
-) -> None:
-    means, _, notes = read_metrics(SHARED / f"reference/learning-dynamics/{name}.metrics.json")
-    chosen = means[means["category"] == "chosen"]["value"]
-    assert len(chosen) == evaluations
-    assert means["category"].nunique() == 12
-    assert chosen.iloc[0] == pytest.approx(first_last[0], abs=0.01)
-    if first_last[1] is not None:
-        assert chosen.iloc[-1] == pytest.approx(first_last[1], abs=0.02)
-    assert "except_argmax_prob_logits" in notes[-1]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -414,14 +323,14 @@ def test_published_metric_files_are_read_with_all_evaluations_and_categories(
             '{"logps_eval_prob_train/chosen": -1}\n{"logps_eval_prob_train/chosen": NaN}\n',
             "no key logps_eval_prob_train/CATEGORY holds a finite number in every line",
         ),
-        ("a.json", '{"loss": 1}\n', "no key logps_eval_prob_train/CATEGORY holds a finite number"),
+        ("a.json", '{"loss": 1}\n', "a.json holds none of: a CSV of means or of benchmarks"),
         (
             "a.json",
             3 * '{"logps_eval_prob_train/chosen": -1}\n',
             "one evaluation only, so nothing can have changed. 2 of 3 lines repeat an earlier "
             "evaluation",
         ),
-        ("a.json", "[]\n", "line 1: not a JSON object"),
+        ("a.json", "[]\n", "line 1: must be a JSON object, not []"),
         ("a.json", "", "is empty"),
         ("a.parquet", "not parquet", "no parquet file of score rows"),
         ("results_2026-01-01T00-00-00.json", "{}", "tells no step"),
@@ -451,7 +360,7 @@ def test_files_without_score_rows_are_refused_by_name(sft_probe: Run, tmp_path: 
     path = run / "probe/step_000001.jsonl"
     lines = path.read_text()
     path.write_text(lines.replace('"split": "heldout"', '"split": "test"'))
-    assert "the split 'test' is none of heldout, train" in user_error(sft_probe("analyze", run))
+    assert "there is no split 'test'." in user_error(sft_probe("analyze", run))
     path.write_text(lines[: len(lines) // 2])
     assert "step_000001.jsonl holds no score rows of this version" in user_error(
         sft_probe("analyze", run)
@@ -498,7 +407,7 @@ def test_runs_that_cannot_be_averaged_are_refused_with_the_reason(
         sft_probe("analyze", write_run(tmp_path / "short", steps=[0]))
     )
     run = write_run(tmp_path / "twice")
-    assert "the runs have only chosen, rejected" in user_error(
+    assert "Use one of chosen, rejected" in user_error(
         sft_probe("analyze", run, "--categories", "nonsense")
     )
     shutil.copy(run / "probe/step_000001.jsonl", run / "probe/step_000002.jsonl")

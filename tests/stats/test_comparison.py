@@ -1,6 +1,7 @@
 """Two runs side by side: paired differences, benchmarks, and the settings that differ."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from helpers import Run
 from scipy import stats
 from score_files import CURVES, write_run
 
+import sft_probe as sft_probe_package
 from sft_probe.analysis.stats.comparison import compare_recordings
 from sft_probe.analysis.stats.runs import load_recordings
+from sft_probe.text_table import interval, number
 
 
 @pytest.fixture
@@ -109,3 +112,54 @@ def test_tables_for_a_paper(sft_probe: Run, tmp_path: Path, form: str, start: st
     assert result.stdout.startswith(start), result.stderr
     assert (r"non\_response" if form == "latex" else "non_response") in result.stdout
     assert "intervals over prompts" not in result.stdout, "the tables alone"
+
+
+def test_the_latex_table_has_few_columns_and_real_minus_signs(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", curves={"non_response": lambda step: -1.0 * step})
+    lines = sft_probe("analyze", run, "--format", "latex").stdout.splitlines()
+    assert lines[0] == r"\begin{tabular}{lrrrr}"
+    assert r"\toprule" in lines[1]
+    (row,) = [line for line in lines if line.strip().startswith(r"non\_response")]
+    cells = [cell.strip(" \\") for cell in row.split("&")]
+    change = r"(\$-\$|\+)[\d.]+ \[(\$-\$|\+)[\d.]+, (\$-\$|\+)[\d.]+\]"
+    assert re.fullmatch(change, cells[2]), "per response"
+    assert re.fullmatch(change, cells[3]), "per token"
+
+
+def test_what_p_is_adjusted_for_is_said_once_under_the_table(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run")
+    said = sft_probe("analyze", run).stdout
+    assert said.count("p is adjusted for the 3 categories shown (Holm)") == 1
+    assert "p is adjusted" not in sft_probe("analyze", run, "--categories", "chosen").stdout
+
+
+def test_of_swept_and_live_scores_it_is_said_which_are_shown(
+    sft_probe: Run, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run")
+    swept = sft_probe("analyze", run).stdout
+    assert "the scores are those of" not in swept
+    for live in sorted((run / "probe").glob("step_*.jsonl")):
+        rows = run / "sweep" / live.stem / "heldout/rows.jsonl"
+        rows.parent.mkdir(parents=True)
+        rows.write_text(live.read_text().replace('"source": "live"', '"source": "lm_eval"'))
+    said = sft_probe("analyze", run).stdout
+    assert "the scores are those of the sweep; those of the live probe" in said
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    assert number(-0.01, "+.1f") == "+0.0"
+    assert number(-0.01, ".1f") == "0.0"
+    assert number(-0.06, "+.1f") == "-0.1"
+    assert interval(-0.04, 0.04) == "[+0.0, +0.0]"
+
+
+def test_no_signed_number_is_printed_without_this_rule() -> None:
+    sources = (Path(sft_probe_package.__file__).parent / "analysis").rglob("*.py")
+    lines = [line for path in sources for line in path.read_text("utf-8").splitlines()]
+    assert len(lines) > 1000
+    assert [line for line in lines if re.search(r"f?\".*[:{]\+\.\df", line)] == []

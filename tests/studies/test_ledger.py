@@ -193,7 +193,9 @@ def test_what_has_no_ledger_is_refused_with_the_command_that_makes_one(
     swept_run: Path, sft_probe: Run, with_scores: Any, tmp_path: Path
 ) -> None:
     assert "--contexts own,near,far,none" in user_error(sft_probe("ledger", swept_run))
-    assert "'wide' is none" in user_error(sft_probe("sweep", swept_run, "--contexts", "wide,own"))
+    assert "there is no context 'wide'" in user_error(
+        sft_probe("sweep", swept_run, "--contexts", "wide,own")
+    )
     assert "compares own" in user_error(sft_probe("sweep", swept_run, "--contexts", "far,near"))
     run = with_scores(planted(tmp_path / "run", dict.fromkeys(("none", "far", "near", "own"), 1.0)))
     for path in run.glob("sweep/*/*/contexts.jsonl"):

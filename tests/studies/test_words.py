@@ -98,7 +98,7 @@ def planted(recording: Recording, word: str, gain: float) -> Recording:
     """Return the recording with last-step rows like the first, but for a gain on one word."""
     rows = recording.rows[recording.rows["split"] == "heldout"].copy()
     assert recording.tokens is not None
-    tokens = [list(values.as_py() or []) for values in recording.tokens]
+    tokens = [list(values.as_py() or []) for values in recording.tokens["token_logprobs"]]
     last = rows["step"].max()
     first = rows[rows["step"] == rows["step"].min()].reset_index()
     at_first = first.set_index(["doc_id", "category"])["index"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_probe.analysis.sweep.checkpoints import checkpoints_matching, hub_revisions
+from sft_probe.analysis.sweep.checkpoints import checkpoints_matching, hub_revisions, main_source
 from sft_probe.errors import UserError
 
 RIGHT = {
@@ -196,3 +196,11 @@ def test_a_pattern_that_matches_nothing_is_named_beside_others_that_do(tmp_path:
     assert [point.step for point in checkpoints_matching(good)[0]] == [2]
     with pytest.raises(UserError, match=r"no directory matches .*outt"):
         checkpoints_matching([*good, str(tmp_path / "outt/checkpoint-*")])
+
+
+def test_a_base_model_at_step_0_does_not_name_the_run(tmp_path: Path) -> None:
+    for name in ("base", "out/step-1", "out/step-2"):
+        (tmp_path / name).mkdir(parents=True)
+    found, _ = checkpoints_matching([f"{tmp_path}/base=0", f"{tmp_path}/out/*"])
+    assert [checkpoint.step for checkpoint in found] == [0, 1, 2]
+    assert main_source(found) == str((tmp_path / "out").resolve())

@@ -270,6 +270,7 @@ def test_benchmarks_are_swept_beside_the_probe_set(
         "value",
         "stderr",
         "n",
+        "clusters",
     ]
     assert list(table["step"]) == [0, 1, 4]
     assert set(table["task"]) == {"blimp_adjunct_island"}
@@ -310,6 +311,12 @@ def test_a_benchmark_of_ones_own_is_found_by_its_name(
     assert sorted(table["step"].unique()) == [0, 1, 4]
 
 
+def test_a_sweep_records_where_its_texts_are_and_a_hash_of_each(swept_run: Path) -> None:
+    manifest = json.loads((swept_run / "sweep/manifest.json").read_text())
+    docs = load_probe_set(manifest["probe_set_source"]).docs
+    assert manifest["doc_sha256"] == {doc.doc_id: doc.sha256 for doc in docs}
+
+
 def test_a_dry_run_lists_checkpoints_and_what_is_done(
     swept_run: Path, sft_probe: Run, tmp_path: Path
 ) -> None:
@@ -317,6 +324,14 @@ def test_a_dry_run_lists_checkpoints_and_what_is_done(
     shutil.rmtree(run / "sweep/step_000004")
     before = sorted(run.rglob("*"))
     result = sft_probe("sweep", run, "--splits", "heldout,train", "--dry-run")
+    assert (
+        "probe set: helpful-mini (that of the run), 32 heldout docs and 64 train" in result.stdout
+    )
+    assert "prompt format: hh+prefix (that of the run)" in result.stdout
+    foreign = ("sweep", tmp_path / "y", "--checkpoints", f"{run / 'weights'}/step_*", "--dry-run")
+    shown = sft_probe(*foreign).stdout
+    assert "probe set: helpful-mini (the default, embedded: --probe-set names another)" in shown
+    assert "prompt format: hh (that of the probe set)" in shown
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     assert [(line[0], line[3]) for line in lines[1:4]] == [

@@ -59,7 +59,7 @@ def test_every_kind_of_table_becomes_a_valid_probe_set(
     )
     assert result.returncode == 0, result.stderr
     assert "t-00004): empty rejected" in result.stderr
-    assert "t-00006): the prompt does not end with a user's turn" in result.stderr
+    assert "t-00006): an empty prompt" in result.stderr
     assert "2 rows left out" in result.stderr
     probe_set = load_probe_set(str(tmp_path / "set"))
     assert probe_set.categories == ("chosen", "rejected", "random")
@@ -115,11 +115,11 @@ def test_bad_tables_are_user_errors(tmp_path: Path, sft_probe: Run) -> None:
         sft_probe(*base, "--prompt", "nope", "--category", "chosen=good")
     )
     assert "--from-table needs" in user_error(sft_probe(*base, "--prompt", "q"))
-    assert "leaves one of the splits empty" in user_error(
+    assert "--heldout 50: only" in user_error(
         sft_probe(*base, "--prompt", "q", "--category", "chosen=good", "--heldout", 50)
     )
     missing = ("probe-set", "--from-table", tmp_path / "no.csv", "--out", tmp_path / "set")
-    assert "cannot read the table" in user_error(
+    assert "no.csv does not exist" in user_error(
         sft_probe(*missing, "--prompt", "q", "--category", "chosen=good")
     )
 
@@ -555,3 +555,21 @@ def test_real_prompts_are_rendered_back_to_what_was_published() -> None:
     )
     assert len(prompts) == 500
     assert same >= 480  # the others have stray white space inside a turn, which is stripped
+
+
+def test_a_small_table_holds_out_a_fifth_by_default(tmp_path: Path, sft_probe: Run) -> None:
+    source = table(tmp_path / "t.csv", 22)
+    flags = ("--from-table", source, "--prompt", "q", "--out", tmp_path / "set")
+    result = sft_probe("probe-set", *flags, "--category", "chosen=good", "rejected=bad")
+    assert result.returncode == 0, result.stderr
+    assert len(load_probe_set(str(tmp_path / "set")).of_split("heldout")) == 4
+    assert f"wrote {tmp_path / 'set'}; next: sft-probe train --probe_set" in result.stderr
+
+
+def test_a_set_without_chosen_says_what_it_cannot_do(tmp_path: Path, sft_probe: Run) -> None:
+    source = table(tmp_path / "t.csv")
+    flags = ("--from-table", source, "--prompt", "q", "--out", tmp_path / "set")
+    result = sft_probe("probe-set", *flags, "--category", "good=good", "bad=bad")
+    assert "! no category `chosen`" in result.stdout
+    assert "next: sft-probe train --probe_set" in result.stderr
+    assert "--train_category good" in result.stderr

@@ -152,8 +152,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(
             name, f" {KEY}\n"
         )  # as `$(cat key.txt)` of an editor on another system gives it
-    for name in ("call", "batch"):
-        monkeypatch.setattr(f"sft_probe.synth.asking.{name}.backoff_s", lambda *_: 0.0)
+    monkeypatch.setattr("sft_probe.synth.asking.budget.backoff_s", lambda *_: 0.0)
 
 
 def command(tmp_path: Path, writer: str, url: str, num_docs: int = NUM_DOCS) -> list[Any]:

@@ -219,7 +219,7 @@ def test_a_retry_after_of_zero_backs_off_as_usual(
         attempts.append(attempt)
         return 0.0
 
-    monkeypatch.setattr("sft_probe.synth.asking.call.backoff_s", backoff_s)
+    monkeypatch.setattr("sft_probe.synth.asking.budget.backoff_s", backoff_s)
     writer = FakeWriter(lambda _, call: RetryLater("HTTP 429", wait_s) if call < 6 else None)
     assert [answer.status for _, answer in ask_all(prompts(1), writer, store, FAST)] == ["ok"]
     assert attempts == [1, 2, 3, 4, 5]

@@ -17,8 +17,10 @@ from synth_fakes import ECHOED, raw_rows, read_rows, write_rows, write_templates
 
 from sft_probe.probe_set import load_probe_set
 from sft_probe.synth.asking.store import request_key
-from sft_probe.synth.build import SetPlan, SetSettings, plan_set
+from sft_probe.synth.build import SetPlan, plan_set
+from sft_probe.synth.options import SynthRun
 from sft_probe.synth.sources import read_pairs
+from sft_probe.synth.splits import RULE
 from sft_probe.synth.writers.gemini import GeminiBatchWriter
 from sft_probe.synth.writers.offline import OfflineWriter
 
@@ -291,7 +293,9 @@ def test_bad_requests_are_user_errors(raw: Path, tmp_path: Path, sft_probe: Run)
         )
 
     assert "--source, --out are missing" in user_error(sft_probe("synth"))
-    assert "--categories: nonsense cannot be made" in message("--categories", "paraphrase,nonsense")
+    assert "--categories: there is no category 'nonsense'" in message(
+        "--categories", "paraphrase,nonsense"
+    )
     assert "no such directory" in message("--templates", tmp_path / "none")
     assert "usable docs but needs 2 or more" in message("--limit", 3)
     assert "no prompt format" in message("--prompt-format", "hhh")
@@ -422,17 +426,12 @@ def test_the_untrained_model_adds_its_own_answer(tmp_path: Path, sft_probe: Run)
     assert "<|im" not in "".join(answers.values())
 
 
-def plan_of(source: Path, **changes: Any) -> SetPlan:
-    settings = {
-        "source": str(source),
-        "kinds": ("paraphrase", "non_response"),
-        "templates": None,
-        "prompt_format": "hh",
-        "heldout_frac": None,
-        "limit": None,
-        "seed": 3,
-    }
-    return plan_set(SetSettings(**(settings | changes)), [])
+def plan_of(source: Path, rule: int = RULE, **changes: Any) -> SetPlan:
+    kinds = ("paraphrase", "non_response")
+    options = SynthRun(
+        source=str(source), out=source.parent, categories=kinds, **({"seed": 3} | changes)
+    )
+    return plan_set(options, [], rule=rule)
 
 
 def many_rows(first: int, last: int) -> list[dict[str, str]]:
@@ -553,6 +552,18 @@ def test_raw_preference_pairs_are_recognised_with_the_command_that_makes_a_set_o
     assert "no faults" in sft_probe("probe-set", command.split()[-1]).stdout
 
 
+def test_preference_pairs_with_a_prompt_column_are_a_table_too(
+    tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Q{i}?", "chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = user_error(sft_probe("probe-set", "pairs.jsonl"))
+    command = next(line.strip() for line in message.splitlines() if "--from-table" in line)
+    result = sft_probe(*command.removeprefix("sft-probe ").split())
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_table_of_other_columns_is_recognised_too(
     tmp_path: Path, sft_probe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,4 +576,9 @@ def test_a_table_of_other_columns_is_recognised_too(
     result = sft_probe(*command.removeprefix("sft-probe ").split())
     assert result.returncode == 0, result.stderr
     pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
-    assert "(--from-table)" in user_error(sft_probe("probe-set", "own.parquet"))
+    assert "--from-table own.parquet" in user_error(sft_probe("probe-set", "own.parquet"))
+    pd.DataFrame(rows).to_csv(tmp_path / "own.csv", index=False)
+    message = user_error(sft_probe("train", "--probe_set", "own.csv", "--output_dir", "run"))
+    assert "own.csv is a table with the columns question, answer, n" in message
+    again = message.splitlines()[-1].strip().removeprefix("sft-probe ").split()
+    assert sft_probe(*again[:-1], tmp_path / "again").returncode == 0

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from sft_probe.errors import UserError
 from sft_probe.probe_set import Doc, LeftOut, Place
 from sft_probe.prompts import PromptFormat
-from sft_probe.synth.build import SetSettings, finish_docs, plan_set, write_texts
+from sft_probe.synth.build import finish_docs, plan_set, write_texts
 from sft_probe.synth.hh import Parsed, RowRejectedError, parse_prompt, parse_row, parse_turns
+from sft_probe.synth.options import SynthRun
 from sft_probe.synth.sources import read_pairs
 
 text = (
@@ -531,18 +532,8 @@ def test_every_row_is_a_doc_or_named_by_an_independent_count(kind: str, tmp_path
     assert {line_of(row) for row in rejected if row.reason == "the same as an earlier row"} == {
         line for line, what in expected.items() if what == "repeated"
     }
-    plan = plan_set(
-        SetSettings(
-            source=str(path),
-            kinds=("random",),
-            templates=None,
-            prompt_format="hh",
-            heldout_frac=0.2,
-            limit=None,
-            seed=0,
-        ),
-        [],
-    )
+    options = SynthRun(source=str(path), out=path.parent, categories=("random",), heldout_frac=0.2)
+    plan = plan_set(options, [])
     docs = finish_docs(plan, write_texts(plan, lambda *_: iter(())))
     used, left_out = (
         [line_of(doc) for doc in docs],

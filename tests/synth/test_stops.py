@@ -54,7 +54,7 @@ def test_no_set_is_written_while_a_text_has_no_answer(
         "{# version 9 #}\nNow " + ECHOED + f"@faults({faults})", "utf-8"
     )
     with GeminiServer() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sft_probe.synth.asking.call.backoff_s", lambda *_: 0.0)
+        patch.setattr("sft_probe.synth.asking.budget.backoff_s", lambda *_: 0.0)
         command = (
             "synth",
             "--source",

@@ -116,7 +116,7 @@ def test_a_slow_call_times_out(writer: Any, server: GeminiServer, store: Store) 
 def test_the_retry_after_header_is_obeyed(writer: Any, server: GeminiServer, store: Store) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "sft_probe.synth.asking.call.backoff_s",
+            "sft_probe.synth.asking.budget.backoff_s",
             lambda *_: pytest.fail("the server said how long"),
         )
         assert ask(prompt_with("429_retry_after"), writer, store).status == "ok"

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import pandas as pd
 import pytest
 import torch
-from helpers import SHARED, needs_shared
+from helpers import SHARED, Run, needs_shared
 from lm_eval.tasks import TaskManager
+from processes import run_forked, run_lm_eval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_probe.errors import UserError
@@ -75,21 +78,22 @@ class Reference:
         return float(logprobs[:-1].gather(1, ids[0, 1:, None])[start - 1 :].sum())
 
     def expected(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Return accuracy and bits per byte of the right answer of rows with a `gold`."""
+        """Return bits per byte of the right answer, and with a `gold` the accuracy."""
         right, nats, num_bytes = [], 0.0, 0
         for row in rows:
-            if "choices" in row:
+            if "answer" in row:
+                pairs = [(row["context"], row["answer"])]
+            elif "choices" in row:
                 pairs = [(row["query"], choice) for choice in row["choices"]]
             else:
                 pairs = [(context, row["continuation"]) for context in row["context_options"]]
             logprobs = [self.logprob(*pair) for pair in pairs]
-            right.append(max(range(len(pairs)), key=logprobs.__getitem__) == row["gold"])
-            nats -= logprobs[row["gold"]]
-            num_bytes += len(pairs[row["gold"]][1].encode())
-        return {
-            "acc": sum(right) / len(right),
-            "bits_per_byte": nats / num_bytes / math.log(2),
-        }
+            gold = row.get("gold", 0)
+            right.append(max(range(len(pairs)), key=logprobs.__getitem__) == gold)
+            nats -= logprobs[gold]
+            num_bytes += len(pairs[gold][1].encode())
+        bits = {"bits_per_byte": nats / num_bytes / math.log(2)}
+        return bits if "answer" in rows[0] else {"acc": sum(right) / len(right), **bits}
 
 
 def test_accuracy_and_bits_per_byte_equal_a_computation_from_logits(
@@ -112,9 +116,46 @@ def test_accuracy_and_bits_per_byte_equal_a_computation_from_logits(
     assert "acc_norm,none" not in results["pronouns"]
 
 
+def test_plain_lm_eval_reads_the_tasks_and_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    names = ("questions", "pronouns")
+    add_benchmarks([write(tmp_path, name, ITEMS[name]) for name in names], tmp_path / "tasks")
+    result = run_forked(
+        *("run", "--model", "hf", "--model_args", f"pretrained={tiny_model},dtype=float32"),
+        *("--include_path", tmp_path / "tasks", "--tasks", *names, "--device", "cpu"),
+        *("--output_path", tmp_path / "out", "--log_samples"),
+        target=run_lm_eval,
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text("utf-8"))["results"]
+    reference = Reference(tiny_model)
+    for name in names:
+        for metric, value in reference.expected(ITEMS[name]).items():
+            assert results[name][f"{metric},none"] == pytest.approx(value, abs=1e-5)
+
+
+def test_items_on_one_text_count_as_one_in_a_sweep(
+    sft_probe: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The twins of `pronouns` share their contexts: 3 items in 2 clusters."""
+    twins = [*ITEMS["pronouns"], {**ITEMS["pronouns"][0], "context_options": ["A b", "A c"]}]
+    add_benchmarks([write(tmp_path, "twins", twins)], tmp_path / "tasks")
+    shutil.copytree(tiny_model, tmp_path / "ck/checkpoint-1")
+    tasks = tmp_path / "tasks/twins.yaml"
+    checkpoints = ("--checkpoints", tmp_path / "ck/*", "--splits", "heldout")
+    result = sft_probe("sweep", tmp_path / "run", *checkpoints, "--tasks", tasks)
+    assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "run/benchmarks.csv").set_index("metric")
+    assert set(table["n"]) == {3}
+    assert set(table["clusters"][["acc", "bits_per_byte"]]) == {2}
+    for metric, value in Reference(tiny_model).expected(twins).items():
+        assert table["value"][metric] == pytest.approx(value, abs=1e-4)
+    assert table["stderr"]["bits_per_byte"] > 0
+
+
 @pytest.mark.full
 @needs_shared
-@pytest.mark.parametrize("name", ["arc_easy", "copa", "openbook_qa", "winograd_wsc"])
+@pytest.mark.parametrize("name", ["arc_easy", "copa", "openbook_qa", "winograd_wsc", "svamp"])
 def test_real_benchmarks_equal_a_computation_from_logits(name: str, tmp_path: Path) -> None:
     from sft_probe.models import resolve_model
 

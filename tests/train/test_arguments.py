@@ -312,7 +312,7 @@ def test_settings_that_change_the_batch_are_refused_by_name(
         ("--probe_steps 1 --probe_train -1", "--probe_train -1: it must be 0 or more"),
         ("--lora_r 0", "--lora_r 0: it must be 1 or more"),
         ("--seed 99999999999", "Seed must be between 0 and 2**32 - 1"),
-        ("--train_sampling_strategy group_by_length --dry_run", "use one of random, sequential"),
+        ("--train_sampling_strategy group_by_length --dry_run", "Use one of random, sequential"),
     ],
 )
 def test_flags_that_depend_on_each_other_work_together_or_are_refused(

@@ -102,7 +102,10 @@ def test_flags_override_those_of_a_recipe(tiny_model: Path, tmp_path: Path, sft_
 
 
 BAD_FLAGS = [
-    (["--train_category", "nothing"], "has only chosen, rejected"),
+    (
+        ["--train_category", "nothing"],
+        "there is no category 'nothing'. Use one of chosen, rejected",
+    ),
     (["--snapshot_steps", "0,often"], "--snapshot_steps '0,often': 'often' is neither a step"),
     (["--snapshot_steps", "1,2,4,...,11"], "does not reach 11"),
     (["--model_name_or_path", "no/such-model"], "cannot load the tokenizer of 'no/such-model'"),
@@ -111,10 +114,10 @@ BAD_FLAGS = [
     (["--max_length", "4096"], "over the model's window of 1024 tokens"),
     (["--max_length=4096", "--dry-run"], "over the model's window of 1024 tokens"),
     (["--max_length", "20"], "is left to train on; 64 were dropped"),
-    (["--dtype", "int8"], "--dtype int8"),
-    (["--deepspeed", "zero9"], "--deepspeed zero9"),
+    (["--dtype", "int8"], "--dtype: there is no choice 'int8'"),
+    (["--deepspeed", "zero9"], "--deepspeed: there is no setting 'zero9'"),
     (["--output_dir", "/proc/nothing"], "cannot write to the directory /proc/nothing"),
-    (["--config", "/no/recipe.yaml"], "cannot read the recipe"),
+    (["--config", "/no/recipe.yaml"], "there is no recipe"),
     (["--no_such_flag", "1"], "no_such_flag"),
     (
         ["--save_only_model", "true"],

@@ -10,8 +10,10 @@ import pytest
 from helpers import Run, make_docs, user_error
 from references import live_rows, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import WandbCallback
 
 from sft_probe import ProbeCallback
+from sft_probe.train import probe
 from sft_probe.train.live import record, score
 
 WriteSet = Callable[[list[dict[str, Any]]], Path]
@@ -92,6 +94,45 @@ def test_the_probe_has_an_axis_and_tables_in_wandb(
     assert {"name": "probe/other", "axis": "probe/step"} in metrics
     assert config["probe/prompt_format"] == "hh"
     assert [row["train/global_step"] for row in history if "train/loss" in row] == [1, 2, 3, 4, 5]
+    assert not [name for row in history for name in row if name.startswith("train/probe")]
+
+
+def test_the_curves_of_the_probe_are_sent_once(
+    tiny_model: Path, write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    logged: list[dict[str, Any]] = []
+
+    class OfTheTrainer(WandbCallback):
+        def __init__(self) -> None: ...
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None: ...
+
+        def on_train_end(self, *_: Any, **__: Any) -> None: ...
+
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            logged.append(logs)
+
+    class Ours:
+        def __init__(self, name: str, *_: Any) -> None:
+            self.name = name
+
+        def send(self, step: int, _: Any) -> None:
+            sent.append(step)
+
+    monkeypatch.setattr(probe, "Tracker", Ours)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    callback = ProbeCallback(write_set(make_docs()), out=tmp_path / "run", steps="0,2,last")
+    trainer = make_trainer(model, tokenizer, tmp_path / "out", callback)
+    callback.trainer = trainer
+    trainer.args.report_to = ["wandb"]
+    trainer.add_callback(OfTheTrainer())
+    trainer.train()
+    assert sent == [0, 2, 5]
+    assert [entry["loss"] for entry in logged if "loss" in entry]
+    assert not [name for entry in logged for name in entry if "probe" in name]
+    assert [entry for entry in trainer.state.log_history if "probe/chosen" in entry]
 
 
 def test_scores_are_sent_afterwards_to_wandb(

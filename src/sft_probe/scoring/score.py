@@ -10,7 +10,7 @@ model is not assumed but tried (`choose_mode`).
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from sft_probe.scoring.attention import (
 )
 from sft_probe.scoring.head import logits_in_chunks
 from sft_probe.scoring.packing import Continuation, IntArray, Pack, batches, pack_alone, pack_shared
-from sft_probe.scoring.targets import TargetScores, TokenColumns, read_targets
+from sft_probe.scoring.targets import Distances, TargetScores, TokenColumns, read_targets
 from sft_probe.scoring.trials import check_language_model, is_close, made_up_items, plain_logprobs
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Score:
     """Log-prob of the terminator; `None` where none was asked for."""
     columns: TokenColumns | None = None
     """More of each token; `None` where the log-probs alone were asked for."""
+    distances: Distances | None = None
+    """How far the model is from a reference at each token; `None` without one."""
 
     @classmethod
     def of(cls, found: TargetScores, start: int, item: Continuation) -> "Score":
@@ -73,6 +75,7 @@ class Score:
             greedy_tokens=found.greedy[start:stop],
             logprob_eos=None if item.terminator_id is None else float(found.logprobs[stop]),
             columns=found.columns and found.columns.between(start, stop),
+            distances=found.distances and found.distances.between(start, stop),
         )
 
     @property
@@ -116,6 +119,8 @@ class FittingScorer:
         self.may_shrink = may_shrink
         self.with_columns = with_columns
         self.mode: ForwardMode | None = None
+        self.reference: Reference | None = None
+        """As for `score`."""
 
     def score(
         self, model: "PreTrainedModel", items: Sequence[Continuation]
@@ -136,6 +141,7 @@ class FittingScorer:
                     max_tokens=self.max_tokens,
                     mode=self.mode,
                     with_columns=self.with_columns,
+                    reference=self.reference,
                 )
                 return
             except torch.OutOfMemoryError as error:
@@ -152,6 +158,24 @@ class FittingScorer:
             log.warning(
                 "out of memory: from the start again, with %d tokens at a time", self.max_tokens
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A second model, from which the distance of the first is taken at every token."""
+
+    model: "PreTrainedModel"
+    """Of the same token ids and number of logits."""
+    mode: ForwardMode
+    """What `choose_mode` returned for it."""
+
+
+def _common_modes(mode: ForwardMode, other: ForwardMode) -> tuple[ForwardMode, ForwardMode]:
+    """Return modes of two models that read the same packs, which only two of a kind do."""
+    if mode.shared and other.shared:
+        return mode, other
+    weakest = ALONE if mode.alone or other.alone else PLAIN
+    return weakest, weakest
 
 
 def choose_mode(model: "PreTrainedModel", longest: int) -> ForwardMode:
@@ -234,6 +258,7 @@ def score(
     mode: ForwardMode,
     head_rows: int | None = None,
     with_columns: bool = False,
+    reference: Reference | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """Yield the index of each item and its score, batch by batch.
 
@@ -246,7 +271,12 @@ def score(
         mode: what `choose_mode` returned for this model, or `PLAIN`.
         head_rows: rows that go through the head at a time, instead of that.
         with_columns: also give `Score.columns`.
+        reference: also give `Score.distances` from it, at the cost of a second forward pass; both
+            models' logits are held a chunk at a time.
     """
+    if reference is not None:
+        mode, other = _common_modes(mode, reference.mode)
+        reference = Reference(model=reference.model, mode=other)
     head_rows = head_rows or _head_rows(model, max_tokens)
     packs = (
         pack_shared(items, min(max_tokens, _MAX_PACK_TOKENS)) if mode.shared else pack_alone(items)
@@ -255,7 +285,13 @@ def score(
         suspects = []
         for batch in batches(list(packs), 0 if mode.alone else max_tokens):
             for index, result in _score_batch(
-                model, items, batch, head_rows, mode=mode, with_columns=with_columns
+                model,
+                items,
+                batch,
+                head_rows,
+                mode=mode,
+                with_columns=with_columns,
+                reference=reference,
             ):
                 if result.is_finite or not mode.shared:
                     yield index, result
@@ -268,6 +304,7 @@ def score(
                 max_tokens=max_tokens,
                 mode=PLAIN,
                 with_columns=with_columns,
+                reference=reference,
             ):
                 yield suspects[number], result
 
@@ -280,6 +317,7 @@ def _score_batch(
     *,
     mode: ForwardMode,
     with_columns: bool,
+    reference: Reference | None,
 ) -> Iterator[tuple[int, Score]]:
     length = max(len(pack.token_ids) for pack in batch)
     indices = [i for pack in batch for i in pack.items]
@@ -288,10 +326,23 @@ def _score_batch(
     )
     targets = np.concatenate([items[i].target_ids for i in indices])
     rows, row_of_target = np.unique(nodes, return_inverse=True)
-    with closing(
-        _logits(model, _inputs(model, batch, length, mode), rows, head_rows, mode)
-    ) as chunks:
-        found = read_targets(chunks, row_of_target, targets, with_columns=with_columns)
+    with ExitStack() as stack:
+        chunks, *others = [
+            stack.enter_context(
+                closing(_logits(one, _inputs(one, batch, length, own), rows, head_rows, own))
+            )
+            for one, own in [
+                (model, mode),
+                *([(reference.model, reference.mode)] if reference else []),
+            ]
+        ]
+        found = read_targets(
+            chunks,
+            row_of_target,
+            targets,
+            with_columns=with_columns,
+            reference=others[0] if others else None,
+        )
     start = 0
     for i in indices:
         yield i, Score.of(found, start, items[i])

@@ -1,0 +1,1 @@
+"""Runs that were trained and scored elsewhere, one file for each form."""
