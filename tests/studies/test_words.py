@@ -115,7 +115,7 @@ def planted(recording: Recording, word: str, gain: float) -> Recording:
                     inside = min(end, part.end) - max(begin, part.start)
                     if inside > 0:
                         tokens[int(index)][number] += gain * inside / (part.end - part.start)
-    return replace(recording, rows=rows, tokens=pa.array(tokens))
+    return replace(recording, rows=rows, tokens=pa.table({"token_logprobs": tokens}))
 
 
 def test_a_gain_on_one_word_alone_is_found_there_and_nowhere_else(recording: Recording) -> None:

@@ -302,8 +302,10 @@ def test_each_command_that_reads_runs_names_a_damaged_file(
     run = tmp_path / "tiny"
     shutil.copytree(swept_run, run)
     for name in ("sweep/manifest.json", "manifest.json"):
+        whole = (run / name).read_text("utf-8")
         (run / name).write_text(text, encoding="latin-1")
         assert str(run / name) in user_error(sft_probe("analyze", run))
+        (run / name).write_text(whole, encoding="utf-8")
 
 
 @pytest.mark.parametrize("text", [*WRONG_SHAPES[:-1], '{"categories": []}', '{"categories": {}}'])

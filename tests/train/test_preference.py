@@ -280,10 +280,10 @@ def test_pairs_that_teach_nothing_are_left_out_as_pairs(
     [
         (["--beta", "0"], "--beta 0.0: it must be above 0"),
         (["--label_smoothing", "0.5"], "from 0 to below 0.5"),
-        (["--loss_type", "hinge"], "--loss_type hinge: use one of sigmoid, ipo"),
+        (["--loss_type", "hinge"], "there is no choice 'hinge'. Use one of sigmoid, ipo"),
         (["--train_category", "rejected"], "trains on chosen over rejected"),
         (["--objective", "sft", "--beta", "0.2"], "--beta is for --objective dpo"),
-        (["--objective", "ppo"], "--objective ppo: use one of sft, dpo"),
+        (["--objective", "ppo"], "there is no choice 'ppo'. Did you mean dpo?"),
     ],
 )
 def test_options_that_make_no_preference_stage_are_refused(
