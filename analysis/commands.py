@@ -49,6 +49,8 @@ class Selection(Command):
     """Categories to show. Default: all."""
     include_eos: bool = False
     """Count the log-probability of the terminator in."""
+    chain: bool = False
+    """Take the runs as stages of one training, such as SFT and DPO after it, on one axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,12 @@ class Analyze(Selection):
             write_analysis,
         )
 
-        analysis = analyze(self.runs, include_eos=self.include_eos, categories=self.categories)
+        analysis = analyze(
+            self.runs,
+            include_eos=self.include_eos,
+            categories=self.categories,
+            chain=self.chain,
+        )
         shown = verdict_text(analysis)
         if self.format != "text":
             shown = verdict_tables(analysis, self.format)
@@ -162,6 +169,7 @@ class Plot(Selection):
                 categories=self.categories,
                 formats=self.format,
                 include_eos=self.include_eos,
+                chain=self.chain,
                 out=self.out,
             )
         )
@@ -204,6 +212,7 @@ class Report(Selection):
                 self.runs,
                 format_name=self.format,
                 include_eos=self.include_eos,
+                chain=self.chain,
                 categories=self.categories,
                 out=self.out,
             )

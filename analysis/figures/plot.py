@@ -58,6 +58,7 @@ def plot(
     categories: Sequence[str] | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     include_eos: bool = False,
+    chain: bool = False,
     out: Path | None = None,
 ) -> Iterator[Path]:
     """Write figures of runs and yield their paths: into RUN/figures for one run, else into
@@ -70,6 +71,7 @@ def plot(
         categories: default: all.
         formats: of `FORMATS`.
         include_eos: whether sums count the terminator.
+        chain: whether the runs are stages of one training.
         out: folder of the figures.
 
     Raises:
@@ -79,7 +81,7 @@ def plot(
     for path in folders:
         if (path / "probe").is_dir():
             write_tables(path)  # training writes no tables
-    analysis = analyze(paths, include_eos=include_eos, categories=categories)
+    analysis = analyze(paths, include_eos=include_eos, categories=categories, chain=chain)
     if style.color != "category" and not share_steps(analysis.recordings):
         reason = cautions(analysis.recordings)[0]
         raise UserError(f"--color {style.color} puts all runs on one axis, but {reason}.")
@@ -249,10 +251,13 @@ def _runs_figure(analysis: Analysis, split: str, style: Style) -> Iterator[Figur
 
 
 def boundaries(recording: Recording) -> pd.DataFrame:
-    """Return the steps at which an epoch or the warm-up ends, as `step what`: curves bend there.
+    """Return the steps at which an epoch or the warm-up ends, as `step what`: curves bend there. Of
+    a chain, where its stages start.
 
     Of over 12 epochs none is marked, since the rules would hide the curves.
     """
+    if recording.stages:
+        return pd.DataFrame(recording.stages, columns=["step", "what"])
     if recording.means is not None or not recording.manifest:
         return pd.DataFrame()
     last = recording.rows.sort_values("step").iloc[-1]

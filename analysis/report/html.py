@@ -102,6 +102,7 @@ def report(
     format_name: str = "html",
     include_eos: bool = False,
     categories: Sequence[str] | None = None,
+    chain: bool = False,
     out: Path | None = None,
 ) -> list[Path]:
     """Write `report.html` or `report.md` with its figures, into the run for one run, else here;
@@ -110,7 +111,7 @@ def report(
     Raises:
         UserError: there is nothing to report, or the file would be over 8 MB.
     """
-    analysis = analyze(paths, include_eos=include_eos, categories=categories)
+    analysis = analyze(paths, include_eos=include_eos, categories=categories, chain=chain)
     path = named_path(paths[0])[1]
     folder = path if len(paths) == 1 and path.is_dir() else Path()
     target = out or folder / f"report.{format_name}"

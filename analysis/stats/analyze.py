@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from sft_probe.analysis.stats.benchmarks import shown_benchmarks
+from sft_probe.analysis.stats.chain import chained
 from sft_probe.analysis.stats.changes import (
     COLUMNS,
     HEADLINES,
@@ -79,20 +80,28 @@ class Analysis:
 
 
 def analyze(
-    paths: Sequence[Path], *, include_eos: bool = False, categories: Sequence[str] | None = None
+    paths: Sequence[Path],
+    *,
+    include_eos: bool = False,
+    categories: Sequence[str] | None = None,
+    chain: bool = False,
 ) -> Analysis:
-    """Read runs or files and computes their tables.
+    """Read runs or files and compute their tables.
 
     Args:
         paths: what `load_recording` reads.
         include_eos: the headline is the sum with the terminator.
         categories: default: all.
+        chain: take them as stages of one training, as `chained` does.
 
     Raises:
         UserError: one of them holds no scores, or those of one step only.
     """
     with doing("reading scores and computing intervals"):
-        return tables_of(load_recordings(paths), include_eos=include_eos, categories=categories)
+        recordings = load_recordings(paths)
+        if chain:
+            recordings = [chained(recordings)]
+        return tables_of(recordings, include_eos=include_eos, categories=categories)
 
 
 def tables_of(

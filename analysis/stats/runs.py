@@ -87,6 +87,8 @@ class Recording:
     benchmarks: pd.DataFrame | None = None
     generations: pd.DataFrame | None = None
     """Greedy answers, as in `sft_probe.analysis.stats.generations`."""
+    stages: tuple[tuple[float, str], ...] = ()
+    """Of a chain: step and name of each start of a further stage."""
     notes: tuple[str, ...] = ()
     """What a reader must know of the numbers."""
 
