@@ -181,7 +181,7 @@ def _curve_figure(
     subtitle = _subtitle(recording, split, table)
     if name != "changes" and table["band_low"].notna().any():
         subtitle.append(_LEVEL_BANDS)
-    what = f"log p(response | prompt) while fine-tuning on {recording.train_category or '?'}"
+    what = f"log p(response | prompt) while fine-tuning on {recording.trained_on}"
     yield Figure(
         name=f"{name}_{split}",
         title=f"Change of {what}" if name == "changes" else what,

@@ -339,8 +339,7 @@ def _block(
         docs = "means over an unknown number of prompts"
     return "\n".join(
         [
-            f"{recording.name}: model {recording.model}, trained on "
-            f"{recording.train_category or '?'}; {docs}",
+            f"{recording.name}: model {recording.model}, trained on {recording.trained_on}; {docs}",
             f"change of log p(response | prompt) from {recording.step_unit} {first['first_step']} "
             f"to {first['last_step']}, nats per response {recording.sums(analysis.measure)}",
             *(f"! {warning}" for warning in cluster_warnings(rows)),

@@ -97,6 +97,13 @@ class Recording:
         """What the run was trained on, where that is known."""
         return self.manifest.get("train_category") or self.probe.get("train_category")
 
+    @property
+    def trained_on(self) -> str:
+        """What the run was trained on, for people."""
+        if self.manifest.get("objective") == "dpo":
+            return "chosen over rejected (DPO)"
+        return self.train_category or "?"
+
     def target(self, categories: Sequence[str]) -> str | None:
         """Return which of these categories holds the responses that the run was trained on; `None`
         where none does."""

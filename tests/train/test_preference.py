@@ -327,3 +327,13 @@ def test_a_run_that_continues_from_a_snapshot_names_its_parent(
     parent = json.loads((tmp_path / "run/manifest.json").read_text())["parent"]
     meta = json.loads((snapshot / "meta.json").read_text())
     assert parent == {"run_dir": str(tiny_run), "step": 4, "sha256": meta["sha256"]}
+
+
+def test_tables_say_that_a_run_was_trained_on_pairs(
+    flags: list[str], tmp_path: Path, sft_probe: Run
+) -> None:
+    probed = ["--probe_steps", "0,last", "--output_dir", tmp_path / "run"]
+    assert sft_probe("train", *flags, *probed).returncode == 0
+    result = sft_probe("analyze", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert "trained on chosen over rejected (DPO)" in result.stdout
