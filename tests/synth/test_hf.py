@@ -86,8 +86,8 @@ def test_a_continuation_ends_with_the_turn_or_the_last_sentence(
     writer = HfWriter(str(tiny_model), is_chat=False)
     ids = writer.tokenizer.encode(text)
 
-    def generate(prompt_ids: torch.Tensor, **_: object) -> torch.Tensor:
-        return torch.cat([prompt_ids, torch.tensor([ids] * len(prompt_ids))], dim=1)
+    def generate(input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], dim=1)
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     monkeypatch.setattr(model, "generate", generate)
