@@ -114,11 +114,16 @@ def simplicity(paths: Sequence[Path]) -> Simplicity:
     2509.04259).
 
     Raises:
-        UserError: a run has no scores or no `first_epoch.jsonl`.
+        UserError: a run has no scores or no `first_epoch.jsonl`, or was trained on pairs.
     """
     recordings = load_recordings(paths)
     losses: dict[str, pd.DataFrame] = {}
     for recording in recordings:
+        if recording.manifest.get("objective", "sft") != "sft":
+            raise UserError(
+                f"{recording.path} was trained on {recording.trained_on}: code lengths are those "
+                "of texts that SFT learns. Leave it out."
+            )
         table = first_epoch(recording.path)
         if table is None:
             raise UserError(

@@ -337,3 +337,5 @@ def test_tables_say_that_a_run_was_trained_on_pairs(
     result = sft_probe("analyze", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert "trained on chosen over rejected (DPO)" in result.stdout
+    refused = sft_probe("simplicity", tmp_path / "run")
+    assert "was trained on chosen over rejected (DPO)" in user_error(refused)
