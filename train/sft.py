@@ -297,7 +297,6 @@ def train(
         "snapshot_save_s": round(snapshots.save_s(), 3),
         "noise_nats": trainer.noise_nats,
         **({"reference_sha256": reference_sha256(folder)} if is_preference else {}),
-        **_about(arguments, probe_set, examples),
     }
 
 

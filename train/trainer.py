@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,6 @@ from sft_probe.scoring.trials import (
 )
 from sft_probe.train.examples import IGNORED_LABEL, Example, PadRight, TrainingExamples
 from sft_probe.train.model import inner_model
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
