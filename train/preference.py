@@ -174,7 +174,10 @@ def reference_logprobs(
             "encoded_data_sha256": examples.sha256,
         }
         path = folder / REFERENCE_FILE
-        if path.exists() and (found := read_object(path, {"logprobs": list}))["of"] == request:
+        if (
+            path.exists()
+            and (found := read_object(path, {"of": dict, "logprobs": list}))["of"] == request
+        ):
             values = [[row["logprob"] for row in found["logprobs"]]]
         else:
             _check_tokenizer(name, tokenizer)
